@@ -1,0 +1,40 @@
+# make install   the environment, in .venv            make train   train on real text, on whatever this machine has
+# make test      the tests (CPU, gloo)                make check   lint and types
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+export OMP_NUM_THREADS ?= 1
+# One process per GPU; without a GPU, two gloo ranks.
+NPROC ?= $(shell n=$$(nvidia-smi --list-gpus 2>/dev/null | grep -c GPU); [ "$$n" -gt 0 ] && echo $$n || echo 2)
+EXP ?= $(shell nvidia-smi --list-gpus >/dev/null 2>&1 && echo stdlib_gpu || echo stdlib)
+RUN ?= runs/$(EXP)-$(shell date +%Y%m%d-%H%M%S)
+ARGS ?=
+
+.PHONY: install train test check lint types clean
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Lattice needs Python 3.11 or newer; set PYTHON=")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+train: install
+	$(BIN)/torchrun --standalone --nproc-per-node $(NPROC) launch/train.py +exp=$(EXP) run.dir=$(RUN) $(ARGS)
+
+test: install
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: install
+	$(BIN)/mypy
+
+check: lint types
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,1 @@
+"""Entry points: configuration in, one call out."""

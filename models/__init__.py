@@ -1,0 +1,1 @@
+"""The decoder, its layers, the model families and their Hugging Face formats."""

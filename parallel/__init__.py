@@ -1,0 +1,1 @@
+"""Parallel layouts: degrees, meshes, and what is applied to a model from outside."""

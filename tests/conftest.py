@@ -1,0 +1,37 @@
+"""Shared fixtures. The rank pool is forked here, at import, before any test starts a thread."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+# One thread per process: with several ranks on few cores, more threads only wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("WANDB_MODE", "offline")
+
+import pytest
+import torch
+
+from tests.pool import RankPool
+
+torch.set_num_threads(1)
+_POOL = RankPool()
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[RankPool]:
+    """`ranks.run(world_size, function, *args)` runs a module-level function on gloo ranks."""
+    yield _POOL
+
+
+def pytest_sessionfinish() -> None:
+    _POOL.close()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

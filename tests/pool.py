@@ -1,0 +1,163 @@
+"""A persistent pool of forked gloo ranks: a multi-rank test costs milliseconds, not a launch.
+
+A nursery process is forked before anything else runs (torch imported, no autograd or OpenMP thread started, because a
+process that has such threads cannot be forked safely). It forks the ranks of each world size on first use and again
+after a rank died. Functions travel by name, so a test passes a module-level function.
+"""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import os
+import pickle
+import signal
+import socket
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+class RankError(AssertionError):
+    """A function failed on a rank; the message holds that rank's traceback."""
+
+
+def _rank_main(rank: int, world_size: int, store_path: str, pipe: Connection) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world_size))
+    store = dist.FileStore(store_path, world_size)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=120))
+    while True:
+        try:
+            fn, args, kwargs = pickle.loads(pipe.recv_bytes())
+        except EOFError:
+            os._exit(0)
+        try:
+            reply = (True, fn(*args, **kwargs))
+        except BaseException:
+            reply = (False, f"rank {rank} of {world_size}:\n{traceback.format_exc()}")
+        try:
+            payload = pickle.dumps(reply)
+        except Exception:
+            payload = pickle.dumps((False, f"rank {rank}: the result cannot be pickled\n{traceback.format_exc()}"))
+        sys.stdout.flush()
+        pipe.send_bytes(payload)
+
+
+def _fork(target: Callable[..., None], *args: Any) -> int:
+    pid = os.fork()
+    if pid == 0:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            target(*args)
+        finally:
+            os._exit(1)
+    return pid
+
+
+def _nursery_main(control: socket.socket) -> None:
+    """Fork a group of ranks for each request (world size, store path); answer with pids, pass their pipes along."""
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    while True:
+        request = control.recv(4096)
+        if not request:
+            os._exit(0)
+        world_size, store_path = pickle.loads(request)
+        pids, ours = [], []
+        for rank in range(world_size):
+            parent_end, child_end = mp.Pipe()
+
+            def body(rank: int = rank, child_end: Connection = child_end, others: tuple = (*ours, parent_end)) -> None:
+                control.close()
+                for other in others:  # a rank that keeps its siblings' pipes open would hide their death
+                    other.close()
+                _rank_main(rank, world_size, store_path, child_end)
+
+            pids.append(_fork(body))
+            child_end.close()
+            ours.append(parent_end)
+        socket.send_fds(control, [pickle.dumps(pids)], [pipe.fileno() for pipe in ours])
+        for pipe in ours:
+            pipe.close()
+
+
+class RankPool:
+    """Runs functions on n gloo ranks that stay alive between calls."""
+
+    def __init__(self) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+        def body() -> None:
+            ours.close()
+            _nursery_main(theirs)
+
+        self._nursery = _fork(body)
+        theirs.close()
+        self._control = ours
+        self._groups: dict[int, tuple[list[int], list[Connection]]] = {}
+        self._scratch = tempfile.TemporaryDirectory(prefix="rank-pool-")
+        self._serial = 0
+
+    def _group(self, world_size: int) -> tuple[list[int], list[Connection]]:
+        if world_size not in self._groups:
+            self._serial += 1
+            store_path = os.path.join(self._scratch.name, f"store{self._serial}")
+            self._control.send(pickle.dumps((world_size, store_path)))
+            message, fds, _, _ = socket.recv_fds(self._control, 4096, world_size)
+            self._groups[world_size] = (pickle.loads(message), [Connection(fd) for fd in fds])
+        return self._groups[world_size]
+
+    def _discard(self, world_size: int) -> None:
+        pids, pipes = self._groups.pop(world_size)
+        for pid in pids:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+        for pipe in pipes:
+            pipe.close()
+
+    def run(self, world_size: int, fn: Callable[..., Any], *args: Any, timeout: float = 120, **kwargs: Any) -> list[Any]:
+        """fn(*args, **kwargs) on every rank of a gloo group of world_size; the results in rank order.
+
+        Raises RankError with the tracebacks of the ranks that failed, or that died or hung (the group is then made anew).
+        """
+        _, pipes = self._group(world_size)
+        message = pickle.dumps((fn, args, kwargs))
+        for pipe in pipes:
+            pipe.send_bytes(message)
+        replies: dict[int, tuple[bool, Any]] = {}
+        dead: list[str] = []
+        while len(replies) < world_size and not dead:
+            pending = {pipes[rank]: rank for rank in range(world_size) if rank not in replies}
+            # Once one rank has failed, the others may be waiting for it in a collective: do not wait long for them.
+            patience = 5.0 if any(not ok for ok, _ in replies.values()) else timeout
+            ready = wait(list(pending), timeout=patience)
+            if not ready:
+                dead.append(f"ranks {sorted(pending.values())} gave no answer within {patience} s")
+            for pipe in ready:
+                rank = pending[pipe]  # type: ignore[index]
+                try:
+                    replies[rank] = pickle.loads(pipes[rank].recv_bytes())
+                except (EOFError, ConnectionError):
+                    dead.append(f"rank {rank} died")
+        failures = [value for ok, value in replies.values() if not ok]
+        if dead:
+            self._discard(world_size)
+        if dead or failures:
+            raise RankError("\n".join(failures + dead))
+        return [replies[rank][1] for rank in range(world_size)]
+
+    def close(self) -> None:
+        """End all ranks and the nursery."""
+        for world_size in list(self._groups):
+            self._discard(world_size)
+        self._control.close()
+        os.waitpid(self._nursery, 0)
+        self._scratch.cleanup()

@@ -1,0 +1,120 @@
+"""TrainConfig: everything a run is made of. Composed by Hydra, converted once, validated at once (launch/train.py)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from data.config import DataConfig
+from models.config import ModelConfig
+from parallel.dims import ParallelConfig
+
+COMPUTE_DTYPES = ("fp32", "bf16", "fp16")
+NONFINITE = ("skip", "stop")
+OPTIMIZERS = ("adamw", "muon")
+SCHEDULES = ("constant", "linear", "cosine", "wsd")
+
+
+@dataclass
+class LoopConfig:
+    """`train`: how long, on how much, how often it looks."""
+
+    steps: int = 100
+    seq_len: int = 1024  # tokens of a sequence
+    global_batch_size: int = 8  # sequences of a step, over all ranks
+    micro_batch_size: int = 1  # sequences per rank per micro-batch
+    seed: int = 0
+    grad_clip: float = 1.0  # largest global gradient norm; 0: no clipping
+    compile: bool = False  # torch.compile each block
+    compile_backend: str = "inductor"
+    device: str = "auto"  # auto (cuda where there is one), cuda, cpu
+    nonfinite: str = "skip"  # loss or gradient not finite: skip the step, or stop the run
+    max_skipped_steps: int = 100  # this many non-finite steps in a row end the run
+    eval_interval: int = 0  # validation every so many steps; 0: never
+    eval_batches: int = 8  # global batches of a validation
+    sample_tokens: int = 0  # length of the text sampled when the run ends; 0: none
+    sample_prompt: str = "def "
+    timeout_seconds: float = 600.0  # a collective that waits longer ends the run
+
+
+@dataclass
+class OptimConfig:
+    """`optim`."""
+
+    name: str = "adamw"  # one of OPTIMIZERS
+    lr: float = 3e-4
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1  # of matrices; vectors (norms, biases) and embeddings are not decayed
+    decay_embeddings: bool = False
+    momentum: float = 0.95  # muon
+    nesterov: bool = True  # muon
+    newton_schulz_steps: int = 5  # muon
+
+
+@dataclass
+class ScheduleConfig:
+    """`schedule`: the learning rate as a multiple of optim.lr."""
+
+    name: str = "cosine"  # one of SCHEDULES
+    warmup_steps: int = 0
+    decay_steps: int | None = None  # wsd: length of the final decay; None: a tenth of train.steps
+    final_fraction: float = 0.1  # of optim.lr at the last step (linear, cosine, wsd)
+
+
+@dataclass
+class PrecisionConfig:
+    """`precision`."""
+
+    compute: str = "fp32"  # one of COMPUTE_DTYPES
+    master: str = "fp32"  # weights the optimizer updates: fp32, or that of compute
+    reduce: str = "fp32"  # gradients are summed over ranks and micro-batches in this
+    loss_scale: float = 65536.0  # fp16: first dynamic loss scale
+    loss_scale_growth_interval: int = 2000  # fp16: good steps before the scale doubles
+
+
+@dataclass
+class CheckpointConfig:
+    """`checkpoint`."""
+
+    interval: int = 0  # steps between checkpoints; 0: only at the end and on preemption
+    resume: str = "auto"  # auto: newest good one in run.dir; never; or a path of a checkpoint or of a run
+    keep_last: int = 3  # newest ones kept; 0: all
+    keep_every: int = 0  # steps divisible by this are kept for ever; 0: none
+    asynchronous: bool = True  # write while training goes on
+    at_end: bool = True  # save after the last step
+
+
+@dataclass
+class LoggingConfig:
+    """`logging`."""
+
+    interval: int = 1  # steps between lines on the console
+    wandb: bool = False
+    wandb_project: str = "lattice"
+    wandb_mode: str = "offline"  # online needs an account
+    tensorboard: bool = False
+    console: bool = True
+    peak_tflops: float | None = None  # MFU is against this; None: looked up by device name
+
+
+@dataclass
+class RunConfig:
+    """`run`."""
+
+    name: str = "train"
+    dir: str = "runs/train"
+
+
+@dataclass
+class TrainConfig:
+    train: LoopConfig = field(default_factory=LoopConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    run: RunConfig = field(default_factory=RunConfig)
