@@ -38,8 +38,8 @@ class Optimizer:
     """Updates every parameter once per step, by one of its rules.
 
     A parameter is a plain tensor that all ranks hold whole (ZeRO stage 0) or a DTensor (stages 1 to 3); each rank
-    updates what it holds. State exists from construction, zero, and is updated in place: a checkpoint writes and reads it
-    as it is.
+    updates what it holds. State exists from construction, zero, and is updated in place: a checkpoint writes and reads
+    it as it is.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], rules: list[UpdateRule]) -> None:

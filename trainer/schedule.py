@@ -12,9 +12,9 @@ def learning_rate(config: ScheduleConfig, *, base_lr: float, step: int, total_st
     """Learning rate of a step, 1 <= step <= total_steps.
 
     Warm-up: base_lr * step / warmup_steps, so base_lr at step warmup_steps (without warm-up, at step 1). From there to
-    final_fraction * base_lr at the last step: linear, or cosine (1608.03983, eq. 5), or wsd, which stays at base_lr until
-    decay_steps before the end and then falls as 1 - sqrt (2405.18392, section 3.1). constant stays. Raises ValueError for a
-    step outside the run and for settings that `problems` finds fault with.
+    final_fraction * base_lr at the last step: linear, or cosine (1608.03983, eq. 5), or wsd, which stays at base_lr
+    until decay_steps before the end and then falls as 1 - sqrt (2405.18392). constant stays at base_lr. Raises
+    ValueError for a step outside the run and for settings that `problems` finds fault with.
     """
     if not 1 <= step <= total_steps:
         raise ValueError(f"step={step} is not a step of the run; steps are 1 to train.steps={total_steps}")
@@ -63,9 +63,9 @@ def _schedule_problems(config: ScheduleConfig, total_steps: int) -> list[str]:
         found.append(
             f"schedule.decay_steps={config.decay_steps} must be at least 1, or null for a tenth of train.steps"
         )
-    elif config.name == "wsd" and config.warmup_steps + wsd_decay_steps(config, total_steps) > total_steps:
+    elif config.name == "wsd" and config.warmup_steps + (decay := wsd_decay_steps(config, total_steps)) > total_steps:
         found.append(
-            f"schedule.warmup_steps={config.warmup_steps} and schedule.decay_steps={wsd_decay_steps(config, total_steps)} "
-            f"together are longer than train.steps={total_steps}; shorten one of them"
+            f"schedule.warmup_steps={config.warmup_steps} and schedule.decay_steps={decay} together are longer than "
+            f"train.steps={total_steps}; shorten one of them"
         )
     return found
