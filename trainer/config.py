@@ -1,4 +1,4 @@
-"""TrainConfig: everything a run is made of. Composed by Hydra, converted once, validated at once (launch/train.py)."""
+"""TrainConfig: everything a run is made of. Composed by Hydra, converted once, validated at once (trainer/validate.py)."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from data.config import DataConfig
 from models.config import ModelConfig
 from parallel.dims import ParallelConfig
+from parallel.precision import PrecisionConfig
 
-COMPUTE_DTYPES = ("fp32", "bf16", "fp16")
 NONFINITE = ("skip", "stop")
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("constant", "linear", "cosine", "wsd")
@@ -63,17 +63,6 @@ class ScheduleConfig:
 
 
 @dataclass
-class PrecisionConfig:
-    """`precision`."""
-
-    compute: str = "fp32"  # one of COMPUTE_DTYPES
-    master: str = "fp32"  # weights the optimizer updates: fp32, or that of compute
-    reduce: str = "fp32"  # gradients are summed over ranks and micro-batches in this
-    loss_scale: float = 65536.0  # fp16: first dynamic loss scale
-    loss_scale_growth_interval: int = 2000  # fp16: good steps before the scale doubles
-
-
-@dataclass
 class CheckpointConfig:
     """`checkpoint`."""
 
@@ -118,3 +107,11 @@ class TrainConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     run: RunConfig = field(default_factory=RunConfig)
+
+
+class ConfigError(ValueError):
+    """The configuration cannot be run. `problems`: one line each, with field, value and fix."""
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems

@@ -1,0 +1,72 @@
+"""How an entry point ends: one readable message, from one rank, and the exit code that says what happened."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from parallel.mesh import rank_from_env
+from trainer.config import ConfigError
+from trainer.resilience import PREEMPTED_EXIT_CODE
+from trainer.trainer import Preempted, TrainingDiverged
+
+CONFIG_EXIT_CODE = 2
+EXPECTED = (ValueError, OSError, TrainingDiverged)
+"""Failures whose message says it all: bad input, files, a run that diverged. Anything else shows its traceback."""
+PATIENCE_SECONDS = 3.0
+
+
+def exit_code_of(program: Callable[[list[str]], None], arguments: list[str]) -> int:
+    """Run program(arguments); what the process should exit with. Prints at most one message."""
+    try:
+        program(arguments)
+        code = 0
+    except ConfigError as error:
+        _say_once("".join(f"configuration error: {line}\n" for line in error.problems))
+        code = CONFIG_EXIT_CODE
+    except Preempted as error:
+        _say_once(f"{error}\n")
+        code = PREEMPTED_EXIT_CODE
+    except EXPECTED as error:
+        _say_once(f"error: {error}\n" if not os.environ.get("LATTICE_TRACEBACK") else traceback.format_exc())
+        code = 1
+    except Exception:
+        _say_once(traceback.format_exc())
+        code = 1
+    except KeyboardInterrupt:
+        _say_once("interrupted\n")
+        code = 130
+    if code == 0 and dist.is_initialized():
+        dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return code
+
+
+def _say_once(message: str) -> None:
+    """Write to stderr on rank 0. Another rank speaks only if rank 0 has not failed as well within a few seconds.
+
+    It waits either way: a launcher ends all ranks when the first one exits, and rank 0 must have spoken before that.
+    """
+    rank = rank_from_env()
+    store = dist.distributed_c10d._get_default_store() if dist.is_initialized() else None
+    if rank == 0:
+        sys.stderr.write(message)
+        sys.stderr.flush()
+        if store is not None:
+            store.set("lattice/failed", "0")
+        return
+    if store is None:
+        time.sleep(PATIENCE_SECONDS)
+        return
+    try:
+        store.wait(["lattice/failed"], timedelta(seconds=PATIENCE_SECONDS))
+    except Exception:  # rank 0 is well, or its store is gone: this rank has to say it
+        sys.stderr.write(f"rank {rank}: {message}")
+        sys.stderr.flush()

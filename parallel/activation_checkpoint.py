@@ -1,0 +1,96 @@
+"""Activation checkpointing (Chen et al., 1604.06174): trade recomputation in backward for activation memory.
+
+Applied to a block's `forward`, not as a wrapper module, so parameter names and FSDP's hooks stay where they are.
+Nothing here needs the random state: dropout is a function of position (models/layers/dropout.py).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+MODES = ("none", "full", "selective", "offload")
+
+
+@dataclass(frozen=True)
+class ActivationCheckpoint:
+    """What is kept between forward and backward of a block.
+
+    none: everything. full: the block's input. selective: outputs of the ops in `save`. offload: the input, in (pinned)
+    host memory.
+    """
+
+    mode: str = "none"
+    save: list[str] = field(default_factory=list)  # selective: names such as "aten.mm"
+
+
+def resolve_op(name: str) -> torch._ops.OpOverload | None:
+    """`aten.mm` -> torch.ops.aten.mm.default; None when torch has no such op."""
+    op: Any = torch.ops
+    for part in name.split("."):
+        op = getattr(op, part, None)
+        if op is None:
+            return None
+    if isinstance(op, torch._ops.OpOverloadPacket):
+        return getattr(op, "default", None)
+    return op if isinstance(op, torch._ops.OpOverload) else None
+
+
+def problems(config: ActivationCheckpoint) -> list[str]:
+    """Every reason why this cannot be applied, one line each."""
+    found = []
+    if config.mode not in MODES:
+        found.append(f"model.activation_checkpoint={config.mode} is unknown; use {', '.join(MODES)}")
+    if config.mode == "selective":
+        unknown = [name for name in config.save if resolve_op(name) is None]
+        if unknown:
+            found.append(f"model.activation_checkpoint_save={unknown} are not torch ops; write them as aten.mm")
+        if not config.save:
+            found.append("model.activation_checkpoint_save=[] keeps nothing; use activation_checkpoint=full for that")
+    return found
+
+
+def _selective_contexts(saved_ops: frozenset[torch._ops.OpOverload]) -> Any:
+    def policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_SAVE if op in saved_ops else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)
+
+
+def apply_activation_checkpoint(block: nn.Module, config: ActivationCheckpoint) -> None:
+    """Make block.forward recompute in backward what `config` does not keep. For `offload` see `apply_offload`."""
+    if config.mode == "none":
+        return
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+    if config.mode == "selective":
+        ops = frozenset(op for name in config.save if (op := resolve_op(name)) is not None)
+        options["context_fn"] = functools.partial(_selective_contexts, ops)
+    inner = block.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return inner(*args, **kwargs)
+        return checkpoint(inner, *args, **options, **kwargs)
+
+    block.forward = forward  # type: ignore[method-assign]
+
+
+def apply_offload(block: nn.Module, *, pin_memory: bool) -> None:
+    """Keep what autograd saves of this block in host memory between forward and backward.
+
+    On top of full checkpointing that is the block's input. Comes after compilation: a compiled graph does not run
+    Python hooks on the tensors it saves.
+    """
+    inner: Callable[..., Any] = block.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        with torch.autograd.graph.save_on_cpu(pin_memory=pin_memory):
+            return inner(*args, **kwargs)
+
+    block.forward = forward  # type: ignore[method-assign]

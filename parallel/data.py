@@ -1,0 +1,306 @@
+"""Data parallelism: the ZeRO stages (Rajbhandari et al., 1910.02054) behind one interface.
+
+A training step sees master parameters: what the optimizer updates and a checkpoint stores, by name, whole tensors at
+stage 0 and DTensors sharded on dim 0 above it, with their summed gradient in `.grad`. How gradients get there and how
+updated values get back into the model is the stage's business:
+
+    stage  model computes with   gradients are summed by              masters, moments
+    0      whole parameters      bucketed all-reduce                  whole
+    1      whole parameters      bucketed reduce-scatter              sharded over dp_shard
+    2, 3   fully_shard (FSDP2)   reduce-scatter of each micro-batch   sharded over dp_shard
+
+Gradients are summed over ranks, never averaged: the loss is already divided by the number of valid tokens of the
+global batch (trainer/loss.py).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from parallel.buckets import BucketLayout, plan_buckets
+
+
+class DataParallel(ABC):
+    """What a ZeRO stage promises to the training step."""
+
+    masters: dict[str, torch.Tensor]
+    """Parameters the optimizer updates, by name; DTensors where sharded. `.grad` is set after `finish_backward`."""
+
+    @abstractmethod
+    def start_microbatch(self, *, last: bool) -> None:
+        """Call before the forward of each micro-batch; `last`: gradients are complete after its backward."""
+
+    @abstractmethod
+    def finish_backward(self) -> None:
+        """After the last backward: wait until every master's `.grad` holds the sum over ranks and micro-batches."""
+
+    @abstractmethod
+    def publish(self) -> None:
+        """After masters changed (update, load): make the model compute with the new values."""
+
+
+class FullyShardedDataParallel(DataParallel):
+    """Stages 2 and 3: the model's own parameters are the sharded masters; fully_shard moves the data.
+
+    Stage 2 keeps parameters gathered from the first forward to the last backward of a step, stage 3 gathers each
+    block anew. Gradients are reduce-scattered after every micro-batch, so no rank ever holds whole ones.
+    """
+
+    def __init__(self, model: FSDPModule, *, zero_stage: int) -> None:
+        assert isinstance(model, nn.Module)
+        self.model = model
+        self.keep_gathered = zero_stage == 2
+        self.masters = dict(model.named_parameters())
+
+    def start_microbatch(self, *, last: bool) -> None:
+        if self.keep_gathered:
+            self.model.set_reshard_after_backward(last)
+
+    def finish_backward(self) -> None:
+        for name, master in self.masters.items():
+            if master.grad is None:
+                raise RuntimeError(f"parameter {name} received no gradient: it takes no part in the forward")
+
+    def publish(self) -> None:
+        pass
+
+
+class _Bucket:
+    """Buffers and pending work of one bucket."""
+
+    def __init__(self, layout: BucketLayout, *, device: torch.device, reduce_dtype: torch.dtype) -> None:
+        self.layout = layout
+        self.gradients = torch.zeros(layout.num_ranks, layout.row_length, dtype=reduce_dtype, device=device)  # [N, S]
+        # The summed gradient of this rank's rows. Unsharded (N = 1) it is the buffer itself, summed in place.
+        self.reduced = self.gradients[0] if layout.num_ranks == 1 else torch.empty_like(self.gradients[0])  # [S]
+        self.filled: set[str] = set()  # parameters whose gradient of this step has arrived at least once
+        self.missing: set[str] = set()  # parameters still to come in the last micro-batch
+        self.reduction: dist.Work | None = None
+        self.gathered: torch.Tensor | None = None  # [N, S] while new values are on their way
+        self.gather: dist.Work | None = None
+
+
+class BucketedDataParallel(DataParallel):
+    """Stages 0 and 1: whole parameters in the model, gradients reduced in flat buckets while backward still runs.
+
+    Each parameter's gradient is moved into its bucket the moment autograd has it (and freed); when a bucket of the last
+    micro-batch is complete, its reduction starts. Reductions start in bucket order on every rank, whatever order
+    gradients arrive in. At stage 1 (`shard_mesh` larger than one) the optimizer updates a shard of fp32 masters, and
+    `publish` starts one all-gather per bucket, in forward order; a unit waits for its own buckets just before it runs.
+
+    units: modules in forward order with the names of the parameters they need; their forward waits for those.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        mesh: DeviceMesh,
+        sharded: bool,
+        units: list[tuple[nn.Module, list[str]]],
+        master_dtype: torch.dtype,
+        reduce_dtype: torch.dtype,
+        bucket_mb: float,
+    ) -> None:
+        self.model = model
+        self.params: dict[str, nn.Parameter] = dict(model.named_parameters())
+        self.device = next(iter(self.params.values())).device
+        shard_mesh = mesh["dp_shard"]
+        self.num_shards = shard_mesh.size() if sharded else 1
+        self.shard_rank = shard_mesh.get_local_rank() if sharded else 0
+        self.shard_group = shard_mesh.get_group()
+        replicas = mesh["dp_replicate"] if sharded else mesh["dp"]
+        self.num_replicas = replicas.size()
+        self.replica_group = replicas.get_group()
+        # DTensor state lives on the shard axis alone unless there are replicas, as fully_shard's does.
+        self.state_mesh = mesh["dp_replicate", "dp_shard"] if self.num_replicas > 1 and sharded else shard_mesh
+        self.comm_stream = torch.cuda.Stream() if self.device.type == "cuda" else None
+
+        # Backward order, roughly: the last parameters get their gradients first.
+        shapes = {name: p.shape for name, p in reversed(self.params.items())}
+        max_elements = int(bucket_mb * 2**20 / reduce_dtype.itemsize)
+        layouts = plan_buckets(shapes, num_ranks=self.num_shards, max_elements=max_elements)
+        self.buckets = [_Bucket(layout, device=self.device, reduce_dtype=reduce_dtype) for layout in layouts]
+        self._bucket_of = {slot.name: (b, slot) for b in self.buckets for slot in b.layout.slots}
+        self._next_launch = 0
+        self._last_microbatch = False
+        self._make_masters(master_dtype)
+        for name, parameter in self.params.items():
+            parameter.register_post_accumulate_grad_hook(self._gradient_hook(name))
+        for module, names in units:
+            needed = [b for b in self.buckets if any(slot.name in names for slot in b.layout.slots)]
+            module.register_forward_pre_hook(lambda _module, _args, needed=needed: self._receive(needed))
+
+    # ---- state
+
+    def _as_state(self, local: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+        """A local tensor as global state: itself at stage 0, else a DTensor sharded on dim 0."""
+        if self.num_shards == 1:
+            return local
+        placements = [Replicate(), Shard(0)] if self.state_mesh.ndim == 2 else [Shard(0)]
+        stride = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(local, self.state_mesh, placements, run_check=False, shape=shape, stride=stride)
+
+    def _make_masters(self, master_dtype: torch.dtype) -> None:
+        """Allocate masters and bind their gradients to the buckets, in parameter order.
+
+        In the model's own dtype a master is a view of the model's rows and costs nothing; else it is a copy to be.
+        """
+        self.masters = {}
+        self._local: dict[str, torch.Tensor] = {}
+        self._cast_gradients: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for name, parameter in self.params.items():
+            bucket, slot = self._bucket_of[name]
+            first, last = slot.local_rows(self.shard_rank)
+            rows = parameter.detach()[first:last] if parameter.ndim else parameter.detach()
+            local = rows if master_dtype == parameter.dtype else torch.empty_like(rows, dtype=master_dtype)
+            grad = slot.local_view(bucket.reduced, self.shard_rank)
+            if grad.dtype != master_dtype:
+                cast = torch.empty_like(grad, dtype=master_dtype)
+                self._cast_gradients.append((cast, grad))
+                grad = cast
+            self._local[name] = local
+            self.masters[name] = self._as_state(local, parameter.shape)
+            self.masters[name].grad = self._as_state(grad, parameter.shape)
+
+    # ---- backward
+
+    def start_microbatch(self, *, last: bool) -> None:
+        self._last_microbatch = last
+        if last:
+            self._next_launch = 0
+            for bucket in self.buckets:
+                bucket.missing = {slot.name for slot in bucket.layout.slots}
+
+    def _gradient_hook(self, name: str):  # type: ignore[no-untyped-def]
+        bucket, slot = self._bucket_of[name]
+
+        def hook(parameter: torch.Tensor) -> None:
+            assert parameter.grad is not None
+            slot.copy_in(bucket.gradients, parameter.grad, accumulate=name in bucket.filled)
+            parameter.grad = None
+            bucket.filled.add(name)
+            if self._last_microbatch:
+                bucket.missing.discard(name)
+                self._launch_ready()
+
+        return hook
+
+    def _launch_ready(self) -> None:
+        while self._next_launch < len(self.buckets) and not self.buckets[self._next_launch].missing:
+            self._reduce(self.buckets[self._next_launch])
+            self._next_launch += 1
+
+    @contextmanager
+    def _on_comm_stream(self) -> Iterator[None]:
+        """On CUDA: a side stream that has seen all work so far, so that chained collectives do not stall compute."""
+        if self.comm_stream is None:
+            yield
+            return
+        self.comm_stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.comm_stream):
+            yield
+
+    def _reduce(self, bucket: _Bucket) -> None:
+        """Start the sum over ranks. On CUDA the whole chain is enqueued; on gloo its first collective."""
+        on_host = self.comm_stream is None
+        with self._on_comm_stream():
+            if self.num_shards > 1:
+                bucket.reduction = dist.reduce_scatter_tensor(
+                    bucket.reduced, bucket.gradients.view(-1), group=self.shard_group, async_op=on_host
+                )
+            if self.num_replicas > 1 and not (on_host and self.num_shards > 1):
+                bucket.reduction = dist.all_reduce(bucket.reduced, group=self.replica_group, async_op=on_host)
+
+    def finish_backward(self) -> None:
+        unused = [name for b in self.buckets for name in b.missing]
+        if unused:
+            raise RuntimeError(f"parameters {unused} received no gradient: they take no part in the forward")
+        if self.comm_stream is not None:
+            torch.cuda.current_stream().wait_stream(self.comm_stream)
+        for bucket in self.buckets:
+            if bucket.reduction is not None:
+                bucket.reduction.wait()
+                bucket.reduction = None
+                if self.num_shards > 1 and self.num_replicas > 1:
+                    dist.all_reduce(bucket.reduced, group=self.replica_group)
+            bucket.filled.clear()
+        if self._cast_gradients:
+            targets, sources = zip(*self._cast_gradients, strict=True)
+            torch._foreach_copy_(targets, sources)
+
+    # ---- new values
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        if self.num_shards == 1:
+            pairs = [(p, self._local[n]) for n, p in self.params.items() if self._local[n].dtype != p.dtype]
+            if pairs:
+                targets, sources = zip(*pairs, strict=True)
+                torch._foreach_copy_([t.detach() for t in targets], list(sources))
+            return
+        self._receive(self.buckets)  # a publish without a forward in between
+        for bucket in reversed(self.buckets):
+            layout = bucket.layout
+            dtype = self.params[layout.slots[0].name].dtype
+            mine = torch.zeros(layout.row_length, dtype=dtype, device=self.device)
+            for slot in layout.slots:
+                slot.local_view(mine, self.shard_rank).copy_(self._local[slot.name])
+            bucket.gathered = torch.empty(layout.num_ranks, layout.row_length, dtype=dtype, device=self.device)
+            bucket.gather = dist.all_gather_into_tensor(
+                bucket.gathered.view(-1), mine, group=self.shard_group, async_op=True
+            )
+
+    @torch.no_grad()
+    def _receive(self, buckets: list[_Bucket]) -> None:
+        """Wait for the all-gathers of these buckets and write the values into the model."""
+        for bucket in buckets:
+            if bucket.gather is None:
+                continue
+            bucket.gather.wait()
+            assert bucket.gathered is not None
+            for slot in bucket.layout.slots:
+                slot.copy_out(bucket.gathered, self.params[slot.name].detach())
+            bucket.gather = bucket.gathered = None
+
+
+def state_bytes(data_parallel: DataParallel, optimizer_state: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    """Bytes of training state this rank holds now, by kind. Shared storage counts once.
+
+    parameters: what the model computes with; gradients: what holds them between backward and update; master: fp32
+    copies of parameters, 0 where a master is the parameter itself; optimizer: moments.
+    """
+    seen: set[int] = set()
+
+    def size(tensors: list[torch.Tensor]) -> int:
+        total = 0
+        for tensor in tensors:
+            storage = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).untyped_storage()
+            if storage.data_ptr() not in seen and storage.nbytes():
+                seen.add(storage.data_ptr())
+                total += storage.nbytes()
+        return total
+
+    masters = list(data_parallel.masters.values())
+    if isinstance(data_parallel, BucketedDataParallel):
+        parameters = size(list(data_parallel.params.values()))
+        gradients = size([t for b in data_parallel.buckets for t in (b.gradients, b.reduced)])
+        gradients += size([cast for cast, _ in data_parallel._cast_gradients])
+    else:
+        parameters = size(masters)
+        gradients = size([m.grad for m in masters if m.grad is not None])
+    return {
+        "parameters": parameters,
+        "gradients": gradients,
+        "master": size(masters),
+        "optimizer": size(list(optimizer_state.values())),
+    }

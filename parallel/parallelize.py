@@ -1,0 +1,113 @@
+"""parallelize: everything that is applied to a model from outside, in the one order that works.
+
+    activation checkpointing   rewrites block.forward
+    compile                    compiles that, one graph per block
+    offload                    hooks around the compiled block
+    data parallelism           fully_shard on meta parameters, or buckets on real ones; then memory is allocated
+
+A model is built on the meta device. After `parallelize` every parameter has memory on its device, sharded where the
+layout says so, and unspecified values: fill `masters`, then call `publish`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from parallel.activation_checkpoint import ActivationCheckpoint, apply_activation_checkpoint, apply_offload
+from parallel.data import BucketedDataParallel, DataParallel, FullyShardedDataParallel
+from parallel.dims import ParallelConfig
+from parallel.precision import PrecisionConfig
+
+
+@dataclass(frozen=True)
+class BlockOptions:
+    """What happens to each block before data parallelism."""
+
+    activation_checkpoint: ActivationCheckpoint = field(default_factory=ActivationCheckpoint)
+    compile_backend: str | None = None  # None: not compiled
+
+
+def parallelize(
+    model: nn.Module,
+    mesh: DeviceMesh,
+    config: ParallelConfig,
+    *,
+    precision: PrecisionConfig,
+    blocks: BlockOptions,
+    device: torch.device,
+) -> DataParallel:
+    """Apply the layout to `model` (on meta, with a ModuleList `blocks`), in place; the interface to its state."""
+    for block in model.blocks:  # type: ignore[union-attr]
+        apply_activation_checkpoint(block, blocks.activation_checkpoint)
+        if blocks.compile_backend is not None:
+            compile_block(block, backend=blocks.compile_backend)
+        if blocks.activation_checkpoint.mode == "offload":
+            apply_offload(block, pin_memory=device.type == "cuda")
+    if config.zero_stage >= 2:
+        return _shard_fully(model, mesh, config, precision=precision, device=device)
+    model.to(precision.compute_dtype)
+    model.to_empty(device=device)
+    return BucketedDataParallel(
+        model,
+        mesh=mesh,
+        sharded=config.zero_stage == 1,
+        units=forward_units(model),
+        master_dtype=precision.master_dtype,
+        reduce_dtype=precision.reduce_dtype,
+        bucket_mb=config.bucket_mb,
+    )
+
+
+def compile_block(block: nn.Module, *, backend: str) -> None:
+    """Compile block.forward to one graph. Hooks on the block stay outside the graph, parameter names as they are."""
+    block.forward = torch.compile(block.forward, backend=backend, fullgraph=True)  # type: ignore[method-assign]
+
+
+def forward_units(model: nn.Module) -> list[tuple[nn.Module, list[str]]]:
+    """Modules in forward order with the names of the parameters that must be in place when each runs."""
+    names = [name for name, _ in model.named_parameters()]
+    tail_module = getattr(model, "final_norm", None)
+    in_tail = [n for n in names if n.startswith(("final_norm.", "head."))] if tail_module is not None else []
+    units: list[tuple[nn.Module, list[str]]] = []
+    units.append((model, [n for n in names if not n.startswith("blocks.") and n not in in_tail]))
+    for i, block in enumerate(model.blocks):  # type: ignore[arg-type]
+        units.append((block, [n for n in names if n.startswith(f"blocks.{i}.")]))
+    if tail_module is not None:
+        units.append((tail_module, in_tail))
+    return units
+
+
+def _shard_fully(
+    model: nn.Module, mesh: DeviceMesh, config: ParallelConfig, *, precision: PrecisionConfig, device: torch.device
+) -> DataParallel:
+    """ZeRO-2 and 3 through FSDP2: one group per block, one for embedding, final norm and head together.
+
+    The last group stays gathered from the root's forward to its backward, so a tied table and a loss that is computed
+    from the head's weight inside the root's forward see one gathered tensor.
+    """
+    model.to(precision.master_dtype)
+    options: dict[str, Any] = {
+        "mesh": mesh["dp_replicate", "dp_shard"] if mesh["dp_replicate"].size() > 1 else mesh["dp_shard"],
+        "mp_policy": MixedPrecisionPolicy(param_dtype=precision.compute_dtype, reduce_dtype=precision.reduce_dtype),
+        "reshard_after_forward": config.zero_stage == 3,
+    }
+    if config.cpu_offload:
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type == "cuda")
+    for block in model.blocks:  # type: ignore[union-attr]
+        fully_shard(block, **options)
+    fully_shard(model, **(options | {"reshard_after_forward": False}))
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # Sum, do not average. The forced SUM keeps gloo (and NCCL's zero-copy path) usable: the default would ask
+            # for a reduction that multiplies first, which gloo does not have.
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+    model.to_empty(device=torch.device("cpu") if config.cpu_offload else device)
+    assert isinstance(model, FSDPModule)
+    return FullyShardedDataParallel(model, zero_stage=config.zero_stage)

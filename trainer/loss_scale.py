@@ -1,0 +1,37 @@
+"""Dynamic loss scaling for fp16 (Micikevicius et al., 1710.03740, section 3.2), on the device and without a host sync."""
+
+from __future__ import annotations
+
+import torch
+
+from parallel.precision import PrecisionConfig
+
+GROWTH = 2.0
+BACKOFF = 0.5
+
+
+class LossScale:
+    """The factor the loss is multiplied by before backward; 1 and constant unless precision.compute is fp16.
+
+    A step whose gradients are not finite is skipped and halves the scale; `interval` good steps in a row double it.
+    """
+
+    def __init__(self, config: PrecisionConfig, device: torch.device) -> None:
+        self.dynamic = config.scales_loss
+        self.interval = config.loss_scale_growth_interval
+        self.scale = torch.tensor(config.loss_scale if self.dynamic else 1.0, dtype=torch.float32, device=device)
+        self.good_steps = torch.zeros((), dtype=torch.float32, device=device)
+
+    def update(self, skipped: torch.Tensor) -> None:
+        """After a step; skipped: 0-d fp32, 1 if the step was skipped."""
+        if not self.dynamic:
+            return
+        good = (self.good_steps + 1) * (1 - skipped)
+        grow = good >= self.interval
+        factor = torch.where(skipped.bool(), BACKOFF, torch.where(grow, GROWTH, 1.0))
+        self.scale.mul_(factor).clamp_(min=2.0**-24)
+        self.good_steps.copy_(torch.where(grow, 0.0, good))
+
+    def state_tensors(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint holds; loaded in place."""
+        return {"scale": self.scale, "good_steps": self.good_steps}
