@@ -78,7 +78,7 @@ class CheckpointConfig:
 class LoggingConfig:
     """`logging`."""
 
-    interval: int = 1  # steps between lines on the console
+    interval: int = 1  # steps between lines on the console (at most one a second; a terminal shows one live line)
     wandb: bool = False
     wandb_project: str = "lattice"
     wandb_mode: str = "offline"  # online needs an account
