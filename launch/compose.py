@@ -79,7 +79,9 @@ def _problem_of(override: str) -> str | None:
     key = override.partition("=")[0].lstrip("+~")
     options = re.search(r"Could not find '([^']*)'.*?Available options in '[^']*':\s*(.*?)(?:\n\S|\Z)", text, re.S)
     if options:
-        return f"{override}: there is no configs/{options.group(1)}.yaml; use one of {', '.join(options.group(2).split())}"
+        return (
+            f"{override}: there is no configs/{options.group(1)}.yaml; use one of {', '.join(options.group(2).split())}"
+        )
     if key not in known_keys() and ("not in struct" in text or "Could not override" in text):
         close = difflib.get_close_matches(key, known_keys(), n=1)
         return f"{override}: there is no key {key}" + (f"; did you mean {close[0]}?" if close else "")

@@ -26,8 +26,8 @@ class Slot:
 
     @property
     def num_rows(self) -> int:
-        """Rows of the whole parameter; a scalar counts as one row."""
-        return self.shape[0] if self.shape else 1
+        """Rows of the whole parameter."""
+        return self.shape[0]
 
     def local_rows(self, rank: int) -> tuple[int, int]:
         """First and last + 1 row of the parameter that `rank` holds."""
@@ -37,8 +37,7 @@ class Slot:
     def local_view(self, shard: torch.Tensor, rank: int) -> torch.Tensor:
         """This parameter's local tensor [rows, ...] inside rank's row `shard` [S] of the buffer."""
         first, last = self.local_rows(rank)
-        flat = shard[self.start : self.start + (last - first) * self.row_numel]
-        return flat.view(last - first, *self.shape[1:]) if self.shape else flat.view(())
+        return shard[self.start : self.start + (last - first) * self.row_numel].view(last - first, *self.shape[1:])
 
     def _pieces(self, buffer: torch.Tensor, full: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Pairs (view of buffer, view of the parameter) that together hold every element once."""
@@ -91,9 +90,12 @@ def plan_buckets(shapes: dict[str, torch.Size], *, num_ranks: int, max_elements:
         slots, offset = [], 0
 
     for name, shape in shapes.items():
-        num_rows = shape[0] if shape else 1
-        rows_per_rank = -(-num_rows // num_ranks)
-        row_numel = shape.numel() // max(num_rows, 1)
+        if not shape.numel():
+            raise ValueError(f"parameter {name} has shape {tuple(shape)}: only non-empty tensors can be trained")
+        if not shape:
+            raise ValueError(f"parameter {name} is a scalar, which cannot be sharded on dim 0; give it shape [1]")
+        rows_per_rank = -(-shape[0] // num_ranks)
+        row_numel = shape.numel() // shape[0]
         length = rows_per_rank * row_numel
         if offset and (offset + length) * num_ranks > max_elements:
             close()

@@ -27,6 +27,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from parallel.buckets import BucketLayout, plan_buckets
+from parallel.collectives import all_gather_rows, reduce_scatter_rows
 
 
 class DataParallel(ABC):
@@ -71,17 +72,21 @@ class FullyShardedDataParallel(DataParallel):
                 raise RuntimeError(f"parameter {name} received no gradient: it takes no part in the forward")
 
     def publish(self) -> None:
-        pass
+        # Weights that an evaluation gathered (and no backward has released) would be stale now.
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
 
 class _Bucket:
     """Buffers and pending work of one bucket."""
 
-    def __init__(self, layout: BucketLayout, *, device: torch.device, reduce_dtype: torch.dtype) -> None:
+    def __init__(
+        self, layout: BucketLayout, *, shard_rank: int, device: torch.device, reduce_dtype: torch.dtype
+    ) -> None:
         self.layout = layout
         self.gradients = torch.zeros(layout.num_ranks, layout.row_length, dtype=reduce_dtype, device=device)  # [N, S]
-        # The summed gradient of this rank's rows. Unsharded (N = 1) it is the buffer itself, summed in place.
-        self.reduced = self.gradients[0] if layout.num_ranks == 1 else torch.empty_like(self.gradients[0])  # [S]
+        self.reduced = self.gradients[shard_rank]  # [S]: after the reduction, the summed gradient of this rank's rows
         self.filled: set[str] = set()  # parameters whose gradient of this step has arrived at least once
         self.missing: set[str] = set()  # parameters still to come in the last micro-batch
         self.reduction: dist.Work | None = None
@@ -129,7 +134,10 @@ class BucketedDataParallel(DataParallel):
         shapes = {name: p.shape for name, p in reversed(self.params.items())}
         max_elements = int(bucket_mb * 2**20 / reduce_dtype.itemsize)
         layouts = plan_buckets(shapes, num_ranks=self.num_shards, max_elements=max_elements)
-        self.buckets = [_Bucket(layout, device=self.device, reduce_dtype=reduce_dtype) for layout in layouts]
+        self.buckets = [
+            _Bucket(layout, shard_rank=self.shard_rank, device=self.device, reduce_dtype=reduce_dtype)
+            for layout in layouts
+        ]
         self._bucket_of = {slot.name: (b, slot) for b in self.buckets for slot in b.layout.slots}
         self._next_launch = 0
         self._last_microbatch = False
@@ -157,20 +165,19 @@ class BucketedDataParallel(DataParallel):
         """
         self.masters = {}
         self._local: dict[str, torch.Tensor] = {}
-        self._cast_gradients: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._narrow_gradients: dict[str, torch.Tensor] = {}  # summed in a narrower dtype than the master's
         for name, parameter in self.params.items():
             bucket, slot = self._bucket_of[name]
             first, last = slot.local_rows(self.shard_rank)
-            rows = parameter.detach()[first:last] if parameter.ndim else parameter.detach()
+            rows = parameter.detach()[first:last]
             local = rows if master_dtype == parameter.dtype else torch.empty_like(rows, dtype=master_dtype)
             grad = slot.local_view(bucket.reduced, self.shard_rank)
-            if grad.dtype != master_dtype:
-                cast = torch.empty_like(grad, dtype=master_dtype)
-                self._cast_gradients.append((cast, grad))
-                grad = cast
             self._local[name] = local
             self.masters[name] = self._as_state(local, parameter.shape)
-            self.masters[name].grad = self._as_state(grad, parameter.shape)
+            if grad.dtype == master_dtype:
+                self.masters[name].grad = self._as_state(grad, parameter.shape)
+            else:
+                self._narrow_gradients[name] = grad
 
     # ---- backward
 
@@ -215,8 +222,8 @@ class BucketedDataParallel(DataParallel):
         on_host = self.comm_stream is None
         with self._on_comm_stream():
             if self.num_shards > 1:
-                bucket.reduction = dist.reduce_scatter_tensor(
-                    bucket.reduced, bucket.gradients.view(-1), group=self.shard_group, async_op=on_host
+                bucket.reduction = reduce_scatter_rows(
+                    bucket.gradients, rank=self.shard_rank, group=self.shard_group, async_op=on_host
                 )
             if self.num_replicas > 1 and not (on_host and self.num_shards > 1):
                 bucket.reduction = dist.all_reduce(bucket.reduced, group=self.replica_group, async_op=on_host)
@@ -234,14 +241,17 @@ class BucketedDataParallel(DataParallel):
                 if self.num_shards > 1 and self.num_replicas > 1:
                     dist.all_reduce(bucket.reduced, group=self.replica_group)
             bucket.filled.clear()
-        if self._cast_gradients:
-            targets, sources = zip(*self._cast_gradients, strict=True)
-            torch._foreach_copy_(targets, sources)
+        for name, grad in self._narrow_gradients.items():
+            # Widened only for the update; `publish` frees it again.
+            shape = self.params[name].shape
+            self.masters[name].grad = self._as_state(grad.to(self._local[name].dtype), shape)
 
     # ---- new values
 
     @torch.no_grad()
     def publish(self) -> None:
+        for name in self._narrow_gradients:
+            self.masters[name].grad = None
         if self.num_shards == 1:
             pairs = [(p, self._local[n]) for n, p in self.params.items() if self._local[n].dtype != p.dtype]
             if pairs:
@@ -256,9 +266,7 @@ class BucketedDataParallel(DataParallel):
             for slot in layout.slots:
                 slot.local_view(mine, self.shard_rank).copy_(self._local[slot.name])
             bucket.gathered = torch.empty(layout.num_ranks, layout.row_length, dtype=dtype, device=self.device)
-            bucket.gather = dist.all_gather_into_tensor(
-                bucket.gathered.view(-1), mine, group=self.shard_group, async_op=True
-            )
+            bucket.gather = all_gather_rows(bucket.gathered, mine, group=self.shard_group, async_op=True)
 
     @torch.no_grad()
     def _receive(self, buckets: list[_Bucket]) -> None:
@@ -293,8 +301,8 @@ def state_bytes(data_parallel: DataParallel, optimizer_state: Mapping[str, torch
     masters = list(data_parallel.masters.values())
     if isinstance(data_parallel, BucketedDataParallel):
         parameters = size(list(data_parallel.params.values()))
-        gradients = size([t for b in data_parallel.buckets for t in (b.gradients, b.reduced)])
-        gradients += size([cast for cast, _ in data_parallel._cast_gradients])
+        gradients = size([b.gradients for b in data_parallel.buckets])
+        gradients += size([m.grad for m in masters if m.grad is not None])
     else:
         parameters = size(masters)
         gradients = size([m.grad for m in masters if m.grad is not None])

@@ -57,7 +57,9 @@ def problems(config: ParallelConfig, world_size: int) -> list[str]:
     for name in ("tp", "pp", "cp", "ep"):
         degree = getattr(config, name)
         if degree != 1:
-            found.append(f"parallel.{name}={degree} is not available: this version composes the data-parallel axes; use 1")
+            found.append(
+                f"parallel.{name}={degree} is not available: this version composes the data-parallel axes; use 1"
+            )
     if config.sequence_parallel:
         found.append("parallel.sequence_parallel=true needs parallel.tp > 1, which is not available; use false")
     if config.zero_stage not in (0, 1, 2, 3):

@@ -30,7 +30,9 @@ class RankError(AssertionError):
 
 def _rank_main(rank: int, world_size: int, store_path: str, pipe: Connection) -> None:
     torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world_size))
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world_size)
+    )
     store = dist.FileStore(store_path, world_size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=120))
     while True:
@@ -123,7 +125,9 @@ class RankPool:
         for pipe in pipes:
             pipe.close()
 
-    def run(self, world_size: int, fn: Callable[..., Any], *args: Any, timeout: float = 120, **kwargs: Any) -> list[Any]:
+    def run(
+        self, world_size: int, fn: Callable[..., Any], *args: Any, timeout: float = 120, **kwargs: Any
+    ) -> list[Any]:
         """fn(*args, **kwargs) on every rank of a gloo group of world_size; the results in rank order.
 
         Raises RankError with the tracebacks of the ranks that failed, or that died or hung (the group is then made anew).

@@ -12,15 +12,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-
-from data.batch import Batch
 from data.loader import Loader, build_loader
 from data.tokenizer import Tokenizer
 from kernels.attention import choose as choose_attention
 from models.flops import flops_per_token
 from models.hf import load_hf_weights
-from models.init import initialize
 from models.registry import build_model
+
+from data.batch import Batch
+from models.init import initialize
 from parallel.activation_checkpoint import ActivationCheckpoint
 from parallel.data import state_bytes
 from parallel.dims import ParallelDims

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from models.registry import resolve_model
 
 from data.config import problems as data_problems
 from models.config import problems as model_problems
-from models.registry import resolve_model
 from parallel.activation_checkpoint import ActivationCheckpoint
 from parallel.activation_checkpoint import problems as activation_checkpoint_problems
 from parallel.dims import ParallelDims
