@@ -1,13 +1,33 @@
-"""ModelConfig: the shape of a decoder. One dataclass for every family; a family is a setting of it (configs/model/)."""
+"""ModelConfig: the shape of a decoder, and what can be wrong with it.
+
+One dataclass for every family; a family is a setting of it (configs/model/).
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
 
+FAMILY_NAMES = ("llama", "mistral", "qwen2", "qwen3", "gpt2", "opt")
 NORMS = ("rmsnorm", "layernorm")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 POSITIONS = ("rope", "learned", "alibi", "none")
-ROPE_SCALINGS = ("none", "linear", "ntk", "yarn", "llama3")
+ROPE_SCALINGS = {  # and the fields of RopeConfig that each reads, besides theta
+    "none": (),
+    "linear": ("factor",),
+    "ntk": ("factor", "original_max_seq_len"),
+    "yarn": (
+        "factor",
+        "original_max_seq_len",
+        "beta_fast",
+        "beta_slow",
+        "attention_factor",
+        "mscale",
+        "mscale_all_dim",
+        "truncate",
+    ),
+    "llama3": ("factor", "original_max_seq_len", "low_freq_factor", "high_freq_factor"),
+}
 ACTIVATION_CHECKPOINTS = ("none", "full", "selective", "offload")
 ATTENTION_IMPLEMENTATIONS = ("auto", "reference", "sdpa", "flex")
 
@@ -29,12 +49,17 @@ class RopeConfig:
     mscale_all_dim: float | None = None  # yarn (DeepSeek)
     truncate: bool = True  # yarn: round the correction range to whole dimensions
 
+    def resolve(self) -> RopeConfig:
+        """The same rope with the fields that its scaling does not read at their defaults."""
+        read = {name: getattr(self, name) for name in ROPE_SCALINGS[self.scaling]}
+        return RopeConfig(theta=self.theta, scaling=self.scaling, **read)
+
 
 @dataclass
 class ModelConfig:
     """Shape and options of a decoder. Sizes count elements; `None` sizes are derived in `resolve()`."""
 
-    family: str = "llama"  # a key of models.registry.FAMILIES
+    family: str = "llama"  # one of FAMILY_NAMES, or hf: the one the folder in `path` belongs to
     path: str | None = None  # Hugging Face folder: shape and weights come from there (model=hf)
     vocab_size: int = 32000
     hidden_size: int = 256
@@ -59,7 +84,7 @@ class ModelConfig:
     tie_embeddings: bool = False
     norm_first: bool = True  # pre-norm; False: post-norm (OPT-350m)
     final_norm: bool = True
-    dropout: float = 0.0  # of embeddings and of each residual branch
+    dropout: float = 0.0  # of embeddings and of the output of each residual branch, in training
     attention_dropout: float = 0.0  # of attention probabilities (reference attention only)
     init_std: float = 0.02
     attention: str = "auto"  # one of ATTENTION_IMPLEMENTATIONS
@@ -75,3 +100,165 @@ class ModelConfig:
             "aten._scaled_dot_product_flash_attention_for_cpu",
         ]
     )
+
+    def resolve(self) -> ModelConfig:
+        """The same model with every derived size filled in (num_kv_heads, head_dim) and one way to say each thing.
+
+        Call it on a config without `problems` (`check` raises them). A folder in `path` is read by
+        models.registry.resolve_model.
+        """
+        window, layers = self.sliding_window, self.sliding_window_layers
+        if layers is not None:
+            layers = sorted(set(layers))
+            window = window if layers else None
+            if len(layers) in (0, self.num_layers):
+                layers = None
+        return replace(
+            self,
+            num_kv_heads=self.num_heads if self.num_kv_heads is None else self.num_kv_heads,
+            head_dim=self.hidden_size // self.num_heads if self.head_dim is None else self.head_dim,
+            rope=self.rope.resolve() if self.positions == "rope" else RopeConfig(),
+            sliding_window=window,
+            sliding_window_layers=layers,
+        )
+
+    def window_of(self, layer: int) -> int | None:
+        """Sliding window of a layer in tokens; None: it attends to the whole sequence."""
+        in_window = self.sliding_window_layers is None or layer in self.sliding_window_layers
+        return self.sliding_window if in_window else None
+
+
+def problems(config: ModelConfig, seq_len: int | None = None) -> list[str]:
+    """Every reason why `config` cannot be built, or trained on sequences of `seq_len` tokens; one line each.
+
+    With family=hf the shape is still in the folder, so only the run-time fields are checked: ask again about what
+    models.registry.resolve_model returns.
+    """
+    found = _run_time_problems(config)
+    if config.family == "hf":
+        if config.path is None:
+            found.append("model.path is missing; model=hf needs model.path=DIR, a Hugging Face folder")
+        return found
+    sizes = _size_problems(config)
+    found += sizes
+    found += _choice("family", config.family, (*FAMILY_NAMES, "hf"))
+    found += _choice("norm", config.norm, NORMS)
+    found += _choice("activation", config.activation, ACTIVATIONS)
+    found += _choice("positions", config.positions, POSITIONS)
+    if not sizes:  # the rest divides by them
+        found += _head_problems(config)
+        found += _window_problems(config)
+    if config.positions == "rope":
+        found += _rope_problems(config.rope)
+    if seq_len is not None:
+        found += _length_problems(config, seq_len)
+    return found
+
+
+def check(config: ModelConfig) -> None:
+    """Raise one ValueError with all `problems`."""
+    found = problems(config)
+    if found:
+        raise ValueError("; ".join(found))
+
+
+def _choice(name: str, value: str, allowed: Collection[str]) -> list[str]:
+    return [] if value in allowed else [f"model.{name}={value} is unknown; use one of {', '.join(allowed)}"]
+
+
+def _run_time_problems(config: ModelConfig) -> list[str]:
+    found = _choice("attention", config.attention, ATTENTION_IMPLEMENTATIONS)
+    found += _choice("activation_checkpoint", config.activation_checkpoint, ACTIVATION_CHECKPOINTS)
+    for name in ("dropout", "attention_dropout"):
+        value = getattr(config, name)
+        if not 0.0 <= value < 1.0:
+            found.append(f"model.{name}={value} is not a probability below 1; use 0 <= {name} < 1")
+    if config.attention_dropout > 0 and config.attention != "reference":
+        found.append(
+            f"model.attention_dropout={config.attention_dropout} does not work with model.attention="
+            f"{config.attention}, which never forms the probabilities; use attention=reference or attention_dropout=0"
+        )
+    return found
+
+
+def _size_problems(config: ModelConfig) -> list[str]:
+    found = []
+    for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "max_seq_len"):
+        if getattr(config, name) < 1:
+            found.append(f"model.{name}={getattr(config, name)} must be at least 1")
+    for name in ("num_kv_heads", "head_dim", "sliding_window"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            found.append(f"model.{name}={value} must be at least 1, or null")
+    for name in ("norm_eps", "init_std"):
+        if getattr(config, name) <= 0:
+            found.append(f"model.{name}={getattr(config, name)} must be positive")
+    return found
+
+
+def _head_problems(config: ModelConfig) -> list[str]:
+    head_dim = config.head_dim
+    if head_dim is None:
+        if config.hidden_size % config.num_heads:
+            return [
+                f"model.num_heads={config.num_heads} does not divide model.hidden_size={config.hidden_size}; "
+                "use a divisor, or set model.head_dim"
+            ]
+        head_dim = config.hidden_size // config.num_heads
+    found = []
+    if config.positions == "rope" and head_dim % 2:
+        found.append(f"model.head_dim={head_dim} is odd; model.positions=rope turns pairs of dimensions: make it even")
+    if config.positions == "rope" and config.rope.scaling == "ntk" and head_dim == 2:
+        found.append("model.head_dim=2 leaves model.rope.scaling=ntk no second frequency to stretch; use 4 or more")
+    if config.num_kv_heads is not None and config.num_heads % config.num_kv_heads:
+        legal = ", ".join(str(d) for d in range(1, config.num_heads + 1) if config.num_heads % d == 0)
+        found.append(
+            f"model.num_kv_heads={config.num_kv_heads} does not divide model.num_heads={config.num_heads}; use {legal}"
+        )
+    return found
+
+
+def _window_problems(config: ModelConfig) -> list[str]:
+    layers = config.sliding_window_layers
+    if layers is None:
+        return []
+    if config.sliding_window is None and layers:
+        return [f"model.sliding_window_layers={layers} without model.sliding_window; set the window or drop the layers"]
+    outside = [layer for layer in layers if not 0 <= layer < config.num_layers]
+    if outside:
+        return [f"model.sliding_window_layers={layers} names {outside}; layers are 0 to {config.num_layers - 1}"]
+    return []
+
+
+def _rope_problems(rope: RopeConfig) -> list[str]:
+    found = _choice("rope.scaling", rope.scaling, ROPE_SCALINGS)
+    if rope.theta <= 1:
+        found.append(f"model.rope.theta={rope.theta} must be above 1; 10000 is usual")
+    if rope.original_max_seq_len < 1:
+        found.append(f"model.rope.original_max_seq_len={rope.original_max_seq_len} must be at least 1")
+    if rope.scaling == "none" and rope.factor != 1:
+        found.append(f"model.rope.factor={rope.factor} has no effect with model.rope.scaling=none; choose a scaling")
+    if rope.factor < 1:
+        found.append(f"model.rope.factor={rope.factor} must be at least 1: scaling lengthens the context")
+    if rope.scaling == "llama3" and rope.high_freq_factor <= rope.low_freq_factor:
+        found.append(
+            f"model.rope.high_freq_factor={rope.high_freq_factor} must be above "
+            f"model.rope.low_freq_factor={rope.low_freq_factor}; Llama 3 has 4 and 1"
+        )
+    if rope.scaling == "yarn" and rope.beta_fast < rope.beta_slow:
+        found.append(
+            f"model.rope.beta_fast={rope.beta_fast} must not be below model.rope.beta_slow={rope.beta_slow}; "
+            "the paper has 32 and 1"
+        )
+    return found
+
+
+def _length_problems(config: ModelConfig, seq_len: int) -> list[str]:
+    if seq_len <= config.max_seq_len:
+        return []
+    too_long = f"train.seq_len={seq_len} is above model.max_seq_len={config.max_seq_len}"
+    if config.positions == "learned":
+        return [f"{too_long}, the rows of the learned position table; use at most {config.max_seq_len}"]
+    if config.dropout > 0 or config.attention_dropout > 0:
+        return [f"{too_long}, which numbers the dropout draws; raise model.max_seq_len or switch dropout off"]
+    return []

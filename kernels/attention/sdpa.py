@@ -1,0 +1,61 @@
+"""Causal attention by torch's scaled_dot_product_attention. Letters as in reference.py."""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from kernels.attention.reference import alibi_bias, visible
+
+# Fastest first on Hopper and newer; the first that takes the dtype and shape is used.
+CUDA_PRIORITY = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+
+
+def build_mask(
+    seq_len: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    window: int | None = None,
+    documents: Tensor | None = None,
+    slopes: Tensor | None = None,
+) -> Tensor | None:
+    """The mask of `attention`, to be built once per forward pass; None when plain causal attention is all there is.
+
+    Without slopes: bool [1 or B, 1, T, T]. With slopes [H] (ALiBi): added to the scores, `dtype` [1 or B, H, T, T].
+    """
+    if window is not None and window >= seq_len:
+        window = None
+    if window is None and documents is None and slopes is None:
+        return None
+    mask = visible(seq_len, device, window=window, documents=documents)
+    if slopes is None:
+        return mask
+    return alibi_bias(seq_len, slopes)[None].masked_fill(~mask, -math.inf).to(dtype)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention of q [B, T, H, K] over k, v [B, T, G, K], scaled by K^-1/2. Returns [B, T, H, K].
+
+    mask is what `build_mask` returned; None: plain causal attention.
+    """
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    grouped = q.shape[1] != k.shape[1]
+    if grouped and q.is_cuda and (mask is not None or q.dtype == torch.float32):
+        # Masks and fp32 are the memory-efficient kernel's, which wants a key head per query head: without them here,
+        # torch would silently take the kernel that stores all T x T scores.
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+        grouped = False
+    with sdpa_kernel(CUDA_PRIORITY, set_priority=True) if q.is_cuda else nullcontext():
+        output = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
+    return output.transpose(1, 2)

@@ -1,0 +1,5 @@
+"""Cross entropy of a linear head, chunk by chunk: the logits of a whole batch are never in memory."""
+
+from kernels.linear_cross_entropy.op import linear_cross_entropy
+
+__all__ = ["linear_cross_entropy"]

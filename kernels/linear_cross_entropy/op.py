@@ -1,0 +1,180 @@
+"""Linear head and cross entropy in one op, which holds the logits of one chunk of tokens at a time.
+
+The logits of 8192 tokens over 128256 words take 4.2 GB in fp32, and autograd keeps several such tensors. The gradient
+of a sum of cross entropies is known as soon as the logits are, so the forward pass forms it chunk by chunk, multiplies
+it into d_hidden and d_weight at once, and drops the logits. Backward is then a multiplication by grad_output.
+
+Shapes: N tokens, D hidden, V vocabulary, C tokens of a chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor
+
+# fp16 cannot hold a probability below 6e-8, and most of a large vocabulary is below that. d_logits lies in [-1, 1], so
+# it is kept times this power of two, which the fp32 sums are divided by again without rounding.
+FP16_GRADIENT_SCALE = 2.0**10
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    ignore_index: int = -100,
+    chunk_tokens: int = 4096,
+    compile: bool = False,
+) -> Tensor:
+    """Sum over valid tokens of -log softmax(hidden weight^T)[label]; 0 where no token is valid.
+
+    hidden [..., D] and weight [V, D] have one floating dtype, labels [...] are int64; a label of ignore_index carries
+    no loss and no gradient. Returns a 0-d tensor in fp32 (fp64 for fp64). The logits are rounded to the dtype of
+    hidden, as a linear layer's are; softmax, sums and both gradients are accumulated in fp32 and multiplied by
+    grad_output before they are rounded, so that fp16 neither overflows nor underflows for any loss scale that the
+    gradients themselves survive. Two calls with the same arguments give the same bits.
+
+    Besides d_hidden [N, D] and d_weight [V, D] in fp32, memory holds 9 bytes per logit of a chunk in half precision, 4
+    with compile=True, which fuses what lies between the matrix products. chunk_tokens trades that memory against one
+    pass over d_weight per chunk; it changes results by rounding only.
+
+    Raises TypeError for DTensors and for wrong dtypes, ValueError for shapes that do not fit and for chunk_tokens < 1.
+    A label that is neither ignore_index nor in [0, V) is torch's index error, on CUDA its device-side assertion.
+    """
+    _check(hidden, weight, labels, chunk_tokens)
+    # Inside a Function grad mode is always off and requires_grad tells nothing about no_grad: look here.
+    grad_hidden, grad_weight = (torch.is_grad_enabled() and tensor.requires_grad for tensor in (hidden, weight))
+    return _LinearCrossEntropy.apply(
+        hidden, weight, labels, ignore_index, chunk_tokens, compile, grad_hidden, grad_weight
+    )
+
+
+def _check(hidden: Tensor, weight: Tensor, labels: Tensor, chunk_tokens: int) -> None:
+    for name, tensor in (("hidden", hidden), ("weight", weight), ("labels", labels)):
+        if isinstance(tensor, DTensor):
+            raise TypeError(f"{name} is a DTensor; kernels work on plain tensors, so pass its local shard")
+    if hidden.dtype != weight.dtype or not hidden.is_floating_point():
+        raise TypeError(f"hidden has dtype {hidden.dtype} and weight {weight.dtype}; use one floating dtype for both")
+    if labels.dtype != torch.int64:
+        raise TypeError(f"labels have dtype {labels.dtype}; use torch.int64")
+    if weight.ndim != 2 or hidden.ndim < 1 or hidden.shape[-1] != weight.shape[1] or hidden.shape[:-1] != labels.shape:
+        raise ValueError(
+            f"shapes hidden {list(hidden.shape)}, weight {list(weight.shape)}, labels {list(labels.shape)} do not fit; "
+            "they are [..., D], [V, D] and [...]"
+        )
+    if chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens={chunk_tokens} must be at least 1; 4096 suits a GPU")
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        ignore_index: int,
+        chunk_tokens: int,
+        compile: bool,
+        grad_hidden: bool,
+        grad_weight: bool,
+    ) -> Tensor:
+        loss_only, loss_and_gradient = _compiled() if compile else (_chunk_loss, _chunk_loss_and_gradient)
+        scale = FP16_GRADIENT_SCALE if hidden.dtype == torch.float16 else 1.0
+        dtype = _accumulation_dtype(hidden)
+        flat_ND, labels_N = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
+        d_hidden_ND = torch.zeros_like(flat_ND, dtype=dtype) if grad_hidden else None
+        d_weight_VD = torch.zeros_like(weight, dtype=dtype) if grad_weight else None
+        loss = torch.zeros((), dtype=torch.float64, device=hidden.device)
+        for start in range(0, flat_ND.shape[0], chunk_tokens):
+            chunk = slice(start, start + chunk_tokens)
+            logits_CV = F.linear(flat_ND[chunk], weight)
+            if not (grad_hidden or grad_weight):
+                loss += loss_only(logits_CV, labels_N[chunk], ignore_index)
+                continue
+            chunk_sum, d_logits_CV = loss_and_gradient(logits_CV, labels_N[chunk], ignore_index, scale)
+            loss += chunk_sum
+            if d_hidden_ND is not None:
+                _add_product(d_hidden_ND[chunk], d_logits_CV, weight)
+            if d_weight_VD is not None:
+                _add_product(d_weight_VD, d_logits_CV.t(), flat_ND[chunk])
+            del logits_CV, d_logits_CV  # before those of the next chunk are allocated
+        ctx.save_for_backward(d_hidden_ND, d_weight_VD)
+        ctx.hidden_shape, ctx.dtype, ctx.scale = hidden.shape, hidden.dtype, scale
+        return loss.to(dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        factor = grad_output / ctx.scale
+
+        def scaled(gradient: Tensor | None) -> Tensor | None:
+            """gradient * factor, multiplied in fp32 and rounded once, without an fp32 tensor in between."""
+            if gradient is None:
+                return None
+            return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=ctx.dtype))
+
+        d_hidden, d_weight = (scaled(gradient) for gradient in ctx.saved_tensors)
+        d_hidden = None if d_hidden is None else d_hidden.view(ctx.hidden_shape)
+        return d_hidden, d_weight, None, None, None, None, None, None
+
+
+def _accumulation_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def _log_softmax_and_loss(
+    logits_CV: Tensor, labels_C: Tensor, ignore_index: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(log probabilities [C, V], valid [C], target [C, 1] with 0 where not valid, sum of the token losses, 0-d).
+
+    The sum is in fp64, so that cutting the tokens otherwise changes the last bit of the result at most.
+    """
+    log_probability_CV = torch.log_softmax(logits_CV, dim=-1, dtype=_accumulation_dtype(logits_CV))
+    valid_C = labels_C != ignore_index
+    target_C1 = torch.where(valid_C, labels_C, 0).unsqueeze(-1)
+    losses_C = torch.where(valid_C, -log_probability_CV.gather(-1, target_C1).squeeze(-1), 0.0)
+    return log_probability_CV, valid_C, target_C1, losses_C.sum(dtype=torch.float64)
+
+
+def _chunk_loss(logits_CV: Tensor, labels_C: Tensor, ignore_index: int) -> Tensor:
+    """Sum of the token losses of a chunk, 0-d fp64."""
+    return _log_softmax_and_loss(logits_CV, labels_C, ignore_index)[-1]
+
+
+def _chunk_loss_and_gradient(
+    logits_CV: Tensor, labels_C: Tensor, ignore_index: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Sum of the token losses, 0-d fp64, and scale (softmax - one_hot) with zero rows for tokens that are not valid.
+
+    In-place operations touch what is made here only. They halve the memory of the eager form; compiled, all of this is
+    one reduction and one elementwise kernel.
+    """
+    log_probability_CV, valid_C, target_C1, loss = _log_softmax_and_loss(logits_CV, labels_C, ignore_index)
+    words_V = torch.arange(logits_CV.shape[-1], device=logits_CV.device)
+    one_hot_CV = (words_V == target_C1).to(logits_CV.dtype)
+    d_logits_CV = log_probability_CV.exp_().sub_(one_hot_CV).mul_((valid_C * scale).unsqueeze(-1))
+    return loss, d_logits_CV.to(logits_CV.dtype)
+
+
+@cache
+def _compiled() -> tuple[Callable[..., Tensor], Callable[..., tuple[Tensor, Tensor]]]:
+    """The two chunk functions under torch.compile; one pair per process, so that each shape is compiled once."""
+    return torch.compile(_chunk_loss, fullgraph=True), torch.compile(_chunk_loss_and_gradient, fullgraph=True)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b in the dtype of total: half-precision factors [m, k] and [k, n] into an fp32 sum [m, n]."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    elif total.is_cuda:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:  # aten.addmm.dtype has no CPU kernel: products of half-precision numbers are exact in fp32
+        total.addmm_(a.to(total.dtype), b.to(total.dtype))

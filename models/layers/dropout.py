@@ -1,0 +1,62 @@
+"""Dropout whose mask depends on what is dropped, not on where it is computed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from kernels.philox import uniform
+
+
+class Dropout(nn.Module):
+    """Dropout (Srivastava et al., 2014) with a mask that is a function of (seed, site, sample, token, feature).
+
+    So an element is dropped or kept alike on every layout, in every micro-batch, and again when a checkpointed block
+    recomputes it. A token is known by its index in the sequence, not in the document, or equal places of two documents in a
+    row would share their mask.
+    """
+
+    def __init__(self, probability: float, *, seed: int, site: str, max_seq_len: int) -> None:
+        super().__init__()
+        self.probability = probability
+        self.seed = seed
+        self.site = site
+        self.max_seq_len = max_seq_len
+
+    @property
+    def active(self) -> bool:
+        """Whether a forward pass drops anything."""
+        return self.training and self.probability > 0
+
+    def forward(self, x: Tensor, samples: Tensor | None) -> Tensor:
+        """x [B, T, D], some elements zeroed, the rest scaled by 1 / (1 - probability). samples [B]: sample numbers."""
+        if not self.active:
+            return x
+        rows = self._samples(samples, x.shape[1])[:, None] * self.max_seq_len
+        rows = rows + torch.arange(x.shape[1], device=x.device)  # [B, T]: never the same for two places of the run
+        features = torch.arange(x.shape[2], device=x.device)
+        return self._drop(x, rows[..., None] * x.shape[2] + features)
+
+    def on_probabilities(self, p: Tensor, samples: Tensor | None) -> Tensor:
+        """The same for attention probabilities p [B, H, T, T], keyed by (sample, head, query, key)."""
+        if not self.active:
+            return p
+        _, H, T, S = p.shape
+        heads, queries, keys = (torch.arange(n, device=p.device) for n in (H, T, S))
+        rows = self._samples(samples, T)[:, None] * H + heads  # [B, H]
+        rows = rows[..., None] * self.max_seq_len + queries  # [B, H, T]
+        return self._drop(p, rows[..., None] * self.max_seq_len + keys)
+
+    def _samples(self, samples: Tensor | None, seq_len: int) -> Tensor:
+        if samples is None:
+            raise ValueError(f"dropout at {self.site} needs samples: pass the sample number of each row, [B] int64")
+        if seq_len > self.max_seq_len:
+            raise ValueError(
+                f"dropout at {self.site} numbers its draws up to model.max_seq_len={self.max_seq_len}, but the "
+                f"sequence has {seq_len} tokens; raise model.max_seq_len"
+            )
+        return samples
+
+    def _drop(self, x: Tensor, index: Tensor) -> Tensor:
+        keep = uniform(self.seed, self.site, index) >= self.probability
+        return torch.where(keep, x / (1.0 - self.probability), torch.zeros((), dtype=x.dtype, device=x.device))

@@ -1,0 +1,95 @@
+"""The families there are, and how a ModelConfig becomes a model."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from models.config import ModelConfig, check
+from models.decoder import Decoder
+from models.family import Family
+from models.gpt2 import GPT2
+from models.llama import LLAMA
+from models.mistral import MISTRAL
+from models.opt import OPT
+from models.qwen2 import QWEN2
+from models.qwen3 import QWEN3
+
+FAMILIES: dict[str, Family] = {family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, GPT2, OPT)}
+
+RUN_TIME_FIELDS = (
+    "path",
+    "dropout",
+    "attention_dropout",
+    "attention",
+    "activation_checkpoint",
+    "activation_checkpoint_save",
+)
+"""Fields that say how a model is run, not what it is: a Hugging Face folder does not decide them."""
+
+
+def resolve_model(config: ModelConfig) -> ModelConfig:
+    """The complete shape: read from the folder where config.path is set (run-time fields stay), sizes derived.
+
+    Raises ValueError for a missing or damaged config.json, an architecture that is not supported and for every reason
+    of models.config.problems.
+    """
+    if config.path is not None:
+        config = _read_folder(config, Path(config.path))
+    check(config)
+    return config.resolve()
+
+
+def build_model(config: ModelConfig, seed: int = 0) -> Decoder:
+    """The model of `config` (resolved here where it is not yet); seed keys its dropout.
+
+    Its parameters hold nothing of value yet: fill them with models.init or models.hf. Under torch.device("meta") they
+    take no memory until `to_empty`.
+    """
+    return Decoder(resolve_model(config), seed)
+
+
+def _read_folder(config: ModelConfig, folder: Path) -> ModelConfig:
+    file = folder / "config.json"
+    if not file.is_file():
+        what = "has no config.json" if folder.is_dir() else "does not exist"
+        raise ValueError(f"model.path={folder} {what}; give the folder of a Hugging Face model")
+    try:
+        content = json.loads(file.read_text())
+        model_type = content.get("model_type")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{file} is not a JSON object ({error}); the folder is damaged") from error
+    if model_type not in FAMILIES:
+        raise ValueError(f"{file} has model_type={model_type!r}; supported are {', '.join(FAMILIES)}")
+    if config.family not in ("hf", model_type):
+        raise ValueError(
+            f"model.family={config.family} but {file} is of family {model_type}; use model=hf to follow the folder"
+        )
+    try:
+        shape = FAMILIES[model_type].from_hf(content)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file}: {error}") from error
+    return replace(shape, **{name: getattr(config, name) for name in RUN_TIME_FIELDS})
+
+
+def hf_config(config: ModelConfig) -> dict[str, Any]:
+    """config.json of a resolved config. Raises ValueError when its family cannot say all of it, naming the fields.
+
+    What is written is read back and compared, so a field that the family has no word for cannot get lost.
+    """
+    family = FAMILIES[config.family]
+    written = {"architectures": [family.architecture], "model_type": family.name, **family.to_hf(config)}
+    back = family.from_hf(written).resolve()
+    lost = []
+    for name in _shape_fields():
+        if getattr(back, name) != getattr(config, name):
+            lost.append(f"model.{name}={getattr(config, name)}")
+    if lost:
+        raise ValueError(f"the Hugging Face format of {family.name} cannot express {', '.join(lost)}")
+    return written
+
+
+def _shape_fields() -> list[str]:
+    return [field.name for field in fields(ModelConfig) if field.name not in RUN_TIME_FIELDS]
