@@ -14,15 +14,13 @@ import torch
 import torch.distributed as dist
 from data.loader import Loader, build_loader
 from data.tokenizer import Tokenizer
-from kernels.attention import choose as choose_attention
 from models.flops import flops_per_token
 from models.hf import load_hf_weights
 from models.registry import build_model
 
-from data.batch import Batch
 from models.init import initialize
+from models.layers.attention import choose_attention
 from parallel.activation_checkpoint import ActivationCheckpoint
-from parallel.data import state_bytes
 from parallel.dims import ParallelDims
 from parallel.mesh import build_mesh, init_distributed, pick_device
 from parallel.parallelize import BlockOptions, parallelize
@@ -33,7 +31,7 @@ from trainer.metrics import MetricLogger
 from trainer.optim import build_optimizer
 from trainer.resilience import PreemptionGuard
 from trainer.run_dir import prepare_run_dir
-from trainer.run_info import peak_flops, write_config, write_run_info
+from trainer.run_info import RunInfo, peak_flops, write_config, write_run_info
 from trainer.sample import sample_text
 from trainer.schedule import learning_rate
 from trainer.step import StepMetrics, TrainState, evaluate, train_step
@@ -78,7 +76,7 @@ class Trainer:
         self.mesh = build_mesh(self.dims, self.device.type)
         self.run_dir = Path(config.run.dir)
         self.checkpoints = CheckpointManager(self.run_dir / "checkpoints", config.checkpoint, device=self.device)
-        self.resume_from = self._find_checkpoint()
+        self.resume_from = resolve_resume(config.checkpoint.resume, self.run_dir / "checkpoints")
         prepare_run_dir(config, resuming=self.resume_from is not None)
 
         self.train_data, self.validation_data = self._build_data()
@@ -103,10 +101,6 @@ class Trainer:
         self._describe()
 
     # ---- setting up
-
-    def _find_checkpoint(self) -> Path | None:
-        requested = resolve_resume(self.config.checkpoint.resume, self.run_dir / "checkpoints")
-        return self.checkpoints.newest_good() if requested == "auto" else requested
 
     def _build_data(self) -> tuple[Loader, Loader | None]:
         config, train = self.config, self.config.train
@@ -200,25 +194,30 @@ class Trainer:
     def _describe(self) -> None:
         """config.yaml, run.json and one line on the console: what really runs."""
         device_name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
-        self.peak = self.config.logging.peak_tflops
-        self.peak_flops = self.peak * 1e12 if self.peak else peak_flops(device_name, self.config.precision.compute)
+        peak_tflops = self.config.logging.peak_tflops
+        self.peak_flops = peak_tflops * 1e12 if peak_tflops else peak_flops(device_name, self.config.precision.compute)
         self.flops_per_token = flops_per_token(self.config.model, self.config.train.seq_len)
         num_parameters = sum(p.numel() for p in self.state.data_parallel.masters.values())
-        info = {
-            "mesh": {name: size for name, size in zip(self.mesh.mesh_dim_names or (), self.mesh.shape, strict=True)},
-            "zero_stage": self.config.parallel.zero_stage,
-            "parameters": num_parameters,
-            "flops_per_token": self.flops_per_token,
-            "state_bytes_rank0": state_bytes(self.state.data_parallel, self.state.optimizer.state_tensors()),
-            "precision": asdict(self.config.precision),
-            "kernels": {
-                "attention": choose_attention(self.config.model, self.device, self.config.data.mask_documents),
-                "loss": "linear_cross_entropy" + (" (compiled)" if self.config.train.compile else ""),
-                "blocks": self.config.train.compile_backend if self.config.train.compile else "eager",
+        train, precision = self.config.train, self.config.precision
+        info = RunInfo(
+            device=self.device,
+            world_size=self.world_size,
+            mesh=dict(zip(self.mesh.mesh_dim_names or (), self.mesh.shape, strict=True)),
+            kernels={
+                "attention": choose_attention(
+                    self.config.model, self.device, documents=self.config.data.mask_documents
+                ),
+                "loss": "linear_cross_entropy" + (", compiled" if train.compile else ""),
+                "blocks": f"torch.compile({train.compile_backend})" if train.compile else "eager",
+                "activation_checkpoint": self.config.model.activation_checkpoint,
                 "optimizer": self.config.optim.name,
+                "data_parallel": f"zero{self.config.parallel.zero_stage}",
             },
-            "activation_checkpoint": self.config.model.activation_checkpoint,
-        }
+            precision={"compute": precision.compute, "master": precision.master, "reduce": precision.reduce},
+            flops_per_token=self.flops_per_token,
+            peak_flops=self.peak_flops,
+            resume_step=self.state.step,
+        )
         if self.is_main:
             write_config(self.run_dir, self.config)
             write_run_info(self.run_dir, info)
@@ -364,9 +363,9 @@ class Trainer:
         """Validation of the current weights; its time is not the step's."""
         assert self.validation_data is not None
         self._settle()
-        batches: list[Batch] = self.validation_data.batches(self.config.train.eval_batches)
         started = time.perf_counter()
-        self._validation = {self.state.step: evaluate(self.state, batches)}
+        microbatches = (b for step in self.validation_data.batches(self.config.train.eval_batches) for b in step)
+        self._validation = {self.state.step: evaluate(self.state, microbatches)}
         self._step_started += time.perf_counter() - started
 
     def _settle(self) -> None:
@@ -382,7 +381,7 @@ class Trainer:
         extra = {
             "step": state.step,
             "skipped_steps": self.skipped_steps,
-            "data": self.train_data.state_dict(),
+            "data": self.train_data.state_dict(self._all_gather),
             "model": self._identity(),
             "seed": self.config.train.seed,
             "config": asdict(self.config),
@@ -391,6 +390,12 @@ class Trainer:
         self.checkpoints.save(state.step, self._state_tensors(), extra, blocking=blocking)
         self._step_started += time.perf_counter() - started
         self.metrics.event("checkpoint", f"step {state.step}: checkpoint started", step=state.step)
+
+    def _all_gather(self, value: Any) -> list[Any]:
+        """One object of every data-parallel rank, in rank order."""
+        values: list[Any] = [None] * self.dims.dp
+        dist.all_gather_object(values, value, group=self.state.dp_group)
+        return values
 
     def _sample(self) -> str | None:
         train = self.config.train

@@ -23,14 +23,15 @@ def finalize(config: TrainConfig, *, world_size: int) -> TrainConfig:
 
     Needs no process group and no device. Raises ConfigError with every problem found.
     """
-    found: list[str] = []
     model = config.model
-    try:
-        model = resolve_model(config.model)
-    except ValueError as error:
-        found += str(error).splitlines()
-    else:
-        found += model_problems(model, seq_len=config.train.seq_len)
+    found = model_problems(model, seq_len=config.train.seq_len)
+    if not found:
+        try:
+            model = resolve_model(model)
+        except ValueError as error:
+            found.append(str(error))
+        else:
+            found += model_problems(model, seq_len=config.train.seq_len)
     found += activation_checkpoint_problems(
         ActivationCheckpoint(mode=model.activation_checkpoint, save=model.activation_checkpoint_save)
     )
