@@ -134,7 +134,8 @@ class HFConfig:
 class HFWeight:
     """Where one of our parameters lies in a Hugging Face file: rows of a tensor, after transposing it where so stored.
 
-    ours == (theirs.T if transpose else theirs)[rows[0]:rows[1]]
+    ours == (theirs.T if transpose else theirs)[rows[0]:rows[1]]; rows None: all of it. Rows that belong to no
+    parameter are never read, and are exported as zeros.
     """
 
     ours: str
@@ -154,4 +155,3 @@ class Family:
     weights: Callable[[ModelConfig], Sequence[HFWeight]]  # every parameter once, in file order
     optional_prefix: str = ""  # some folders name tensors without it
     ignored: str = r"(?!)"  # regular expression of tensors in old files that are no parameters
-    padding: Mapping[str, int] | None = None  # tensors with rows in front that nothing reads: how many

@@ -68,5 +68,9 @@ def rope_to_hf(rope: RopeConfig, max_seq_len: int) -> dict[str, Any]:
     kind = next(theirs for theirs, ours in TYPES.items() if ours == rope.scaling)
     values = {theirs: getattr(rope, ours) for ours, theirs in _fields(rope.scaling).items()}
     values = {name: value for name, value in values.items() if value is not None}
-    parameters = {"rope_type": kind, "rope_theta": rope.theta, **values}
-    return {"rope_parameters": parameters}
+    # Said in the words of transformers 4 as well, which would take its default theta where it finds only the new ones.
+    return {
+        "rope_parameters": {"rope_type": kind, "rope_theta": rope.theta, **values},
+        "rope_theta": rope.theta,
+        "rope_scaling": {"rope_type": kind, **values} if values else None,
+    }

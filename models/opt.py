@@ -109,5 +109,4 @@ OPT = Family(
     to_hf=to_hf,
     weights=weights,
     optional_prefix="model.",
-    padding={"model.decoder.embed_positions.weight": UNUSED_POSITIONS},
 )

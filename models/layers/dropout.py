@@ -12,8 +12,8 @@ class Dropout(nn.Module):
     """Dropout (Srivastava et al., 2014) with a mask that is a function of (seed, site, sample, token, feature).
 
     So an element is dropped or kept alike on every layout, in every micro-batch, and again when a checkpointed block
-    recomputes it. A token is known by its index in the sequence, not in the document, or equal places of two documents in a
-    row would share their mask.
+    recomputes it. A token is known by its index in the sequence, not in the document, or equal places of two documents
+    in a row would share their mask.
     """
 
     def __init__(self, probability: float, *, seed: int, site: str, max_seq_len: int) -> None:
