@@ -24,8 +24,9 @@ def learning_rate(config: ScheduleConfig, *, base_lr: float, step: int, total_st
         return base_lr * step / config.warmup_steps
     if config.name == "constant":
         return base_lr
-    # The last step at base_lr; a run that ends there never decays.
-    peak = max(config.warmup_steps, 1) if config.name != "wsd" else total_steps - wsd_decay_steps(config, total_steps)
+    peak = max(config.warmup_steps, 1)  # the last step at base_lr; a run that ends there never decays
+    if config.name == "wsd":
+        peak = max(peak, total_steps - wsd_decay_steps(config, total_steps))
     if step <= peak:
         return base_lr
     progress = (step - peak) / (total_steps - peak)
