@@ -28,6 +28,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from parallel.buckets import BucketLayout, plan_buckets
 from parallel.collectives import all_gather_rows, reduce_scatter_rows
+from parallel.mesh import data_mesh
 
 
 class DataParallel(ABC):
@@ -72,6 +73,8 @@ class FullyShardedDataParallel(DataParallel):
                 raise RuntimeError(f"parameter {name} received no gradient: it takes no part in the forward")
 
     def publish(self) -> None:
+        for master in self.masters.values():
+            master.grad = None  # the next backward would add to it
         # Weights that an evaluation gathered (and no backward has released) would be stale now.
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
@@ -123,7 +126,7 @@ class BucketedDataParallel(DataParallel):
         self.num_shards = shard_mesh.size() if sharded else 1
         self.shard_rank = shard_mesh.get_local_rank() if sharded else 0
         self.shard_group = shard_mesh.get_group()
-        replicas = mesh["dp_replicate"] if sharded else mesh["dp"]
+        replicas = mesh["dp_replicate"] if sharded else data_mesh(mesh)
         self.num_replicas = replicas.size()
         self.replica_group = replicas.get_group()
         # DTensor state lives on the shard axis alone unless there are replicas, as fully_shard's does.

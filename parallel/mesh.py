@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from datetime import timedelta
 
 import torch
@@ -48,6 +49,8 @@ def init_distributed(device: torch.device, timeout_seconds: float) -> bool:
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    # torch 2.13's own FSDP and checkpoint code calls collectives by names that 2.13 deprecates.
+    warnings.filterwarnings("ignore", message=r".*is deprecated. Please use .*_single", category=FutureWarning)
     if dist.is_initialized():
         return False
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -60,7 +63,10 @@ def init_distributed(device: torch.device, timeout_seconds: float) -> bool:
 
 
 def build_mesh(dims: ParallelDims, device_type: str) -> DeviceMesh:
-    """DeviceMesh of all processes with axes DATA_AXES, and the flattened axis "dp" over both."""
-    mesh = init_device_mesh(device_type, (dims.dp_replicate, dims.dp_shard), mesh_dim_names=DATA_AXES)
-    mesh[DATA_AXES]._flatten("dp")
-    return mesh
+    """DeviceMesh of all processes with axes DATA_AXES."""
+    return init_device_mesh(device_type, (dims.dp_replicate, dims.dp_shard), mesh_dim_names=DATA_AXES)
+
+
+def data_mesh(mesh: DeviceMesh) -> DeviceMesh:
+    """The ranks the global batch is split over, as one axis "dp"; made on the first call, which is collective."""
+    return mesh[DATA_AXES]._flatten("dp")

@@ -22,7 +22,7 @@ from models.init import initialize
 from models.layers.attention import choose_attention
 from parallel.activation_checkpoint import ActivationCheckpoint
 from parallel.dims import ParallelDims
-from parallel.mesh import build_mesh, init_distributed, pick_device
+from parallel.mesh import build_mesh, data_mesh, init_distributed, pick_device
 from parallel.parallelize import BlockOptions, parallelize
 from trainer.checkpoint import CheckpointManager, read_extra, resolve_resume
 from trainer.config import ConfigError, TrainConfig
@@ -31,9 +31,10 @@ from trainer.metrics import MetricLogger
 from trainer.optim import build_optimizer
 from trainer.resilience import PreemptionGuard
 from trainer.run_dir import prepare_run_dir
-from trainer.run_info import RunInfo, peak_flops, write_config, write_run_info
+from trainer.run_info import RunInfo, write_config, write_run_info
 from trainer.sample import sample_text
 from trainer.schedule import learning_rate
+from trainer.throughput import peak_flops
 from trainer.step import StepMetrics, TrainState, evaluate, train_step
 
 log = logging.getLogger(__name__)
@@ -74,6 +75,7 @@ class Trainer:
         self.is_main = self.rank == 0
         self.dims = ParallelDims.resolve(config.parallel, self.world_size)
         self.mesh = build_mesh(self.dims, self.device.type)
+        self.dp_mesh = data_mesh(self.mesh)
         self.run_dir = Path(config.run.dir)
         self.checkpoints = CheckpointManager(self.run_dir / "checkpoints", config.checkpoint, device=self.device)
         self.resume_from = resolve_resume(config.checkpoint.resume, self.run_dir / "checkpoints")
@@ -111,7 +113,7 @@ class Trainer:
                 seq_len=train.seq_len,
                 global_batch_size=train.global_batch_size,
                 micro_batch_size=train.micro_batch_size,
-                rank=self.mesh["dp"].get_local_rank(),
+                rank=self.dp_mesh.get_local_rank(),
                 world_size=self.dims.dp,
                 seed=train.seed,
                 split=split,
@@ -143,7 +145,7 @@ class Trainer:
             data_parallel=data_parallel,
             optimizer=build_optimizer(data_parallel.masters, config.optim),
             loss_scale=LossScale(config.precision, self.device),
-            dp_group=self.mesh["dp"].get_group(),
+            dp_group=self.dp_mesh.get_group(),
             device=self.device,
             grad_clip=config.train.grad_clip,
             compile_loss=config.train.compile,
