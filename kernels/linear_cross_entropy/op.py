@@ -20,8 +20,8 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
 # fp16 cannot hold a probability below 6e-8, and most of a large vocabulary is below that. d_logits lies in [-1, 1], so
-# it is kept times this power of two, which the fp32 sums are divided by again without rounding.
-FP16_GRADIENT_SCALE = 2.0**10
+# it is kept times the largest power of two that fits, and the fp32 sums are divided by it again without rounding.
+FP16_GRADIENT_SCALE = 2.0**15
 
 
 def linear_cross_entropy(
@@ -90,8 +90,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         scale = FP16_GRADIENT_SCALE if hidden.dtype == torch.float16 else 1.0
         dtype = _accumulation_dtype(hidden)
         flat_ND, labels_N = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
-        d_hidden_ND = torch.zeros_like(flat_ND, dtype=dtype) if grad_hidden else None
-        d_weight_VD = torch.zeros_like(weight, dtype=dtype) if grad_weight else None
+        d_hidden_ND = torch.zeros(flat_ND.shape, dtype=dtype, device=hidden.device) if grad_hidden else None
+        d_weight_VD = torch.zeros(weight.shape, dtype=dtype, device=hidden.device) if grad_weight else None
         loss = torch.zeros((), dtype=torch.float64, device=hidden.device)
         for start in range(0, flat_ND.shape[0], chunk_tokens):
             chunk = slice(start, start + chunk_tokens)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -111,7 +112,7 @@ def test_the_largest_and_smallest_words_give_finite_normals(monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("function", [uniform, normal])
-def test_any_cut_of_the_index_gives_the_same_bits(function) -> None:
+def test_any_cut_of_the_index_gives_the_same_bits(function: Callable[..., torch.Tensor]) -> None:
     """log and cos of a loop's vector body differing from those of its tail: shards would disagree in the last bit."""
     index = torch.arange(10_007) * 1_234_567_891
     whole = function(3, "cut", index)
@@ -123,19 +124,20 @@ def test_any_cut_of_the_index_gives_the_same_bits(function) -> None:
     assert torch.equal(strided, whole[1:10_000:2])
 
 
-@pytest.mark.parametrize("function", [uniform, normal])
-def test_compiled_and_eager_agree(function) -> None:
+def test_compiled_and_eager_agree() -> None:
     """A construct torch.compile cannot trace (hashing), or overflow that compiled C++ treats as undefined."""
 
-    def program(index: torch.Tensor) -> torch.Tensor:
-        return function(7, "compiled", index)
+    def program(index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return uniform(7, "compiled", index), normal(7, "compiled", index)
 
     index = torch.arange(-5000, 5003) * 987_654_321_123
-    compiled = torch.compile(program, fullgraph=True)(index)
-    if function is uniform:
-        assert torch.equal(compiled, program(index))
-    else:  # compiled fp64 may fuse products into sums: the same to one rounding of fp32
-        torch.testing.assert_close(compiled, program(index), rtol=1.2e-7, atol=0)
+    (compiled_uniform, compiled_normal), (eager_uniform, eager_normal) = (
+        torch.compile(program, fullgraph=True)(index),
+        program(index),
+    )
+    assert torch.equal(compiled_uniform, eager_uniform)
+    # compiled fp64 may fuse products into sums: the same to one rounding of fp32
+    torch.testing.assert_close(compiled_normal, eager_normal, rtol=1.2e-7, atol=0)
 
 
 def test_uniform_fills_its_bins_evenly() -> None:
@@ -202,3 +204,11 @@ def test_an_index_of_another_dtype_is_refused() -> None:
     """An int32 index wraps at 2^31 elements, a float one skips elements: both repeat numbers in silence."""
     with pytest.raises(TypeError, match=r"torch\.int64"):
         normal(0, 0, torch.arange(3, dtype=torch.int32))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("function", [uniform, normal])
+def test_cuda_and_cpu_draw_the_same_bits(function: Callable[..., torch.Tensor]) -> None:
+    """A library's log or cosine: a model initialized on GPUs could not be compared with one made on a CPU."""
+    index = torch.arange(1 << 20) * 7_654_321_987
+    assert torch.equal(function(3, "device", index.cuda()).cpu(), function(3, "device", index))
