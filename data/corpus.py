@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import hashlib
 import json
 import sys
@@ -77,7 +78,7 @@ def tokenise(source: TextSource, tokenizer: Tokenizer, cache_dir: str) -> Corpus
 def _write(folder: Path, source: TextSource, tokenizer: Tokenizer) -> None:
     """Fill folder with tokens.bin, ends.npy and meta.json."""
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
-    content, ends, total = hashlib.sha256(), [], 0
+    content, ends, total = hashlib.sha256(), array.array("q"), 0
     progress = _Progress(source.name)
     with parallel(), open(folder / "tokens.bin", "wb") as out:
         for ids in _encoded(source.documents(), tokenizer):

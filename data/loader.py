@@ -131,6 +131,12 @@ class Loader:
                 f"the position of the checkpoint is one in other data: {'; '.join(changed)}. Restore these, or start a "
                 "new run from the checkpoint's weights"
             )
+        if isinstance(self._reader, StreamReader) and state["samples_consumed"]:
+            missing = [index for index in self._reader.needed if str(index) not in state["streams"]]
+            if missing:
+                raise DataError(
+                    f"the checkpoint has no position for the streams {missing}; it was saved by part of the ranks"
+                )
         self.close()
         self._samples_consumed = int(state["samples_consumed"])
         self._cursors = state.get("streams")

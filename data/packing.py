@@ -97,7 +97,10 @@ class PackedDocuments:
 
 
 class FlatTokens:
-    """A token array as samples: sample i is tokens[i * seq_len : (i + 1) * seq_len + 1]; shuffled, in new order each epoch."""
+    """A token array as samples: sample i is tokens[i * seq_len : (i + 1) * seq_len + 1].
+
+    Shuffled, the samples of each epoch come in a new order.
+    """
 
     def __init__(
         self, tokens: np.ndarray, *, seq_len: int, key: tuple[int, ...] | None, what: str, eos_id: int | None
@@ -196,9 +199,9 @@ def make_batch(samples: list[Sample], numbers: list[int], *, mask_documents: boo
     nothing before it may be seen.
     """
     rows = torch.from_numpy(np.stack([sample.tokens for sample in samples]))
-    tokens, labels = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+    tokens, labels = rows[:, :-1].clone(), rows[:, 1:].clone()  # of one row, contiguous() would share memory
     index = torch.arange(tokens.shape[1])
-    positions, documents = index.expand_as(tokens).contiguous(), None
+    positions, documents = index.repeat(len(tokens), 1), None
     if mask_documents:
         begins = torch.zeros(rows.shape, dtype=torch.bool)
         for row, sample in zip(begins, samples, strict=True):

@@ -159,7 +159,6 @@ def train_bpe(texts: Iterator[str], vocab_size: int) -> Tokenizer:
     """Byte-level BPE (Radford et al. 2019, GPT-2) of at most vocab_size tokens.
 
     Among them `<|endoftext|>`, id 0, which ends a document, and all 256 bytes, so that any text has ids.
-
     The same texts give the same tokenizer. Raises DataError when texts holds nothing.
     """
     first = next(texts, None)
