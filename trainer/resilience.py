@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+from collections.abc import Mapping
 from types import FrameType
 from typing import Any
 
@@ -22,6 +23,22 @@ PREEMPTED_EXIT_CODE = os.EX_TEMPFAIL
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 logger = logging.getLogger(__name__)
+
+
+def launcher_problems(environment: Mapping[str, str]) -> list[str]:
+    """Why torchrun, which set these variables for a worker, could not restart this run; empty when it can.
+
+    By default torchrun lends its own key-value store to the workers and keeps it over restarts, so that the new
+    processes find the addresses of those that ended and fail or hang in init_process_group (seen with torch 2.13; with
+    the static rendezvous always, with c10d unless the variable named below is set).
+    """
+    restarts = int(environment.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+    if restarts == 0 or environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return []
+    return [
+        f"torchrun --max-restarts={restarts} would restart with the addresses of the processes that ended; start it with "
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment, and --standalone (one node) or --rdzv-backend c10d"
+    ]
 
 
 class PreemptionGuard:
