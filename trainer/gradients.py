@@ -76,7 +76,8 @@ def global_grad_norm(parameters: Iterable[Tensor]) -> Tensor:
     for index, parameter in enumerate(parameters):
         axes = tuple(sharded_axes(parameter))
         mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
-        groups.setdefault((mesh, axes), []).append(local_gradient(f"number {index}", parameter))
+        name = f"number {index} (shape {tuple(parameter.shape)})"
+        groups.setdefault((mesh, axes), []).append(local_gradient(name, parameter))
     if not groups:
         raise ValueError("the global gradient norm of no parameters is not defined; pass at least one")
     squares = []

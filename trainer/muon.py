@@ -27,7 +27,8 @@ def orthogonalize(matrix: Tensor, *, num_steps: int) -> Tensor:
     """
     a, b, c = COEFFICIENTS
     x = matrix.mT if matrix.size(0) > matrix.size(1) else matrix  # the Gram matrix of the shorter side is smaller
-    x = x / torch.linalg.vector_norm(x, dtype=torch.float32).clamp(min=1e-7).to(x.dtype)
+    # The bound lies far below any gradient, so that scale does not matter, and above where squares underflow.
+    x = x / torch.linalg.vector_norm(x, dtype=torch.float32).clamp(min=1e-15).to(x.dtype)
     for _ in range(num_steps):
         gram = x @ x.mT
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
@@ -67,6 +68,10 @@ def orthogonalize_shards(
     return [piece.view_as(shard) for piece, shard in zip(pieces, shards, strict=True)]
 
 
+Split = tuple[DeviceMesh, int]
+"""Mesh, and number of its axis, that a matrix's rows are split over."""
+
+
 class Muon:
     """Muon (Jordan, 2024), scaled so that AdamW's learning rate and weight decay carry over (2502.16982, eq. 4).
 
@@ -97,9 +102,10 @@ class Muon:
     def update(self, *, lr: float, grad_scale: Tensor, skip: Tensor, num_steps: Tensor) -> None:
         """One update in place; see Optimizer.step. Collective over the mesh axis that matrices are sharded over."""
         skipped = skip.bool()
-        for names in self._rounds:
+        for split, names in self._rounds:
             directions = [self._accumulate(name, grad_scale=grad_scale, skipped=skipped) for name in names]
-            for name, direction in zip(names, self._orthogonalize(names, directions), strict=True):
+            directions = self._orthogonalize(names, directions, split)
+            for name, direction in zip(names, directions, strict=True):
                 self._apply(name, direction, lr=lr, skipped=skipped)
 
     def _accumulate(self, name: str, *, grad_scale: Tensor, skipped: Tensor) -> Tensor:
@@ -110,14 +116,13 @@ class Muon:
         momentum.copy_(torch.where(skipped, momentum, momentum * m + fresh))
         return momentum * m + fresh if self.config.nesterov else momentum
 
-    def _orthogonalize(self, names: list[str], directions: list[Tensor]) -> list[Tensor]:
+    def _orthogonalize(self, names: list[str], directions: list[Tensor], split: Split | None) -> list[Tensor]:
         """Local rows of the orthogonalised directions of one round, where and in what dtype they were computed."""
         first = self.parameters[names[0]]
         # Offloaded masters are in host memory, their mesh is not: communicate and compute on the mesh's device.
         device = first.device_mesh.device_type if isinstance(first, DTensor) else first.device.type
         dtype = torch.bfloat16 if device == "cuda" else torch.float32
         directions = [direction.to(device=device, dtype=dtype) for direction in directions]
-        split = _split_of(names[0], first)
         if split is None:
             return [orthogonalize(direction, num_steps=self.config.newton_schulz_steps) for direction in directions]
         mesh, axis = split
@@ -139,8 +144,8 @@ class Muon:
         local.copy_(torch.where(skipped, local, local - step))
 
 
-def _split_of(name: str, parameter: Tensor) -> tuple[DeviceMesh, int] | None:
-    """Mesh and axis over which the matrix's rows are split; None: every rank holds it whole."""
+def _split_of(name: str, parameter: Tensor) -> Split | None:
+    """Where the matrix's rows are split; None: every rank holds it whole."""
     if parameter.ndim != 2:
         raise ValueError(f"muon: {name} has shape {tuple(parameter.shape)}; it is for matrices, use adamw for others")
     axes = sharded_axes(parameter)
@@ -162,17 +167,17 @@ def _split_of(name: str, parameter: Tensor) -> tuple[DeviceMesh, int] | None:
     return mesh, axis
 
 
-def _rounds(parameters: Mapping[str, Tensor]) -> list[list[str]]:
+def _rounds(parameters: Mapping[str, Tensor]) -> list[tuple[Split | None, list[str]]]:
     """Names in rounds of as many matrices as the axis they are split over has ranks, so that each rank gets one.
 
     Within a mesh axis, matrices of one shape follow each other: the ranks of a round then have the same amount of work.
     """
-    splits: dict[tuple[DeviceMesh, int] | None, list[str]] = {}
+    splits: dict[Split | None, list[str]] = {}
     for name, parameter in parameters.items():
         splits.setdefault(_split_of(name, parameter), []).append(name)
-    rounds = []
+    rounds: list[tuple[Split | None, list[str]]] = []
     for split, names in splits.items():
         names.sort(key=lambda name: (parameters[name].numel(), tuple(parameters[name].shape)), reverse=True)
         size = 1 if split is None else split[0].size(split[1])
-        rounds += [names[start : start + size] for start in range(0, len(names), size)]
+        rounds += [(split, names[start : start + size]) for start in range(0, len(names), size)]
     return rounds

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from trainer.adamw import AdamW
 from trainer.config import OPTIMIZERS, OptimConfig
-from trainer.gradients import clip_coefficient, global_grad_norm
+from trainer.gradients import clip_coefficient, global_grad_norm, local_shard_of
 from trainer.muon import Muon
 
 __all__ = ["Optimizer", "build_optimizer", "clip_coefficient", "decay_of", "global_grad_norm", "problems"]
@@ -49,6 +49,10 @@ class Optimizer:
         if len(devices) != 1:
             raise ValueError(f"parameters are on {len(devices)} devices {sorted(map(str, devices))}; they need one")
         self._device = devices.pop()
+        for name, parameter in parameters.items():
+            if not local_shard_of(parameter).is_contiguous():
+                # The fused kernels walk memory: weights and moments of another order would be matched wrongly.
+                raise ValueError(f"parameter {name} is not contiguous in memory; make it so with .contiguous()")
         # fp32, as the fused kernels want it; exact up to 16.7 M steps.
         self._num_steps = torch.zeros((), dtype=torch.float32, device=self._device)
 

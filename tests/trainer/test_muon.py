@@ -13,7 +13,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 from tests.pool import RankPool
-from tests.trainer.optimized import SHAPES, Case, bits, largest_difference, outcome_of, place
+from tests.trainer.optimized import SHAPES, Case, bits, largest_difference, outcome_of, place, take_steps, whole
 from trainer.config import OptimConfig
 from trainer.muon import COEFFICIENTS, orthogonalize, orthogonalize_shards, rows_of
 from trainer.optim import build_optimizer, decay_of, is_hidden_matrix
@@ -63,7 +63,7 @@ def test_orthogonalize_gives_zeros_for_zeros_and_does_not_depend_on_scale() -> N
     assert torch.equal(orthogonalize(torch.zeros(3, 5), num_steps=5), torch.zeros(3, 5))
     matrix = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
     expected = orthogonalize(matrix, num_steps=5)
-    for scale in (1e-5, 1e12):
+    for scale in (1e-13, 1e12):
         assert (orthogonalize(matrix * scale, num_steps=5) - expected).abs().max() < 1e-4
 
 
@@ -138,8 +138,6 @@ def test_on_ranks_muon_equals_one_process_bit_for_bit(
 
 def _state_moves_to_another_layout(case: Case) -> dict[str, Tensor]:
     """Steps 1 to 3 on (4,), then 4 to 6 on (2, 2) from the whole tensors; whole parameters."""
-    from tests.trainer.optimized import take_steps, whole
-
     first = init_device_mesh("cpu", (4,))
     second = init_device_mesh("cpu", (2, 2))
     before = build_optimizer({name: place(t, first) for name, t in case.weights().items()}, case.config)
@@ -185,7 +183,9 @@ def _orthogonalize_on_ranks(shapes: list[tuple[int, int]]) -> tuple[float, float
     starts = [sum(rows_of(m.size(0), size, r) for r in range(rank)) for m in matrices]
     mine = [slice(s, s + rows_of(m.size(0), size, rank)) for m, s in zip(matrices, starts, strict=True)]
     shards = [m[rows] for m, rows in zip(matrices, mine, strict=True)]
-    results = orthogonalize_shards(shards, num_rows=[m.size(0) for m in matrices], group=dist.group.WORLD, num_steps=5)
+    group = dist.group.WORLD
+    assert group is not None
+    results = orthogonalize_shards(shards, num_rows=[m.size(0) for m in matrices], group=group, num_steps=5)
     expected = [orthogonalize(m, num_steps=5)[rows] for m, rows in zip(matrices, mine, strict=True)]
     alone = [orthogonalize(s, num_steps=5) if s.numel() else s for s in shards]
     assert [r.shape for r in results] == [s.shape for s in shards]

@@ -163,7 +163,7 @@ def _norms_of_mixed_parameters() -> tuple[float, float, int, float]:
     for parameter, gradient in zip(whole, gradients, strict=True):
         parameter.grad = gradient
     torchs = nn.utils.clip_grad_norm_(whole, 1.0)
-    naive = sum((g.to_local() if isinstance(g, DTensor) else g).square().sum() for g in placed)
+    naive = torch.stack([(g.to_local() if isinstance(g, DTensor) else g).square().sum() for g in placed]).sum()
     dist.all_reduce(naive)
     return ours.item(), torchs.item(), comms.get_total_counts(), naive.sqrt().item()
 
@@ -325,6 +325,20 @@ def test_a_set_of_parameters_that_cannot_be_optimized_is_refused() -> None:
         build_optimizer({"a": torch.zeros(1), "b": torch.zeros(1, device="meta")}, OptimConfig())
     with pytest.raises(ValueError, match="at least one"):
         global_grad_norm([])
+    with pytest.raises(ValueError, match="parameter a is not contiguous"):
+        build_optimizer({"a": torch.zeros(3, 2).mT}, OptimConfig())
+
+
+def test_a_gradient_of_another_memory_order_updates_the_same_elements() -> None:
+    """The fused CPU kernel walks memory and would pair a transposed gradient with the wrong weights."""
+    gradient = torch.randn(3, 2, generator=torch.Generator().manual_seed(0))
+    results = []
+    for grad in (gradient, gradient.mT.contiguous().mT):
+        parameter = torch.zeros(3, 2)
+        parameter.grad = grad.clone(memory_format=torch.preserve_format)
+        build_optimizer({"w": parameter}, OptimConfig()).step(lr=0.1, grad_scale=ONE, skip=ZERO)
+        results.append(parameter)
+    assert torch.equal(*results)
 
 
 @pytest.mark.parametrize(

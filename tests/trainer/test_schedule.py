@@ -79,7 +79,7 @@ def test_linear_and_cosine_to_zero_are_those_of_transformers_one_step_on(name: s
     """An own reading of a well-known schedule. Theirs counts from 0 and so wastes step 1 on a rate of 0."""
     from transformers.optimization import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
-    make = {"linear": get_linear_schedule_with_warmup, "cosine": get_cosine_schedule_with_warmup}[name]
+    make = get_linear_schedule_with_warmup if name == "linear" else get_cosine_schedule_with_warmup
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=BASE)
     schedule = make(optimizer, num_warmup_steps=7, num_training_steps=60)
     theirs = []
