@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -348,6 +350,36 @@ def test_an_error_in_the_writing_thread_of_tensorboard_is_reported(
     assert (event["kind"], event["sink"]) == ("sink_failed", "tensorboard")
 
 
+KILL_WANDB = """
+import os, signal, subprocess, sys
+from pathlib import Path
+from trainer.config import LoggingConfig
+from trainer.metrics import MetricLogger
+config = LoggingConfig(console=False, wandb=True)
+metrics = MetricLogger(Path(sys.argv[1]), config, is_main=True, total_steps=3, run_name="x", config_dict={})
+metrics.log({"step": 1, "loss": 1.0})
+children = subprocess.run(["ps", "-o", "pid=,comm=", "--ppid", str(os.getpid())], capture_output=True, text=True).stdout
+(service,) = [int(line.split()[0]) for line in children.splitlines() if "wandb" in line]
+os.kill(service, signal.SIGKILL)
+os.waitpid(service, 0)
+metrics.log({"step": 2, "loss": 1.0})
+metrics.log({"step": 3, "loss": 1.0})
+metrics.close()
+"""
+
+
+@pytest.mark.skipif(shutil.which("ps") is None, reason="needs ps")
+def test_training_survives_the_death_of_the_wandb_process(tmp_path: Path) -> None:
+    """Catches a hang or an error after a signal to the whole job (or the out-of-memory killer) ended wandb."""
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    command = [sys.executable, "-c", KILL_WANDB, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert [record["step"] for record in read(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+    (event,) = read(tmp_path / "events.jsonl")
+    assert (event["kind"], event["sink"]) == ("sink_failed", "wandb")
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_metrics_file_that_cannot_be_written_ends_the_run(tmp_path: Path) -> None:
     """Catches training on without a record. Every write to /dev/full fails as on a full disk."""
@@ -406,5 +438,6 @@ def test_optional_libraries_are_not_imported_unless_asked_for(tmp_path: Path) ->
         "m.log({'step': 1, 'loss': 1.0}); m.close()\n"
         "print([name for name in ('wandb', 'tensorboard', 'rich') if name in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
