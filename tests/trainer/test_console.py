@@ -143,7 +143,7 @@ def test_durations_show_the_two_largest_units(seconds: float, text: str) -> None
     assert format_duration(seconds) == text
 
 
-@pytest.mark.parametrize("width", [1, 10, 39, 40, 79, 80, 200])
+@pytest.mark.parametrize("width", [1, 10, 39, 40, 50, 80, 110, 200])
 def test_a_live_line_is_one_line_at_any_width(width: int) -> None:
     """Catches a line that wraps: it cannot be redrawn in place, and fills the screen."""
     from rich.console import Console
@@ -152,8 +152,9 @@ def test_a_live_line_is_one_line_at_any_width(width: int) -> None:
     parts = ["123/1000", "ETA 1h02m", "loss 2.3457", "val 2.5000", "12.3k tok/s/gpu", "mfu 41.2%", "grad 0.512"]
     Console(file=stream, width=width, force_terminal=False).print(live_line(parts, 0.123, width), end="")
     assert stream.getvalue().rstrip("\n").count("\n") == 0
-    if width == 200:
-        assert all(part in stream.getvalue() for part in parts)
+    shown = {40: parts[:3], 80: parts[:5], 200: parts}.get(width, [])
+    assert all(part in stream.getvalue() for part in shown)
+    assert ("━" in stream.getvalue()) == (width >= 50)
 
 
 def in_terminal(code: str, columns: int, term: str = "xterm") -> str:
