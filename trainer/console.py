@@ -150,7 +150,7 @@ def live_line(parts: list[str], fraction: float, width: int) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    bar_width = 20 if width >= 80 else 10 if width >= 40 else 0
+    bar_width = 20 if width >= 110 else 10 if width >= 50 else 0
     room = width - bar_width - (2 if bar_width else 0) - 1  # the last column stays free: some terminals wrap at it
     text = ""
     for part in parts:

@@ -56,18 +56,13 @@ class MetricLogger:
         self._metrics = _open_after_whole_line(path)
         self._events = _open_after_whole_line(run_dir / "events.jsonl")
         if config.console:
-            self._sinks.append(
-                ConsoleSink(total_steps=total_steps, interval=config.interval, first_step=resume_step + 1)
-            )
+            first_step = resume_step + 1
+            self._sinks.append(ConsoleSink(total_steps=total_steps, interval=config.interval, first_step=first_step))
         if config.tensorboard:
             self._start("tensorboard", resume_step, lambda: TensorBoardSink(run_dir, resume_step=resume_step))
         if config.wandb:
-            options = {"project": config.wandb_project, "mode": config.wandb_mode}
-            self._start(
-                "wandb",
-                resume_step,
-                lambda: WandbSink(run_dir, run_name=run_name, config=config_dict, **options),
-            )
+            options = {"project": config.wandb_project, "mode": config.wandb_mode, "run_name": run_name}
+            self._start("wandb", resume_step, lambda: WandbSink(run_dir, config=config_dict, **options))
         if last_kept is not None and last_kept < resume_step:
             text = f"steps {last_kept + 1} to {resume_step} were done, but their lines in {path.name} were lost"
             self.event("metrics_gap", text, first=last_kept + 1, last=resume_step)
@@ -89,7 +84,7 @@ class MetricLogger:
         self._metrics.write(json.dumps(_json_line(clean)) + "\n")
         self._metrics.flush()
         for sink in list(self._sinks):
-            self._guard(sink, lambda sink=sink: sink.log(clean))  # type: ignore[misc]
+            self._guard(sink, sink.log, clean)
 
     def event(self, kind: str, text: str, **fields: Any) -> None:
         """Something worth noticing: a line on the console and one in events.jsonl.
@@ -105,7 +100,7 @@ class MetricLogger:
         self._events.write(json.dumps(line, default=str) + "\n")
         self._events.flush()
         for sink in list(self._sinks):
-            self._guard(sink, lambda sink=sink: sink.event(text))  # type: ignore[misc]
+            self._guard(sink, sink.event, text)
 
     def close(self) -> None:
         """Finish all sinks. A second call does nothing."""
@@ -127,10 +122,12 @@ class MetricLogger:
                 raise
             self._report_failure(name, error)
 
-    def _guard(self, sink: Sink, action: Callable[[], None]) -> None:
+    def _guard(self, sink: Sink, action: Callable[..., None], *args: Any) -> None:
         """Run an action of an optional sink; switch the sink off when it fails."""
+        if sink not in self._sinks:  # switched off a moment ago, while another one's failure was reported
+            return
         try:
-            action()
+            action(*args)
         except Exception as error:
             self._sinks.remove(sink)
             self._report_failure(sink.name, error)

@@ -20,12 +20,11 @@ from omegaconf import OmegaConf
 
 MASK = "***"
 
-_SECRET_PARTS = ("secret", "passw", "credential")  # anywhere in a key
-_SECRET_ENDINGS = (
-    "token",
-    "key",
-)  # at its end: `hub_token`, `apiKey`; not `sample_tokens`, `tokenizer`, `num_key_heads`
-_ASSIGNMENT = re.compile(r"""([\w.\-]+)(["']?\s*[=:]\s*)("[^"]*"|'[^']*'|[^\s,}\]]+)""")
+# A key with secret, password or credential anywhere, or token or key at its end: `hub.token`, `apiKey`, but not
+# `sample_tokens`, `tokenizer.path` or `num_key_value_heads`.
+_SECRET = r"[\w.+~-]*(?:(?:secret|passw|credential)[\w.-]*|token|key)"
+_SECRET_KEY = re.compile(_SECRET, re.IGNORECASE)
+_ASSIGNMENT = re.compile(rf"""({_SECRET}["']?\s*[=:]\s*)("[^"]*"|'[^']*'|[^\s,{{}}\[\]]+)""", re.IGNORECASE)
 _URL_USER = re.compile(r"(\w+://)[^/\s@]+@")
 
 
@@ -169,8 +168,7 @@ def _git_state() -> tuple[str | None, bool]:
 
 def is_secret(name: str) -> bool:
     """Whether a configuration key or option, such as `hub.api_key` or `--token`, names a secret."""
-    last = name.rsplit(".", 1)[-1].lower()
-    return last.endswith(_SECRET_ENDINGS) or any(part in last for part in _SECRET_PARTS)
+    return _SECRET_KEY.fullmatch(name) is not None
 
 
 def mask_argv(argv: Sequence[str]) -> list[str]:
@@ -201,7 +199,4 @@ def mask_secrets(value: Any, name: str = "") -> Any:
 
 
 def _mask_text(text: str) -> str:
-    def hide(match: re.Match[str]) -> str:
-        return f"{match[1]}{match[2]}{MASK}" if is_secret(match[1]) else match[0]
-
-    return _URL_USER.sub(rf"\1{MASK}@", _ASSIGNMENT.sub(hide, text))
+    return _URL_USER.sub(rf"\1{MASK}@", _ASSIGNMENT.sub(rf"\1{MASK}", text))

@@ -28,7 +28,7 @@ class Sink(Protocol):
 
 
 class TensorBoardSink:
-    """Event files under run_dir/tensorboard, one scalar per field, in double precision."""
+    """Event files under run_dir/tensorboard, one scalar per field. The format holds them in fp32."""
 
     name = "tensorboard"
 
@@ -47,8 +47,7 @@ class TensorBoardSink:
     def log(self, record: Record) -> None:
         for name, value in record.items():
             if name != "step" and value is not None:
-                # The default summary rounds to fp32, and would differ from metrics.jsonl.
-                self._writer.add_scalar(name, value, record["step"], new_style=True, double_precision=True)
+                self._writer.add_scalar(name, value, record["step"])
 
     def event(self, text: str) -> None:
         """Events are in events.jsonl; TensorBoard keeps scalars."""

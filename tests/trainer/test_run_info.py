@@ -1,0 +1,231 @@
+"""run.json and config.yaml: what a run was made of, without secrets."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from trainer import run_info
+from trainer.config import TrainConfig
+from trainer.run_info import MASK, RunInfo, is_secret, mask_argv, mask_secrets, write_config, write_run_info
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def make_info(**changes: Any) -> RunInfo:
+    values: dict[str, Any] = {
+        "device": torch.device("cpu"),
+        "world_size": 4,
+        "mesh": {"dp_replicate": 2, "dp_shard": 2},
+        "kernels": {"attention": "sdpa"},
+        "precision": {"compute": "fp32"},
+        "flops_per_token": 6e9,
+        "peak_flops": None,
+        "argv": ["launch/train.py", "train.steps=3"],
+    }
+    return RunInfo(**{**values, **changes})
+
+
+def test_run_json_says_what_was_really_used(tmp_path: Path) -> None:
+    """Catches a field that is missing or misnamed: benchmarks/train.py and people read them."""
+    returned = write_run_info(tmp_path, make_info())
+    content = json.loads((tmp_path / "run.json").read_text())
+    assert content == returned
+    assert content["versions"]["torch"] == torch.__version__
+    assert content["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert set(content["versions"]) >= {"cuda", "cudnn", "nccl", "triton", "lattice", "git_commit"}
+    assert content["device"]["name"] == "cpu"
+    assert 0.1 < content["device"]["memory_gib"] < 1e5
+    assert content["device"]["count"] >= 1
+    assert (content["world_size"], content["mesh"]) == (4, {"dp_replicate": 2, "dp_shard": 2})
+    assert (content["kernels"], content["precision"]) == ({"attention": "sdpa"}, {"compute": "fp32"})
+    assert content["command"] == ["launch/train.py", "train.steps=3"]
+
+
+def test_every_start_of_a_run_is_listed(tmp_path: Path) -> None:
+    """Catches a restart that hides the earlier ones, on whatever layout they ran."""
+    write_run_info(tmp_path, make_info())
+    write_run_info(tmp_path, make_info(resume_step=2, world_size=2, mesh={"dp_shard": 2}))
+    content = json.loads((tmp_path / "run.json").read_text())
+    assert [(start["resume_step"], start["world_size"]) for start in content["starts"]] == [(0, 4), (2, 2)]
+    assert content["world_size"] == 2
+    assert all(start["time"].endswith("+00:00") for start in content["starts"])
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"starts": 3}'])
+def test_a_damaged_run_json_is_an_error_that_names_it(tmp_path: Path, text: str) -> None:
+    """Catches losing the list of starts without a word."""
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(ValueError, match=r"run\.json cannot be read"):
+        write_run_info(tmp_path, make_info())
+    assert (tmp_path / "run.json").read_text() == text
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_the_commit_is_that_of_this_checkout(tmp_path: Path) -> None:
+    """Catches the commit of whatever repository the user happens to stand in."""
+    asked = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    if asked.returncode != 0:
+        pytest.skip("the tests do not run from a checkout")
+    commit = write_run_info(tmp_path, make_info())["versions"]["git_commit"]
+    assert commit.removesuffix("-dirty") == asked.stdout.strip()
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_an_installed_package_inside_another_checkout_has_no_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches naming the commit of a project that merely has our package in its virtual environment."""
+    git = ["git", "-c", "user.name=x", "-c", "user.email=x@x"]
+    subprocess.run([*git, "init", "-q"], cwd=tmp_path, check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "x"], cwd=tmp_path, check=True)
+    package = tmp_path / "site-packages" / "trainer"
+    package.mkdir(parents=True)
+    monkeypatch.setattr(run_info, "__file__", str(package / "run_info.py"))
+    assert run_info._git_state() == (None, False)
+    monkeypatch.setattr(run_info, "__file__", str(tmp_path / "trainer" / "run_info.py"))
+    commit, dirty = run_info._git_state()  # negative control: at the top of the checkout there is one
+    assert commit is not None
+    assert not dirty
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "token",
+        "hub.token",
+        "data.hub_token",
+        "api_key",
+        "apiKey",
+        "HF_TOKEN",
+        "--wandb-api-key",
+        "secret",
+        "secretName",
+        "client_secret",
+        "password",
+        "db_password",
+        "PASSWD",
+        "credentials",
+        "credentials.user",
+        "+data.token",
+    ],
+)
+def test_keys_of_secrets_are_recognised(key: str) -> None:
+    """Catches a token in run.json, which people share."""
+    assert is_secret(key)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "train.sample_tokens",
+        "data.tokenizer.path",
+        "tokens",
+        "checkpoint.keep_last",
+        "num_key_value_heads",
+        "eos_token_id",
+    ],
+)
+def test_keys_of_ordinary_settings_are_left_alone(key: str) -> None:
+    """Catches a mask so wide that the record no longer says what ran."""
+    assert not is_secret(key)
+
+
+def test_a_command_line_is_masked_in_every_form() -> None:
+    """Catches a secret that is passed as key=value, as an option, in a dict, or in a URL."""
+    argv = [
+        "launch/train.py",
+        "data.hub_token=abc123",
+        "--api-key=abc123",
+        "--token",
+        "abc123",
+        "run.name=x=token=abc123",
+        "data=tokens",
+        "train.sample_tokens=64",
+        "+hub={token: abc123, name: openwebtext}",
+        '+hub={"password":"abc123"}',
+        "data.path=https://user:abc123@host/corpus",
+        "data.secret=abc123,abc123",
+        "--multirun",
+        "optim.lr=1e-3,3e-4",
+    ]
+    assert mask_argv(argv) == [
+        "launch/train.py",
+        f"data.hub_token={MASK}",
+        f"--api-key={MASK}",
+        "--token",
+        MASK,
+        f"run.name=x=token={MASK}",
+        "data=tokens",
+        "train.sample_tokens=64",
+        f"+hub={{token: {MASK}, name: openwebtext}}",
+        f'+hub={{"password":{MASK}}}',
+        f"data.path=https://{MASK}@host/corpus",
+        f"data.secret={MASK}",
+        "--multirun",
+        "optim.lr=1e-3,3e-4",
+    ]
+
+
+def test_the_command_line_in_run_json_is_masked(tmp_path: Path) -> None:
+    """Catches a raw sys.argv beside the masked one."""
+    write_run_info(tmp_path, make_info(argv=["launch/train.py", "data.hub_token=abc123"]))
+    assert "abc123" not in (tmp_path / "run.json").read_text()
+
+
+def test_secrets_in_a_configuration_are_masked_and_nothing_else() -> None:
+    """Catches a secret in a nested dict or a list, and an unset one that is shown as if it were set."""
+    config = {
+        "hub": {"token": "a", "parts": [{"api_key": 1, "weight": 0.5}]},
+        "token": None,
+        "url": "s3://k:v@b/c",
+        "n": 3,
+    }
+    assert mask_secrets(config) == {
+        "hub": {"token": MASK, "parts": [{"api_key": MASK, "weight": 0.5}]},
+        "token": None,
+        "url": f"s3://{MASK}@b/c",
+        "n": 3,
+    }
+    assert mask_secrets({"credentials": {"user": "a"}}) == {"credentials": MASK}
+
+
+def test_config_yaml_gives_back_the_same_configuration(tmp_path: Path) -> None:
+    """Catches a field that is lost or changed: 1e-8 must not come back as a string."""
+    config = TrainConfig()
+    config.optim.eps = 1e-8
+    config.optim.lr = 1 / 3
+    config.train.sample_prompt = "class: 'x'\n#"
+    write_config(tmp_path, config)
+    loaded = OmegaConf.merge(OmegaConf.structured(TrainConfig), OmegaConf.load(tmp_path / "config.yaml"))
+    assert OmegaConf.to_object(loaded) == config
+
+
+def test_a_changed_configuration_keeps_the_earlier_ones(tmp_path: Path) -> None:
+    """Catches a restart with other settings after which nobody knows how the run began."""
+    for lr in (0.1, 0.1, 0.2, 0.3):
+        config = TrainConfig()
+        config.optim.lr = lr
+        write_config(tmp_path, config)
+    rates = {path.name: OmegaConf.load(path).optim.lr for path in tmp_path.iterdir()}
+    assert rates == {"config.1.yaml": 0.1, "config.2.yaml": 0.2, "config.yaml": 0.3}
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches writing in place: a crash would leave half a file."""
+    path = tmp_path / "run.json"
+    path.write_text("old")
+    with pytest.raises(UnicodeEncodeError):
+        run_info.write_atomically(path, "new \udc80")
+    assert path.read_text() == "old"
+    run_info.write_atomically(path, "new")
+    assert [file.name for file in tmp_path.iterdir()] == ["run.json"]
+    assert path.read_text() == "new"
