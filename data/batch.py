@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
@@ -22,16 +23,17 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on device; asynchronous from pinned memory."""
-
-        def move(t: torch.Tensor | None) -> torch.Tensor | None:
-            return None if t is None else t.to(device, non_blocking=True)
-
-        return replace(self, **{name: move(getattr(self, name)) for name in self.__dataclass_fields__})
+        return self._map(lambda t: t.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory (called by torch's DataLoader)."""
+        return self._map(lambda t: t.pin_memory())
 
-        def pin(t: torch.Tensor | None) -> torch.Tensor | None:
-            return None if t is None else t.pin_memory()
-
-        return replace(self, **{name: pin(getattr(self, name)) for name in self.__dataclass_fields__})
+    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        return Batch(
+            tokens=change(self.tokens),
+            labels=change(self.labels),
+            positions=change(self.positions),
+            documents=None if self.documents is None else change(self.documents),
+            samples=change(self.samples),
+        )

@@ -78,7 +78,7 @@ def apply_activation_checkpoint(block: nn.Module, config: ActivationCheckpoint) 
             return inner(*args, **kwargs)
         return checkpoint(inner, *args, **options, **kwargs)
 
-    block.forward = forward  # type: ignore[method-assign]
+    block.forward = forward
 
 
 def apply_offload(block: nn.Module, *, pin_memory: bool) -> None:
@@ -93,4 +93,4 @@ def apply_offload(block: nn.Module, *, pin_memory: bool) -> None:
         with torch.autograd.graph.save_on_cpu(pin_memory=pin_memory):
             return inner(*args, **kwargs)
 
-    block.forward = forward  # type: ignore[method-assign]
+    block.forward = forward

@@ -1,4 +1,4 @@
-"""From degrees to process groups: starting torch.distributed and the DeviceMesh every layer and state tensor lives on."""
+"""From degrees to process groups: starting torch.distributed, and the DeviceMesh that all state lives on."""
 
 from __future__ import annotations
 

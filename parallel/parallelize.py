@@ -66,7 +66,7 @@ def parallelize(
 
 def compile_block(block: nn.Module, *, backend: str) -> None:
     """Compile block.forward to one graph. Hooks on the block stay outside the graph, parameter names as they are."""
-    block.forward = torch.compile(block.forward, backend=backend, fullgraph=True)  # type: ignore[method-assign]
+    block.forward = torch.compile(block.forward, backend=backend, fullgraph=True)
 
 
 def forward_units(model: nn.Module) -> list[tuple[nn.Module, list[str]]]:

@@ -54,6 +54,7 @@ def problems(config: PrecisionConfig) -> list[str]:
         found.append(f"precision.loss_scale={config.loss_scale} must be positive; 65536 is usual")
     if config.loss_scale_growth_interval < 1:
         found.append(
-            f"precision.loss_scale_growth_interval={config.loss_scale_growth_interval} must be at least 1; 2000 is usual"
+            f"precision.loss_scale_growth_interval={config.loss_scale_growth_interval} must be at least 1; "
+            "2000 is usual"
         )
     return found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 
 # One thread per process: with several ranks on few cores, more threads only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -20,9 +19,9 @@ _POOL = RankPool()
 
 
 @pytest.fixture(scope="session")
-def ranks() -> Iterator[RankPool]:
+def ranks() -> RankPool:
     """`ranks.run(world_size, function, *args)` runs a module-level function on gloo ranks."""
-    yield _POOL
+    return _POOL
 
 
 def pytest_sessionfinish() -> None:

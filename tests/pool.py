@@ -7,6 +7,7 @@ after a rank died. Functions travel by name, so a test passes a module-level fun
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing as mp
 import os
 import pickle
@@ -63,6 +64,20 @@ def _fork(target: Callable[..., None], *args: Any) -> int:
     return pid
 
 
+def _rank_body(
+    rank: int,
+    world_size: int,
+    store_path: str,
+    pipe: Connection,
+    control: socket.socket,
+    siblings: tuple[Connection, ...],
+) -> None:
+    control.close()
+    for sibling in siblings:  # a rank that keeps its siblings' pipes open would hide their death
+        sibling.close()
+    _rank_main(rank, world_size, store_path, pipe)
+
+
 def _nursery_main(control: socket.socket) -> None:
     """Fork a group of ranks for each request (world size, store path); answer with pids, pass their pipes along."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
@@ -75,13 +90,7 @@ def _nursery_main(control: socket.socket) -> None:
         for rank in range(world_size):
             parent_end, child_end = mp.Pipe()
 
-            def body(rank: int = rank, child_end: Connection = child_end, others: tuple = (*ours, parent_end)) -> None:
-                control.close()
-                for other in others:  # a rank that keeps its siblings' pipes open would hide their death
-                    other.close()
-                _rank_main(rank, world_size, store_path, child_end)
-
-            pids.append(_fork(body))
+            pids.append(_fork(_rank_body, rank, world_size, store_path, child_end, control, (*ours, parent_end)))
             child_end.close()
             ours.append(parent_end)
         socket.send_fds(control, [pickle.dumps(pids)], [pipe.fileno() for pipe in ours])
@@ -118,10 +127,8 @@ class RankPool:
     def _discard(self, world_size: int) -> None:
         pids, pipes = self._groups.pop(world_size)
         for pid in pids:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
         for pipe in pipes:
             pipe.close()
 
@@ -130,7 +137,7 @@ class RankPool:
     ) -> list[Any]:
         """fn(*args, **kwargs) on every rank of a gloo group of world_size; the results in rank order.
 
-        Raises RankError with the tracebacks of the ranks that failed, or that died or hung (the group is then made anew).
+        Raises RankError with the tracebacks of the ranks that failed, or died, or hung (the group is then made anew).
         """
         _, pipes = self._group(world_size)
         message = pickle.dumps((fn, args, kwargs))

@@ -1,4 +1,4 @@
-"""TrainConfig: everything a run is made of. Composed by Hydra, converted once, validated at once (trainer/validate.py)."""
+"""TrainConfig: everything a run is made of. Composed by Hydra, checked at once (trainer/validate.py)."""
 
 from __future__ import annotations
 

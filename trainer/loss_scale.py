@@ -1,4 +1,4 @@
-"""Dynamic loss scaling for fp16 (Micikevicius et al., 1710.03740, section 3.2), on the device and without a host sync."""
+"""Dynamic loss scaling for fp16 (Micikevicius et al., 1710.03740, section 3.2), without a host sync."""
 
 from __future__ import annotations
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from data.tokenizer import Tokenizer
 
+from data.tokenizer import Tokenizer
 from kernels.philox import uniform
 from trainer.step import TrainState
 

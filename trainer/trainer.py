@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gc
-import logging
+import math
+import resource
 import time
 from collections import deque
 from dataclasses import asdict, dataclass
@@ -12,14 +13,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
 from data.loader import Loader, build_loader
-from data.tokenizer import Tokenizer
 from models.flops import flops_per_token
 from models.hf import load_hf_weights
-from models.registry import build_model
-
 from models.init import initialize
 from models.layers.attention import choose_attention
+from models.registry import build_model
 from parallel.activation_checkpoint import ActivationCheckpoint
 from parallel.dims import ParallelDims
 from parallel.mesh import build_mesh, data_mesh, init_distributed, pick_device
@@ -34,10 +34,8 @@ from trainer.run_dir import prepare_run_dir
 from trainer.run_info import RunInfo, write_config, write_run_info
 from trainer.sample import sample_text
 from trainer.schedule import learning_rate
-from trainer.throughput import peak_flops
 from trainer.step import StepMetrics, TrainState, evaluate, train_step
-
-log = logging.getLogger(__name__)
+from trainer.throughput import Throughput, mfu_peak
 
 GC_INTERVAL = 50
 """Steps between garbage collections. They are switched off otherwise: one that falls on a different step on each rank
@@ -56,9 +54,7 @@ class TrainingDiverged(Exception):
 class _Pending:
     """A step whose numbers are still on their way to the host."""
 
-    step: int
-    lr: float
-    data_wait: float
+    record: dict[str, Any]  # what the host knew when it launched the step
     values: torch.Tensor  # [5] fp64 on the host: loss, grad_norm, skipped, valid_tokens, loss_scale
     ready: torch.cuda.Event | None
 
@@ -98,8 +94,7 @@ class Trainer:
         )
         self.guard = PreemptionGuard()
         self._pending: deque[_Pending] = deque()
-        self._step_started = time.perf_counter()
-        self._validation: dict[int, float] = {}
+        self._validation_loss: float | None = None  # of the newest validation
         self._describe()
 
     # ---- setting up
@@ -196,9 +191,9 @@ class Trainer:
     def _describe(self) -> None:
         """config.yaml, run.json and one line on the console: what really runs."""
         device_name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
-        peak_tflops = self.config.logging.peak_tflops
-        self.peak_flops = peak_tflops * 1e12 if peak_tflops else peak_flops(device_name, self.config.precision.compute)
-        self.flops_per_token = flops_per_token(self.config.model, self.config.train.seq_len)
+        peak = mfu_peak(device_name, self.config.logging.peak_tflops)
+        flops = flops_per_token(self.config.model, self.config.train.seq_len)
+        self.throughput = Throughput(world_size=self.world_size, flops_per_token=flops, peak=peak)
         num_parameters = sum(p.numel() for p in self.state.data_parallel.masters.values())
         train, precision = self.config.train, self.config.precision
         info = RunInfo(
@@ -216,8 +211,8 @@ class Trainer:
                 "data_parallel": f"zero{self.config.parallel.zero_stage}",
             },
             precision={"compute": precision.compute, "master": precision.master, "reduce": precision.reduce},
-            flops_per_token=self.flops_per_token,
-            peak_flops=self.peak_flops,
+            flops_per_token=flops,
+            peak_flops=peak,
             resume_step=self.state.step,
         )
         if self.is_main:
@@ -234,7 +229,7 @@ class Trainer:
     # ---- training
 
     def run(self) -> dict[str, Any]:
-        """Train to train.steps. Returns {"step", "loss", "validation_loss", "sample"}.
+        """Train to train.steps. Returns step, loss (of the last step logged), validation_loss and sample.
 
         Raises Preempted after saving when a signal asked for it, TrainingDiverged as train.nonfinite says.
         """
@@ -247,109 +242,77 @@ class Trainer:
 
     def _run(self) -> dict[str, Any]:
         config, state = self.config, self.state
-        last: dict[str, Any] = {"step": state.step, "loss": None}
-        self._step_started = time.perf_counter()
+        loss = None
+        self.throughput.start()
         while state.step < config.train.steps:
-            started = time.perf_counter()
-            microbatches = [batch.to(self.device) for batch in self.train_data.next_step()]
-            data_wait = time.perf_counter() - started
-            lr = learning_rate(
-                config.schedule, base_lr=config.optim.lr, step=state.step + 1, total_steps=config.train.steps
-            )
-            self._push(train_step(state, microbatches, lr=lr), lr=lr, data_wait=data_wait)
+            self._launch_step()
             finished = state.step == config.train.steps
-            if config.train.eval_interval > 0 and (finished or state.step % config.train.eval_interval == 0):
-                self._evaluate()
-            preempted = self.guard.requested(state.step)
+            validate = config.train.eval_interval > 0 and (finished or state.step % config.train.eval_interval == 0)
+            preempted = self.guard.requested(state.step) and not finished
             due = config.checkpoint.interval > 0 and state.step % config.checkpoint.interval == 0
-            boundary = finished or preempted or due
-            # With the GPU one step ahead of the host, logging a step never waits for the one just launched.
-            last = self._drain(keep=0 if boundary or self.device.type == "cpu" else 1) or last
-            if due or preempted or (finished and config.checkpoint.at_end):
+            save = due or preempted or (finished and config.checkpoint.at_end)
+            # On the GPU a step is logged after the next was launched, so that the device never waits for the host.
+            one_behind = self.device.type == "cuda" and not (finished or validate or save)
+            records = self._collect(keep=1 if one_behind else 0)
+            if validate:
+                records[-1] |= self._validate()
+            for record in records:
+                self.metrics.log(record)
+                self._judge(record)
+                loss = record["loss"]
+            if save:
                 self._save(blocking=preempted)
-            if preempted and not finished:
-                self.checkpoints.wait()
+            if preempted:
                 self.metrics.event("preempted", f"saved at step {state.step}; start again to continue", step=state.step)
-                raise Preempted(f"preempted at step {state.step}; the state is saved in {self.run_dir}/checkpoints")
+                raise Preempted(f"preempted at step {state.step}; the state is in {self.run_dir}/checkpoints")
             if state.step % GC_INTERVAL == 0:
                 gc.collect(1)
         self.checkpoints.wait()
-        result = last | {"step": state.step, "validation_loss": self._last_validation(), "sample": self._sample()}
-        return result
+        return {"step": state.step, "loss": loss, "validation_loss": self._validation_loss, "sample": self._sample()}
 
-    def _push(self, metrics: StepMetrics, *, lr: float, data_wait: float) -> None:
-        """Start copying a step's numbers to the host."""
-        on_device = torch.stack(
-            [
-                t.double()
-                for t in (metrics.loss, metrics.grad_norm, metrics.skipped, metrics.valid_tokens, metrics.loss_scale)
-            ]
+    def _launch_step(self) -> None:
+        """Run one step; on the GPU, only enqueue it. Its numbers are `_pending`."""
+        started = time.perf_counter()
+        microbatches = [batch.to(self.device) for batch in self.train_data.next_step()]
+        data_wait = time.perf_counter() - started
+        step = self.state.step + 1
+        lr = learning_rate(
+            self.config.schedule, base_lr=self.config.optim.lr, step=step, total_steps=self.config.train.steps
         )
-        ready = None
-        values = on_device
-        if self.device.type == "cuda":
-            values = torch.empty_like(on_device, device="cpu", pin_memory=True)
-            values.copy_(on_device, non_blocking=True)
-            ready = torch.cuda.Event()
-            ready.record()
-        self._pending.append(_Pending(self.state.step, lr, data_wait, values, ready))
+        metrics = train_step(self.state, microbatches, lr=lr)
+        record = {"step": step, "lr": lr, "tokens": step * self.tokens_per_step, "data_wait_seconds": data_wait}
+        self._pending.append(_to_host(metrics, record))
 
-    def _drain(self, *, keep: int) -> dict[str, Any] | None:
-        """Log all pending steps but the newest `keep`; the last record logged."""
-        record = None
+    def _collect(self, *, keep: int) -> list[dict[str, Any]]:
+        """Wait for all pending steps but the newest `keep`; their records (docs/METRICS.md)."""
+        records = []
         while len(self._pending) > keep:
             pending = self._pending.popleft()
             if pending.ready is not None:
                 pending.ready.synchronize()
-            record = self._record(pending)
-            self.metrics.log(record)
-            self._judge(pending.step, skipped=bool(pending.values[2]), record=record)
-        return record
-
-    def _record(self, pending: _Pending) -> dict[str, Any]:
-        """The metrics.jsonl object of a step; see docs/METRICS.md."""
-        now = time.perf_counter()
-        seconds, self._step_started = now - self._step_started, now
-        loss, grad_norm, skipped, valid_tokens, loss_scale = pending.values.tolist()
-        self.skipped_steps += int(skipped)
-        rate = self.tokens_per_step / seconds / self.world_size
-        record: dict[str, Any] = {
-            "step": pending.step,
-            "loss": loss,
-            "grad_norm": grad_norm,
-            "lr": pending.lr,
-            "tokens": pending.step * self.tokens_per_step,
-            "valid_tokens": int(valid_tokens),
-            "tokens_per_second_per_gpu": rate,
-            "mfu": rate * self.flops_per_token / self.peak_flops if self.peak_flops else None,
-            "peak_memory_gib": self._peak_memory_gib(),
-            "step_seconds": seconds,
-            "data_wait_seconds": pending.data_wait,
-            "skipped_steps": self.skipped_steps,
-        }
-        if self.state.loss_scale.dynamic:
-            record["loss_scale"] = loss_scale
-        if pending.step in self._validation:
-            record["validation_loss"] = self._validation[pending.step]
-            record["validation_perplexity"] = float(torch.tensor(self._validation[pending.step]).double().exp())
-        return record
+            loss, grad_norm, skipped, valid_tokens, loss_scale = pending.values.tolist()
+            self.skipped_steps += int(skipped)
+            record = pending.record | {"loss": loss, "grad_norm": grad_norm, "valid_tokens": int(valid_tokens)}
+            record |= self.throughput.end_step(self.tokens_per_step)
+            record |= {"peak_memory_gib": self._peak_memory_gib(), "skipped_steps": self.skipped_steps}
+            if self.state.loss_scale.dynamic:
+                record["loss_scale"] = loss_scale
+            self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
+            records.append(record)
+        return records
 
     def _peak_memory_gib(self) -> float:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 2**30
-        import resource
-
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
 
-    def _judge(self, step: int, *, skipped: bool, record: dict[str, Any]) -> None:
+    def _judge(self, record: dict[str, Any]) -> None:
         """React to a step that was skipped because loss or gradients were not finite."""
-        if not skipped:
-            self._skipped_in_a_row = 0
+        if self._skipped_in_a_row == 0:
             return
-        self._skipped_in_a_row += 1
+        step, train = record["step"], self.config.train
         what = f"step {step}: loss {record['loss']}, grad_norm {record['grad_norm']}; the update was skipped"
-        self.metrics.event("nonfinite", what, step=step)
-        train = self.config.train
+        self.metrics.event("skipped_step", what, step=step)
         # Under fp16 a skipped step is how the loss scale finds its size, not a fault.
         if train.nonfinite == "stop" and not self.state.loss_scale.dynamic:
             raise TrainingDiverged(f"{what}; the run stops because train.nonfinite=stop")
@@ -361,24 +324,17 @@ class Trainer:
 
     # ---- now and then
 
-    def _evaluate(self) -> None:
-        """Validation of the current weights; its time is not the step's."""
+    def _validate(self) -> dict[str, float]:
+        """Validation of the current weights: its fields of the step's record. Its time belongs to no step."""
         assert self.validation_data is not None
-        self._settle()
-        started = time.perf_counter()
-        microbatches = (b for step in self.validation_data.batches(self.config.train.eval_batches) for b in step)
-        self._validation = {self.state.step: evaluate(self.state, microbatches)}
-        self._step_started += time.perf_counter() - started
-
-    def _settle(self) -> None:
-        """Wait for the device, so that what follows is not counted into the running step's time."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-
-    def _last_validation(self) -> float | None:
-        return next(iter(self._validation.values()), None)
+        batches = self.validation_data.batches(self.config.train.eval_batches)
+        loss = evaluate(self.state, (batch for step in batches for batch in step))
+        self._validation_loss = loss
+        self.throughput.start()
+        return {"validation_loss": loss, "validation_perplexity": math.exp(loss) if loss < 700 else math.inf}
 
     def _save(self, *, blocking: bool) -> None:
+        """Checkpoint the state after the current step. Not blocking: written while training goes on."""
         state = self.state
         extra = {
             "step": state.step,
@@ -388,10 +344,9 @@ class Trainer:
             "seed": self.config.train.seed,
             "config": asdict(self.config),
         }
-        started = time.perf_counter()
         self.checkpoints.save(state.step, self._state_tensors(), extra, blocking=blocking)
-        self._step_started += time.perf_counter() - started
-        self.metrics.event("checkpoint", f"step {state.step}: checkpoint started", step=state.step)
+        self.metrics.event("checkpoint", f"checkpoint of step {state.step}", step=state.step)
+        self.throughput.start()
 
     def _all_gather(self, value: Any) -> list[Any]:
         """One object of every data-parallel rank, in rank order."""
@@ -400,8 +355,7 @@ class Trainer:
         return values
 
     def _sample(self) -> str | None:
-        train = self.config.train
-        tokenizer: Tokenizer | None = self.train_data.tokenizer
+        train, tokenizer = self.config.train, self.train_data.tokenizer
         if train.sample_tokens == 0 or tokenizer is None:
             return None
         return sample_text(
@@ -414,10 +368,23 @@ class Trainer:
         )
 
     def close(self) -> None:
-        """Stop background work and flush every sink. Safe to call after a failure."""
+        """Stop background work and flush every sink. Call it also after a failure."""
         self.guard.close()
         self.train_data.close()
         if self.validation_data is not None:
             self.validation_data.close()
         self.metrics.close()
         self.checkpoints.close()
+
+
+def _to_host(metrics: StepMetrics, record: dict[str, Any]) -> _Pending:
+    """Start copying a step's numbers to the host, in fp64, which holds all of them exactly."""
+    fields = (metrics.loss, metrics.grad_norm, metrics.skipped, metrics.valid_tokens, metrics.loss_scale)
+    values = torch.stack([field.double() for field in fields])
+    if values.device.type == "cpu":
+        return _Pending(record, values, None)
+    on_host = torch.empty_like(values, device="cpu", pin_memory=True)
+    on_host.copy_(values, non_blocking=True)
+    ready = torch.cuda.Event()
+    ready.record()
+    return _Pending(record, on_host, ready)

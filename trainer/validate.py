@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 
 import torch
-from models.registry import resolve_model
 
 from data.config import problems as data_problems
 from models.config import problems as model_problems
+from models.registry import resolve_model
 from parallel.activation_checkpoint import ActivationCheckpoint
 from parallel.activation_checkpoint import problems as activation_checkpoint_problems
 from parallel.dims import ParallelDims
 from parallel.dims import problems as dims_problems
 from parallel.precision import problems as precision_problems
 from trainer.config import NONFINITE, CheckpointConfig, ConfigError, LoopConfig, TrainConfig
+from trainer.resilience import launcher_problems
 from trainer.schedule import problems as schedule_problems
 
 
@@ -42,12 +44,13 @@ def finalize(config: TrainConfig, *, world_size: int) -> TrainConfig:
     found += _loop_problems(config.train)
     found += _checkpoint_problems(config.checkpoint)
     found += _cross_problems(config, world_size)
+    found += launcher_problems(os.environ)
     if found:
         raise ConfigError(list(dict.fromkeys(found)))
     return replace(config, model=model)
 
 
-def _at_least(prefix: str, config: object, minimums: dict[str, float]) -> list[str]:
+def _at_least(prefix: str, config: object, minimums: dict[str, int]) -> list[str]:
     return [
         f"{prefix}.{name}={getattr(config, name)} must be at least {minimum}"
         for name, minimum in minimums.items()
@@ -78,7 +81,7 @@ def _checkpoint_problems(checkpoint: CheckpointConfig) -> list[str]:
 
 def _cross_problems(config: TrainConfig, world_size: int) -> list[str]:
     """What only shows when two groups are looked at together."""
-    found = []
+    found: list[str] = []
     train = config.train
     if dims_problems(config.parallel, world_size) or train.micro_batch_size < 1 or train.global_batch_size < 1:
         return found  # the layout is unknown; its own problem has been named

@@ -72,7 +72,7 @@ def tiny_config(run_dir: Path, data: DataConfig, **changes: Any) -> TrainConfig:
 def text_corpus(folder: Path) -> DataConfig:
     """Forty documents of very different lengths, and a tokenizer of 300 entries trained on them."""
     generator = torch.Generator().manual_seed(3)
-    words = "tensor rank shard mesh loss step token layer scale batch".split()
+    words = ["tensor", "rank", "shard", "mesh", "loss", "step", "token", "layer", "scale", "batch"]
     source = folder / "corpus"
     source.mkdir(parents=True, exist_ok=True)
     for i in range(40):
@@ -141,9 +141,7 @@ def weight_deviation(a: Outcome, b: Outcome) -> float:
 def gradient_deviation(a: Outcome, b: Outcome) -> float:
     """Largest difference of any first-step gradient, relative to the maximum of its tensor."""
     assert a.first_gradients.keys() == b.first_gradients.keys()
-    return max(
-        ((a.first_gradients[n] - g).abs().max() / g.abs().max()).item() for n, g in b.first_gradients.items()
-    )
+    return max(((a.first_gradients[n] - g).abs().max() / g.abs().max()).item() for n, g in b.first_gradients.items())
 
 
 def loss_deviation(a: Outcome, b: Outcome) -> float:

@@ -1,8 +1,7 @@
 """Every data-parallel layout against one process, through the real trainer: twenty steps in fp32.
 
-The tolerances are the ones of the field's arithmetic, not of this code: sums in another order change a loss by about
-1e-7; what that does to weights after twenty steps of Adam is measured here, by changing nothing but the micro-batches of
-one process.
+The tolerances are those of fp32, not of this code: sums in another order change a loss by about 1e-7; what that does to
+weights after twenty steps of Adam is measured here, by changing nothing but the micro-batches of one process.
 """
 
 from __future__ import annotations

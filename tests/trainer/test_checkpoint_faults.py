@@ -242,7 +242,7 @@ def save_on_a_full_disk(directory: Path, full_rank: int, suffix: str, surfaces_a
 def test_a_full_disk_is_one_error_on_all_ranks_and_spares_earlier_checkpoints(
     ranks: RankPool, tmp_path: Path, full_rank: int, suffix: str, surfaces_at: str
 ) -> None:
-    """Would catch: an error lost in the thread, a rank left waiting, or a half-written folder taken for a checkpoint."""
+    """Would catch: an error lost in the thread, a rank left waiting, a half-written folder taken for a checkpoint."""
     for message in ranks.run(2, save_on_a_full_disk, tmp_path, full_rank, suffix, surfaces_at):
         assert f"checkpoint {tmp_path / 'step_2'} could not be written" in message
         assert "No space left on device" in message
