@@ -67,12 +67,14 @@ def test_orthogonalize_gives_zeros_for_zeros_and_does_not_depend_on_scale() -> N
         assert (orthogonalize(matrix * scale, num_steps=5) - expected).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("max_norm", [0.0, 0.5])
 @pytest.mark.parametrize("nesterov", [True, False])
-def test_muon_equals_that_of_torch_over_many_steps(monkeypatch: pytest.MonkeyPatch, nesterov: bool) -> None:
-    """A wrong momentum, scale of the update, or coupling of weight decay to it."""
-    case = Case(
-        OptimConfig(name="muon", nesterov=nesterov, weight_decay=0.3), num_steps=20, max_norm=0.0, shapes=HIDDEN
-    )
+def test_muon_equals_that_of_torch_over_many_steps(
+    monkeypatch: pytest.MonkeyPatch, nesterov: bool, max_norm: float
+) -> None:
+    """A wrong momentum, scale of the update, or coupling of weight decay to it; gradients that are not clipped."""
+    config = OptimConfig(name="muon", nesterov=nesterov, weight_decay=0.3)
+    case = Case(config, num_steps=20, max_norm=max_norm, shapes=HIDDEN)
     # torch iterates in bf16 everywhere; in fp32 the comparison is sharp.
     monkeypatch.setattr(Tensor, "bfloat16", lambda self: self.float().clone())
     weights = {name: nn.Parameter(t) for name, t in case.weights().items()}
@@ -82,6 +84,8 @@ def test_muon_equals_that_of_torch_over_many_steps(monkeypatch: pytest.MonkeyPat
     for step in range(1, case.num_steps + 1):
         for name, gradient in case.gradients(step).items():
             weights[name].grad = gradient
+        if max_norm:
+            nn.utils.clip_grad_norm_(weights.values(), max_norm)
         theirs.param_groups[0]["lr"] = case.lr(step)
         theirs.step()
     ours = outcome_of(case)
@@ -89,8 +93,9 @@ def test_muon_equals_that_of_torch_over_many_steps(monkeypatch: pytest.MonkeyPat
     assert largest_difference(ours.parameters, expected) < 2e-5
     momenta = {f"momentum/{name}": theirs.state[p]["momentum_buffer"] for name, p in weights.items()}
     assert largest_difference({name: t for name, t in ours.state.items() if name != "step"}, momenta) < 1e-6
-    # Control: the same, summed over as many steps, without weight decay.
-    other = outcome_of(Case(OptimConfig(name="muon", nesterov=nesterov), num_steps=20, max_norm=0.0, shapes=HIDDEN))
+    # Control: another weight decay.
+    config.weight_decay = 0.1
+    other = outcome_of(case)
     assert largest_difference(other.parameters, expected) > 1e-3
 
 
