@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
 
 from kernels.attention import flex, reference, sdpa
 from kernels.attention.alibi import slopes
@@ -68,7 +69,9 @@ def test_the_reference_is_the_definition(name: str, heads: int, kv_heads: int) -
     """A mask edge, head group, scale or slope that is off: everything else is compared with this."""
     q, k, v = inputs(heads, kv_heads)
     output, _ = reference.attention(q, k, v, **options(name, heads))
-    torch.testing.assert_close(output.double(), one_query_at_a_time(q, k, v, **options(name, heads)), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        output.double(), one_query_at_a_time(q, k, v, **options(name, heads)), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_a_window_one_token_too_wide_is_noticed() -> None:
@@ -133,8 +136,25 @@ def test_bf16_attention_rounds_once() -> None:
 
 def test_flex_is_refused_where_it_has_no_backward() -> None:
     """An error from the depths of the compiler, or gradients that are missing."""
-    with pytest.raises(ValueError, match="model.attention=flex does not run on cpu"):
+    with pytest.raises(ValueError, match=r"model\.attention=flex does not run on cpu"):
         flex.build_block_mask(T, CPU)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize(("heads", "kv_heads"), [(3, 3), (6, 2)])
+@pytest.mark.parametrize("name", MASKS)
+def test_flex_means_the_same_masks_and_scores(
+    name: str, heads: int, kv_heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mask or score function that is wrong, which needs no GPU to see: uncompiled, flex runs anywhere."""
+    monkeypatch.setattr(flex, "require_cuda", lambda device: None)
+    monkeypatch.setattr(flex, "_compiled", lambda: flex_attention)
+    q, k, v = (x.detach() for x in inputs(heads, kv_heads))
+    choice = options(name, heads)
+    expected, _ = reference.attention(q, k, v, **choice)
+    alibi = choice.pop("slopes", None)
+    output = flex.attention(q, k, v, flex.build_block_mask(T, CPU, **choice), alibi)
+    torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.gpu

@@ -7,21 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 
 from kernels.attention.alibi import slopes
-from models.config import ModelConfig
 from models.decoder import Decoder
 from models.init import initialize
 from models.initializers import Constant, Normal
 from models.layers.attention import build_context, choose_attention
 from models.registry import build_model
-from tests.models.oracle import random_decoder, sample_tokens, tiny
+from tests.models.on_ranks import sharded_logits_and_grads
+from tests.models.small import random_decoder, sample_tokens, tiny
 from tests.pool import RankPool
 
 LENGTHS = (7, 1, 11)
@@ -128,7 +125,7 @@ def test_dropout_without_samples_or_beyond_its_numbers_is_refused() -> None:
     """Silently equal masks for all samples, or for two places of one."""
     with pytest.raises(ValueError, match="needs samples"):
         dropout_model()(sample_tokens())
-    with pytest.raises(ValueError, match="model.max_seq_len=10"):
+    with pytest.raises(ValueError, match=r"model\.max_seq_len=10"):
         dropout_model(max_seq_len=10)(sample_tokens(), samples=torch.arange(2))
 
 
@@ -159,13 +156,10 @@ def test_the_head_that_is_passed_in_gets_hidden_states_and_the_right_weight() ->
         model = random_decoder(tiny(tie_embeddings=tied))
         names = [name for name, _ in model.named_parameters()]
         assert ("head.weight" in names) is not tied
-        seen = []
-        tokens = sample_tokens()
-        total = model(tokens, head=lambda hidden, weight: seen.append((hidden, weight)) or hidden.sum())
-        assert total.ndim == 0
-        hidden, weight = seen[0]
-        assert weight is (model.embedding.weight if tied else model.head.weight)
-        torch.testing.assert_close(hidden @ weight.T, model(tokens))
+        weight = model.embedding.weight if tied else model.head.weight
+        assert model(sample_tokens(), head=lambda hidden, given: given) is weight
+        hidden = model(sample_tokens(), head=lambda hidden, given: hidden)
+        torch.testing.assert_close(hidden @ weight.T, model(sample_tokens()))
 
 
 @pytest.mark.parametrize("norm", ["rmsnorm", "layernorm"])
@@ -196,23 +190,6 @@ def test_every_parameter_has_an_initializer_and_residual_outputs_are_scaled_down
     assert wanted["blocks.0.attention.o.bias"] == wanted["blocks.0.mlp.up.bias"] == Constant(0.0)
     logits = model.eval()(sample_tokens())
     assert logits.std() < 1.0, "a fresh model predicts almost evenly"
-
-
-def sharded_logits_and_grads(config: ModelConfig, tokens: Tensor, samples: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """On each rank: fully_shard per block and at the root, one forward and backward over the same tokens."""
-    model = random_decoder(config).train()
-    policy = MixedPrecisionPolicy(cast_forward_inputs=False)
-    for block in model.blocks:
-        fully_shard(block, mp_policy=policy)
-    fully_shard(model, mp_policy=policy)
-    logits = model(tokens, samples=samples)
-    logits.square().sum().backward()
-    grads = {}
-    for name, parameter in model.named_parameters():
-        assert isinstance(parameter.grad, DTensor)
-        grads[name] = parameter.grad.full_tensor()
-    dist.barrier()
-    return logits.detach(), grads
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -246,13 +223,11 @@ def test_what_auto_means_is_said_and_flex_is_refused_where_it_does_not_run() -> 
     assert choose_attention(plain, cuda) == choose_attention(windowed, cpu, documents=True) == "sdpa"
     assert choose_attention(windowed, cuda) == choose_attention(plain, cuda, documents=True) == "flex"
     assert choose_attention(replace(windowed, attention="reference"), cuda) == "reference"
-    with pytest.raises(ValueError, match="model.attention=flex does not run on cpu"):
+    with pytest.raises(ValueError, match=r"model\.attention=flex does not run on cpu"):
         random_decoder(replace(plain, attention="flex"))(sample_tokens())
 
 
 def test_a_sequence_beyond_the_learned_positions_is_refused() -> None:
     """An index error from a device, far from its cause."""
-    with pytest.raises(ValueError, match="model.max_seq_len=10"):
+    with pytest.raises(ValueError, match=r"model\.max_seq_len=10"):
         random_decoder(tiny(positions="learned", max_seq_len=10))(sample_tokens())
-
-

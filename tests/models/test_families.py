@@ -11,7 +11,8 @@ import torch
 
 from models.config import FAMILY_NAMES, ModelConfig
 from models.registry import FAMILIES, resolve_model
-from tests.models.oracle import CASES, CLASSES, GPT2, LLAMA, OPT, gradients_by_our_name, pair, sample_tokens
+from tests.models.oracle import CASES, CLASSES, GPT2, LLAMA, OPT, gradients_by_our_name, pair
+from tests.models.small import sample_tokens
 
 TOLERANCE = 1e-5
 
@@ -86,7 +87,7 @@ def test_a_rope_scaling_is_not_plain_rope(name: str, tmp_path: Path) -> None:
 
 def test_older_folders_with_rope_theta_and_rope_scaling_mean_the_same(tmp_path: Path) -> None:
     """Folders written before transformers 5, which name the rope fields otherwise."""
-    reference, model = pair("llama3", tmp_path)
+    _, model = pair("llama3", tmp_path)
     path = tmp_path / "config.json"
     content = json.loads(path.read_text())
     scaling = content.pop("rope_parameters")
