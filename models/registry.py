@@ -43,12 +43,15 @@ def resolve_model(config: ModelConfig) -> ModelConfig:
 
 
 def build_model(config: ModelConfig, seed: int = 0) -> Decoder:
-    """The model of `config` (resolved here where it is not yet); seed keys its dropout.
+    """The model of a config, which need not be resolved unless it has a path; seed keys its dropout.
 
     Its parameters hold nothing of value yet: fill them with models.init or models.hf. Under torch.device("meta") they
     take no memory until `to_empty`.
     """
-    return Decoder(resolve_model(config), seed)
+    if config.num_kv_heads is None or config.head_dim is None:
+        config = resolve_model(config)  # one that is resolved does not need its folder any more
+    check(config)
+    return Decoder(config, seed)
 
 
 def _read_folder(config: ModelConfig, folder: Path) -> ModelConfig:

@@ -37,7 +37,7 @@ def build_block_mask(
     def mask_mod(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         mask = query >= key
         if window is not None:
-            mask = mask & (query - key < window)
+            mask = mask & (key > query - window)  # see reference.visible
         if documents is not None:
             mask = mask & (documents[b, query] == documents[b, key])
         return mask

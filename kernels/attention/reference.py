@@ -19,11 +19,11 @@ def visible(
 
     Itself and what precedes it; of these the last `window`; of these the ones in its document (documents [B, T]).
     """
-    index = torch.arange(seq_len, device=device)
-    distance = index[:, None] - index[None, :]
-    mask = (distance >= 0)[None, None]
+    key = torch.arange(seq_len, device=device)
+    query = key[:, None]
+    mask = (key <= query)[None, None]
     if window is not None:
-        mask = mask & (distance < window)
+        mask = mask & (key > query - window)  # not query - key < window: T x T integers take 8 times the bytes
     if documents is not None:
         mask = mask & (documents[:, None, :, None] == documents[:, None, None, :])
     return mask

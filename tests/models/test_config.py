@@ -1,0 +1,164 @@
+"""ModelConfig: every mistake is found and named, and the YAML files are the models they say."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from omegaconf import OmegaConf
+from torch.utils.flop_counter import FlopCounterMode
+
+from models.config import ModelConfig, RopeConfig, problems
+from models.flops import flops_per_token, num_parameters
+from models.registry import FAMILIES, build_model, hf_config, resolve_model
+from tests.models.oracle import CASES, CLASSES, theirs
+from tests.models.small import tiny
+
+YAML_FILES = sorted(Path("configs/model").glob("*.yaml"))
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"family": "lama"}, "model.family=lama is unknown"),
+    ({"num_kv_heads": 4}, "model.num_kv_heads=4 does not divide model.num_heads=6; use 1, 2, 3, 6"),
+    ({"num_heads": 5}, "model.num_heads=5 does not divide model.hidden_size=24"),
+    ({"head_dim": 5}, "model.head_dim=5 is odd"),
+    ({"head_dim": 2, "rope": RopeConfig(scaling="ntk", factor=2.0)}, "model.head_dim=2"),
+    ({"vocab_size": 0}, "model.vocab_size=0 must be at least 1"),
+    ({"num_layers": 0, "sliding_window": -1}, "model.sliding_window=-1 must be at least 1"),
+    ({"norm_eps": 0.0}, "model.norm_eps=0.0 must be positive"),
+    ({"norm": "batchnorm"}, "use one of rmsnorm, layernorm"),
+    ({"activation": "swish"}, "use one of silu, gelu"),
+    ({"positions": "sinusoidal"}, "use one of rope, learned, alibi, none"),
+    ({"attention": "flash"}, "use one of auto, reference, sdpa, flex"),
+    ({"activation_checkpoint": "some"}, "use one of none, full, selective, offload"),
+    ({"dropout": 1.0}, "model.dropout=1.0"),
+    ({"attention_dropout": -0.1}, "model.attention_dropout=-0.1"),
+    ({"attention_dropout": 0.1}, "model.attention=auto"),
+    ({"sliding_window_layers": [0]}, "without model.sliding_window"),
+    ({"sliding_window": 3, "sliding_window_layers": [1, 2]}, "names [2]; layers are 0 to 1"),
+    ({"rope": RopeConfig(scaling="longrope")}, "model.rope.scaling=longrope is unknown"),
+    ({"rope": RopeConfig(factor=2.0)}, "model.rope.factor=2.0 has no effect"),
+    ({"rope": RopeConfig(scaling="linear", factor=0.5)}, "model.rope.factor=0.5 must be at least 1"),
+    ({"rope": RopeConfig(theta=0.0)}, "model.rope.theta=0.0"),
+    ({"rope": RopeConfig(scaling="llama3", low_freq_factor=4.0)}, "model.rope.high_freq_factor=4.0 must be above"),
+    ({"rope": RopeConfig(scaling="yarn", beta_fast=0.5)}, "model.rope.beta_fast=0.5"),
+    ({"rope": RopeConfig(scaling="yarn", original_max_seq_len=0)}, "model.rope.original_max_seq_len=0"),
+    ({"positions": "learned"}, "train.seq_len=50 is above model.max_seq_len=32"),
+    ({"dropout": 0.1}, "which numbers the dropout draws"),
+    ({"family": "hf"}, "model.path is missing"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), WRONG, ids=[message for _, message in WRONG])
+def test_a_wrong_value_is_one_line_with_field_value_and_fix(changes: dict[str, Any], message: str) -> None:
+    """A mistake that surfaces as a shape error on the device, or not at all."""
+    found = problems(replace(tiny(), head_dim=changes.pop("head_dim", None), **changes), seq_len=50)
+    assert any(message in line for line in found), found
+    assert len(found) <= 2, "one mistake, one or two lines"
+
+
+def test_all_mistakes_are_found_at_once_and_a_good_config_has_none() -> None:
+    """Mistakes that come one per run, and false alarms."""
+    bad = replace(tiny(), num_kv_heads=4, norm="x", dropout=2.0)
+    assert len(problems(bad)) == 3
+    with pytest.raises(ValueError, match=r"norm=x.*num_kv_heads=4"):
+        resolve_model(bad)
+    assert problems(tiny(), seq_len=5000) == [], "rope has no longest sequence"
+    assert problems(ModelConfig(family="hf", path="somewhere")) == [], "the shape is in the folder"
+
+
+def test_resolving_fills_derived_sizes_and_forgets_what_has_no_effect() -> None:
+    """Two configs of one model that compare as different, and an export that fails for it."""
+    config = tiny(num_kv_heads=None, sliding_window=4, sliding_window_layers=[1, 0])
+    assert (config.num_kv_heads, config.head_dim, config.sliding_window_layers) == (6, 4, None)
+    assert tiny(sliding_window=4, sliding_window_layers=[]).sliding_window is None
+    assert tiny(rope=RopeConfig(original_max_seq_len=77)).rope == RopeConfig()
+    assert tiny(positions="alibi", rope=RopeConfig(theta=5.0)).rope == RopeConfig()
+    assert config.resolve() == config
+
+
+@pytest.mark.parametrize("path", YAML_FILES, ids=lambda path: path.stem)
+def test_every_yaml_file_is_a_model_transformers_counts_alike(path: Path) -> None:
+    """A typo in a key or a size. Oracle: the parameters transformers makes of the exported config.json."""
+    merged = OmegaConf.merge(OmegaConf.structured(ModelConfig), OmegaConf.load(path))
+    config = OmegaConf.to_object(merged)
+    assert isinstance(config, ModelConfig)
+    if config.family == "hf":
+        assert problems(config) == ["model.path is missing; model=hf needs model.path=DIR, a Hugging Face folder"]
+        return
+    assert problems(config, seq_len=1024) == []
+    config = resolve_model(config)
+    config_class, model_class = CLASSES[config.family]
+    with torch.device("meta"):
+        model = model_class._from_config(config_class(**hf_config(config)))
+    model.tie_weights()
+    unused = 2 * config.hidden_size if config.family == "opt" else 0
+    assert num_parameters(config) == sum(p.numel() for p in model.parameters()) - unused
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("llama2_7b", 6_738_415_616),
+        ("llama2_13b", 13_015_864_320),
+        ("llama3_1b", 1_235_814_400),
+        ("llama3_8b", 8_030_261_248),
+        ("mistral_7b", 7_241_732_096),
+        ("qwen2_7b", 7_615_616_512),
+        ("qwen3_8b", 8_190_735_360),
+        ("gpt2", 124_439_808),
+        ("opt_125m", 125_239_296 - 2 * 768),
+    ],
+)
+def test_the_yaml_files_have_the_published_numbers_of_parameters(name: str, count: int) -> None:
+    """A wrong size of a well-known model. Numbers from the models' cards; OPT's two unused positions are left out."""
+    content = yaml.safe_load(Path(f"configs/model/{name}.yaml").read_text())
+    rope = RopeConfig(**content.pop("rope", {}))
+    assert num_parameters(resolve_model(ModelConfig(**content, rope=rope))) == count
+
+
+def test_flops_count_every_multiplication_of_forward_and_backward() -> None:
+    """MFU off by the head or by attention. Oracle: torch's own count of the matrix products."""
+    for tied in (True, False):
+        config = tiny(tie_embeddings=tied, attention="reference")
+        model = build_model(config)
+        tokens = torch.zeros(1, 16, dtype=torch.int64)
+        with FlopCounterMode(display=False) as counter:
+            model(tokens).sum().backward()
+        norms = sum(p.numel() for p in model.parameters() if p.ndim == 1)
+        assert flops_per_token(config, 16) * 16 == counter.get_total_flops() + 6 * norms * 16
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_config_survives_the_way_to_hugging_face_and_back(case: str) -> None:
+    """A field one direction forgets; or one transformers reads from the export as another value than it wrote."""
+    family = FAMILIES[CASES[case][0]]
+    original = theirs(case).config.to_dict()
+    config = family.from_hf(original).resolve()
+    written = hf_config(config)
+    assert family.from_hf(written).resolve() == config
+    reread = CLASSES[family.name][0](**written).to_dict()
+    silent = {"attention_dropout", "dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "architectures", "dtype"}
+    differing = {
+        key for key in written.keys() & original.keys() - silent if reread[key] != original[key] and original[key]
+    }
+    assert differing <= {"rope_parameters", "max_window_layers"}, differing
+
+
+@pytest.mark.parametrize(
+    ("changes", "lost"),
+    [
+        ({"norm": "layernorm"}, "model.norm=layernorm"),
+        ({"positions": "alibi"}, "model.positions=alibi"),
+        ({"sliding_window": 4}, "model.sliding_window=4"),
+        ({"qkv_bias": True}, "model.qkv_bias=True"),
+        ({"family": "gpt2"}, "model.norm=rmsnorm"),
+        ({"rope": RopeConfig(scaling="ntk", factor=2.0, original_max_seq_len=9)}, "model.rope.original_max_seq_len=9"),
+    ],
+)
+def test_what_a_family_cannot_express_is_not_exported(changes: dict[str, Any], lost: str) -> None:
+    """A folder that transformers loads without complaint as another model."""
+    with pytest.raises(ValueError, match=lost):
+        hf_config(tiny(**changes))

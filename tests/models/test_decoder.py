@@ -1,0 +1,233 @@
+"""The decoder: what a token may see, what dropout depends on, and what FSDP, compile and meta need of it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers.models.bloom.modeling_bloom import build_alibi_tensor
+
+from kernels.attention.alibi import slopes
+from models.decoder import Decoder
+from models.init import initialize
+from models.initializers import Constant, Normal
+from models.layers.attention import build_context, choose_attention
+from models.registry import build_model
+from tests.models.on_ranks import sharded_logits_and_grads
+from tests.models.small import random_decoder, sample_tokens, tiny
+from tests.pool import RankPool
+
+LENGTHS = (7, 1, 11)
+
+
+def documents_and_positions(rows: int) -> tuple[Tensor, Tensor]:
+    """Three documents of LENGTHS in each row."""
+    documents = torch.cat([torch.full((n,), i, dtype=torch.int32) for i, n in enumerate(LENGTHS)])
+    positions = torch.cat([torch.arange(n) for n in LENGTHS])
+    return documents.expand(rows, -1), positions.expand(rows, -1)
+
+
+@pytest.mark.parametrize("attention", ["reference", "sdpa"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"sliding_window": 4, "sliding_window_layers": [1]}, {"positions": "learned"}, {"positions": "alibi"}],
+    ids=["rope", "windows", "learned", "alibi"],
+)
+def test_documents_in_a_row_compute_what_each_computes_alone(changes: dict[str, Any], attention: str) -> None:
+    """Attention, or positions, that leak from one document into the next; in the logits or in the gradients."""
+    model = random_decoder(tiny(attention=attention, **changes))
+    tokens = sample_tokens(2)
+    documents, positions = documents_and_positions(2)
+    packed = model(tokens, positions=positions, documents=documents)
+    packed.square().sum().backward()
+    grads = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+    model.zero_grad()
+    alone = torch.cat([model(piece) for piece in tokens.split(LENGTHS, dim=1)], dim=1)
+    alone.square().sum().backward()
+    torch.testing.assert_close(packed, alone, rtol=1e-5, atol=1e-5)
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None
+        assert (grads[name] - parameter.grad).abs().max() < 2e-5 * parameter.grad.abs().max().clamp(min=1.0), name
+    assert not torch.allclose(model(tokens), alone, rtol=1e-3), "negative control: without documents they do mix"
+
+
+def test_no_token_sees_a_later_one() -> None:
+    """A mask off by one, or a shortcut around it."""
+    for attention in ("reference", "sdpa"):
+        model = random_decoder(tiny(attention=attention, positions="alibi", sliding_window=6))
+        tokens = sample_tokens(1)
+        changed = tokens.clone()
+        changed[0, 9] = (changed[0, 9] + 1) % 61
+        difference = (model(tokens) - model(changed)).abs().amax(-1)[0]
+        assert difference[:9].max() == 0
+        assert (difference[9:12] > 1e-4).all(), "negative control: the token and those after it do change"
+
+
+def test_alibi_slopes_are_those_of_bloom() -> None:
+    """Slopes of a number of heads that is no power of two. Oracle: Bloom in transformers."""
+    for num_heads in (1, 2, 6, 8, 12):
+        theirs = build_alibi_tensor(torch.ones(1, 2), num_heads, torch.float32)  # slope * position, [H, 1, 2]
+        torch.testing.assert_close(slopes(num_heads, torch.device("cpu")), theirs[:, 0, 1])
+
+
+def dropout_model(**changes: Any) -> Decoder:
+    options = {"dropout": 0.3, "attention_dropout": 0.2, "attention": "reference"}
+    return random_decoder(tiny(**options, **changes), seed=11).train()
+
+
+def test_dropout_of_a_sample_does_not_depend_on_its_batch() -> None:
+    """Masks drawn by place in the batch: losses would depend on micro-batch and number of ranks."""
+    model = dropout_model()
+    tokens, samples = sample_tokens(4), torch.tensor([5, 900_000_000_000, 0, 3])
+    whole = model(tokens, samples=samples)
+    rows = [model(tokens[i : i + 1], samples=samples[i : i + 1]) for i in (2, 0, 3, 1)]
+    torch.testing.assert_close(whole[[2, 0, 3, 1]], torch.cat(rows), rtol=1e-5, atol=1e-5)
+    same_tokens = model(tokens[:1].expand(2, -1), samples=torch.tensor([1, 2]))
+    assert not torch.allclose(same_tokens[0], same_tokens[1]), "negative control: another sample, another mask"
+    assert not torch.allclose(same_tokens[0], model.eval()(tokens[:1])[0])
+
+
+def test_dropout_keeps_the_expected_share_and_scale_and_differs_by_site_and_seed() -> None:
+    """A probability used for keeping, a missing scale, or one mask for all layers."""
+    model = dropout_model()
+    x, samples = torch.ones(4, 19, 24), torch.arange(4)
+    block = model.blocks[0]
+    kept = block.mlp_dropout(x, samples)
+    assert kept.unique().tolist() == [0.0, pytest.approx(1 / 0.7)]
+    assert abs((kept == 0).float().mean().item() - 0.3) < 0.04
+    others = [block.attention_dropout, model.blocks[1].mlp_dropout, model.dropout]
+    for other in others:
+        assert not torch.equal(kept, other(x, samples))
+    assert not torch.equal(kept, build_model(model.config, seed=12).blocks[0].mlp_dropout(x, samples))
+    assert torch.equal(kept, build_model(model.config, seed=11).blocks[0].mlp_dropout(x, samples))
+    p = block.attention.dropout.on_probabilities(torch.ones(4, 6, 19, 19), samples)
+    assert abs((p == 0).float().mean().item() - 0.2) < 0.03
+    assert len(p.flatten(0, 1).flatten(1).unique(dim=0)) == 4 * 6, "every head of every sample has its own mask"
+
+
+def test_a_checkpointed_block_drops_the_same_elements_again() -> None:
+    """Recomputation with another mask gives gradients of another function."""
+    model = dropout_model()
+    x, samples = torch.randn(2, 19, 24, requires_grad=True), torch.tensor([4, 9])
+    context = context_of(model, x, samples=samples)
+    model.blocks[0](x, context=context).square().sum().backward()
+    expected = x.grad
+    x.grad = None
+    checkpoint(model.blocks[0], x, context=context, use_reentrant=False).square().sum().backward()
+    assert torch.equal(x.grad, expected)
+
+
+def test_dropout_without_samples_or_beyond_its_numbers_is_refused() -> None:
+    """Silently equal masks for all samples, or for two places of one."""
+    with pytest.raises(ValueError, match="needs samples"):
+        dropout_model()(sample_tokens())
+    with pytest.raises(ValueError, match=r"model\.max_seq_len=10"):
+        dropout_model(max_seq_len=10)(sample_tokens(), samples=torch.arange(2))
+
+
+def context_of(model: Decoder, x: Tensor, **given: Any) -> Any:
+    fields: dict[str, Any] = {"positions": None, "documents": None, "samples": None, **given}
+    return build_context(model.config, seq_len=x.shape[1], device=x.device, dtype=x.dtype, **fields)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "reference"])
+def test_a_block_compiles_without_a_graph_break(attention: str) -> None:
+    """Python that the tracer cannot follow, with windows, documents and dropout all on."""
+    probabilities = 0.1 if attention == "reference" else 0.0
+    config = tiny(
+        attention=attention, dropout=0.1, attention_dropout=probabilities, sliding_window=5, sliding_window_layers=[0]
+    )
+    model = random_decoder(config).train()
+    x, samples = torch.randn(2, 19, 24), torch.tensor([4, 9])
+    documents, positions = documents_and_positions(2)
+    context = context_of(model, x, positions=positions, documents=documents, samples=samples)
+    for block in model.blocks if attention == "sdpa" else model.blocks[:1]:
+        compiled = torch.compile(block, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(x, context=context), block(x, context=context))
+
+
+def test_the_head_that_is_passed_in_gets_hidden_states_and_the_right_weight() -> None:
+    """A fused loss that multiplies by the wrong table."""
+    for tied in (True, False):
+        model = random_decoder(tiny(tie_embeddings=tied))
+        names = [name for name, _ in model.named_parameters()]
+        assert ("head.weight" in names) is not tied
+        weight = model.embedding.weight if tied else model.head.weight
+        assert model(sample_tokens(), head=lambda hidden, given: given) is weight
+        hidden = model(sample_tokens(), head=lambda hidden, given: hidden)
+        torch.testing.assert_close(hidden @ weight.T, model(sample_tokens()))
+
+
+@pytest.mark.parametrize("norm", ["rmsnorm", "layernorm"])
+def test_filling_the_parameters_after_to_empty_completes_a_model_built_on_meta(norm: str) -> None:
+    """A buffer or table that only the constructor fills: garbage after to_empty, and only there."""
+    config = tiny(norm=norm, qk_norm=True, qkv_bias=True, mlp_bias=True, dropout=0.1)
+    model = random_decoder(config)
+    with torch.device("meta"):
+        other = build_model(config)
+    assert not list(other.buffers())
+    other.to_empty(device="cpu")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            other.get_parameter(name).copy_(parameter)
+    assert torch.equal(model(sample_tokens()), other.eval()(sample_tokens()))
+
+
+def test_every_parameter_has_an_initializer_and_residual_outputs_are_scaled_down() -> None:
+    """A parameter of a new option that nobody initialises, or GPT-2's scale on the wrong matrix."""
+    config = tiny(qkv_bias=True, attention_bias=True, mlp_bias=True, qk_norm=True, positions="learned", init_std=0.03)
+    model = build_model(config)
+    wanted = model.initializers()
+    initialize(dict(model.named_parameters()), wanted, seed=1)
+    assert wanted["blocks.1.attention.o.weight"] == wanted["blocks.0.mlp.down.weight"] == Normal(0.03 / 2)
+    assert wanted["embedding.weight"] == wanted["positions.weight"] == wanted["head.weight"] == Normal(0.03)
+    assert wanted["blocks.0.attention.q.weight"] == wanted["blocks.0.mlp.gate.weight"] == Normal(0.03)
+    assert wanted["blocks.0.attention.k_norm.weight"] == wanted["final_norm.weight"] == Constant(1.0)
+    assert wanted["blocks.0.attention.o.bias"] == wanted["blocks.0.mlp.up.bias"] == Constant(0.0)
+    logits = model.eval()(sample_tokens())
+    assert logits.std() < 1.0, "a fresh model predicts almost evenly"
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_model_sharded_by_fsdp_block_by_block_computes_the_same(tied: bool, ranks: RankPool) -> None:
+    """A context FSDP cannot take apart, or a tied table used where it is not gathered."""
+    config = tiny(dropout=0.2, sliding_window=5, sliding_window_layers=[0], tie_embeddings=tied)
+    tokens, samples = sample_tokens(), torch.tensor([8, 1])
+    model = random_decoder(config).train()
+    expected = model(tokens, samples=samples)
+    expected.square().sum().backward()
+    for logits, grads in ranks.run(2, sharded_logits_and_grads, config, tokens, samples):
+        torch.testing.assert_close(logits, expected.detach())
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(grads[name], parameter.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_rope_refuses_tables_that_something_cast_to_bf16() -> None:
+    """FSDP's default casts them with the other inputs of a block; positions above 256 then coincide."""
+    model = random_decoder(tiny()).bfloat16()
+    x = torch.randn(1, 5, 24, dtype=torch.bfloat16)
+    context = context_of(model, x)
+    assert model.blocks[0](x, context=context).dtype == torch.bfloat16
+    with pytest.raises(TypeError, match="cast_forward_inputs=False"):
+        model.blocks[0](x, context=context._replace(cos=context.cos.bfloat16()))
+
+
+def test_what_auto_means_is_said_and_flex_is_refused_where_it_does_not_run() -> None:
+    """A run that reports another kernel than it used."""
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    plain, windowed = tiny(), tiny(sliding_window=5)
+    assert choose_attention(plain, cuda) == choose_attention(windowed, cpu, documents=True) == "sdpa"
+    assert choose_attention(windowed, cuda) == choose_attention(plain, cuda, documents=True) == "flex"
+    assert choose_attention(replace(windowed, attention="reference"), cuda) == "reference"
+    with pytest.raises(ValueError, match=r"model\.attention=flex does not run on cpu"):
+        random_decoder(replace(plain, attention="flex"))(sample_tokens())
+
+
+def test_a_sequence_beyond_the_learned_positions_is_refused() -> None:
+    """An index error from a device, far from its cause."""
+    with pytest.raises(ValueError, match=r"model\.max_seq_len=10"):
+        random_decoder(tiny(positions="learned", max_seq_len=10))(sample_tokens())
