@@ -37,7 +37,7 @@ def launcher_problems(environment: Mapping[str, str]) -> list[str]:
         return []
     return [
         f"torchrun --max-restarts={restarts} would restart with the addresses of the processes that ended; start it "
-        "with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment, and --standalone (one node) or --rdzv-backend c10d"
+        "with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment, and --standalone or --rdzv-backend c10d"
     ]
 
 

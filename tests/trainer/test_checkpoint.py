@@ -64,7 +64,7 @@ def test_a_checkpoint_of_any_layout_loads_bitwise_into_any_other(
 ) -> None:
     """Would catch: a shard written at the wrong offset, a replica written twice, an uneven or empty shard lost."""
     for wrong in ranks.run(size, load_and_compare, kind, list(saved.values())):
-        assert dict(zip(saved, wrong, strict=True)) == {name: [] for name in saved}
+        assert dict(zip(saved, wrong, strict=True)) == {layout: [] for layout in saved}
 
 
 def test_a_checkpoint_is_read_without_a_process_group(saved: dict[tuple[int, str], Path]) -> None:
@@ -307,7 +307,6 @@ def test_a_checkpoint_cannot_run_code(saved: dict[tuple[int, str], Path], tmp_pa
         (0, 0, [1, 2, 3, 4, 5, 6]),
         (1, 2, [2, 4, 6]),
         (2, 3, [3, 5, 6]),
-        (9, 4, [1, 2, 3, 4, 5, 6]),
     ],
 )
 def test_the_newest_and_every_mth_checkpoint_are_kept(
