@@ -178,11 +178,12 @@ class Loader:
     def _next(self, items: Iterator[Item | Failure]) -> Item:
         try:
             item = next(items)
-        except RuntimeError as error:  # torch's word for a worker that died
+        except (RuntimeError, OSError, EOFError) as error:
+            # A worker died: torch noticed, or its socket closed in the middle of an item. Errors inside are Failures.
             self.close()
             raise DataError(
-                f"a data loader worker died: {error}. If it was killed for memory, lower data.num_workers or "
-                "data.prefetch"
+                f"loading data in the background failed: {error}. If a worker was killed for memory, lower "
+                "data.num_workers or data.prefetch"
             ) from error
         if isinstance(item, Failure):
             self.close()
