@@ -102,7 +102,7 @@ class Loader:
         Of streams each rank knows its own: with several ranks, all of them must call this with all_gather. The result
         is then the same on every rank.
         """
-        state = {"samples_consumed": self._samples_consumed, "data": self._identity}
+        state: dict[str, Any] = {"samples_consumed": self._samples_consumed, "data": dict(self._identity)}
         if isinstance(self._reader, StreamReader):
             cursors = dict(self._cursors or {})
             if self._reader.part.world_size > 1:

@@ -226,8 +226,7 @@ def test_token_ids_beyond_the_model_are_refused_with_both_numbers(tmp_path, fold
 
 def _worker_pids() -> list[int]:
     """Children of this process, from /proc: also those that multiprocessing does not know to be its own."""
-    tasks = Path(f"/proc/{os.getpid()}/task")
-    return [int(pid) for task in tasks.iterdir() for pid in (task / "children").read_text().split()]
+    return [int(pid) for pid in Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()]
 
 
 def _lose_a_worker(config, number: int) -> str:

@@ -18,7 +18,6 @@ from data import corpus
 from data.cache import cached
 from data.config import BlendPart, DataConfig, DataError, TokenizerConfig, problems
 from data.corpus import open_tokens, tokenise
-from data.packing import _samples_per_epoch
 from data.sources import open_text, sample_of, stdlib
 from tests.data.helpers import VOCAB, make_config, make_loader, texts, tokenizer, write_jsonl
 
@@ -182,8 +181,9 @@ def test_an_empty_dataset_is_an_error(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": ""}\n')
     with pytest.raises(DataError, match="the dataset is empty"):
         tokenise(open_text(text_part(tmp_path)), tokenizer(), str(tmp_path / "cache"))
-    with pytest.raises(DataError, match="holds 5 tokens"):
-        _samples_per_epoch(5, 8, "x")
+    write_jsonl(tmp_path / "a.jsonl", ["a b"])
+    with pytest.raises(DataError, match=r"the train split of data.path=.* in 1 documents, fewer than one sample"):
+        make_loader(make_config(tmp_path, source="text", path=str(tmp_path / "a.jsonl")))
 
 
 def test_arrays_that_are_no_tokens_are_refused_by_what_they_are(tmp_path):
