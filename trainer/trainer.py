@@ -74,7 +74,7 @@ class Trainer:
         self.dp_mesh = data_mesh(self.mesh)
         self.run_dir = Path(config.run.dir)
         self.checkpoints = CheckpointManager(self.run_dir / "checkpoints", config.checkpoint, device=self.device)
-        self.resume_from = resolve_resume(config.checkpoint.resume, self.run_dir / "checkpoints")
+        self.resume_from = self._find_checkpoint()
         prepare_run_dir(config, resuming=self.resume_from is not None)
 
         self.train_data, self.validation_data = self._build_data()
@@ -98,6 +98,17 @@ class Trainer:
         self._describe()
 
     # ---- setting up
+
+    def _find_checkpoint(self) -> Path | None:
+        """Where this start begins.
+
+        checkpoint.resume=PATH says where a run begins; once it has checkpoints of its own, a restart by the launcher
+        continues from those. A PATH inside the run itself is a deliberate step back and is taken as it is.
+        """
+        own, resume = self.run_dir / "checkpoints", self.config.checkpoint.resume
+        if resume not in ("auto", "never") and not Path(resume).resolve().is_relative_to(self.run_dir.resolve()):
+            return resolve_resume("auto", own) or resolve_resume(resume, own)
+        return resolve_resume(resume, own)
 
     def _build_data(self) -> tuple[Loader, Loader | None]:
         config, train = self.config, self.config.train
