@@ -85,7 +85,7 @@ class Meshes:
 
 
 _BUILT: dict[tuple[dist.ProcessGroup | None, ParallelDims, str], Meshes] = {}
-"""Meshes made so far on each default group. Process groups hold threads and connections until their process ends, so the
+"""Meshes made so far on each default group. Process groups hold threads and connections until their process ends; the
 runs of a sweep, and tests, share them."""
 
 
