@@ -102,7 +102,7 @@ class Loader:
         Of streams each rank knows its own: with several ranks, all of them must call this with all_gather. The result
         is then the same on every rank.
         """
-        state = {"samples_consumed": self._samples_consumed, "data": self._identity}
+        state: dict[str, Any] = {"samples_consumed": self._samples_consumed, "data": dict(self._identity)}
         if isinstance(self._reader, StreamReader):
             cursors = dict(self._cursors or {})
             if self._reader.part.world_size > 1:
@@ -178,11 +178,12 @@ class Loader:
     def _next(self, items: Iterator[Item | Failure]) -> Item:
         try:
             item = next(items)
-        except RuntimeError as error:  # torch's word for a worker that died
+        except (RuntimeError, OSError, EOFError) as error:
+            # A worker died: torch noticed, or its socket closed in the middle of an item. Errors inside are Failures.
             self.close()
             raise DataError(
-                f"a data loader worker died: {error}. If it was killed for memory, lower data.num_workers or "
-                "data.prefetch"
+                f"loading data in the background failed: {error}. If a worker was killed for memory, lower "
+                "data.num_workers or data.prefetch"
             ) from error
         if isinstance(item, Failure):
             self.close()

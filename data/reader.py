@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import traceback
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -55,7 +56,7 @@ class Slice:
         ]
 
 
-class Reader:
+class Reader(ABC):
     """Makes micro-batches, in whichever process it finds itself. What goes wrong there comes back as a Failure."""
 
     def __init__(self, part: Slice, *, mask_documents: bool, vocab_size: int) -> None:
@@ -77,9 +78,9 @@ class Reader:
                 )
         return batch
 
+    @abstractmethod
     def dataset(self, consumed: int, cursors: Cursors | None) -> tuple[Dataset, Sampler | None]:
-        """What torch's DataLoader reads from, starting at a position."""
-        raise NotImplementedError
+        """What torch's DataLoader reads from, starting at a position: its items are Item or Failure."""
 
 
 Item = tuple[Batch, Cursors | None]

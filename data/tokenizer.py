@@ -183,15 +183,26 @@ def train_bpe(texts: Iterator[str], vocab_size: int) -> Tokenizer:
     return Tokenizer(core, eos_token=END_OF_TEXT, bos_token=END_OF_TEXT)
 
 
+_forked = False
+
+
+def _after_fork() -> None:
+    global _forked
+    _forked = True
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
 @contextmanager
 def parallel() -> Iterator[None]:
     """Inside, the tokenizers library uses all cores; afterwards one, because loader processes are forked from here.
 
     Its threads do not survive a fork. Undeclared, it notices in the child and prints a warning about this variable;
-    declared "true", the child would wait for threads that are gone.
+    declared "true", the child would wait for threads that are gone. So a forked process always uses one core.
     """
     variable = "TOKENIZERS_PARALLELISM"
-    os.environ[variable] = "true"
+    os.environ[variable] = "false" if _forked else "true"
     try:
         yield
     finally:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from models.config import ModelConfig
 
@@ -95,16 +95,23 @@ class HFConfig:
         self._unread = set(fields) - HARMLESS
 
     def take(self, name: str, default: T) -> T:
-        """The field, or what transformers assumes where the file does not have it."""
-        self._unread.discard(name)
-        return self.fields.get(name, default)
+        """The field, or what transformers assumes where it is absent. null is kept (for a switch: off).
 
-    def require(self, name: str) -> Any:
-        """A field without which there is no model. Raises ValueError."""
-        value = self.take(name, None)
+        Raises ValueError for a value of another type than the default's.
+        """
+        self._unread.discard(name)
+        value = self.fields.get(name, default)
         if value is None:
-            raise ValueError(f"config.json has no {name}; the folder is damaged or of another family")
+            return cast(T, False if isinstance(default, bool) else None)
+        if default is not None and not _same_type(value, default):
+            raise ValueError(f"config.json has {name}={value!r}; its type should be {type(default).__name__}")
         return value
+
+    def require(self, name: str) -> int:
+        """A size without which there is no model. Raises ValueError."""
+        if self.fields.get(name) is None:
+            raise ValueError(f"config.json has no {name}; the folder is damaged or of another family")
+        return self.take(name, 0)
 
     def expect(self, name: str, supported: Any, reason: str) -> None:
         """Raise ValueError, with the reason, unless the field has the one supported value or is absent."""
@@ -128,6 +135,13 @@ class HFConfig:
                 f"config.json has fields this family does not know, and they may change the model: {listing}; "
                 "remove them if they do not"
             )
+
+
+def _same_type(value: Any, default: Any) -> bool:
+    """Whether JSON's value can stand for the default: an int may be a float, and a bool is not an int."""
+    if isinstance(value, bool) or isinstance(default, bool):
+        return isinstance(value, bool) and isinstance(default, bool)
+    return isinstance(value, (int, float) if isinstance(default, float) else type(default))
 
 
 @dataclass(frozen=True)

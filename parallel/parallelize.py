@@ -94,7 +94,10 @@ def _shard_fully(
     model.to(precision.master_dtype)
     options: dict[str, Any] = {
         "mesh": mesh["dp_replicate", "dp_shard"] if mesh["dp_replicate"].size() > 1 else mesh["dp_shard"],
-        "mp_policy": MixedPrecisionPolicy(param_dtype=precision.compute_dtype, reduce_dtype=precision.reduce_dtype),
+        # Inputs stay as they are: casting them would round the fp32 rotary tables that every block is given.
+        "mp_policy": MixedPrecisionPolicy(
+            param_dtype=precision.compute_dtype, reduce_dtype=precision.reduce_dtype, cast_forward_inputs=False
+        ),
         "reshard_after_forward": config.zero_stage == 3,
     }
     if config.cpu_offload:

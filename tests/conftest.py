@@ -12,6 +12,12 @@ os.environ.setdefault("WANDB_MODE", "offline")
 import pytest
 import torch
 
+# Imported before the fork, so that not every rank imports them again.
+import torch._dynamo
+import torch.distributed.checkpoint
+import torch.distributed.fsdp
+import torch.distributed.tensor
+
 from tests.pool import RankPool
 
 torch.set_num_threads(1)

@@ -10,7 +10,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError
 
 from parallel.dims import ParallelConfig, ParallelDims
-from trainer.config import COMPUTE_DTYPES, CheckpointConfig, LoggingConfig, PrecisionConfig
+from parallel.precision import DTYPES, PrecisionConfig
+from trainer.config import CheckpointConfig, LoggingConfig
 from trainer.metrics import MetricLogger
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -50,7 +51,7 @@ def test_the_default_file_states_every_default_of_the_code(group: str) -> None:
 def test_there_is_a_precision_file_for_every_compute_dtype_named_after_it() -> None:
     """Catches precision=bf16 that computes in something else."""
     found = {name: load("precision", name).compute for group, name in FILES if group == "precision"}  # type: ignore[attr-defined]
-    assert found == {dtype: dtype for dtype in COMPUTE_DTYPES}
+    assert found == {dtype: dtype for dtype in DTYPES}
 
 
 @pytest.mark.parametrize(

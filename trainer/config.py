@@ -67,7 +67,7 @@ class CheckpointConfig:
     """`checkpoint`."""
 
     interval: int = 0  # steps between checkpoints; 0: only at the end and on preemption
-    resume: str = "auto"  # auto: newest good one in run.dir; never; or a path of a checkpoint or of a run
+    resume: str = "auto"  # auto: newest good one in run.dir; never; or where a new run begins: a checkpoint or a run
     keep_last: int = 3  # newest ones kept; 0: all
     keep_every: int = 0  # steps divisible by this are kept for ever; 0: none
     asynchronous: bool = True  # write while training goes on

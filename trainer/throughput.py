@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
 
 logger = logging.getLogger(__name__)
 
@@ -74,40 +76,54 @@ def mfu_peak(device_name: str, peak_tflops: float | None) -> float | None:
     return peak
 
 
-class Throughput:
-    """Times steps on the host clock, from the end of one step to the end of the next.
+class StepClock:
+    """Times steps from the end of one to the end of the next, where they run: on the GPU's clock, or the host's.
 
-    A step ends when the host has read its loss, so the device has finished it. What lies between two steps counts, data
-    wait included; a validation or a checkpoint is left out by calling `start()` after it.
+    The host enqueues work ahead of the GPU, so what it sees of a step's end depends on when it looks; events do not.
+    What lies between two steps counts, waiting for data included; a validation or a checkpoint is left out by calling
+    `start` after it.
     """
 
-    def __init__(
-        self,
-        *,
-        world_size: int,
-        flops_per_token: float,
-        peak: float | None,
-        clock: Callable[[], float] = time.perf_counter,
-    ) -> None:
-        """flops_per_token: forward and backward, recomputation not counted; peak: FLOP/s of one device or None."""
-        self._world_size = world_size
-        self._flops_per_token = flops_per_token
-        self._peak = peak
-        self._clock = clock
-        self._last = clock()
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self.start()
 
     def start(self) -> None:
-        """Time since the last step's end belongs to no step."""
-        self._last = self._clock()
+        """Time up to here belongs to no step."""
+        self._last = self.mark()
 
-    def end_step(self, tokens: int) -> dict[str, float | None]:
-        """A step over `tokens` tokens of the global batch has ended: its three fields of metrics.jsonl.
+    def mark(self) -> torch.cuda.Event | float:
+        """The moment everything enqueued so far is done; call it when a step has been launched."""
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds_to(self, end: torch.cuda.Event | float) -> float:
+        """Seconds from the last step's end (or `start`) to this mark, which is then the last. Waits for the GPU."""
+        last, self._last = self._last, end
+        if isinstance(end, float):
+            assert isinstance(last, float)
+            return end - last
+        end.synchronize()
+        assert not isinstance(last, float)
+        return last.elapsed_time(end) / 1e3
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """Speed of a step from its duration."""
+
+    world_size: int
+    flops_per_token: float  # forward and backward, recomputation not counted
+    peak: float | None  # FLOP/s of one device
+
+    def of_step(self, tokens: int, seconds: float) -> dict[str, float | None]:
+        """The three fields of metrics.jsonl for `tokens` tokens of the global batch in `seconds`.
 
         MFU is model FLOPs over peak FLOPs (PaLM, 2204.02311, appendix B).
         """
-        now = self._clock()
-        seconds = now - self._last
-        self._last = now
-        rate = tokens / seconds / self._world_size
-        mfu = None if self._peak is None else self._flops_per_token * rate / self._peak
+        rate = tokens / seconds / self.world_size
+        mfu = None if self.peak is None else self.flops_per_token * rate / self.peak
         return {"step_seconds": seconds, "tokens_per_second_per_gpu": rate, "mfu": mfu}

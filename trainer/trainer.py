@@ -35,7 +35,7 @@ from trainer.run_info import RunInfo, write_config, write_run_info
 from trainer.sample import sample_text
 from trainer.schedule import learning_rate
 from trainer.step import StepMetrics, TrainState, evaluate, train_step
-from trainer.throughput import Throughput, mfu_peak
+from trainer.throughput import StepClock, Throughput, mfu_peak
 
 GC_INTERVAL = 50
 """Steps between garbage collections. They are switched off otherwise: one that falls on a different step on each rank
@@ -56,7 +56,7 @@ class _Pending:
 
     record: dict[str, Any]  # what the host knew when it launched the step
     values: torch.Tensor  # [5] fp64 on the host: loss, grad_norm, skipped, valid_tokens, loss_scale
-    ready: torch.cuda.Event | None
+    end: torch.cuda.Event | float  # of the step, and of the copy of its values
 
 
 class Trainer:
@@ -74,7 +74,7 @@ class Trainer:
         self.dp_mesh = data_mesh(self.mesh)
         self.run_dir = Path(config.run.dir)
         self.checkpoints = CheckpointManager(self.run_dir / "checkpoints", config.checkpoint, device=self.device)
-        self.resume_from = resolve_resume(config.checkpoint.resume, self.run_dir / "checkpoints")
+        self.resume_from = self._find_checkpoint()
         prepare_run_dir(config, resuming=self.resume_from is not None)
 
         self.train_data, self.validation_data = self._build_data()
@@ -98,6 +98,17 @@ class Trainer:
         self._describe()
 
     # ---- setting up
+
+    def _find_checkpoint(self) -> Path | None:
+        """Where this start begins.
+
+        checkpoint.resume=PATH says where a run begins; once it has checkpoints of its own, a restart by the launcher
+        continues from those. A PATH inside the run itself is a deliberate step back and is taken as it is.
+        """
+        own, resume = self.run_dir / "checkpoints", self.config.checkpoint.resume
+        if resume not in ("auto", "never") and not Path(resume).resolve().is_relative_to(self.run_dir.resolve()):
+            return resolve_resume("auto", own) or resolve_resume(resume, own)
+        return resolve_resume(resume, own)
 
     def _build_data(self) -> tuple[Loader, Loader | None]:
         config, train = self.config, self.config.train
@@ -194,6 +205,7 @@ class Trainer:
         peak = mfu_peak(device_name, self.config.logging.peak_tflops)
         flops = flops_per_token(self.config.model, self.config.train.seq_len)
         self.throughput = Throughput(world_size=self.world_size, flops_per_token=flops, peak=peak)
+        self.clock = StepClock(self.device)
         num_parameters = sum(p.numel() for p in self.state.data_parallel.masters.values())
         train, precision = self.config.train, self.config.precision
         info = RunInfo(
@@ -243,7 +255,7 @@ class Trainer:
     def _run(self) -> dict[str, Any]:
         config, state = self.config, self.state
         loss = None
-        self.throughput.start()
+        self.clock.start()
         while state.step < config.train.steps:
             self._launch_step()
             finished = state.step == config.train.steps
@@ -281,19 +293,18 @@ class Trainer:
         )
         metrics = train_step(self.state, microbatches, lr=lr)
         record = {"step": step, "lr": lr, "tokens": step * self.tokens_per_step, "data_wait_seconds": data_wait}
-        self._pending.append(_to_host(metrics, record))
+        self._pending.append(_Pending(record, _to_host(metrics), self.clock.mark()))
 
     def _collect(self, *, keep: int) -> list[dict[str, Any]]:
         """Wait for all pending steps but the newest `keep`; their records (docs/METRICS.md)."""
         records = []
         while len(self._pending) > keep:
             pending = self._pending.popleft()
-            if pending.ready is not None:
-                pending.ready.synchronize()
+            seconds = self.clock.seconds_to(pending.end)
             loss, grad_norm, skipped, valid_tokens, loss_scale = pending.values.tolist()
             self.skipped_steps += int(skipped)
             record = pending.record | {"loss": loss, "grad_norm": grad_norm, "valid_tokens": int(valid_tokens)}
-            record |= self.throughput.end_step(self.tokens_per_step)
+            record |= self.throughput.of_step(self.tokens_per_step, seconds)
             record |= {"peak_memory_gib": self._peak_memory_gib(), "skipped_steps": self.skipped_steps}
             if self.state.loss_scale.dynamic:
                 record["loss_scale"] = loss_scale
@@ -330,7 +341,7 @@ class Trainer:
         batches = self.validation_data.batches(self.config.train.eval_batches)
         loss = evaluate(self.state, (batch for step in batches for batch in step))
         self._validation_loss = loss
-        self.throughput.start()
+        self.clock.start()
         return {"validation_loss": loss, "validation_perplexity": math.exp(loss) if loss < 700 else math.inf}
 
     def _save(self, *, blocking: bool) -> None:
@@ -346,7 +357,7 @@ class Trainer:
         }
         self.checkpoints.save(state.step, self._state_tensors(), extra, blocking=blocking)
         self.metrics.event("checkpoint", f"checkpoint of step {state.step}", step=state.step)
-        self.throughput.start()
+        self.clock.start()
 
     def _all_gather(self, value: Any) -> list[Any]:
         """One object of every data-parallel rank, in rank order."""
@@ -377,14 +388,10 @@ class Trainer:
         self.checkpoints.close()
 
 
-def _to_host(metrics: StepMetrics, record: dict[str, Any]) -> _Pending:
-    """Start copying a step's numbers to the host, in fp64, which holds all of them exactly."""
+def _to_host(metrics: StepMetrics) -> torch.Tensor:
+    """Start copying a step's numbers to the host, in fp64, which holds all of them exactly: `_Pending.values`."""
     fields = (metrics.loss, metrics.grad_norm, metrics.skipped, metrics.valid_tokens, metrics.loss_scale)
     values = torch.stack([field.double() for field in fields])
     if values.device.type == "cpu":
-        return _Pending(record, values, None)
-    on_host = torch.empty_like(values, device="cpu", pin_memory=True)
-    on_host.copy_(values, non_blocking=True)
-    ready = torch.cuda.Event()
-    ready.record()
-    return _Pending(record, on_host, ready)
+        return values
+    return torch.empty_like(values, device="cpu", pin_memory=True).copy_(values, non_blocking=True)

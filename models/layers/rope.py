@@ -33,7 +33,8 @@ def frequencies(rope: RopeConfig, head_dim: int, seq_len: int) -> tuple[Tensor, 
 def tables(rope: RopeConfig, head_dim: int, positions: Tensor, seq_len: int) -> tuple[Tensor, Tensor]:
     """cos and sin for positions [B or 1, T]: two fp32 tensors [B or 1, T, 1, head_dim / 2]."""
     inverse, factor = frequencies(rope, head_dim, seq_len)
-    angles = positions.to(torch.float32)[..., None, None] * inverse.to(positions.device)
+    inverse = inverse.to(positions.device, non_blocking=True)  # a blocking copy would wait for the device's queue
+    angles = positions.to(torch.float32)[..., None, None] * inverse
     return angles.cos() * factor, angles.sin() * factor
 
 

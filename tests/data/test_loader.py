@@ -162,6 +162,25 @@ def test_loading_leaves_the_random_stream_of_the_run_alone(tmp_path, folder):
     assert torch.equal(torch.get_rng_state(), expected)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_batches_for_a_gpu_are_pinned_and_the_same(num_workers, tmp_path, folder):
+    """Copies that block the step, or a background thread that pins what a worker has already overwritten."""
+    torch.zeros(1, device="cuda")  # workers are forked from a process that uses CUDA
+    expected, _ = run(make_config(tmp_path, source="text", path=str(folder)), 20)
+    config = make_config(tmp_path, source="text", path=str(folder), num_workers=num_workers, validation_fraction=0.2)
+    validation = make_loader(config, split="validation", device_type="cuda")
+    assert all(
+        batch.tokens.is_pinned() and batch.labels.is_pinned() for step in validation.batches(2) for batch in step
+    )
+    config.validation_fraction = 0.0
+    loader = make_loader(config, device_type="cuda")
+    steps = [loader.next_step() for _ in range(20)]
+    assert all(batch.tokens.is_pinned() and batch.samples.is_pinned() for step in steps for batch in step)
+    assert [row for step in steps for row in rows([batch.to(torch.device("cuda")) for batch in step])] == expected
+    loader.close()
+
+
 def test_a_position_in_other_data_is_refused(tmp_path, folder):
     """A resume with another seed, length or corpus that goes on with samples the run has seen."""
     config = make_config(tmp_path, source="text", path=str(folder))
@@ -207,8 +226,7 @@ def test_token_ids_beyond_the_model_are_refused_with_both_numbers(tmp_path, fold
 
 def _worker_pids() -> list[int]:
     """Children of this process, from /proc: also those that multiprocessing does not know to be its own."""
-    tasks = Path(f"/proc/{os.getpid()}/task")
-    return [int(pid) for task in tasks.iterdir() for pid in (task / "children").read_text().split()]
+    return [int(pid) for pid in Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()]
 
 
 def _lose_a_worker(config, number: int) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from data.config import DataError
+from data.config import DataError, TokenizerConfig
 from data.packing import permutation
 from data.streams import held_out
 from tests.data.helpers import VOCAB, make_config, make_loader, rows, run, texts, tokenizer, write_jsonl
@@ -114,6 +114,23 @@ def test_streams_on_several_ranks_need_to_gather(tmp_path):
     partial = loader.state_dict(lambda own: [own])
     with pytest.raises(DataError, match=r"no position for the streams \[2, 3\]"):
         make_loader(config, world_size=2, rank=1).load_state_dict(json.loads(json.dumps(partial)))
+
+
+def test_a_stream_without_a_tokenizer_trains_one_and_gives_the_same_samples_again(tmp_path):
+    """A tokenizer that depends on which part of the stream a rank happened to read."""
+    config = stream_config(tmp_path, 8, tokenizer=TokenizerConfig(vocab_size=300), num_workers=1)
+    first, _ = run(config, 3)
+    config.cache_dir = str(tmp_path / "other")
+    assert run(config, 3, world_size=2)[0] == first
+
+
+def test_a_hub_dataset_can_be_read_whole(tmp_path):
+    """streaming=false that streams, or loses documents: an epoch holds each once."""
+    config = stream_config(tmp_path, 6, streaming=False, shuffle=False)
+    read, state = run(config, 6)
+    ids = [i for d in texts(64, longest=20) for i in [*tokenizer().encode(d), tokenizer().eos_id]]
+    assert [tokens for _, tokens, _ in read] == [ids[i * 16 : i * 16 + 16] for i in range(48)]
+    assert "streams" not in state
 
 
 def test_streams_say_what_does_not_fit(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,18 @@ def test_the_yaml_files_have_the_published_numbers_of_parameters(name: str, coun
     content = yaml.safe_load(Path(f"configs/model/{name}.yaml").read_text())
     rope = RopeConfig(**content.pop("rope", {}))
     assert num_parameters(resolve_model(ModelConfig(**content, rope=rope))) == count
+
+
+PUBLISHED = json.loads(Path("tests/models/published_configs.json").read_text())
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_published_config_json_is_read_as_the_yaml_file(name: str) -> None:
+    """Harmless fields of old versions that are refused, or a YAML file whose model is not the one it is named for."""
+    content = yaml.safe_load(Path(f"configs/model/{name}.yaml").read_text())
+    rope = RopeConfig(**content.pop("rope", {}))
+    read = FAMILIES[content["family"]].from_hf(PUBLISHED[name])
+    assert read.resolve() == ModelConfig(**content, rope=rope).resolve()
 
 
 def test_flops_count_every_multiplication_of_forward_and_backward() -> None:

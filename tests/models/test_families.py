@@ -140,6 +140,7 @@ def test_a_field_that_changes_the_maths_is_refused_by_name(
         ("{", "not a JSON object"),
         ("[]", "not a JSON object"),
         ('{"model_type": "bloom"}', "bloom"),
+        ('{"model_type": "gpt2", "n_embd": "21", "vocab_size": 61}', "n_embd='21'; its type should be int"),
         ('{"model_type": "gpt2", "n_embd": 21, "vocab_size": 61, "n_layer": 1, "n_head": 4}', "num_heads"),
     ],
 )

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import time
 
 import pytest
+import torch
 
-from trainer.throughput import DTYPES, Throughput, mfu_peak, peak_flops
+from trainer.throughput import DTYPES, StepClock, Throughput, mfu_peak, peak_flops
 
 
 @pytest.mark.parametrize(
@@ -72,20 +74,26 @@ def test_the_peak_of_mfu_is_the_setting_then_the_table_and_else_a_warning(caplog
         mfu_peak("cpu", 0)
 
 
-def test_a_step_is_timed_from_the_end_of_the_last_one() -> None:
-    """Catches time between steps that belongs to none, and a validation counted as training; numbers worked by hand."""
-    times = iter([100.0, 102.0, 103.0, 110.0, 110.5])
-    speed = Throughput(world_size=4, flops_per_token=6e9, peak=100e12, clock=lambda: next(times))
-    first = speed.end_step(tokens=80_000)  # 2 s: 80,000 / 2 / 4 ranks; 6e9 x 1e4 / 1e14
-    assert first == {"step_seconds": 2.0, "tokens_per_second_per_gpu": 10_000.0, "mfu": pytest.approx(0.6)}
-    assert speed.end_step(tokens=80_000)["step_seconds"] == 1.0
-    speed.start()  # a validation of 7 s lies behind us
-    assert speed.end_step(tokens=80_000)["step_seconds"] == 0.5
+def test_speed_of_a_step_is_the_definition_by_hand() -> None:
+    """Catches a rate that forgets the number of ranks, and MFU against the wrong peak."""
+    speed = Throughput(world_size=4, flops_per_token=6e9, peak=100e12)
+    # 80,000 tokens / 2 s / 4 ranks; 6e9 x 1e4 / 1e14
+    expected = {"step_seconds": 2.0, "tokens_per_second_per_gpu": 10_000.0, "mfu": pytest.approx(0.6)}
+    assert speed.of_step(80_000, 2.0) == expected
+    assert Throughput(world_size=1, flops_per_token=6e9, peak=None).of_step(1, 1.0)["mfu"] is None
 
 
-def test_without_a_peak_mfu_is_none() -> None:
-    """Catches a made-up MFU on a CPU."""
-    times = iter([0.0, 1.0])
-    assert (
-        Throughput(world_size=1, flops_per_token=6e9, peak=None, clock=lambda: next(times)).end_step(1)["mfu"] is None
-    )
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_step_lasts_from_the_end_of_the_last_one(device: str) -> None:
+    """Catches a validation counted into a step, and a step timed by when the host happened to look."""
+    clock = StepClock(torch.device(device))
+    marks = [clock.mark(), clock.mark()]
+    time.sleep(0.05)
+    marks.append(clock.mark())
+    time.sleep(0.05)  # the host looks late
+    durations = [clock.seconds_to(mark) for mark in marks]
+    assert durations[1] < 0.02
+    assert 0.05 <= durations[2] < 0.09
+    time.sleep(0.05)
+    clock.start()
+    assert clock.seconds_to(clock.mark()) < 0.02
