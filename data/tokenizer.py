@@ -123,10 +123,11 @@ class Tokenizer:
         return cls(core, eos_token=eos, bos_token=bos, folder=folder)
 
 
-def load_tokenizer(config: DataConfig) -> Tokenizer:
+def load_tokenizer(config: DataConfig, *, train: bool = True) -> Tokenizer:
     """The tokenizer of config.tokenizer.path, or one trained on the source (once, then from config.cache_dir).
 
-    Raises DataError when there is neither, and what the source raises when it cannot be read.
+    train: false: only one that is there already. Raises DataError when there is none, and what the source raises when
+    it cannot be read.
     """
     if config.tokenizer.path is not None:
         return Tokenizer.from_path(config.tokenizer.path, eos_token=config.tokenizer.eos_token)
@@ -138,15 +139,18 @@ def load_tokenizer(config: DataConfig) -> Tokenizer:
     sources = _text_sources(config)
     size = config.tokenizer.vocab_size
     key = digest("bpe", 1, size, TRAINING_BYTES, tokenizers.__version__, [source.fingerprint() for source in sources])
+    kept = Path(config.cache_dir).expanduser() / "tokenizers" / key
+    if not train and not kept.is_dir():
+        raise DataError(
+            f"data.cache_dir={config.cache_dir} holds no tokenizer trained on this data as it is now: {kept} is missing"
+        )
 
     def build(folder: Path) -> None:
         budget = TRAINING_BYTES // len(sources)
         texts = (text for source in sources for text in sample_of(source, budget))
         train_bpe(texts, size).save(folder)
 
-    return Tokenizer.from_path(
-        cached(Path(config.cache_dir).expanduser() / "tokenizers" / key, build), eos_token=config.tokenizer.eos_token
-    )
+    return Tokenizer.from_path(cached(kept, build), eos_token=config.tokenizer.eos_token)
 
 
 def _text_sources(config: DataConfig) -> list[TextSource]:

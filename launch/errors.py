@@ -12,12 +12,13 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from parallel.mesh import rank_from_env
+from trainer.checkpoint import CheckpointError
 from trainer.config import ConfigError
 from trainer.resilience import PREEMPTED_EXIT_CODE
 from trainer.trainer import Preempted, TrainingDiverged
 
 CONFIG_EXIT_CODE = 2
-EXPECTED = (ValueError, OSError, TrainingDiverged)
+EXPECTED = (ValueError, OSError, CheckpointError, TrainingDiverged)
 """Failures whose message says it all: bad input, files, a run that diverged. Anything else shows its traceback."""
 PATIENCE_SECONDS = 3.0
 

@@ -45,6 +45,7 @@ from trainer.storage import mismatches, read_tensor, read_tensors, tensor_shapes
 __all__ = [
     "CheckpointError",
     "CheckpointManager",
+    "find_checkpoint",
     "read_extra",
     "read_tensor",
     "resolve_resume",
@@ -199,36 +200,50 @@ def resolve_resume(resume: str, directory: Path, *, group: dist.ProcessGroup | N
     """
     if resume == "never":
         return None
-    ranks = Ranks(group)
     if resume != "auto":
-        path = Path(resume).expanduser()
-        kind = ranks.on_first(lambda: _kind(path))
-        if kind == "checkpoint":
-            problems = _verify_together(path, ranks)
-            if problems:
-                raise CheckpointError(f"checkpoint.resume={resume} is damaged: {'; '.join(problems)}")
-            return path
-        directory = path / "checkpoints" if kind == "run" else path
-    found, damaged = _newest_good(directory, ranks)
+        return find_checkpoint(Path(resume).expanduser(), name="checkpoint.resume", group=group)
+    found, damaged = _newest_good(directory, Ranks(group))
     if found is None and damaged:
         raise CheckpointError(
-            f"checkpoint.resume={resume}: every checkpoint in {directory} is damaged: {'; '.join(damaged)}. "
+            f"checkpoint.resume=auto: every checkpoint in {directory} is damaged: {'; '.join(damaged)}. "
             "Restore one of them, or begin anew with checkpoint.resume=never"
         )
     return found
 
 
-def _kind(path: Path) -> str:
-    """What a path given as checkpoint.resume is: checkpoint, run, or checkpoints (a folder of them)."""
+def find_checkpoint(path: Path, *, name: str, group: dist.ProcessGroup | None = None) -> Path:
+    """The checkpoint at path, verified: path itself, or the newest good one of a run or of its `checkpoints/`.
+
+    name: what the user calls the path, for messages. Collective over group, as resolve_resume is. Raises
+    CheckpointError when there is none, or none that is good.
+    """
+    ranks = Ranks(group)
+    kind = ranks.on_first(lambda: _kind(path, name))
+    if kind == "checkpoint":
+        problems = _verify_together(path, ranks)
+        if problems:
+            raise CheckpointError(f"{name}={path} is damaged: {'; '.join(problems)}")
+        return path
+    directory = path / "checkpoints" if kind == "run" else path
+    found, damaged = _newest_good(directory, ranks)
+    if found is None:
+        raise CheckpointError(
+            f"{name}={path}: every checkpoint in {directory} is damaged: {'; '.join(damaged)}. Restore one of them"
+        )
+    return found
+
+
+def _kind(path: Path, name: str) -> str:
+    """What a path is: checkpoint, run, or checkpoints (a folder of them)."""
     if not path.exists():
-        raise CheckpointError(f"checkpoint.resume={path} does not exist; use a path, auto or never")
+        raise CheckpointError(f"{name}={path} does not exist; give a checkpoint, a run or its checkpoints/")
     if _STEP.fullmatch(path.resolve().name) or (path / EXTRA).exists():
         return "checkpoint"
     if _steps(path / "checkpoints"):
         return "run"
     if _steps(path):
         return "checkpoints"
-    raise CheckpointError(f"checkpoint.resume={path} holds no checkpoint (no step_N in it or in its checkpoints/)")
+    raise CheckpointError(f"{name}={path} holds no checkpoint (no step_N in it or in its checkpoints/)")
 
 
 def _newest_good(directory: Path, ranks: Ranks) -> tuple[Path | None, list[str]]:

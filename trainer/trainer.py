@@ -25,7 +25,8 @@ from parallel.dims import ParallelDims
 from parallel.mesh import build_mesh, data_mesh, init_distributed, pick_device
 from parallel.parallelize import BlockOptions, parallelize
 from trainer.checkpoint import CheckpointManager, read_extra, resolve_resume
-from trainer.config import ConfigError, TrainConfig
+from trainer.config import TrainConfig
+from trainer.identity import check_same_model, model_identity
 from trainer.loss_scale import LossScale
 from trainer.metrics import MetricLogger
 from trainer.optim import build_optimizer
@@ -169,35 +170,20 @@ class Trainer:
         """Weights from a checkpoint, from a Hugging Face folder, or drawn; then into the model."""
         masters = self.state.data_parallel.masters
         if self.resume_from is not None:
-            self._check_same_model(self.resume_from)
-            extra = self.checkpoints.load(self.resume_from, self._state_tensors())
-            self.state.step = extra["step"]
-            self.skipped_steps = extra["skipped_steps"]
-            self.train_data.load_state_dict(extra["data"])
+            check_same_model(self.resume_from, self.config.model)
+            if read_extra(self.resume_from).get("weights_only", False):
+                # From launch/convert.py import: a new run, with nothing but its weights from elsewhere.
+                self.checkpoints.load(self.resume_from, {f"model/{name}": p for name, p in masters.items()})
+            else:
+                extra = self.checkpoints.load(self.resume_from, self._state_tensors())
+                self.state.step = extra["step"]
+                self.skipped_steps = extra["skipped_steps"]
+                self.train_data.load_state_dict(extra["data"])
         elif self.config.model.path is not None:
             load_hf_weights(self.config.model.path, masters, self.config.model)
         else:
             initialize(masters, self.initializers, self.config.train.seed)
         self.state.data_parallel.publish()
-
-    def _check_same_model(self, path: Path) -> None:
-        """Raise ConfigError if the checkpoint is of a model of another shape, naming each field that differs."""
-        theirs, ours = read_extra(path)["model"], self._identity()
-        different = [
-            f"model.{k}={ours.get(k)} (checkpoint: {theirs.get(k)})"
-            for k in sorted(ours.keys() | theirs.keys())
-            if ours.get(k) != theirs.get(k)
-        ]
-        if different:
-            raise ConfigError(
-                [f"checkpoint {path} is of another model: {', '.join(different)}; use its model, or another run.dir"]
-            )
-
-    def _identity(self) -> dict[str, Any]:
-        """The fields of the model that say what its weights mean; others may change between runs."""
-        runtime = {"path", "attention", "activation_checkpoint", "activation_checkpoint_save", "init_std"}
-        runtime |= {"dropout", "attention_dropout"}
-        return {k: v for k, v in asdict(self.config.model).items() if k not in runtime}
 
     def _describe(self) -> None:
         """config.yaml, run.json and one line on the console: what really runs."""
@@ -351,7 +337,8 @@ class Trainer:
             "step": state.step,
             "skipped_steps": self.skipped_steps,
             "data": self.train_data.state_dict(self._all_gather),
-            "model": self._identity(),
+            "model": model_identity(self.config.model),
+            "tokenizer": self.train_data.tokenizer.fingerprint() if self.train_data.tokenizer is not None else None,
             "seed": self.config.train.seed,
             "config": asdict(self.config),
         }

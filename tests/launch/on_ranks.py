@@ -1,0 +1,67 @@
+"""What the tests of launch run on each rank of a group."""
+
+from __future__ import annotations
+
+import weakref
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import trainer.convert
+from trainer.convert import Exported, export_checkpoint
+
+
+def export_and_watch(source: Path, out: Path, *, max_shard_bytes: float) -> tuple[list[str], int]:
+    """Export in many files. Returns (parameters this rank read, most of them it held when it asked for another)."""
+    names: list[str] = []
+    held: list[weakref.ref[Tensor]] = []
+    most = 0
+    read = trainer.convert.read_tensor
+
+    def watched(path: Path, name: str) -> Tensor:
+        nonlocal most
+        most = max(most, sum(one() is not None for one in held))
+        tensor = read(path, name)
+        names.append(name)
+        held.append(weakref.ref(tensor))
+        return tensor
+
+    trainer.convert.read_tensor = watched
+    try:
+        export_checkpoint(source, out, max_shard_bytes=max_shard_bytes)
+    finally:
+        trainer.convert.read_tensor = read
+    return names, most
+
+
+def import_and_watch(source: Path, out: Path, *, fails_on: int | None = None) -> int | str:
+    """Import. Returns the elements of weights this rank held, or the error; fails_on: a rank that cannot read."""
+    held = 0
+    load = trainer.convert.load_hf_weights
+
+    def watched(path: Any, parameters: Any, config: Any) -> None:
+        nonlocal held
+        held = sum(p.to_local().numel() for p in parameters.values())
+        if dist.get_rank() == fails_on:
+            raise ValueError("the disk is gone")
+        load(path, parameters, config)
+
+    trainer.convert.load_hf_weights = watched
+    try:
+        trainer.convert.import_folder(source, out)
+    except ValueError as error:
+        return str(error)
+    finally:
+        trainer.convert.load_hf_weights = load
+    return held
+
+
+def export_here(source: Path, out: Path, dtype: torch.dtype | None = None) -> Exported:
+    return export_checkpoint(source, out, dtype=dtype)
+
+
+def import_here(source: Path, out: Path, dtype: torch.dtype = torch.float32) -> Path:
+    return trainer.convert.import_folder(source, out, dtype=dtype)
