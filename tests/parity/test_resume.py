@@ -77,8 +77,8 @@ SAME_LAYOUT = [
 def test_a_run_that_crashed_continues_bitwise_on_the_same_layout(
     ranks: RankPool, corpus: DataConfig, tmp_path: Path, world_size: int, stage: int, changes: dict[str, Any]
 ) -> None:
-    """State that is not in the checkpoint (a moment, the step count, a loss scale, the dropout key, prefetched samples),
-    or steps after the checkpoint that stay in metrics.jsonl."""
+    """State that is not in the checkpoint (a moment, the step count, a loss scale, the dropout key, samples that were
+    prefetched), or steps after the checkpoint that stay in metrics.jsonl."""
     config = resumable(tmp_path / "whole", corpus, parallel__zero_stage=stage, **changes)
     reference = run_part_on(ranks, world_size, config)
     stopped = changed(config, tmp_path / "stopped")
@@ -89,7 +89,8 @@ def test_a_run_that_crashed_continues_bitwise_on_the_same_layout(
     assert_same_bits(continued, reference)
     assert {step: continued.rows[step] for step in range(6, 13)} == {s: reference.rows[s] for s in range(6, 13)}
     if changes is FP16:
-        assert 0 < crashed.lines[4]["skipped_steps"] and len(set(reference.of("loss_scale"))) > 3
+        assert crashed.lines[4]["skipped_steps"] > 0
+        assert len(set(reference.of("loss_scale"))) > 3
 
 
 def test_the_comparison_notices_a_resume_that_forgets_something(
@@ -117,7 +118,8 @@ def test_two_crashes_in_a_row_and_one_before_the_first_checkpoint(
     resumed_from = []
     for crash_before in (3, 6, 6, 11):
         crashed = run_part_on(ranks, 2, stopped, crash_before=crash_before)
-        assert crashed.ended == "crashed" and crashed.of("step") == list(range(1, crash_before))
+        assert crashed.ended == "crashed"
+        assert crashed.of("step") == list(range(1, crash_before))
         resumed_from.append(crashed.resumed_from)
     continued = run_part_on(ranks, 2, stopped)
     assert [*resumed_from, continued.resumed_from] == [None, None, "step_3", "step_3", "step_9"]
@@ -135,7 +137,8 @@ def test_a_preempted_run_saves_and_continues_bitwise(
     reference = run_part_on(ranks, world_size, config)
     stopped = changed(config, tmp_path / "stopped")
     preempted = run_part_on(ranks, world_size, stopped, signals={signalled: 7})
-    assert preempted.ended == "preempted" and preempted.of("step") == list(range(1, 8))
+    assert preempted.ended == "preempted"
+    assert preempted.of("step") == list(range(1, 8))
     continued = run_part_on(ranks, world_size, stopped)
     assert continued.resumed_from == "step_7"
     assert_same_bits(continued, reference)
