@@ -12,8 +12,10 @@ from typing import Any, Protocol
 from data.cache import digest
 from data.config import BlendPart, DataError, expand
 
-# Folders of the standard library that are no part of it as a text: tests, and what was installed on top.
+# Folders of the standard library that are no part of it as a text: tests, what was installed on top, and tables and
+# pages that a program wrote (a sixth of all characters, and little like code).
 _NOT_STDLIB = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+_NOT_STDLIB |= {"encodings", "pydoc_data"}
 
 
 class TextSource(Protocol):

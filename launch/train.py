@@ -7,6 +7,8 @@ Exit codes: 0 done; 2 configuration error; PREEMPTED_EXIT_CODE saved and stopped
 from __future__ import annotations
 
 import os
+import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -46,11 +48,13 @@ def report(run_dir: str, result: dict) -> None:
     print(f"\nrun:  {run_dir} (metrics.jsonl, config.yaml, run.json, checkpoints/)")
     if result["sample"] is not None:
         print(f"\nsample:\n{result['sample']}\n")
+        folder = "" if shutil.which("torchrun") else f"{os.path.relpath(Path(sys.executable).parent)}/"
+        processes = os.environ.get("LOCAL_WORLD_SIZE", "1")
+        overrides = [a for a in sys.argv[1:] if not a.startswith("train.steps=")] + [f"train.steps={2 * result['step']}"]
         print("next: train longer, from where this stopped:")
-        print(f"  torchrun --nproc-per-node {os.environ.get('LOCAL_WORLD_SIZE', '1')} launch/train.py", end=" ")
-        print(f"{' '.join(sys.argv[1:])} train.steps={2 * result['step']}")
+        print(f"  {folder}torchrun --nproc-per-node {processes} launch/train.py {shlex.join(overrides)}")
         print("or give the weights to transformers:")
-        print(f"  python launch/convert.py export {run_dir}/checkpoints/step_{result['step']} {run_dir}/hf")
+        print(f"  {folder}python launch/convert.py export {run_dir}/checkpoints/step_{result['step']} {run_dir}/hf")
 
 
 if __name__ == "__main__":

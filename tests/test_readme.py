@@ -63,6 +63,7 @@ def test_training_commands_are_valid_configurations(
 
 def test_links_and_files_named_in_the_readme_exist() -> None:
     """A page or module that was moved."""
-    named = re.findall(r"\]\(([^)#]+)\)", README) + re.findall(r"`((?:launch|trainer|models|parallel)/[\w/]+\.py)`", README)
+    named = re.findall(r"\]\(([^)#]+)\)", README)
+    named += re.findall(r"`((?:launch|trainer|models|parallel)/[\w/]+\.py)`", README)
     assert named
     assert [path for path in named if not (ROOT / path).exists()] == []

@@ -40,11 +40,12 @@ from trainer.manifest import (
     write_synced,
 )
 from trainer.staging import HostArena, Shard, local_shards
-from trainer.storage import mismatches, read_tensor, read_tensors, tensor_shapes, write_shards
+from trainer.storage import TensorReader, mismatches, read_tensor, read_tensors, tensor_shapes, write_shards
 
 __all__ = [
     "CheckpointError",
     "CheckpointManager",
+    "TensorReader",
     "find_checkpoint",
     "read_extra",
     "read_tensor",

@@ -195,6 +195,7 @@ _FORMATS: dict[str, Callable[[float], str]] = {
 }
 # Shown in another way (`line_parts`), or of interest in files only.
 _NOT_SHOWN = {
+    "valid_tokens",
     "step",
     "validation_perplexity",
     "tokens",

@@ -20,7 +20,7 @@ from models.config import ModelConfig
 from models.hf import export_hf_weights, load_hf_weights
 from models.registry import build_model, resolve_model
 from trainer.agreement import CheckpointError, Ranks
-from trainer.checkpoint import CheckpointManager, find_checkpoint, read_extra, read_tensor, tensor_shapes
+from trainer.checkpoint import CheckpointManager, TensorReader, find_checkpoint, read_extra
 from trainer.config import CheckpointConfig, ConfigError
 from trainer.identity import model_identity
 
@@ -55,12 +55,13 @@ def export_checkpoint(
     checkpoint = find_checkpoint(source, name="CHECKPOINT_DIR")
     extra = read_extra(checkpoint)
     config = _model_of(checkpoint, extra)
-    saved_dtype = _weight_dtype(checkpoint, config)
+    reader = TensorReader(checkpoint)
+    saved_dtype = _weight_dtype(checkpoint, reader, config)
     with tempfile.TemporaryDirectory(prefix="lattice-tokenizer-") as scratch:
         tokenizer = ranks.on_first(lambda: _save_tokenizer(checkpoint, extra, Path(scratch)))
         ranks.on_first(lambda: out.rmdir() if out.exists() else None)  # empty; it comes back whole, by a rename
         export_hf_weights(
-            lambda name: read_tensor(checkpoint, f"{WEIGHTS}{name}"),
+            lambda name: reader.read(f"{WEIGHTS}{name}"),
             config,
             out,
             dtype=dtype or saved_dtype,
@@ -143,15 +144,11 @@ def _model_of(checkpoint: Path, extra: Mapping[str, Any]) -> ModelConfig:
     return _typed(ModelConfig, values, f"{checkpoint}: config.model in its extra.json")
 
 
-def _weight_dtype(checkpoint: Path, config: ModelConfig) -> torch.dtype:
+def _weight_dtype(checkpoint: Path, reader: TensorReader, config: ModelConfig) -> torch.dtype:
     """The dtype of the weights. Raises CheckpointError unless they are exactly those of the model."""
     with torch.device("meta"):
         wanted = {name: parameter.shape for name, parameter in build_model(config).named_parameters()}
-    stored = {
-        name.removeprefix(WEIGHTS): entry
-        for name, entry in tensor_shapes(checkpoint).items()
-        if name.startswith(WEIGHTS)
-    }
+    stored = {name.removeprefix(WEIGHTS): entry for name, entry in reader.shapes.items() if name.startswith(WEIGHTS)}
     different = sorted(
         name for name in wanted.keys() | stored.keys() if name not in stored or wanted.get(name) != stored[name][0]
     )

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from data.config import DataConfig
+from parallel.mesh import init_distributed, pick_device
 from tests.parity.harness import changed, loss_deviation, run_here, run_on, text_corpus, tiny_config
 from tests.pool import RankPool
 from trainer.config import TrainConfig
@@ -29,6 +30,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
 def _train_here(config_file: str, outcome_file: str) -> None:
     """Body of a subprocess: train, leave the Outcome of rank 0."""
     config = torch.load(config_file, weights_only=False)
+    init_distributed(pick_device("cuda"), timeout_seconds=120)
     outcome = run_here(config)
     if outcome is not None:
         torch.save(outcome, outcome_file)

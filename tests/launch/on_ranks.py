@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import trainer.convert
+from trainer.checkpoint import TensorReader
 from trainer.convert import Exported, export_checkpoint
 
 
@@ -19,21 +20,21 @@ def export_and_watch(source: Path, out: Path, *, max_shard_bytes: float) -> tupl
     names: list[str] = []
     held: list[weakref.ref[Tensor]] = []
     most = 0
-    read = trainer.convert.read_tensor
+    read = TensorReader.read
 
-    def watched(path: Path, name: str) -> Tensor:
+    def watched(reader: TensorReader, name: str) -> Tensor:
         nonlocal most
         most = max(most, sum(one() is not None for one in held))
-        tensor = read(path, name)
+        tensor = read(reader, name)
         names.append(name)
         held.append(weakref.ref(tensor))
         return tensor
 
-    trainer.convert.read_tensor = watched
+    TensorReader.read = watched  # type: ignore[method-assign]
     try:
         export_checkpoint(source, out, max_shard_bytes=max_shard_bytes)
     finally:
-        trainer.convert.read_tensor = read
+        TensorReader.read = read  # type: ignore[method-assign]
     return names, most
 
 

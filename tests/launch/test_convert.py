@@ -246,20 +246,24 @@ def test_an_import_is_strict_about_the_run_that_starts_from_it(
 
 
 def test_a_folder_made_by_transformers_trains_from_its_own_loss(ranks: RankPool, tmp_path: Path) -> None:
-    """model=hf on the command line giving fresh weights, or another shape than the folder's."""
+    """model=hf on the command line giving fresh weights or another shape, or an export that needs the folder still."""
     reference = theirs("llama_bias")
     reference.save_pretrained(tmp_path / "hf")
     tokens = np.random.default_rng(1).integers(61, size=500).astype(np.uint16)
     np.save(tmp_path / "tokens.npy", tokens)
     overrides = ["model=hf", f"model.path={tmp_path / 'hf'}", "data=tokens", f"data.path={tmp_path / 'tokens.npy'}"]
     overrides += ["data.shuffle=false", "train.steps=1", "train.seq_len=19", "train.global_batch_size=4"]
-    overrides += [f"run.dir={tmp_path / 'run'}", "logging.console=false", "train.device=cpu", "checkpoint.at_end=false"]
+    overrides += [f"run.dir={tmp_path / 'run'}", "logging.console=false", "train.device=cpu", "optim.lr=0"]
     outcome = run_on(ranks, 2, compose_one(overrides))
     rows = torch.tensor(np.stack([tokens[i * 19 : (i + 1) * 19 + 1] for i in range(4)]).astype(np.int64))
     with torch.no_grad():
         logits = reference(rows[:, :-1]).logits
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten()).item()
     assert outcome.losses[0] == pytest.approx(expected, rel=1e-6)
+    shutil.rmtree(tmp_path / "hf")
+    ranks.run(1, export_here, tmp_path / "run", tmp_path / "back")
+    back = loaded(tmp_path / "back").state_dict()
+    assert all(torch.equal(back[name], tensor) for name, tensor in reference.state_dict().items()), "lr=0 moves nothing"
 
 
 def test_the_tokenizer_of_the_run_goes_along(exported: dict[str, Path], data: DataConfig) -> None:
