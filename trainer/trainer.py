@@ -7,6 +7,8 @@ import math
 import resource
 import time
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,14 +26,14 @@ from parallel.activation_checkpoint import ActivationCheckpoint
 from parallel.dims import ParallelDims
 from parallel.mesh import build_mesh, data_mesh, init_distributed, pick_device
 from parallel.parallelize import BlockOptions, parallelize
-from trainer.checkpoint import CheckpointManager, read_extra, resolve_resume
-from trainer.config import TrainConfig
+from trainer.checkpoint import CheckpointManager, read_extra
+from trainer.config import ConfigError, TrainConfig
 from trainer.identity import check_same_model, model_identity
 from trainer.loss_scale import LossScale
 from trainer.metrics import MetricLogger
 from trainer.optim import build_optimizer
 from trainer.resilience import PreemptionGuard
-from trainer.run_dir import prepare_run_dir
+from trainer.run_dir import check_run_dir, enter_run_dir, find_start
 from trainer.run_info import RunInfo, write_config, write_run_info
 from trainer.sample import sample_text
 from trainer.schedule import learning_rate
@@ -66,7 +68,8 @@ class Trainer:
     def __init__(self, config: TrainConfig) -> None:
         """config: validated, with the model resolved (trainer.validate.finalize)."""
         self.config = config
-        self.device = pick_device(config.train.device)
+        with _configuration_errors():
+            self.device = pick_device(config.train.device)
         init_distributed(self.device, config.train.timeout_seconds)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.is_main = self.rank == 0
@@ -74,16 +77,20 @@ class Trainer:
         self.mesh = build_mesh(self.dims, self.device.type)
         self.dp_mesh = data_mesh(self.mesh)
         self.run_dir = Path(config.run.dir)
+        # Until everything is loaded, nothing is written: a start that is refused leaves run.dir as it was.
+        check_run_dir(config)
         self.checkpoints = CheckpointManager(self.run_dir / "checkpoints", config.checkpoint, device=self.device)
-        self.resume_from = self._find_checkpoint()
-        prepare_run_dir(config, resuming=self.resume_from is not None)
-
+        self.resume_from = find_start(config)
+        if self.resume_from is not None:
+            check_same_model(self.resume_from, config.model)
         self.train_data, self.validation_data = self._build_data()
         self.state = self._build_state()
         self.tokens_per_step = config.train.global_batch_size * config.train.seq_len
+        self.tokens = 0  # trained on since step 1
         self.skipped_steps = 0
         self._skipped_in_a_row = 0
         self._load()
+        enter_run_dir(config, self.resume_from)
         self.metrics = MetricLogger(
             self.run_dir,
             config.logging,
@@ -99,17 +106,6 @@ class Trainer:
         self._describe()
 
     # ---- setting up
-
-    def _find_checkpoint(self) -> Path | None:
-        """Where this start begins.
-
-        checkpoint.resume=PATH says where a run begins; once it has checkpoints of its own, a restart by the launcher
-        continues from those. A PATH inside the run itself is a deliberate step back and is taken as it is.
-        """
-        own, resume = self.run_dir / "checkpoints", self.config.checkpoint.resume
-        if resume not in ("auto", "never") and not Path(resume).resolve().is_relative_to(self.run_dir.resolve()):
-            return resolve_resume("auto", own) or resolve_resume(resume, own)
-        return resolve_resume(resume, own)
 
     def _build_data(self) -> tuple[Loader, Loader | None]:
         config, train = self.config, self.config.train
@@ -128,7 +124,8 @@ class Trainer:
                 device_type=self.device.type,
             )
 
-        return build("train"), build("validation") if train.eval_interval > 0 else None
+        with _configuration_errors():
+            return build("train"), build("validation") if train.eval_interval > 0 else None
 
     def _build_state(self) -> TrainState:
         config = self.config
@@ -170,15 +167,17 @@ class Trainer:
         """Weights from a checkpoint, from a Hugging Face folder, or drawn; then into the model."""
         masters = self.state.data_parallel.masters
         if self.resume_from is not None:
-            check_same_model(self.resume_from, self.config.model)
             if read_extra(self.resume_from).get("weights_only", False):
                 # From launch/convert.py import: a new run, with nothing but its weights from elsewhere.
                 self.checkpoints.load(self.resume_from, {f"model/{name}": p for name, p in masters.items()})
             else:
                 extra = self.checkpoints.load(self.resume_from, self._state_tensors())
+                with _configuration_errors():
+                    self.train_data.load_state_dict(extra["data"])
                 self.state.step = extra["step"]
+                self.tokens = extra["tokens"]
                 self.skipped_steps = extra["skipped_steps"]
-                self.train_data.load_state_dict(extra["data"])
+                self._skipped_in_a_row = extra["skipped_in_a_row"]
         elif self.config.model.path is not None:
             load_hf_weights(self.config.model.path, masters, self.config.model)
         else:
@@ -278,7 +277,8 @@ class Trainer:
             self.config.schedule, base_lr=self.config.optim.lr, step=step, total_steps=self.config.train.steps
         )
         metrics = train_step(self.state, microbatches, lr=lr)
-        record = {"step": step, "lr": lr, "tokens": step * self.tokens_per_step, "data_wait_seconds": data_wait}
+        self.tokens += self.tokens_per_step
+        record = {"step": step, "lr": lr, "tokens": self.tokens, "data_wait_seconds": data_wait}
         self._pending.append(_Pending(record, _to_host(metrics), self.clock.mark()))
 
     def _collect(self, *, keep: int) -> list[dict[str, Any]]:
@@ -335,7 +335,9 @@ class Trainer:
         state = self.state
         extra = {
             "step": state.step,
+            "tokens": self.tokens,
             "skipped_steps": self.skipped_steps,
+            "skipped_in_a_row": self._skipped_in_a_row,
             "data": self.train_data.state_dict(self._all_gather),
             "model": model_identity(self.config.model),
             "tokenizer": self.train_data.tokenizer.fingerprint() if self.train_data.tokenizer is not None else None,
@@ -373,6 +375,15 @@ class Trainer:
             self.validation_data.close()
         self.metrics.close()
         self.checkpoints.close()
+
+
+@contextmanager
+def _configuration_errors() -> Iterator[None]:
+    """What cannot be known without devices and data, but is the configuration's fault all the same: ConfigError."""
+    try:
+        yield
+    except ValueError as error:
+        raise ConfigError([str(error)]) from error
 
 
 def _to_host(metrics: StepMetrics) -> torch.Tensor:
