@@ -113,4 +113,4 @@ def _configuration_of(run_dir: Path) -> dict[str, Any]:
         content = OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml"))
     except (OSError, ValueError, OmegaConfBaseException):
         return {}
-    return content if isinstance(content, dict) else {}
+    return {str(key): value for key, value in content.items()} if isinstance(content, dict) else {}

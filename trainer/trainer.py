@@ -88,6 +88,7 @@ class Trainer:
         self.tokens_per_step = config.train.global_batch_size * config.train.seq_len
         self.tokens = 0  # trained on since step 1
         self.skipped_steps = 0
+        self._skipped_before = 0  # in the steps judged so far
         self._skipped_in_a_row = 0
         self._load()
         enter_run_dir(config, self.resume_from)
@@ -176,7 +177,7 @@ class Trainer:
                     self.train_data.load_state_dict(extra["data"])
                 self.state.step = extra["step"]
                 self.tokens = extra["tokens"]
-                self.skipped_steps = extra["skipped_steps"]
+                self.skipped_steps = self._skipped_before = extra["skipped_steps"]
                 self._skipped_in_a_row = extra["skipped_in_a_row"]
         elif self.config.model.path is not None:
             load_hf_weights(self.config.model.path, masters, self.config.model)
@@ -294,7 +295,6 @@ class Trainer:
             record |= {"peak_memory_gib": self._peak_memory_gib(), "skipped_steps": self.skipped_steps}
             if self.state.loss_scale.dynamic:
                 record["loss_scale"] = loss_scale
-            self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
             records.append(record)
         return records
 
@@ -304,9 +304,12 @@ class Trainer:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
 
     def _judge(self, record: dict[str, Any]) -> None:
-        """React to a step that was skipped because loss or gradients were not finite."""
-        if self._skipped_in_a_row == 0:
+        """React to a step that was skipped because loss or gradients were not finite. Call it for every step."""
+        if record["skipped_steps"] == self._skipped_before:
+            self._skipped_in_a_row = 0
             return
+        self._skipped_before = record["skipped_steps"]
+        self._skipped_in_a_row += 1
         step, train = record["step"], self.config.train
         what = f"step {step}: loss {record['loss']}, grad_norm {record['grad_norm']}; the update was skipped"
         self.metrics.event("skipped_step", what, step=step)
