@@ -6,8 +6,8 @@ updated values get back into the model is the stage's business:
 
     stage  model computes with   gradients are summed by              masters, moments
     0      whole parameters      bucketed all-reduce                  whole
-    1      whole parameters      bucketed reduce-scatter              sharded over dp_shard
-    2, 3   fully_shard (FSDP2)   reduce-scatter of each micro-batch   sharded over dp_shard
+    1      whole parameters      bucketed reduce-scatter              sharded over the shard axis
+    2, 3   fully_shard (FSDP2)   reduce-scatter of each micro-batch   sharded over the shard axis
 
 Gradients are summed over ranks, never averaged: the loss is already divided by the number of valid tokens of the
 global batch (trainer/loss.py).
@@ -22,13 +22,12 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from parallel.buckets import BucketLayout, plan_buckets
 from parallel.collectives import all_gather_rows, reduce_scatter_rows
-from parallel.mesh import data_mesh
+from parallel.mesh import Meshes
 
 
 class DataParallel(ABC):
@@ -112,7 +111,7 @@ class BucketedDataParallel(DataParallel):
         self,
         model: nn.Module,
         *,
-        mesh: DeviceMesh,
+        mesh: Meshes,
         sharded: bool,
         units: list[tuple[nn.Module, list[str]]],
         master_dtype: torch.dtype,
@@ -122,15 +121,15 @@ class BucketedDataParallel(DataParallel):
         self.model = model
         self.params: dict[str, nn.Parameter] = dict(model.named_parameters())
         self.device = next(iter(self.params.values())).device
-        shard_mesh = mesh["dp_shard"]
+        shard_mesh = mesh.state["shard"]
         self.num_shards = shard_mesh.size() if sharded else 1
         self.shard_rank = shard_mesh.get_local_rank() if sharded else 0
         self.shard_group = shard_mesh.get_group()
-        replicas = mesh["dp_replicate"] if sharded else data_mesh(mesh)
+        replicas = mesh.state["dp_replicate"] if sharded else mesh.tokens
         self.num_replicas = replicas.size()
         self.replica_group = replicas.get_group()
         # DTensor state lives on the shard axis alone unless there are replicas, as fully_shard's does.
-        self.state_mesh = mesh["dp_replicate", "dp_shard"] if self.num_replicas > 1 and sharded else shard_mesh
+        self.state_mesh = mesh.state["dp_replicate", "shard"] if self.num_replicas > 1 and sharded else shard_mesh
         self.comm_stream = torch.cuda.Stream() if self.device.type == "cuda" else None
 
         # Backward order, roughly: the last parameters get their gradients first.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 
@@ -30,15 +31,19 @@ def divisors(n: int) -> list[int]:
 
 @dataclass(frozen=True)
 class ParallelDims:
-    """A layout with every degree resolved; their product is world_size."""
+    """A layout with every degree resolved. The product of all but ep, which re-uses data ranks, is world_size."""
 
     dp_replicate: int
     dp_shard: int
     world_size: int
+    pp: int = 1
+    cp: int = 1
+    tp: int = 1
+    ep: int = 1
 
     @property
     def dp(self) -> int:
-        """Ranks the global batch is split over."""
+        """Ranks the sequences of a global batch are split over."""
         return self.dp_replicate * self.dp_shard
 
     @classmethod
@@ -47,21 +52,27 @@ class ParallelDims:
         found = problems(config, world_size)
         if found:
             raise ValueError("; ".join(found))
-        dp_shard = config.dp_shard if config.dp_shard != -1 else world_size // config.dp_replicate
-        return cls(dp_replicate=config.dp_replicate, dp_shard=dp_shard, world_size=world_size)
+        others = config.dp_replicate * config.pp * config.cp * config.tp
+        return cls(
+            dp_replicate=config.dp_replicate,
+            dp_shard=config.dp_shard if config.dp_shard != -1 else world_size // others,
+            world_size=world_size,
+            pp=config.pp,
+            cp=config.cp,
+            tp=config.tp,
+            ep=config.ep,
+        )
 
 
 def problems(config: ParallelConfig, world_size: int) -> list[str]:
     """Every reason why this layout cannot run on world_size processes, one line each."""
     found = []
-    for name in ("tp", "pp", "cp", "ep"):
-        degree = getattr(config, name)
+    for axis in ("tp", "pp", "cp", "ep"):
+        degree = getattr(config, axis)
         if degree != 1:
-            found.append(
-                f"parallel.{name}={degree} is not available: this version composes the data-parallel axes; use 1"
-            )
-    if config.sequence_parallel:
-        found.append("parallel.sequence_parallel=true needs parallel.tp > 1, which is not available; use false")
+            found.append(f"parallel.{axis}={degree} is not available in this version; use 1")
+    if config.sequence_parallel and config.tp == 1:
+        found.append("parallel.sequence_parallel=true splits norms over the tp axis, and parallel.tp=1; use false")
     if config.zero_stage not in (0, 1, 2, 3):
         found.append(f"parallel.zero_stage={config.zero_stage} is not a ZeRO stage; use 0, 1, 2 or 3")
     if config.cpu_offload and config.zero_stage in (0, 1):
@@ -71,21 +82,29 @@ def problems(config: ParallelConfig, world_size: int) -> list[str]:
         )
     if config.bucket_mb <= 0:
         found.append(f"parallel.bucket_mb={config.bucket_mb} must be positive; 64 suits most models")
-    if config.dp_replicate < 1:
-        found.append(f"parallel.dp_replicate={config.dp_replicate} must be at least 1")
-    elif world_size % config.dp_replicate:
-        found.append(
-            f"parallel.dp_replicate={config.dp_replicate} does not divide the {world_size} processes; "
-            f"use one of {', '.join(map(str, divisors(world_size)))}"
-        )
-    elif config.dp_shard != -1:
-        if config.dp_shard < 1:
-            found.append(f"parallel.dp_shard={config.dp_shard} must be at least 1, or -1 for what is left")
-        elif config.dp_replicate * config.dp_shard != world_size:
-            found.append(
-                f"parallel.dp_replicate={config.dp_replicate} x parallel.dp_shard={config.dp_shard} = "
-                f"{config.dp_replicate * config.dp_shard} is not the number of processes, {world_size}; "
-                f"use parallel.dp_shard={world_size // config.dp_replicate} (or -1), or start "
-                f"{config.dp_replicate * config.dp_shard} processes"
-            )
-    return found
+    return found + _degree_problems(config, world_size)
+
+
+def _degree_problems(config: ParallelConfig, world_size: int) -> list[str]:
+    """Degrees that are not positive, or whose product is not the number of processes."""
+    given = {axis: getattr(config, axis) for axis in ("dp_replicate", "pp", "cp", "tp")}
+    found = [f"parallel.{axis}={degree} must be at least 1" for axis, degree in given.items() if degree < 1]
+    if config.dp_shard < 1 and config.dp_shard != -1:
+        found.append(f"parallel.dp_shard={config.dp_shard} must be at least 1, or -1 for what is left")
+    if found:
+        return found
+    large = {axis: degree for axis, degree in given.items() if degree > 1}
+    product = math.prod(large.values())
+    shown = " x ".join(f"parallel.{axis}={degree}" for axis, degree in large.items())
+    if world_size % product:
+        advice = f"use one of {', '.join(map(str, divisors(world_size)))}" if len(large) == 1 else "lower one of them"
+        what = f"{shown} does not divide" if len(large) == 1 else f"{shown} = {product} does not divide"
+        return [f"{what} the {world_size} processes; {advice}"]
+    if config.dp_shard not in (-1, world_size // product):
+        total = product * config.dp_shard
+        shown = " x ".join(filter(None, (shown, f"parallel.dp_shard={config.dp_shard}")))
+        return [
+            f"{shown} = {total} is not the number of processes, {world_size}; "
+            f"use parallel.dp_shard={world_size // product} (or -1), or start {total} processes"
+        ]
+    return []

@@ -1,9 +1,10 @@
-"""From degrees to process groups: starting torch.distributed, and the DeviceMesh that all state lives on."""
+"""From degrees to process groups: starting torch.distributed, and the meshes that batches and state live on."""
 
 from __future__ import annotations
 
 import os
 import warnings
+from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
@@ -12,8 +13,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from parallel.dims import ParallelDims
 
-DATA_AXES = ("dp_replicate", "dp_shard")
-"""Mesh axes the global batch is split over, outermost first."""
+BATCH_AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+STATE_AXES = ("pp", "dp_replicate", "shard", "tp")
 
 
 def world_size_from_env() -> int:
@@ -62,11 +63,35 @@ def init_distributed(device: torch.device, timeout_seconds: float) -> bool:
     return True
 
 
-def build_mesh(dims: ParallelDims, device_type: str) -> DeviceMesh:
-    """DeviceMesh of all processes with axes DATA_AXES."""
-    return init_device_mesh(device_type, (dims.dp_replicate, dims.dp_shard), mesh_dim_names=DATA_AXES)
+@dataclass(frozen=True)
+class Meshes:
+    """The process groups of a layout, as two views of the same ranks; tensor parallelism is innermost.
+
+    state [pp, dp_replicate, shard, tp]: where parameters and optimizer state live. `shard` is dp_shard x cp: context
+    ranks hold the same weights, so state is sharded over them too.
+    batch [pp, dp_replicate, dp_shard, cp, tp]: how a global batch is divided. Sequences are split over dp_replicate and
+    dp_shard, the tokens of a sequence over cp.
+    """
+
+    state: DeviceMesh
+    batch: DeviceMesh
+    samples: DeviceMesh  # dp_replicate x dp_shard: ranks with different sequences
+    tokens: DeviceMesh  # dp_replicate x dp_shard x cp: ranks with different tokens, over which the loss is summed
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Degree of each axis of the batch view, for run.json."""
+        return dict(zip(self.batch.mesh_dim_names or (), self.batch.shape, strict=True))
 
 
-def data_mesh(mesh: DeviceMesh) -> DeviceMesh:
-    """The ranks the global batch is split over, as one axis "dp"; made on the first call, which is collective."""
-    return mesh[DATA_AXES]._flatten("dp")
+def build_mesh(dims: ParallelDims, device_type: str) -> Meshes:
+    """Meshes over all processes. Collective."""
+    batch_shape = (dims.pp, dims.dp_replicate, dims.dp_shard, dims.cp, dims.tp)
+    state_shape = (dims.pp, dims.dp_replicate, dims.dp_shard * dims.cp, dims.tp)
+    batch = init_device_mesh(device_type, batch_shape, mesh_dim_names=BATCH_AXES)
+    return Meshes(
+        state=init_device_mesh(device_type, state_shape, mesh_dim_names=STATE_AXES),
+        batch=batch,
+        samples=batch["dp_replicate", "dp_shard"]._flatten("samples"),
+        tokens=batch["dp_replicate", "dp_shard", "cp"]._flatten("tokens"),
+    )

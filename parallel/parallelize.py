@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from parallel.activation_checkpoint import ActivationCheckpoint, apply_activation_checkpoint, apply_offload
 from parallel.data import BucketedDataParallel, DataParallel, FullyShardedDataParallel
 from parallel.dims import ParallelConfig
+from parallel.mesh import Meshes
 from parallel.precision import PrecisionConfig
 
 
@@ -35,7 +35,7 @@ class BlockOptions:
 
 def parallelize(
     model: nn.Module,
-    mesh: DeviceMesh,
+    mesh: Meshes,
     config: ParallelConfig,
     *,
     precision: PrecisionConfig,
@@ -84,7 +84,7 @@ def forward_units(model: nn.Module) -> list[tuple[nn.Module, list[str]]]:
 
 
 def _shard_fully(
-    model: nn.Module, mesh: DeviceMesh, config: ParallelConfig, *, precision: PrecisionConfig, device: torch.device
+    model: nn.Module, mesh: Meshes, config: ParallelConfig, *, precision: PrecisionConfig, device: torch.device
 ) -> DataParallel:
     """ZeRO-2 and 3 through FSDP2: one group per block, one for embedding, final norm and head together.
 
@@ -93,7 +93,7 @@ def _shard_fully(
     """
     model.to(precision.master_dtype)
     options: dict[str, Any] = {
-        "mesh": mesh["dp_replicate", "dp_shard"] if mesh["dp_replicate"].size() > 1 else mesh["dp_shard"],
+        "mesh": mesh.state["dp_replicate", "shard"] if mesh.state["dp_replicate"].size() > 1 else mesh.state["shard"],
         # Inputs stay as they are: casting them would round the fp32 rotary tables that every block is given.
         "mp_policy": MixedPrecisionPolicy(
             param_dtype=precision.compute_dtype, reduce_dtype=precision.reduce_dtype, cast_forward_inputs=False

@@ -30,7 +30,7 @@ class TrainState:
     data_parallel: DataParallel
     optimizer: Optimizer
     loss_scale: LossScale
-    dp_group: dist.ProcessGroup  # ranks the global batch is split over
+    token_group: dist.ProcessGroup  # ranks with different tokens of the global batch
     device: torch.device
     grad_clip: float  # largest global gradient norm; 0: none
     compile_loss: bool
@@ -62,7 +62,7 @@ def forward_loss_sum(state: TrainState, batch: Batch) -> torch.Tensor:
 def train_step(state: TrainState, microbatches: list[Batch], *, lr: float) -> StepMetrics:
     """Accumulate gradients over this rank's micro-batches (already on the device) and update the weights once."""
     valid = torch.stack([count_valid(b.labels) for b in microbatches]).sum()
-    dist.all_reduce(valid, group=state.dp_group)
+    dist.all_reduce(valid, group=state.token_group)
     scale = state.loss_scale.scale.clone()
     per_token = scale / valid.clamp(min=1)
 
@@ -73,7 +73,7 @@ def train_step(state: TrainState, microbatches: list[Batch], *, lr: float) -> St
         (loss * per_token).backward()
         loss_sum += loss.detach()
     state.data_parallel.finish_backward()
-    dist.all_reduce(loss_sum, group=state.dp_group)
+    dist.all_reduce(loss_sum, group=state.token_group)
     loss = (loss_sum / valid.clamp(min=1)).float()
 
     grad_norm = global_grad_norm(state.data_parallel.masters.values()).to(state.device) / scale
@@ -97,5 +97,5 @@ def evaluate(state: TrainState, batches: Iterable[Batch]) -> float:
         totals[0] += forward_loss_sum(state, on_device)
         totals[1] += count_valid(on_device.labels)
     state.model.train()
-    dist.all_reduce(totals, group=state.dp_group)
+    dist.all_reduce(totals, group=state.token_group)
     return (totals[0] / totals[1].clamp(min=1)).item()

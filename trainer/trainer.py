@@ -24,7 +24,7 @@ from models.layers.attention import choose_attention
 from models.registry import build_model
 from parallel.activation_checkpoint import ActivationCheckpoint
 from parallel.dims import ParallelDims
-from parallel.mesh import build_mesh, data_mesh, init_distributed, pick_device
+from parallel.mesh import build_mesh, init_distributed, pick_device
 from parallel.parallelize import BlockOptions, parallelize
 from trainer.checkpoint import CheckpointManager, read_extra
 from trainer.config import ConfigError, TrainConfig
@@ -75,7 +75,6 @@ class Trainer:
         self.is_main = self.rank == 0
         self.dims = ParallelDims.resolve(config.parallel, self.world_size)
         self.mesh = build_mesh(self.dims, self.device.type)
-        self.dp_mesh = data_mesh(self.mesh)
         self.run_dir = Path(config.run.dir)
         # Until everything is loaded, nothing is written: a start that is refused leaves run.dir as it was.
         check_run_dir(config)
@@ -117,7 +116,7 @@ class Trainer:
                 seq_len=train.seq_len,
                 global_batch_size=train.global_batch_size,
                 micro_batch_size=train.micro_batch_size,
-                rank=self.dp_mesh.get_local_rank(),
+                rank=self.mesh.samples.get_local_rank(),
                 world_size=self.dims.dp,
                 seed=train.seed,
                 split=split,
@@ -150,7 +149,7 @@ class Trainer:
             data_parallel=data_parallel,
             optimizer=build_optimizer(data_parallel.masters, config.optim),
             loss_scale=LossScale(config.precision, self.device),
-            dp_group=self.dp_mesh.get_group(),
+            token_group=self.mesh.tokens.get_group(),
             device=self.device,
             grad_clip=config.train.grad_clip,
             compile_loss=config.train.compile,
@@ -197,7 +196,7 @@ class Trainer:
         info = RunInfo(
             device=self.device,
             world_size=self.world_size,
-            mesh=dict(zip(self.mesh.mesh_dim_names or (), self.mesh.shape, strict=True)),
+            mesh=self.mesh.sizes,
             kernels={
                 "attention": choose_attention(
                     self.config.model, self.device, documents=self.config.data.mask_documents
@@ -354,7 +353,7 @@ class Trainer:
     def _all_gather(self, value: Any) -> list[Any]:
         """One object of every data-parallel rank, in rank order."""
         values: list[Any] = [None] * self.dims.dp
-        dist.all_gather_object(values, value, group=self.state.dp_group)
+        dist.all_gather_object(values, value, group=self.mesh.samples.get_group())
         return values
 
     def _sample(self) -> str | None:
