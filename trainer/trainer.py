@@ -7,8 +7,6 @@ import math
 import resource
 import time
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +25,7 @@ from parallel.dims import ParallelDims
 from parallel.mesh import build_mesh, init_distributed, pick_device
 from parallel.parallelize import BlockOptions, parallelize
 from trainer.checkpoint import CheckpointManager, read_extra
-from trainer.config import ConfigError, TrainConfig
+from trainer.config import TrainConfig, configuration_errors
 from trainer.identity import check_same_model, model_identity
 from trainer.loss_scale import LossScale
 from trainer.metrics import MetricLogger
@@ -68,7 +66,7 @@ class Trainer:
     def __init__(self, config: TrainConfig) -> None:
         """config: validated, with the model resolved (trainer.validate.finalize)."""
         self.config = config
-        with _configuration_errors():
+        with configuration_errors():
             self.device = pick_device(config.train.device)
         init_distributed(self.device, config.train.timeout_seconds)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
@@ -101,6 +99,7 @@ class Trainer:
             resume_step=self.state.step,
         )
         self.guard = PreemptionGuard()
+        self._alone = False  # other ranks may have ended, or be waiting elsewhere
         self._pending: deque[_Pending] = deque()
         self._validation_loss: float | None = None  # of the newest validation
         self._describe()
@@ -124,7 +123,7 @@ class Trainer:
                 device_type=self.device.type,
             )
 
-        with _configuration_errors():
+        with configuration_errors():
             return build("train"), build("validation") if train.eval_interval > 0 else None
 
     def _build_state(self) -> TrainState:
@@ -172,7 +171,7 @@ class Trainer:
                 self.checkpoints.load(self.resume_from, {f"model/{name}": p for name, p in masters.items()})
             else:
                 extra = self.checkpoints.load(self.resume_from, self._state_tensors())
-                with _configuration_errors():
+                with configuration_errors():
                     self.train_data.load_state_dict(extra["data"])
                 self.state.step = extra["step"]
                 self.tokens = extra["tokens"]
@@ -234,6 +233,11 @@ class Trainer:
         gc.disable()
         try:
             return self._run()
+        except (Preempted, TrainingDiverged):
+            raise  # on all ranks at the same step
+        except BaseException:
+            self._alone = True
+            raise
         finally:
             gc.enable()
 
@@ -370,22 +374,18 @@ class Trainer:
         )
 
     def close(self) -> None:
-        """Stop background work and flush every sink. Call it also after a failure."""
+        """Stop background work and flush every sink. Call it also after a failure.
+
+        A checkpoint that is being written is finished, but not after a failure of this rank, or of one that it waited
+        for: writing takes all ranks.
+        """
         self.guard.close()
         self.train_data.close()
         if self.validation_data is not None:
             self.validation_data.close()
         self.metrics.close()
-        self.checkpoints.close()
-
-
-@contextmanager
-def _configuration_errors() -> Iterator[None]:
-    """What cannot be known without devices and data, but is the configuration's fault all the same: ConfigError."""
-    try:
-        yield
-    except ValueError as error:
-        raise ConfigError([str(error)]) from error
+        if not self._alone:
+            self.checkpoints.close()
 
 
 def _to_host(metrics: StepMetrics) -> torch.Tensor:

@@ -75,6 +75,7 @@ def run_part(config: TrainConfig, crash_before: int | None = None, signals: dict
         trainer.run()
     except Crash:
         part.ended = "crashed"
+        trainer.checkpoints.wait()  # in reality the process, and with it the thread that writes, has ended
     except Preempted:
         part.ended = "preempted"
     finally:
