@@ -11,6 +11,7 @@ import hydra
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -32,26 +33,27 @@ def run_jobs(arguments: list[str], job: Callable[[TrainConfig], None]) -> None:
 
     Plain overrides are composed here, so that every wrong one is named at once. Hydra's own flags (--multirun, --cfg,
     --help, ...) go to Hydra's own main; under --multirun each job runs in a folder of its own below run.dir, named by
-    its overrides, so a sweep that is started again continues. A point that cannot be run, or diverges, does not keep
-    the others from running; any other failure ends the sweep. Raises ConfigError, and what `job` raises.
+    the values that were swept over, so a sweep that is started again continues. A point that cannot be run, or
+    diverges, does not keep the others from running; any other failure ends the sweep. Raises ConfigError, and what
+    `job` raises.
     """
     if not any(a.startswith("-") for a in arguments):
         job(compose_one(arguments))
         return
-    failed: dict[str, Exception] = {}  # run.dir of a job to its failure
+    failed: dict[str, Exception] = {}  # name of a job to its failure
 
     def task(config: DictConfig) -> None:
         if failed and not isinstance(list(failed.values())[-1], (ConfigError, TrainingDiverged)):
             return
-        folder = HydraConfig.get().runtime.output_dir
+        name = _name_of_job(arguments)
         try:
             typed = _to_object(config)
             if HydraConfig.get().mode == RunMode.MULTIRUN:
-                typed.run.dir = folder
-                typed.run.name = f"{typed.run.name}-{HydraConfig.get().job.num}"
+                typed.run.dir = str(Path(typed.run.dir) / name)
+                typed.run.name = f"{typed.run.name}-{name}"
             job(typed)
         except Exception as error:  # Hydra would go on with the next job, preempted or not
-            failed[folder] = error
+            failed[name] = error
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us, not to Hydra's own reporting
     sys.argv = [sys.argv[0], *arguments]
@@ -62,6 +64,14 @@ def run_jobs(arguments: list[str], job: Callable[[TrainConfig], None]) -> None:
     _raise(failed)
 
 
+def _name_of_job(arguments: list[str]) -> str:
+    """What sets the job that Hydra is running apart from the others of its sweep, as the name of a folder."""
+    overrides = OverridesParser.create().parse_overrides([a for a in arguments if "=" in a and not a.startswith("-")])
+    swept = [override.key_or_group for override in overrides if override.is_sweep_override()]
+    now = [o for o in HydraConfig.get().overrides.task if o.partition("=")[0].lstrip("+") in swept]
+    return ",".join(now).replace("/", "_") or "0"
+
+
 def _raise(failed: Mapping[str, Exception]) -> None:
     """Raise what says most about a sweep's failures: the one that ended it, or all of them."""
     if not failed:
@@ -69,7 +79,7 @@ def _raise(failed: Mapping[str, Exception]) -> None:
     last = list(failed.values())[-1]
     if len(failed) == 1 or not isinstance(last, (ConfigError, TrainingDiverged)):
         raise last
-    lines = [f"{folder}: {error}" for folder, error in failed.items()]
+    lines = [f"{name}: {error}" for name, error in failed.items()]
     if all(isinstance(error, ConfigError) for error in failed.values()):
         raise ConfigError(lines)
     raise TrainingDiverged("\n".join(lines))

@@ -82,7 +82,8 @@ class Sweep:
         self.ran: list[tuple[float, str]] = []  # lr and folder of each job that was started
 
     def run(self) -> None:
-        run_jobs(["--multirun", f"run.dir={self.folder}", "optim.lr=1.0,2.0,3.0"], self._job)
+        fixed = ["optim.eps=1e-6", "data.path=/some/where", "+exp=stdlib", f"run.dir={self.folder}"]
+        run_jobs(["--multirun", *fixed, "optim.lr=1.0,2.0,3.0"], self._job)
 
     def _job(self, config: TrainConfig) -> None:
         self.ran.append((config.optim.lr, str(Path(config.run.dir).relative_to(self.folder))))
@@ -91,10 +92,22 @@ class Sweep:
 
 
 def test_a_sweep_gives_each_job_a_folder_of_its_own(tmp_path: Path) -> None:
-    """Jobs that overwrite, or refuse to start in, each other's run directory."""
+    """Jobs that overwrite each other's run directory, or whose name is longer than a file system allows."""
     sweep = Sweep(tmp_path, {})
     sweep.run()
     assert sweep.ran == [(1.0, "optim.lr=1.0"), (2.0, "optim.lr=2.0"), (3.0, "optim.lr=3.0")]
+
+
+def test_a_sweep_over_groups_and_paths_is_named_by_them(tmp_path: Path) -> None:
+    """A slash in a value that makes nested folders; a group that does not count as swept."""
+    seen: list[str] = []
+    run_jobs(
+        ["-m", f"run.dir={tmp_path}", "model=gpt2,opt_125m", "data.path=/a/b,/c", "train.steps=3"],
+        lambda config: seen.append(str(Path(config.run.dir).relative_to(tmp_path))),
+    )
+    assert seen == [
+        f"{model},data.path={path}" for model in ("model=gpt2", "model=opt_125m") for path in ("_a_b", "_c")
+    ]
 
 
 def test_a_point_that_diverges_does_not_keep_the_others_from_running(tmp_path: Path) -> None:
