@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import hydra
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
@@ -22,8 +23,8 @@ from trainer.config import ConfigError, TrainConfig
 from trainer.trainer import TrainingDiverged
 
 CONFIG_DIR = str(Path(__file__).resolve().parent.parent / "configs")
-COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, ValueError, TypeError)
-"""What Hydra raises for wrong overrides; the last two for a group that is set to something that is no name."""
+COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError)
+"""What Hydra raises for wrong overrides and files; the last two for a group that is set to what is no name."""
 
 ConfigStore.instance().store(name="train_schema", node=TrainConfig)
 

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from trainer.config import TrainConfig
@@ -21,7 +22,8 @@ def explain(error: Exception, override: str | None = None) -> str:
         override = named.group(1) if named else None
     key = "" if override is None else override.partition("=")[0].lstrip("+~")
     line = _wrong_choice(error, key) or _wrong_key(error, key) or _wrong_value(error, key) or _wrong_form(error, key)
-    line = line or _first_line(error)
+    # A parser says in which file and line it stopped, on lines of their own.
+    line = line or (" ".join(str(error).split()) if isinstance(error, yaml.YAMLError) else _first_line(error))
     return line if override is None or line.startswith(override) else f"{override}: {line}"
 
 

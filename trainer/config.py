@@ -120,9 +120,9 @@ class ConfigError(ValueError):
 
 
 @contextmanager
-def configuration_errors() -> Iterator[None]:
-    """Inside, a ValueError is the configuration's fault, though only data or devices could tell: a ConfigError."""
+def configuration_errors(kind: type[ValueError] = ValueError) -> Iterator[None]:
+    """Inside, an error of this kind is the configuration's fault, though only data or devices could tell."""
     try:
         yield
-    except ValueError as error:
+    except kind as error:
         raise ConfigError([str(error)]) from error

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from data.config import DataError
 from data.loader import Loader, build_loader
 from models.flops import flops_per_token
 from models.hf import load_hf_weights
@@ -33,7 +34,7 @@ from trainer.optim import build_optimizer
 from trainer.resilience import PreemptionGuard
 from trainer.run_dir import check_run_dir, enter_run_dir, find_start
 from trainer.run_info import RunInfo, write_config, write_run_info
-from trainer.sample import sample_text
+from trainer.sample import check_prompt, sample_text
 from trainer.schedule import learning_rate
 from trainer.step import StepMetrics, TrainState, evaluate, train_step
 from trainer.throughput import StepClock, Throughput, mfu_peak
@@ -123,8 +124,11 @@ class Trainer:
                 device_type=self.device.type,
             )
 
-        with configuration_errors():
-            return build("train"), build("validation") if train.eval_interval > 0 else None
+        with configuration_errors(DataError):
+            train_data, validation_data = build("train"), build("validation") if train.eval_interval > 0 else None
+        if train.sample_tokens > 0 and train_data.tokenizer is not None:
+            check_prompt(train_data.tokenizer, train.sample_prompt, vocab_size=config.model.vocab_size)
+        return train_data, validation_data
 
     def _build_state(self) -> TrainState:
         config = self.config
@@ -171,7 +175,7 @@ class Trainer:
                 self.checkpoints.load(self.resume_from, {f"model/{name}": p for name, p in masters.items()})
             else:
                 extra = self.checkpoints.load(self.resume_from, self._state_tensors())
-                with configuration_errors():
+                with configuration_errors(DataError):
                     self.train_data.load_state_dict(extra["data"])
                 self.state.step = extra["step"]
                 self.tokens = extra["tokens"]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 
+import launch.compose
 from launch.compose import compose_one, run_jobs
 from trainer.config import ConfigError, TrainConfig
 from trainer.trainer import Preempted, TrainingDiverged
@@ -132,3 +134,17 @@ def test_a_wrong_sweep_is_explained_as_well(tmp_path: Path) -> None:
     for override, says in {"optim.lrr=1,2": "optim.lrr", "optim.lr=abc,2": "optim.lr must be a number"}.items():
         with pytest.raises(ConfigError, match=says):
             run_jobs(["--multirun", f"run.dir={tmp_path}", override], lambda config: None)
+
+
+def test_a_configuration_file_that_is_no_yaml_is_named_with_the_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A traceback of a parser for a missing quote."""
+    shutil.copytree(launch.compose.CONFIG_DIR, tmp_path / "configs")
+    (tmp_path / "configs" / "exp" / "mine.yaml").write_text("train:\n  steps: 5\n bad: [\n")
+    monkeypatch.setattr(launch.compose, "CONFIG_DIR", str(tmp_path / "configs"))
+    with pytest.raises(ConfigError) as raised:
+        compose_one(["+exp=mine"])
+    (line,) = raised.value.problems
+    assert f'{tmp_path / "configs" / "exp" / "mine.yaml"}", line 3' in line
+    assert "\n" not in line

@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from data.config import DataConfig
+from data.tokenizer import load_tokenizer
 from tests.parity.harness import changed, text_corpus, tiny_config
 from tests.parity.interrupted import run_part_on
 from tests.pool import RankPool
@@ -189,6 +191,22 @@ def test_what_only_data_and_devices_can_tell_is_a_configuration_error_too(
 ) -> None:
     """A start that is refused late and leaves half a run behind, which then refuses the corrected one."""
     assert_refused(ranks, changed(config, Path(config.run.dir), **changes), says)
+
+
+def test_a_prompt_that_the_model_has_no_embeddings_for_is_refused_before_training(
+    ranks: RankPool, config: TrainConfig, corpus: DataConfig, tmp_path: Path
+) -> None:
+    """An index error after the last step of a run on token arrays, whose tokenizer is only there to print text."""
+    load_tokenizer(corpus).save(tmp_path / "tokenizer")
+    np.save(tmp_path / "tokens.npy", np.arange(1000) % 40)
+    tokens: dict[str, Any] = {"data__source": "tokens", "data__path": str(tmp_path / "tokens.npy")}
+    config = changed(config, tmp_path / "run", **tokens, model__vocab_size=40, train__sample_tokens=3)
+    config.data.tokenizer.path = str(tmp_path / "tokenizer")
+    assert_refused(
+        ranks, changed(config, tmp_path / "run", train__sample_prompt="tensor"), "train.sample_prompt='tensor'"
+    )
+    # Negative control: bytes below 40 have embeddings.
+    assert_ran(start_on(ranks, 2, changed(config, tmp_path / "run", train__sample_prompt="!!!")), resumed_from=None)
 
 
 def test_a_run_directory_that_cannot_be_made_is_named(ranks: RankPool, config: TrainConfig, tmp_path: Path) -> None:
