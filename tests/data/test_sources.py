@@ -151,6 +151,18 @@ def test_a_killed_builder_leaves_nothing_that_is_taken_for_whole(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [".key.lock", "key"]
 
 
+def test_a_file_system_without_locks_is_one_error_that_names_the_folder(tmp_path, monkeypatch):
+    """A parallel file system mounted without flock: "Function not implemented", of what and where is not said."""
+
+    def refuse(file: object, operation: int) -> None:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr("data.cache.fcntl.flock", refuse)
+    with pytest.raises(DataError, match=r"data\.cache_dir: .* without locks \(Function not implemented\); choose"):
+        cached(tmp_path / "key", lambda scratch: None)
+    assert not (tmp_path / "key").exists()
+
+
 def test_a_failed_build_passes_its_error_on_and_can_be_tried_again(tmp_path):
     """An error that leaves an empty folder, which the next start takes for a result."""
 
