@@ -8,6 +8,8 @@ from parallel.precision import PrecisionConfig
 
 GROWTH = 2.0
 BACKOFF = 0.5
+SMALLEST, LARGEST = 2.0**-24, 2.0**24
+"""Bounds of the scale: without the upper one, gradients of zero would let it grow to infinity, where it stays."""
 
 
 class LossScale:
@@ -29,7 +31,7 @@ class LossScale:
         good = (self.good_steps + 1) * (1 - skipped)
         grow = good >= self.interval
         factor = torch.where(skipped.bool(), BACKOFF, torch.where(grow, GROWTH, 1.0))
-        self.scale.mul_(factor).clamp_(min=2.0**-24)
+        self.scale.mul_(factor).clamp_(SMALLEST, LARGEST)
         self.good_steps.copy_(torch.where(grow, 0.0, good))
 
     def state_tensors(self) -> dict[str, torch.Tensor]:

@@ -31,7 +31,7 @@ def sample_text(
     one shape.
     """
     state.model.eval()
-    ids = list(tokenizer.encode(prompt)) or [0]
+    ids = list(tokenizer.encode(prompt)) or [tokenizer.eos_id]  # where a document begins
     for i in range(num_tokens):
         context = ids[-max_seq_len:]
         window = torch.zeros(1, max_seq_len, dtype=torch.int64, device=state.device)
