@@ -24,9 +24,10 @@ from parallel.activation_checkpoint import ActivationCheckpoint
 from parallel.dims import ParallelDims
 from parallel.mesh import build_mesh, init_distributed, pick_device
 from parallel.parallelize import BlockOptions, parallelize
+from trainer.agreement import check_same_on_all_ranks
 from trainer.checkpoint import CheckpointManager, read_extra
 from trainer.config import TrainConfig, configuration_errors
-from trainer.identity import check_same_model, model_identity
+from trainer.identity import check_same_model, model_identity, run_identity
 from trainer.loss_scale import LossScale
 from trainer.metrics import MetricLogger
 from trainer.optim import build_optimizer
@@ -71,6 +72,7 @@ class Trainer:
         init_distributed(self.device, config.train.timeout_seconds)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.is_main = self.rank == 0
+        check_same_on_all_ranks(run_identity(config))
         self.dims = ParallelDims.resolve(config.parallel, self.world_size)
         self.mesh = build_mesh(self.dims, self.device.type)
         self.run_dir = Path(config.run.dir)
@@ -81,6 +83,10 @@ class Trainer:
         if self.resume_from is not None:
             check_same_model(self.resume_from, config.model)
         self.train_data, self.validation_data = self._build_data()
+        tokenizer = self.train_data.tokenizer
+        check_same_on_all_ranks(
+            {"data": self.train_data.identity, "tokenizer": tokenizer.fingerprint() if tokenizer else None}
+        )
         self.state = self._build_state()
         self.tokens_per_step = config.train.global_batch_size * config.train.seq_len
         self.tokens = 0  # trained on since step 1
