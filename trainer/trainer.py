@@ -34,6 +34,7 @@ from trainer.optim import build_optimizer
 from trainer.resilience import PreemptionGuard
 from trainer.run_dir import check_run_dir, enter_run_dir, find_start
 from trainer.run_info import RunInfo, write_config, write_run_info
+from trainer.run_lock import RunLock
 from trainer.sample import sample_text
 from trainer.schedule import learning_rate
 from trainer.step import StepMetrics, TrainState, evaluate, train_step
@@ -77,9 +78,10 @@ class Trainer:
         self.mesh = build_mesh(self.dims, self.device.type)
         self.run_dir = Path(config.run.dir)
         # Until everything is loaded, nothing is written: a start that is refused leaves run.dir as it was.
-        check_run_dir(config)
+        self.lock = RunLock(self.run_dir)
+        check_run_dir(config, self.lock)
         self.checkpoints = CheckpointManager(self.run_dir / "checkpoints", config.checkpoint, device=self.device)
-        self.resume_from = find_start(config)
+        self.resume_from = find_start(config, self.checkpoints.group)
         if self.resume_from is not None:
             check_same_model(self.resume_from, config.model)
         self.train_data, self.validation_data = self._build_data()
@@ -94,7 +96,7 @@ class Trainer:
         self._skipped_before = 0  # in the steps judged so far
         self._skipped_in_a_row = 0
         self._load()
-        enter_run_dir(config, self.resume_from)
+        enter_run_dir(config, self.resume_from, self.lock)
         self.metrics = MetricLogger(
             self.run_dir,
             config.logging,
@@ -392,6 +394,7 @@ class Trainer:
         self.metrics.close()
         if not self._alone:
             self.checkpoints.close()
+            self.lock.release()  # else with the process: a checkpoint may still be being written
 
 
 def _to_host(metrics: StepMetrics) -> torch.Tensor:

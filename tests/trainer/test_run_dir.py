@@ -7,13 +7,41 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
+import trainer.run_dir as run_dir_module
 from data.config import DataConfig
 from tests.parity.harness import changed, text_corpus, tiny_config
 from tests.parity.interrupted import run_part_on
 from tests.pool import RankPool
 from tests.trainer.starts import Start, contents, start_on
 from trainer.config import TrainConfig
+from trainer.trainer import Trainer
+from trainer.validate import finalize
+
+
+def verified_over_the_patient_group(config: TrainConfig) -> bool:
+    """Whether a start looks for its checkpoint over the group that the checkpoints are written with."""
+    groups = []
+    original = run_dir_module.resolve_resume
+
+    def watch(resume: str, directory: Path, *, group: dist.ProcessGroup | None = None) -> Path | None:
+        groups.append(group)
+        return original(resume, directory, group=group)
+
+    run_dir_module.resolve_resume = watch
+    try:
+        trainer = Trainer(finalize(config, world_size=dist.get_world_size()))
+        patient = trainer.checkpoints.group
+        trainer.close()
+    finally:
+        run_dir_module.resolve_resume = original
+    return bool(groups) and all(group is patient for group in groups) and patient is not dist.group.WORLD
+
+
+def test_large_checkpoints_are_verified_with_patience(ranks: RankPool, config: TrainConfig) -> None:
+    """Ranks that wait for the one with the largest file, longer than train.timeout_seconds, and end the run."""
+    assert all(ranks.run(2, verified_over_the_patient_group, config))
 
 
 @pytest.fixture(scope="module")
