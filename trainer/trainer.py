@@ -181,6 +181,8 @@ class Trainer:
                 extra = self.checkpoints.load(self.resume_from, self._state_tensors())
                 with configuration_errors():
                     self.train_data.load_state_dict(extra["data"])
+                if extra["config"]["precision"]["compute"] != self.config.precision.compute:
+                    self.state.loss_scale.reset()
                 self.state.step = extra["step"]
                 self.tokens = extra["tokens"]
                 self.skipped_steps = self._skipped_before = extra["skipped_steps"]
