@@ -26,7 +26,7 @@ from parallel.mesh import build_mesh, init_distributed, pick_device
 from parallel.parallelize import BlockOptions, parallelize
 from trainer.agreement import check_same_on_all_ranks
 from trainer.checkpoint import CheckpointManager, read_extra
-from trainer.config import TrainConfig, configuration_errors
+from trainer.config import ConfigError, TrainConfig, configuration_errors
 from trainer.identity import check_same_model, model_identity, run_identity
 from trainer.loss_scale import LossScale
 from trainer.metrics import MetricLogger
@@ -181,6 +181,13 @@ class Trainer:
                 extra = self.checkpoints.load(self.resume_from, self._state_tensors())
                 with configuration_errors():
                     self.train_data.load_state_dict(extra["data"])
+                if extra["step"] > self.config.train.steps:
+                    raise ConfigError(
+                        [
+                            f"train.steps={self.config.train.steps} is less than the {extra['step']} steps that "
+                            f"{self.resume_from} has behind it; raise train.steps, or choose another run.dir"
+                        ]
+                    )
                 if extra["config"]["precision"]["compute"] != self.config.precision.compute:
                     self.state.loss_scale.reset()
                 self.state.step = extra["step"]

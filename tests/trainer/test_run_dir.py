@@ -183,6 +183,17 @@ def test_a_checkpoint_from_elsewhere_does_not_overwrite_the_run_that_is_there(
     )
 
 
+def test_fewer_steps_than_are_done_is_refused_and_a_finished_run_is_done(ranks: RankPool, config: TrainConfig) -> None:
+    """A run that says "done: step 6" to train.steps=4, as if it had done what was asked."""
+    assert_ran(start_on(ranks, 2, config), resumed_from=None)
+    steps = steps_of(Path(config.run.dir))
+    assert_refused(
+        ranks, changed(config, Path(config.run.dir), train__steps=4), "train.steps=4 is less than the 6 steps"
+    )
+    start = start_on(ranks, 2, config)
+    assert (start.error, start.last_step, steps_of(Path(config.run.dir))) == (None, 6, steps)
+
+
 def test_stepping_back_needs_a_run_of_its_own(ranks: RankPool, config: TrainConfig, tmp_path: Path) -> None:
     """A later restart that takes the newest checkpoint, of the history that was given up."""
     start_on(ranks, 1, config)
