@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -13,13 +13,24 @@ IGNORE_INDEX = -100
 
 @dataclass
 class Batch:
-    """A micro-batch of one rank. B sequences of T tokens."""
+    """A micro-batch of one rank: B sequences of S tokens, or (see `take`) T of the tokens of each; else T = S."""
 
     tokens: torch.Tensor  # [B, T] int64; filled by packing
     labels: torch.Tensor  # [B, T] int64; the token after each, IGNORE_INDEX where there is no loss; filled by packing
     positions: torch.Tensor  # [B, T] int64; index in the sequence, or in the document under data.mask_documents
-    documents: torch.Tensor | None  # [B, T] int32, ascending in a row; None: attention crosses documents
+    documents: torch.Tensor | None  # [B, S] int32, ascending in a row; None: attention crosses documents
     samples: torch.Tensor  # [B] int64; number of each sample in the run, the key of its dropout; filled by the loader
+    indices: torch.Tensor | None = None  # [T] int64; where the tokens lie in the sequence; filled by `take`, else None
+
+    def take(self, indices: torch.Tensor) -> Batch:
+        """The tokens at `indices` [T] of every sequence; `documents` stays whole, for they see tokens elsewhere."""
+        return replace(
+            self,
+            tokens=self.tokens[:, indices],
+            labels=self.labels[:, indices],
+            positions=self.positions[:, indices],
+            indices=indices,
+        )
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on device; asynchronous from pinned memory."""
@@ -36,4 +47,5 @@ class Batch:
             positions=change(self.positions),
             documents=None if self.documents is None else change(self.documents),
             samples=change(self.samples),
+            indices=None if self.indices is None else change(self.indices),
         )

@@ -14,6 +14,7 @@ from models.layers.dropout import Dropout
 from models.layers.embedding import LMHead
 from models.layers.mlp import MLP
 from models.layers.norm import make_norm
+from parallel.groups import NO_GROUPS, ModelParallel
 
 RESIDUAL_OUTPUTS = ("attention.o.weight", "mlp.down.weight")
 
@@ -21,11 +22,11 @@ RESIDUAL_OUTPUTS = ("attention.o.weight", "mlp.down.weight")
 class Block(nn.Module):
     """Attention and feed-forward network, each on a residual branch, normalised before (pre-norm) or after the sum."""
 
-    def __init__(self, config: ModelConfig, layer: int, seed: int) -> None:
+    def __init__(self, config: ModelConfig, layer: int, seed: int, groups: ModelParallel) -> None:
         super().__init__()
         self.norm_first = config.norm_first
         self.attention_norm = make_norm(config)
-        self.attention = Attention(config, layer, seed)
+        self.attention = Attention(config, layer, seed, groups)
         self.mlp_norm = make_norm(config)
         self.mlp = MLP(config)
         self.attention_dropout, self.mlp_dropout = (
@@ -35,27 +36,30 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, *, context: Context) -> Tensor:
         """x [B, T, D] to [B, T, D]; context is the same for every block of a forward pass."""
+        keys = (context.samples, context.indices)
         if self.norm_first:
-            x = x + self.attention_dropout(self.attention(self.attention_norm(x), context), context.samples)
-            return x + self.mlp_dropout(self.mlp(self.mlp_norm(x)), context.samples)
-        x = self.attention_norm(x + self.attention_dropout(self.attention(x, context), context.samples))
-        return self.mlp_norm(x + self.mlp_dropout(self.mlp(x), context.samples))
+            x = x + self.attention_dropout(self.attention(self.attention_norm(x), context), *keys)
+            return x + self.mlp_dropout(self.mlp(self.mlp_norm(x)), *keys)
+        x = self.attention_norm(x + self.attention_dropout(self.attention(x, context), *keys))
+        return self.mlp_norm(x + self.mlp_dropout(self.mlp(x), *keys))
 
 
 class Decoder(nn.Module):
     """A causal language model. Parameters only, no buffers: filling the parameters after `to_empty` completes it.
 
-    `config` is resolved (models.registry.resolve_model); `seed` keys the dropout masks.
+    `config` is resolved (models.registry.resolve_model); `seed` keys the dropout masks; `groups` are the process groups
+    inside the layers, on which no parameter's name or shape depends.
     """
 
-    def __init__(self, config: ModelConfig, seed: int = 0) -> None:
+    def __init__(self, config: ModelConfig, seed: int = 0, groups: ModelParallel = NO_GROUPS) -> None:
         super().__init__()
         self.config = config
+        self.groups = groups
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         learned = config.positions == "learned"
         self.positions = nn.Embedding(config.max_seq_len, config.hidden_size) if learned else None
         self.dropout = Dropout(config.dropout, seed=seed, site="embedding", max_seq_len=config.max_seq_len)
-        self.blocks = nn.ModuleList(Block(config, layer, seed) for layer in range(config.num_layers))
+        self.blocks = nn.ModuleList(Block(config, layer, seed, groups) for layer in range(config.num_layers))
         self.final_norm = make_norm(config) if config.final_norm else nn.Identity()
         self.head = LMHead(config)
 
@@ -66,16 +70,22 @@ class Decoder(nn.Module):
         positions: Tensor | None = None,
         documents: Tensor | None = None,
         samples: Tensor | None = None,
+        indices: Tensor | None = None,
         head: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> Tensor:
         """Logits [B, T, V] of tokens [B, T] int64, or head(hidden [B, T, D], weight [V, D]) where a head is given.
 
         positions [B, T] int64 (None: 0, 1, ...), documents [B, T] int32 (None: attention crosses documents), samples
-        [B] int64 (needed by dropout in training). A fused loss comes in as `head`, so that it runs inside the
+        [B] int64 (needed by dropout in training). indices [T] int64 says that these are only some tokens of sequences
+        of S, the others being on the ranks of groups.cp; documents are then [B, S]. None: all are here, and nothing
+        is asked of other ranks, whatever groups.cp is. A fused loss comes in as `head`, so that it runs inside the
         forward of the root module, where FSDP has gathered the weight. Raises ValueError for a sequence longer than
         the table of learned positions.
         """
         seq_len = tokens.shape[1]
+        if indices is not None and self.groups.cp is not None:
+            seq_len *= self.groups.cp.size()  # of the whole sequence
+            positions = indices[None] if positions is None else positions
         x = self.embedding(tokens)
         context = build_context(
             self.config,
@@ -85,10 +95,12 @@ class Decoder(nn.Module):
             positions=positions,
             documents=documents,
             samples=samples,
+            indices=indices,
+            groups=self.groups,
         )
         if self.positions is not None:
             x = x + self._learned_positions(positions, seq_len)
-        x = self.dropout(x, samples)
+        x = self.dropout(x, samples, indices)
         for block in self.blocks:
             x = block(x, context=context)
         x = self.final_norm(x)

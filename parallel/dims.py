@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+CP_METHODS = ("ring", "ulysses", "allgather")
+
 
 @dataclass
 class ParallelConfig:
@@ -19,8 +21,8 @@ class ParallelConfig:
     sequence_parallel: bool = False
     pp: int = 1
     pp_schedule: str = "1f1b"
-    cp: int = 1
-    cp_method: str = "ring"
+    cp: int = 1  # processes the tokens of a sequence are split over
+    cp_method: str = "ring"  # one of CP_METHODS
     ep: int = 1
 
 
@@ -67,12 +69,14 @@ class ParallelDims:
 def problems(config: ParallelConfig, world_size: int) -> list[str]:
     """Every reason why this layout cannot run on world_size processes, one line each."""
     found = []
-    for axis in ("tp", "pp", "cp", "ep"):
+    for axis in ("tp", "pp", "ep"):
         degree = getattr(config, axis)
         if degree != 1:
             found.append(f"parallel.{axis}={degree} is not available in this version; use 1")
     if config.sequence_parallel and config.tp == 1:
         found.append("parallel.sequence_parallel=true splits norms over the tp axis, and parallel.tp=1; use false")
+    if config.cp_method not in CP_METHODS:
+        found.append(f"parallel.cp_method={config.cp_method} is unknown; use {', '.join(CP_METHODS)}")
     if config.zero_stage not in (0, 1, 2, 3):
         found.append(f"parallel.zero_stage={config.zero_stage} is not a ZeRO stage; use 0, 1, 2 or 3")
     if config.cpu_offload and config.zero_stage in (0, 1):

@@ -14,4 +14,9 @@ class ModelParallel:
     tp: DeviceMesh | None = None  # tensor parallelism: shards of every weight matrix
     sequence_parallel: bool = False  # norms and residual stream on shards of the sequence over tp
     cp: DeviceMesh | None = None  # context parallelism: shards of the sequence
+    cp_method: str = "ring"  # one of parallel.dims.CP_METHODS
     ep: DeviceMesh | None = None  # expert parallelism
+
+
+NO_GROUPS = ModelParallel()
+"""Every axis of size 1: a model that one process computes alone."""

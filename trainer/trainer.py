@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from data.batch import Batch
 from data.config import DataError
 from data.loader import Loader, build_loader
 from models.flops import flops_per_token
@@ -23,6 +24,7 @@ from models.layers.attention import choose_attention
 from models.registry import build_model
 from parallel.activation_checkpoint import ActivationCheckpoint
 from parallel.dims import ParallelDims
+from parallel.groups import ModelParallel
 from parallel.mesh import build_mesh, init_distributed, pick_device
 from parallel.parallelize import BlockOptions, parallelize
 from trainer.agreement import check_same_on_all_ranks
@@ -38,6 +40,7 @@ from trainer.run_info import RunInfo, write_config, write_run_info
 from trainer.run_lock import RunLock
 from trainer.sample import check_prompt, sample_text
 from trainer.schedule import learning_rate
+from trainer.sequence import split_batch
 from trainer.step import StepMetrics, TrainState, evaluate, train_step
 from trainer.throughput import StepClock, Throughput, mfu_peak
 
@@ -141,7 +144,7 @@ class Trainer:
     def _build_state(self) -> TrainState:
         config = self.config
         with torch.device("meta"):
-            model = build_model(config.model, seed=config.train.seed)
+            model = build_model(config.model, seed=config.train.seed, groups=self._model_parallel())
         checkpointing = ActivationCheckpoint(
             mode=config.model.activation_checkpoint, save=config.model.activation_checkpoint_save
         )
@@ -165,6 +168,11 @@ class Trainer:
             grad_clip=config.train.grad_clip,
             compile_loss=config.train.compile,
         )
+
+    def _model_parallel(self) -> ModelParallel:
+        """The axes that live inside layers."""
+        parallel = self.config.parallel
+        return ModelParallel(cp=self.mesh.batch["cp"] if self.dims.cp > 1 else None, cp_method=parallel.cp_method)
 
     def _state_tensors(self) -> dict[str, torch.Tensor]:
         """Every tensor a checkpoint holds, by name. Loaded in place."""
@@ -219,12 +227,16 @@ class Trainer:
             mesh=self.mesh.sizes,
             kernels={
                 "attention": choose_attention(
-                    self.config.model, self.device, documents=self.config.data.mask_documents
+                    self.config.model,
+                    self.device,
+                    documents=self.config.data.mask_documents,
+                    cp_method=self.config.parallel.cp_method if self.dims.cp > 1 else None,
                 ),
                 "loss": "linear_cross_entropy" + (", compiled" if train.compile else ""),
                 "blocks": f"torch.compile({train.compile_backend})" if train.compile else "eager",
                 "activation_checkpoint": self.config.model.activation_checkpoint,
                 "optimizer": self.config.optim.name,
+                "context_parallel": self.config.parallel.cp_method if self.dims.cp > 1 else "none",
                 "data_parallel": f"zero{self.config.parallel.zero_stage}",
             },
             precision={"compute": precision.compute, "master": precision.master, "reduce": precision.reduce},
@@ -295,7 +307,7 @@ class Trainer:
     def _launch_step(self) -> None:
         """Run one step; on the GPU, only enqueue it. Its numbers are `_pending`."""
         started = time.perf_counter()
-        microbatches = [batch.to(self.device) for batch in self.train_data.next_step()]
+        microbatches = [self._part(batch).to(self.device) for batch in self.train_data.next_step()]
         data_wait = time.perf_counter() - started
         step = self.state.step + 1
         lr = learning_rate(
@@ -346,13 +358,17 @@ class Trainer:
                 "lower optim.lr or look at the data"
             )
 
+    def _part(self, batch: Batch) -> Batch:
+        """What of a batch is this rank's: of each sequence, its tokens on the cp axis."""
+        return split_batch(batch, cp_rank=self.mesh.batch["cp"].get_local_rank(), cp_size=self.dims.cp)
+
     # ---- now and then
 
     def _validate(self) -> dict[str, float]:
         """Validation of the current weights: its fields of the step's record. Its time belongs to no step."""
         assert self.validation_data is not None
         batches = self.validation_data.batches(self.config.train.eval_batches)
-        loss = evaluate(self.state, (batch for step in batches for batch in step))
+        loss = evaluate(self.state, (self._part(batch) for step in batches for batch in step))
         self._validation_loss = loss
         self.clock.start()
         return {"validation_loss": loss, "validation_perplexity": math.exp(loss) if loss < 700 else math.inf}

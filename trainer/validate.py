@@ -21,6 +21,7 @@ from parallel.precision import problems as precision_problems
 from trainer.config import NONFINITE, CheckpointConfig, ConfigError, LoggingConfig, LoopConfig, TrainConfig
 from trainer.resilience import launcher_problems
 from trainer.schedule import problems as schedule_problems
+from trainer.sequence import problems as sequence_problems
 from trainer.sinks import WANDB_MODES
 
 
@@ -50,6 +51,8 @@ def finalize(config: TrainConfig, *, world_size: int) -> TrainConfig:
     found += _checkpoint_problems(config.checkpoint)
     found += _logging_problems(config.logging)
     found += _cross_problems(config, world_size)
+    if config.parallel.cp > 1 and not found:
+        found += sequence_problems(config, model)
     found += launcher_problems(os.environ)
     if found:
         raise ConfigError(list(dict.fromkeys(found)))

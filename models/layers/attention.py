@@ -5,6 +5,7 @@ B batch, T tokens, D hidden_size, H query heads, G key/value heads, K head_dim.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,9 +14,12 @@ from torch import Tensor, nn
 
 from kernels.attention import flex, reference, sdpa
 from kernels.attention.alibi import slopes as alibi_slopes
+from kernels.attention.blockwise import BlockAttention
 from models.config import ModelConfig
 from models.layers import rope
+from models.layers.context_attention import ContextAttention, on_context
 from models.layers.dropout import Dropout
+from parallel.groups import NO_GROUPS, ModelParallel
 
 
 class Context(NamedTuple):
@@ -27,16 +31,22 @@ class Context(NamedTuple):
     mask: Any  # of layers without a window: None, Tensor (sdpa) or BlockMask (flex)
     window_mask: Any  # of layers with the window
     slopes: Tensor | None  # [H] fp32; None: no ALiBi
-    documents: Tensor | None  # [B, T]
+    documents: Tensor | None  # [B, S]: of the whole sequence, S = T unless context-parallel
+    indices: Tensor | None  # [T]: where the tokens lie in the sequence; None: all of it is here
     samples: Tensor | None  # [B], the key of dropout
 
 
-def choose_attention(config: ModelConfig, device: torch.device, *, documents: bool = False) -> str:
+def choose_attention(
+    config: ModelConfig, device: torch.device, *, documents: bool = False, cp_method: str | None = None
+) -> str:
     """The implementation that runs: what model.attention=auto means on `device`, with or without document masks.
 
-    On CUDA, flex where a window or documents leave most of the square empty, else sdpa; elsewhere sdpa. Raises
-    ValueError for flex where it does not run.
+    On CUDA, flex where a window or documents leave most of the square empty, else sdpa; elsewhere sdpa. Across a
+    sequence that is split by cp_method, what that method runs on (see `on_context`). Raises ValueError for flex where
+    it does not run.
     """
+    if cp_method is not None:
+        return on_context(config.attention, cp_method)
     if config.attention == "flex":
         flex.require_cuda(device)
     if config.attention != "auto":
@@ -54,12 +64,20 @@ def build_context(
     positions: Tensor | None,
     documents: Tensor | None,
     samples: Tensor | None,
+    indices: Tensor | None = None,
+    groups: ModelParallel = NO_GROUPS,
 ) -> Context:
-    """Tables and masks of a forward pass over sequences of seq_len; positions None: 0, 1, ... dtype: of activations."""
+    """Tables and masks of a forward pass over sequences of seq_len; positions None: 0, 1, ... dtype: of activations.
+
+    indices [T]: this rank has those tokens of each sequence, and the others are on the ranks of groups.cp.
+    """
     if positions is None:
         positions = torch.arange(seq_len, device=device)[None]
-    implementation = choose_attention(config, device, documents=documents is not None)
+    cp_method = groups.cp_method if indices is not None else None
+    implementation = choose_attention(config, device, documents=documents is not None, cp_method=cp_method)
     slopes = alibi_slopes(config.num_heads, device) if config.positions == "alibi" else None
+    if slopes is not None and groups.cp is not None and cp_method == "ulysses":
+        slopes = slopes.chunk(groups.cp.size())[groups.cp.get_local_rank()]  # the mask is that of its heads
     cos = sin = None
     if config.positions == "rope":
         assert config.head_dim is not None  # resolved
@@ -81,6 +99,7 @@ def build_context(
         window_mask=build(config.sliding_window) if config.sliding_window in windows - {None} else None,
         slopes=slopes,
         documents=documents,
+        indices=indices,
         samples=samples,
     )
 
@@ -88,11 +107,13 @@ def build_context(
 class Attention(nn.Module):
     """Causal self-attention with grouped key/value heads (GQA, 2305.13245). [B, T, D] to [B, T, D]."""
 
-    def __init__(self, config: ModelConfig, layer: int, seed: int) -> None:
+    def __init__(self, config: ModelConfig, layer: int, seed: int, groups: ModelParallel) -> None:
         super().__init__()
+        self.across = None if groups.cp is None else ContextAttention(groups.cp, groups.cp_method)
         assert config.head_dim is not None  # resolved
         assert config.num_kv_heads is not None
         self.head_dim = config.head_dim
+        self.num_heads = config.num_heads
         self.window = config.window_of(layer)
         inner, inner_kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         self.q = nn.Linear(config.hidden_size, inner, bias=config.qkv_bias)
@@ -115,16 +136,42 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if context.cos is not None and context.sin is not None:
             q, k = rope.rotate(q, context.cos, context.sin), rope.rotate(k, context.cos, context.sin)
-        return self.o(self._attend(q, k, v, context).reshape(B, T, -1))
+        if context.indices is None:
+            output = self._attend(q, k, v, context)
+        else:
+            output = self._attend_across(q, k, v, context)
+        return self.o(output.reshape(B, T, -1))
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
-        """q [B, T, H, K] over k, v [B, T, G, K] by the implementation of the context. Returns [B, T, H, K]."""
+    def _attend_across(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
+        """`_attend` where the sequence is split over ranks."""
+        if self.across is None:
+            raise ValueError("indices say that the sequence is split, but the model was built without parallel.cp")
+        if self.across.method == "ulysses":
+            return self.across.by_heads(q, k, v, partial(self._attend, context=context))
+        blocks = BlockAttention(
+            window=self.window, documents=context.documents, slopes=context.slopes, dropout=self._dropout(context)
+        )
+        return self.across.by_tokens(q, k, v, blocks)
+
+    def _dropout(self, context: Context, first_head: int = 0) -> Callable[..., Tensor] | None:
+        """What drops probabilities in this pass, if anything does."""
+        if not self.dropout.active:
+            return None
+        return partial(
+            self.dropout.on_probabilities, samples=context.samples, first_head=first_head, num_heads=self.num_heads
+        )
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context, first_head: int = 0) -> Tensor:
+        """q [B, T, H, K] over k, v [B, T, G, K] by the implementation of the context. Returns [B, T, H, K].
+
+        first_head: number of the first head of q, where others are elsewhere; context.slopes are those of q's heads.
+        """
         mask = context.mask if self.window is None else context.window_mask
         if context.implementation == "sdpa":
             return sdpa.attention(q, k, v, mask)
         if context.implementation == "flex":
             return flex.attention(q, k, v, mask, context.slopes)
-        dropout = partial(self.dropout.on_probabilities, samples=context.samples) if self.dropout.active else None
+        dropout = self._dropout(context, first_head)
         output, _ = reference.attention(
             q, k, v, window=self.window, documents=context.documents, slopes=context.slopes, dropout=dropout
         )

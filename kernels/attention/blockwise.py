@@ -1,0 +1,124 @@
+"""Causal attention of a run of queries over a run of keys, forward and backward, in plain PyTorch.
+
+The parts of a long sequence that live on different ranks meet here two at a time: each pair gives an output and the
+log-sum-exp of its scores, and `merge` makes the whole from them (the online softmax of Flash Attention, 2205.14135,
+section 3.1). B batch, T queries, S keys, H query heads, G key/value heads (H is a multiple of G), K head_dim.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class BlockAttention:
+    """Attention between runs of one sequence, each known by the index of its first token in the sequence."""
+
+    window: int | None = None  # a query sees this many last keys, itself included
+    documents: Tensor | None = None  # [B, sequence]: of the whole sequence, whichever runs are looked at
+    slopes: Tensor | None = None  # [H]: ALiBi
+    dropout: Callable[..., Tensor] | None = None  # (P [B, H, T, S], first_query=, first_key=) to the same shape
+
+    def sees(self, first_query: int, first_key: int, *, length: int) -> bool:
+        """Whether some of `length` queries may see some of as many keys. From indices alone, so known on the host."""
+        if first_key > first_query + length - 1:
+            return False
+        return self.window is None or first_key + length - 1 > first_query - self.window
+
+    def keys_of(self, first_query: int, length: int) -> tuple[int, int]:
+        """Index of the first key and behind the last that `length` queries may see. Known on the host like `sees`."""
+        first = 0 if self.window is None else max(0, first_query - self.window + 1)
+        return first, first_query + length
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, first_query: int, first_key: int) -> tuple[Tensor, Tensor]:
+        """Attention of q [B, T, H, K] over k, v [B, S, G, K], scaled by K^-1/2.
+
+        Returns the output [B, T, H, K] and the log-sum-exp of the scores [B, H, T], both fp32 (fp64 for fp64). A query
+        that sees none of the keys gets 0 and -inf.
+        """
+        scores = self._scores(q, k, first_query, first_key)
+        lse = torch.logsumexp(scores, dim=-1)
+        probabilities = self._drop(self._probabilities(scores, lse), first_query, first_key)
+        return torch.einsum("bhqs,bshk->bqhk", probabilities, _heads(v, q.shape[2])), lse
+
+    @staticmethod
+    def merge(output: Tensor, lse: Tensor, block_output: Tensor, block_lse: Tensor) -> tuple[Tensor, Tensor]:
+        """Attention over two sets of keys from the attention over each: output [B, T, H, K], lse [B, H, T].
+
+        One of the two log-sum-exps of a query must be finite (it saw a key); a set with -inf then has no weight.
+        """
+        merged = torch.logaddexp(lse, block_lse)
+        weight, block_weight = (torch.exp(x - merged).transpose(1, 2)[..., None] for x in (lse, block_lse))
+        return output * weight + block_output * block_weight, merged
+
+    def backward(
+        self,
+        grad: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        lse: Tensor,
+        delta: Tensor,
+        first_query: int,
+        first_key: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """This block's share of the gradients of q, k and v, fp32 (fp64 for fp64), scores computed anew.
+
+        grad [B, T, H, K] is the gradient of the output over *all* keys, lse [B, H, T] the log-sum-exp over all keys and
+        delta [B, H, T] the sum over K of grad times that output (2307.08691, algorithm 2). With P = exp(scores - lse)
+        and dP = grad v^T: dv = P^T grad, dscores = P (dP - delta). Dropout D is linear: dv = D(P)^T grad, dP = D(grad
+        v^T), and delta stays what it is, because it is also the sum over all keys of P dP.
+        """
+        grad, H = _wide(grad), q.shape[2]
+        scores = self._scores(q, k, first_query, first_key)
+        probabilities = self._probabilities(scores, lse)
+        dropped = self._drop(probabilities, first_query, first_key)
+        grad_v = torch.einsum("bhqs,bqhk->bshk", dropped, grad)
+        grad_p = self._drop(torch.einsum("bqhk,bshk->bhqs", grad, _heads(v, H)), first_query, first_key)
+        grad_scores = probabilities * (grad_p - delta[..., None]) / math.sqrt(q.shape[3])
+        grad_q = torch.einsum("bhqs,bshk->bqhk", grad_scores, _heads(k, H))
+        grad_k = torch.einsum("bhqs,bqhk->bshk", grad_scores, _wide(q))
+        return grad_q, _sum_groups(grad_k, k.shape[2]), _sum_groups(grad_v, v.shape[2])
+
+    def _scores(self, q: Tensor, k: Tensor, first_query: int, first_key: int) -> Tensor:
+        """[B, H, T, S]; -inf where the query does not see the key."""
+        scores = torch.einsum("bqhk,bshk->bhqs", _wide(q), _heads(k, q.shape[2])) / math.sqrt(q.shape[3])
+        query = torch.arange(first_query, first_query + q.shape[1], device=q.device)[:, None]
+        key = torch.arange(first_key, first_key + k.shape[1], device=q.device)
+        if self.slopes is not None:
+            scores = scores - self.slopes[:, None, None] * (query - key)
+        visible = (key <= query)[None, None]
+        if self.window is not None:
+            visible = visible & (key > query - self.window)
+        if self.documents is not None:
+            of_queries = self.documents[:, None, first_query : first_query + q.shape[1], None]
+            of_keys = self.documents[:, None, None, first_key : first_key + k.shape[1]]
+            visible = visible & (of_queries == of_keys)
+        return scores.masked_fill(~visible, -math.inf)
+
+    def _probabilities(self, scores: Tensor, lse: Tensor) -> Tensor:
+        # A query that sees nothing has lse = -inf, and -inf - (-inf) is no number.
+        return torch.exp(scores - lse.masked_fill(lse == -math.inf, 0.0)[..., None])
+
+    def _drop(self, p: Tensor, first_query: int, first_key: int) -> Tensor:
+        return p if self.dropout is None else self.dropout(p, first_query=first_query, first_key=first_key)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _heads(x: Tensor, num_heads: int) -> Tensor:
+    """k or v [B, S, G, K] with one head per query head, [B, S, H, K], wide."""
+    return _wide(x).repeat_interleave(num_heads // x.shape[2], dim=2)
+
+
+def _sum_groups(grad: Tensor, num_kv_heads: int) -> Tensor:
+    """The gradient of x [B, S, G, K] from that of `_heads(x)` [B, S, H, K]."""
+    return grad.unflatten(2, (num_kv_heads, -1)).sum(dim=3)

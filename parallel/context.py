@@ -1,0 +1,271 @@
+"""Context parallelism: the tokens of a sequence live on the ranks of the cp axis, and attention brings them together.
+
+A sequence of S tokens is cut into 2 n equal chunks for n ranks; rank r holds chunks r and 2n-1-r ("zigzag"). Under a
+causal mask a late chunk has more to attend to than an early one; a pair of one of each has the same work on every rank:
+of the (2n)(2n+1)/2 pairs of chunks that see each other, every rank computes 2n+1.
+
+    ring        keys and values go round; each rank attends to the part it holds while the next one arrives (2310.01889)
+    ulysses     all-to-all: each rank gets the whole sequence for a share of the heads, and back (2309.14509)
+    allgather   each rank gathers all keys and values and attends with its own queries (Llama 3, 2407.21783, 3.3.2)
+
+B batch, T tokens on this rank, S = n T tokens of the sequence, H query heads, G key/value heads, K head_dim. What
+a rank holds is a shard: the gradient of what it gathered is summed over ranks on its way back, and nothing is divided.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from parallel.collectives import all_gather_rows, all_to_all_rows, reduce_scatter_rows
+
+
+def chunks_of(rank: int, size: int) -> tuple[int, int]:
+    """The two chunks, of 2 * size, that a rank holds, in the order it holds them."""
+    return rank, 2 * size - 1 - rank
+
+
+def zigzag_indices(seq_len: int, *, rank: int, size: int) -> Tensor:
+    """Index in the sequence of each token of a rank, int64 [seq_len / size], ascending. On the CPU.
+
+    Raises ValueError unless 2 * size divides seq_len.
+    """
+    if seq_len % (2 * size):
+        raise ValueError(f"a sequence of {seq_len} tokens does not divide into 2 x {size} chunks")
+    return torch.cat([torch.arange(seq_len).chunk(2 * size)[chunk] for chunk in chunks_of(rank, size)])
+
+
+def to_sequence(parts: Tensor, *, dim: int) -> Tensor:
+    """The whole sequence in order from the parts of all ranks [n, ...], whose `dim` (of a part) is their tokens."""
+    firsts, seconds = parts.chunk(2, dim=dim + 1)
+    return torch.cat([*firsts.unbind(0), *reversed(seconds.unbind(0))], dim=dim)
+
+
+def to_parts(sequence: Tensor, *, dim: int, size: int) -> Tensor:
+    """The parts of all ranks [n, ...] from the whole sequence: the inverse of `to_sequence`."""
+    chunks = sequence.chunk(2 * size, dim=dim)
+    return torch.stack([torch.cat([chunks[c] for c in chunks_of(rank, size)], dim=dim) for rank in range(size)])
+
+
+# ---- all-gather
+
+
+class _GatherSequence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        gathered = x.new_empty(group.size(), *x.shape)
+        all_gather_rows(gathered, x.contiguous().view(-1), group=group, async_op=False)
+        return to_sequence(gathered, dim=1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        parts = to_parts(grad, dim=1, size=ctx.group.size())
+        rank = ctx.group.rank()
+        reduce_scatter_rows(parts.view(parts.shape[0], -1), rank=rank, group=ctx.group, async_op=False)
+        return parts[rank], None
+
+
+def gather_sequence(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """This rank's tokens x [B, T, ...] to all tokens in order [B, S, ...]. Backward: reduce-scatter (sum)."""
+    return _GatherSequence.apply(x, group)
+
+
+# ---- Ulysses
+
+
+class _HeadsToSequence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return _scatter_heads(x, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _gather_heads(grad, ctx.group), None
+
+
+class _SequenceToHeads(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return _gather_heads(x, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _scatter_heads(grad, ctx.group), None
+
+
+def _scatter_heads(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """[B, T, H, K] to [B, S, H/n, K]."""
+    by_rank = torch.stack(x.chunk(group.size(), dim=2))  # [n, B, T, H/n, K]: row i goes to rank i
+    return to_sequence(all_to_all_rows(by_rank, group=group), dim=1)
+
+
+def _gather_heads(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """[B, S, H/n, K] to [B, T, H, K]."""
+    by_rank = all_to_all_rows(to_parts(x, dim=1, size=group.size()), group=group)  # [n, B, T, H/n, K]
+    return torch.cat(by_rank.unbind(0), dim=2)
+
+
+def scatter_heads(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """All heads of this rank's tokens [B, T, H, K] to this rank's heads of all tokens in order [B, S, H/n, K].
+
+    Rank r gets heads r H/n and on; n must divide H. Backward: `gather_heads`.
+    """
+    return _HeadsToSequence.apply(x, group)
+
+
+def gather_heads(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The inverse of `scatter_heads`: [B, S, H/n, K] to [B, T, H, K]. Backward: `scatter_heads`."""
+    return _SequenceToHeads.apply(x, group)
+
+
+def repeat_kv_heads(x: Tensor, size: int) -> Tensor:
+    """k or v [B, T, G, K] with each head repeated so often that `size` divides their number (gradients add up).
+
+    The least number is lcm(G, size). It divides H where G and size do, so a rank's query heads find their own keys.
+    """
+    return x.repeat_interleave(math.lcm(x.shape[2], size) // x.shape[2], dim=2)
+
+
+# ---- ring
+
+
+class BlockAttention(Protocol):
+    """Attention between two runs of a sequence; kernels.attention.blockwise says what each method does."""
+
+    def sees(self, first_query: int, first_key: int, *, length: int) -> bool: ...
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, first_query: int, first_key: int) -> tuple[Tensor, Tensor]: ...
+
+    def backward(
+        self,
+        grad: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        lse: Tensor,
+        delta: Tensor,
+        first_query: int,
+        first_key: int,
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+    def merge(self, output: Tensor, lse: Tensor, block_output: Tensor, block_lse: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+class _Hop:
+    """A tensor on its way to the next rank while the one of the rank before arrives. One message each way."""
+
+    def __init__(self, send: Tensor, group: dist.ProcessGroup) -> None:
+        rank, size = group.rank(), group.size()
+        self.sent, self.received = send, torch.empty_like(send)  # kept alive until both are done
+        self.works = dist.batch_isend_irecv(
+            [
+                dist.P2POp(dist.isend, self.sent, group=group, group_peer=(rank + 1) % size),
+                dist.P2POp(dist.irecv, self.received, group=group, group_peer=(rank - 1) % size),
+            ]
+        )
+
+    def wait(self) -> Tensor:
+        for work in self.works:
+            work.wait()
+        return self.received
+
+
+def pairs(
+    rank: int, source: int, *, size: int, length: int, blocks: BlockAttention
+) -> list[tuple[slice, slice, int, int]]:
+    """What rank computes with the keys of `source`: for each pair of chunks that see each other, where the queries and
+    the keys lie in their part, and the index of their first tokens in the sequence. length: tokens of a chunk.
+
+    A chunk comes with itself first, so that a query has seen a key (itself) before anything is merged.
+    """
+    found = []
+    for i, query_chunk in enumerate(chunks_of(rank, size)):
+        for j, key_chunk in sorted(enumerate(chunks_of(source, size)), key=lambda jc: jc[1] != query_chunk):
+            first_query, first_key = query_chunk * length, key_chunk * length
+            if blocks.sees(first_query, first_key, length=length):
+                own, other = (slice(n * length, (n + 1) * length) for n in (i, j))
+                found.append((own, other, first_query, first_key))
+    return found
+
+
+class _RingAttention(torch.autograd.Function):
+    """Saves q, k, v, the output and the log-sum-exp of this rank alone; backward sends keys and values round again."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, group: dist.ProcessGroup, blocks: BlockAttention) -> Tensor:
+        rank, size, length = group.rank(), group.size(), q.shape[1] // 2
+        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+        output = torch.zeros(q.shape, dtype=wide, device=q.device)
+        lse = torch.full((q.shape[0], q.shape[2], q.shape[1]), -math.inf, dtype=wide, device=q.device)
+        kv = torch.stack((k, v))  # one message instead of two
+        for step in range(size):
+            hop = _Hop(kv, group) if step < size - 1 else None
+            source = (rank - step) % size
+            for own, other, *starts in pairs(rank, source, size=size, length=length, blocks=blocks):
+                block_output, block_lse = blocks.forward(q[:, own], kv[0][:, other], kv[1][:, other], *starts)
+                output[:, own], lse[..., own] = blocks.merge(output[:, own], lse[..., own], block_output, block_lse)
+            if hop is not None:
+                kv = hop.wait()
+        output = output.to(q.dtype)
+        ctx.save_for_backward(q, k, v, output, lse)
+        ctx.group, ctx.blocks = group, blocks
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, output, lse = ctx.saved_tensors
+        group, blocks = ctx.group, ctx.blocks
+        rank, size, length = group.rank(), group.size(), q.shape[1] // 2
+        delta = (grad.to(lse.dtype) * output).sum(dim=-1).transpose(1, 2)  # [B, H, T]
+        grad_q = torch.zeros(q.shape, dtype=lse.dtype, device=q.device)
+        kv = torch.stack((k, v))
+        kv_hop: _Hop | None = None
+        grad_hop: _Hop | None = None
+        for step in range(size):
+            kv_hop = _Hop(kv, group) if step < size - 1 else None
+            source = (rank - step) % size
+            grad_kv = torch.zeros(kv.shape, dtype=lse.dtype, device=q.device)
+            for own, other, first_query, first_key in pairs(rank, source, size=size, length=length, blocks=blocks):
+                dq, dk, dv = blocks.backward(
+                    grad[:, own],
+                    q[:, own],
+                    kv[0][:, other],
+                    kv[1][:, other],
+                    lse=lse[..., own],
+                    delta=delta[..., own],
+                    first_query=first_query,
+                    first_key=first_key,
+                )
+                grad_q[:, own] += dq
+                grad_kv[0][:, other] += dk
+                grad_kv[1][:, other] += dv
+            if grad_hop is not None:
+                grad_kv += grad_hop.wait()  # what the ranks before this one found for the same keys
+            grad_hop = _Hop(grad_kv, group)  # after the last step: home, to the rank whose keys they are
+            if kv_hop is not None:
+                kv = kv_hop.wait()
+        assert grad_hop is not None
+        grad_k, grad_v = grad_hop.wait()
+        return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype), None, None
+
+
+def ring_attention(q: Tensor, k: Tensor, v: Tensor, *, group: dist.ProcessGroup, blocks: BlockAttention) -> Tensor:
+    """Attention of this rank's q [B, T, H, K] over the k, v [B, T, G, K] of all ranks, in zigzag order (2310.01889).
+
+    Each rank sends n-1 messages forward (keys with values) and 2n-1 backward (those again, and n with their gradients,
+    in fp32). The next message is under way while a block is computed. Returns [B, T, H, K].
+    """
+    return _RingAttention.apply(q, k, v, group, blocks)

@@ -1,0 +1,219 @@
+"""Attention over the parts of a sequence against attention over all of it, in fp64, on gloo ranks."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.debug import CommDebugMode
+
+from kernels.attention.blockwise import BlockAttention
+from models.layers.context_attention import ContextAttention
+from parallel import context
+from parallel.context import pairs, repeat_kv_heads, to_parts, to_sequence, zigzag_indices
+from tests.pool import RankPool
+
+B, S, H, G, K = 2, 48, 12, 2, 5
+DOCUMENTS = torch.tensor([[0] * 7 + [1] * 1 + [2] * 23 + [3] * 17, [0] * 47 + [1]], dtype=torch.int32)
+SLOPES = torch.tensor([0.5 / (h + 1) for h in range(H)], dtype=torch.float64)
+MASKS: dict[str, dict[str, Any]] = {
+    "causal": {},
+    "window": {"window": 5},
+    "wide_window": {"window": 19},
+    "documents": {"documents": DOCUMENTS},
+    "all": {"window": 11, "documents": DOCUMENTS, "slopes": SLOPES},
+}
+
+
+def whole(q: Tensor, k: Tensor, v: Tensor, *, window: Any = None, documents: Any = None, slopes: Any = None) -> Tensor:
+    """The definition, on all tokens at once: softmax of the scores that may be seen."""
+    heads, tokens = q.shape[2], torch.arange(q.shape[1])
+    k, v = (x.repeat_interleave(heads // x.shape[2], dim=2) for x in (k, v))
+    scores = torch.einsum("bqhk,bshk->bhqs", q, k) / math.sqrt(q.shape[3])
+    distance = tokens[:, None] - tokens
+    if slopes is not None:
+        scores = scores - slopes[:, None, None] * distance
+    seen = (distance >= 0) & (distance < (window or q.shape[1]))
+    if documents is not None:
+        seen = seen & (documents[:, :, None] == documents[:, None, :])[:, None]
+    return torch.einsum("bhqs,bshk->bqhk", scores.masked_fill(~seen, -math.inf).softmax(-1), v)
+
+
+def inputs(kv_heads: int = G) -> tuple[list[Tensor], Tensor]:
+    """q, k, v of whole sequences, and a gradient of the output."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(B, S, H, K), (B, S, kv_heads, K), (B, S, kv_heads, K), (B, S, H, K)]
+    q, k, v, grad = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
+    return [q, k, v], grad
+
+
+def expected(mask: dict[str, Any], kv_heads: int = G) -> list[Tensor]:
+    """Output and the gradients of q, k and v."""
+    qkv, grad = inputs(kv_heads)
+    qkv = [x.requires_grad_() for x in qkv]
+    output = whole(*qkv, **mask)
+    return [output.detach(), *torch.autograd.grad(output, qkv, grad)]
+
+
+def attend(method: str, mask: dict[str, Any], q: Tensor, k: Tensor, v: Tensor, mesh: Any) -> Tensor:
+    """Attention of this rank's part, as a layer does it."""
+    across = ContextAttention(mesh, method)
+    if method != "ulysses":
+        return across.by_tokens(q, k, v, BlockAttention(**mask))
+
+    def local(q: Tensor, k: Tensor, v: Tensor, first_head: int) -> Tensor:
+        mine = dict(mask)
+        if "slopes" in mine:
+            mine["slopes"] = mine["slopes"][first_head : first_head + q.shape[2]]
+        return whole(q, k, v, **mine)
+
+    return across.by_heads(q, k, v, local)
+
+
+def on_parts(method: str, mask: dict[str, Any], kv_heads: int = G) -> list[Tensor]:
+    """Output and gradients of this rank's tokens."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    here = zigzag_indices(S, rank=dist.get_rank(), size=dist.get_world_size())
+    qkv, grad = inputs(kv_heads)
+    qkv = [x[:, here].requires_grad_() for x in qkv]
+    output = attend(method, mask, *qkv, mesh)
+    return [output.detach(), *torch.autograd.grad(output, qkv, grad[:, here])]
+
+
+def worst(results: list[list[Tensor]], reference: list[Tensor]) -> float:
+    """Largest difference of any rank's output or gradient from its part of the whole, relative to the maximum."""
+    size = len(results)
+    deviation = 0.0
+    for rank, result in enumerate(results):
+        here = zigzag_indices(S, rank=rank, size=size)
+        for ours, theirs in zip(result, reference, strict=True):
+            deviation = max(deviation, ((ours - theirs[:, here]).abs().max() / theirs.abs().max()).item())
+    return deviation
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("method", ["ring", "ulysses", "allgather"])
+@pytest.mark.parametrize(("size", "kv_heads"), [(2, 2), (4, 2), (4, 12), (3, 4)])
+def test_attention_on_parts_is_attention_on_the_whole(
+    ranks: RankPool, mask: str, method: str, size: int, kv_heads: int
+) -> None:
+    """A block skipped, masked by its place on the rank or weighted twice; a gradient that does not come home."""
+    results = ranks.run(size, on_parts, method, MASKS[mask], kv_heads)
+    assert worst(results, expected(MASKS[mask], kv_heads)) < 1e-13
+
+
+def _faulty(where: str, method: str) -> list[Tensor]:
+    scores, wait = BlockAttention._scores, context._Hop.wait
+    faults: dict[str, tuple[Any, str, Any]] = {
+        "mask a chunk off": (BlockAttention, "_scores", lambda s, q, k, i, j: scores(s, q, k, i, j - q.shape[1])),
+        "keys permuted": (context._Hop, "wait", lambda hop: wait(hop).flip(2)),
+        "nothing received": (context._Hop, "wait", lambda hop: (wait(hop), hop.sent)[1]),
+    }
+    with mock.patch.object(*faults[where]):
+        return on_parts(method, {"window": 19})
+
+
+@pytest.mark.parametrize("fault", ["mask a chunk off", "keys permuted", "nothing received"])
+def test_a_fault_in_the_ring_is_noticed(ranks: RankPool, fault: str) -> None:
+    """Negative control of the comparison above."""
+    results = ranks.run(4, _faulty, fault, "ring")
+    assert worst(results, expected({"window": 19})) > 1e-3
+
+
+def count_messages(method: str) -> tuple[dict[str, int], dict[str, int]]:
+    """What one forward and one backward send, by kind."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    here = zigzag_indices(S, rank=dist.get_rank(), size=dist.get_world_size())
+    qkv, grad = inputs()
+    qkv = [x[:, here].requires_grad_() for x in qkv]
+    hops: Counter[str] = Counter()
+    true_hop = context._Hop.__init__
+
+    def counted(self: Any, send: Tensor, group: Any) -> None:
+        hops["hop"] += 1
+        true_hop(self, send, group)
+
+    with mock.patch.object(context._Hop, "__init__", counted):
+        counts = []
+        for run in ("forward", "backward"):
+            hops.clear()
+            with CommDebugMode() as comm:
+                if run == "forward":
+                    output = attend(method, {}, *qkv, mesh)
+                else:
+                    torch.autograd.grad(output, qkv, grad[:, here])
+            collectives = {str(op).split(".")[-1].strip("_"): n for op, n in comm.get_comm_counts().items()}
+            counts.append(collectives | dict(hops))
+    return counts[0], counts[1]
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_each_method_sends_what_it_promises(ranks: RankPool, size: int) -> None:
+    """A gather for k and another for v, keys sent once more than needed, a hidden synchronisation."""
+    for forward, backward in ranks.run(size, count_messages, "ring"):
+        assert (forward["hop"], backward["hop"]) == (size - 1, 2 * size - 1)
+    for method, kinds in {"allgather": (1, 1), "ulysses": (4, 4)}.items():
+        for forward, backward in ranks.run(size, count_messages, method):
+            assert (sum(forward.values()), sum(backward.values())) == kinds, (forward, backward)
+
+
+@pytest.mark.parametrize("size", [2, 3, 4, 8])
+def test_zigzag_gives_every_rank_the_same_work(size: int) -> None:
+    """Contiguous parts, where the last rank sees twice as much as the average one."""
+    length = 16
+    index = torch.arange(2 * size * length)
+
+    def visible(parts: list[Tensor], window: int | None = None) -> list[int]:
+        distance = [part[:, None] - index for part in parts]
+        return [int(((d >= 0) & (d < (window or len(index)))).sum()) for d in distance]
+
+    zigzag = visible([zigzag_indices(len(index), rank=rank, size=size) for rank in range(size)])
+    assert max(zigzag) == min(zigzag)
+    contiguous = visible(list(index.chunk(size)))
+    assert max(contiguous) > 1.4 * min(contiguous)
+    windowed = visible([zigzag_indices(len(index), rank=r, size=size) for r in range(size)], window=length // 4)
+    assert max(windowed) <= 1.1 * sum(windowed) / size
+    blocks = BlockAttention()
+    done = [
+        sum(len(pairs(rank, source, size=size, length=length, blocks=blocks)) for source in range(size))
+        for rank in range(size)
+    ]
+    assert done == [2 * size + 1] * size
+
+
+def test_a_window_skips_the_pairs_of_chunks_it_hides() -> None:
+    """Work that grows with the sequence where the window does not."""
+    for window, count in [(1, 2), (2, 4), (17, 4), (18, 5)]:
+        blocks = BlockAttention(window=window)
+        found = [p for source in range(4) for p in pairs(1, source, size=4, length=16, blocks=blocks)]
+        assert len(found) == count, window
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_parts_put_together_are_the_sequence(size: int) -> None:
+    """Chunks of a rank in the order of another."""
+    sequence = torch.arange(5 * 12 * size).view(5, 12 * size)
+    parts = to_parts(sequence, dim=1, size=size)
+    for rank in range(size):
+        assert torch.equal(parts[rank], sequence[:, zigzag_indices(12 * size, rank=rank, size=size)])
+    assert torch.equal(to_sequence(parts, dim=1), sequence)
+    with pytest.raises(ValueError, match="does not divide"):
+        zigzag_indices(12 * size + 1, rank=0, size=size)
+
+
+@pytest.mark.parametrize(("num_heads", "kv_heads", "size"), [(12, 6, 4), (8, 2, 4), (8, 8, 4), (12, 4, 6), (6, 1, 3)])
+def test_a_ranks_query_heads_find_the_keys_they_had(num_heads: int, kv_heads: int, size: int) -> None:
+    """Repeated key heads in the wrong order, which pairs queries with the keys of another group."""
+    original = torch.arange(num_heads) // (num_heads // kv_heads)
+    repeated = repeat_kv_heads(torch.arange(kv_heads).view(1, 1, -1, 1), size).flatten()
+    per_rank = repeated.chunk(size)
+    for rank, queries in enumerate(original.chunk(size)):
+        own = per_rank[rank].repeat_interleave(len(queries) // len(per_rank[rank]))
+        assert torch.equal(own, queries)

@@ -1,0 +1,248 @@
+"""Sequences split over ranks against one process, through the real trainer: first steps in fp32.
+
+What differs is only the order of sums, so the tolerances are those of test_data_parallel.py.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+from data.config import DataConfig
+from kernels.attention.blockwise import BlockAttention
+from parallel import context
+from tests.parity.harness import (
+    Outcome,
+    changed,
+    gradient_deviation,
+    loss_deviation,
+    run_here,
+    run_on,
+    text_corpus,
+    tiny_config,
+    weight_deviation,
+)
+from tests.pool import RankPool
+from trainer.config import TrainConfig
+
+# Without qkv_bias: the gradient of a key's bias is zero but for rounding, and Adam would turn that into steps.
+GPT2 = {
+    "model__family": "gpt2",
+    "model__norm": "layernorm",
+    "model__activation": "gelu_tanh",
+    "model__gated_mlp": False,
+    "model__positions": "learned",
+    "model__attention_bias": True,
+    "model__mlp_bias": True,
+    "model__num_kv_heads": 6,
+    "model__tie_embeddings": True,
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "masked": {"data__mask_documents": True},
+    "dropout": {
+        "data__mask_documents": True,
+        "model__dropout": 0.1,
+        "model__attention_dropout": 0.1,
+        "model__attention": "reference",
+    },
+    "window": {"model__family": "mistral", "model__sliding_window": 7},
+    "gpt2": GPT2 | {"model__dropout": 0.1},
+    "alibi": {"model__positions": "alibi", "model__num_heads": 8, "model__num_kv_heads": 4, "model__head_dim": 5},
+    "four_heads": {
+        "model__num_heads": 4,
+        "model__num_kv_heads": 2,
+        "model__head_dim": 10,
+        "model__qk_norm": True,
+        "model__family": "qwen3",
+    },
+}
+STEPS = 3
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
+    return text_corpus(tmp_path_factory.mktemp("context"))
+
+
+class _OneProcess:
+    """One run of one process for each variant, its whole batch at once."""
+
+    def __init__(self, ranks: RankPool, corpus: DataConfig, folder: Path) -> None:
+        self.ranks, self.corpus, self.folder = ranks, corpus, folder
+        self.made: dict[str, tuple[TrainConfig, Outcome]] = {}
+
+    def of(self, variant: str) -> tuple[TrainConfig, Outcome]:
+        if variant not in self.made:
+            config = tiny_config(
+                self.folder / variant,
+                self.corpus,
+                train__steps=STEPS,
+                train__micro_batch_size=8,
+                train__eval_interval=2,
+                train__eval_batches=1,
+                **VARIANTS[variant],
+            )
+            self.made[variant] = (config, run_on(self.ranks, 1, config))
+        return self.made[variant]
+
+
+@pytest.fixture(scope="module")
+def one_process(ranks: RankPool, corpus: DataConfig, tmp_path_factory: pytest.TempPathFactory) -> _OneProcess:
+    return _OneProcess(ranks, corpus, tmp_path_factory.mktemp("one-process"))
+
+
+def _assert_same_model(outcome: Outcome, reference: Outcome) -> None:
+    assert len(outcome.losses) == STEPS
+    assert loss_deviation(outcome, reference) <= 1e-6
+    assert gradient_deviation(outcome, reference) <= 1e-5
+    assert weight_deviation(outcome, reference) <= 1e-4  # of Adam after three steps: rounding near zero gradients
+    for ours, theirs in zip(outcome.metrics, reference.metrics, strict=True):
+        assert ours["valid_tokens"] == theirs["valid_tokens"]
+        assert ours.keys() == theirs.keys()
+        if "validation_loss" in theirs:
+            assert ours["validation_loss"] == pytest.approx(theirs["validation_loss"], rel=1e-6)
+
+
+# variant, ranks, method, cp, zero_stage, dp_replicate, other changes; what is left of the ranks is dp_shard
+LAYOUTS: list[tuple[str, int, str, int, int, int, dict[str, Any]]] = [
+    ("masked", 2, "ring", 2, 0, 1, {}),
+    ("masked", 2, "ulysses", 2, 3, 1, {"train__micro_batch_size": 4}),
+    ("masked", 2, "allgather", 2, 1, 1, {}),
+    ("masked", 4, "ring", 4, 3, 1, {}),
+    ("masked", 4, "ring", 2, 1, 1, {}),
+    ("masked", 4, "ring", 2, 2, 2, {"model__activation_checkpoint": "full"}),
+    ("masked", 4, "allgather", 2, 3, 2, {}),
+    ("masked", 4, "ulysses", 2, 0, 1, {}),
+    ("masked", 4, "ring", 2, 0, 2, {}),
+    ("dropout", 2, "ring", 2, 2, 1, {"model__activation_checkpoint": "full"}),
+    ("dropout", 2, "allgather", 2, 1, 1, {"model__activation_checkpoint": "selective"}),
+    ("dropout", 2, "ulysses", 2, 0, 1, {"model__activation_checkpoint": "full"}),
+    ("dropout", 2, "ring", 2, 3, 1, {"model__activation_checkpoint": "offload"}),
+    ("window", 4, "ring", 4, 2, 1, {}),
+    ("window", 2, "ulysses", 2, 1, 1, {}),
+    ("window", 4, "allgather", 4, 0, 1, {}),
+    ("gpt2", 4, "ring", 2, 3, 1, {}),
+    ("gpt2", 2, "ulysses", 2, 1, 1, {}),
+    ("alibi", 4, "ring", 4, 1, 1, {}),
+    ("alibi", 4, "ulysses", 4, 3, 1, {}),
+    ("alibi", 2, "allgather", 2, 2, 1, {}),
+    ("four_heads", 4, "ulysses", 4, 2, 1, {}),
+    ("four_heads", 4, "ring", 4, 0, 1, {"train__micro_batch_size": 4}),
+]
+
+
+@pytest.mark.parametrize(("variant", "world_size", "method", "cp", "stage", "dp_replicate", "changes"), LAYOUTS)
+def test_every_split_of_a_sequence_trains_the_same_model(
+    ranks: RankPool,
+    one_process: _OneProcess,
+    tmp_path: Path,
+    variant: str,
+    world_size: int,
+    method: str,
+    cp: int,
+    stage: int,
+    dp_replicate: int,
+    changes: dict[str, Any],
+) -> None:
+    """A mask, position or dropout mask that takes a token's place on its rank for its place in the sequence; a gradient
+    of keys that does not come home; a loss that is averaged over ranks; validation that sees a part only."""
+    config, reference = one_process.of(variant)
+    layout = {
+        "parallel__cp": cp,
+        "parallel__cp_method": method,
+        "parallel__zero_stage": stage,
+        "parallel__dp_replicate": dp_replicate,
+        "train__micro_batch_size": 2,
+    }
+    outcome = run_on(ranks, world_size, changed(config, tmp_path / "run", **(layout | changes)))
+    _assert_same_model(outcome, reference)
+    kernels = json.loads((tmp_path / "run" / "run.json").read_text())["kernels"]
+    assert kernels["context_parallel"] == method
+
+
+@pytest.mark.parametrize(
+    ("method", "attention"), [("ring", "reference"), ("ulysses", "sdpa"), ("allgather", "reference")]
+)
+def test_a_checkpoint_moves_between_splits_and_a_sample_is_the_same(
+    ranks: RankPool, one_process: _OneProcess, tmp_path: Path, method: str, attention: str
+) -> None:
+    """A cursor that counts ranks instead of samples, state sharded over the wrong ranks, a sample that needs others."""
+    config, reference = one_process.of("masked")
+    split = {"parallel__cp": 2, "parallel__cp_method": method, "parallel__zero_stage": 3, "checkpoint__interval": 2}
+    run_on(ranks, 4, changed(config, tmp_path / "first", train__micro_batch_size=2, **split))
+    start = str(tmp_path / "first" / "checkpoints" / "step_2")
+    for name, world_size, layout in (("whole", 1, {}), ("other", 2, split | {"parallel__zero_stage": 1})):
+        rest = run_on(
+            ranks,
+            world_size,
+            changed(config, tmp_path / name, checkpoint__resume=start, train__sample_tokens=3, **layout),
+        )
+        assert rest.losses == pytest.approx(reference.losses[2:], rel=1e-6)
+    told = [json.loads((tmp_path / name / "run.json").read_text())["kernels"] for name in ("whole", "other")]
+    assert [t["context_parallel"] for t in told] == ["none", method]
+    assert told[1]["attention"] == attention
+
+
+def _mask_of_the_chunk_before(true: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda self, q, k, first_query, first_key: true(self, q, k, first_query, first_key - q.shape[1])
+
+
+def _keys_turned_round(true: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda hop: true(hop).flip(2)
+
+
+def _no_sum(true: Callable[..., None]) -> Callable[..., None]:
+    return lambda buffer, *, rank, group, async_op: None
+
+
+def _contiguous(true: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda seq_len, *, rank, size: torch.arange(seq_len).chunk(size)[rank]
+
+
+def _in_rank_order(true: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda parts, *, dim: torch.cat(parts.unbind(0), dim=dim)
+
+
+def _run_broken(config: TrainConfig, where: str | type, name: str, fault: Callable[..., Any]) -> Outcome | None:
+    where = import_module(where) if isinstance(where, str) else where
+    with mock.patch.object(where, name, fault(getattr(where, name))):
+        return run_here(config)
+
+
+@pytest.mark.parametrize(
+    ("variant", "method", "where", "name", "fault"),
+    [
+        ("window", "ring", BlockAttention, "_scores", _mask_of_the_chunk_before),
+        ("window", "allgather", BlockAttention, "_scores", _mask_of_the_chunk_before),
+        ("masked", "ring", context._Hop, "wait", _keys_turned_round),
+        ("masked", "allgather", "parallel.context", "reduce_scatter_rows", _no_sum),
+        ("masked", "ring", "trainer.sequence", "zigzag_indices", _contiguous),
+        ("masked", "ulysses", "parallel.context", "to_sequence", _in_rank_order),
+    ],
+)
+def test_the_comparison_notices_a_fault(
+    ranks: RankPool,
+    one_process: _OneProcess,
+    tmp_path: Path,
+    variant: str,
+    method: str,
+    where: str | type,
+    name: str,
+    fault: Callable[..., Any],
+) -> None:
+    """Negative control: a mask one chunk off, keys in another order, a sum left out, parts that are not zigzag."""
+    config, reference = one_process.of(variant)
+    split = {"parallel__cp": 2, "parallel__cp_method": method, "train__micro_batch_size": 4}
+    outcome = ranks.run(2, _run_broken, changed(config, tmp_path / "run", **split), where, name, fault)[0]
+    assert outcome is not None
+    assert outcome.losses[0] != pytest.approx(reference.losses[0], rel=1e-6) or (
+        gradient_deviation(outcome, reference) > 1e-3
+    )

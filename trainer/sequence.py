@@ -1,0 +1,52 @@
+"""What context parallelism asks of a batch and of a configuration."""
+
+from __future__ import annotations
+
+from data.batch import Batch
+from models.config import ModelConfig
+from models.layers.context_attention import on_context
+from parallel.context import zigzag_indices
+from parallel.dims import ParallelConfig, divisors
+from trainer.config import TrainConfig
+
+
+def split_batch(batch: Batch, *, cp_rank: int, cp_size: int) -> Batch:
+    """The tokens of each sequence that belong to one rank of the cp axis, in zigzag order. [B, S] to [B, S / cp_size].
+
+    Every rank of the axis loads the same whole sequences. cp_size 1: the batch as it is.
+    """
+    if cp_size == 1:
+        return batch
+    return batch.take(zigzag_indices(batch.tokens.shape[1], rank=cp_rank, size=cp_size))
+
+
+def problems(config: TrainConfig, model: ModelConfig) -> list[str]:
+    """Every reason why the sequences of `config` cannot be split over parallel.cp, for a model with known heads."""
+    cp, method, seq_len = config.parallel.cp, config.parallel.cp_method, config.train.seq_len
+    found = []
+    if seq_len % (2 * cp):
+        nearest = max(1, round(seq_len / (2 * cp))) * 2 * cp
+        found.append(
+            f"train.seq_len={seq_len} does not divide into 2 x parallel.cp={cp} chunks; use a multiple of {2 * cp}, "
+            f"such as {nearest}"
+        )
+    try:
+        on_context(model.attention, method)
+    except ValueError as error:
+        found.append(str(error))
+    if config.train.compile:
+        found.append(
+            f"train.compile=true does not work with parallel.cp={cp}: a block with messages between ranks is not one "
+            "graph; use train.compile=false"
+        )
+    return found + _head_problems(config.parallel, model)
+
+
+def _head_problems(parallel: ParallelConfig, model: ModelConfig) -> list[str]:
+    if parallel.cp_method != "ulysses" or model.num_heads % parallel.cp == 0:
+        return []
+    legal = ", ".join(map(str, divisors(model.num_heads)))
+    return [
+        f"parallel.cp={parallel.cp} does not divide model.num_heads={model.num_heads}, as parallel.cp_method=ulysses "
+        f"needs; use {legal}, or cp_method=ring or allgather"
+    ]
