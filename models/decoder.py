@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
 from models.config import ModelConfig
 from models.initializers import Constant, Initializer, Normal
 from models.layers.attention import Attention, Context, build_context
 from models.layers.dropout import Dropout
-from models.layers.embedding import LMHead
+from models.layers.embedding import LearnedPositions, LMHead, make_embedding
 from models.layers.mlp import MLP
 from models.layers.norm import make_norm
+from parallel.groups import ModelParallel
 
 RESIDUAL_OUTPUTS = ("attention.o.weight", "mlp.down.weight")
 
@@ -21,43 +23,48 @@ RESIDUAL_OUTPUTS = ("attention.o.weight", "mlp.down.weight")
 class Block(nn.Module):
     """Attention and feed-forward network, each on a residual branch, normalised before (pre-norm) or after the sum."""
 
-    def __init__(self, config: ModelConfig, layer: int, seed: int) -> None:
+    def __init__(self, config: ModelConfig, layer: int, seed: int, groups: ModelParallel) -> None:
         super().__init__()
         self.norm_first = config.norm_first
-        self.attention_norm = make_norm(config)
-        self.attention = Attention(config, layer, seed)
-        self.mlp_norm = make_norm(config)
-        self.mlp = MLP(config)
+        self.attention_norm = make_norm(config, groups)
+        self.attention = Attention(config, layer, seed, groups)
+        self.mlp_norm = make_norm(config, groups)
+        self.mlp = MLP(config, groups)
         self.attention_dropout, self.mlp_dropout = (
             Dropout(config.dropout, seed=seed, site=f"blocks.{layer}.{branch}", max_seq_len=config.max_seq_len)
             for branch in ("attention", "mlp")
         )
 
     def forward(self, x: Tensor, *, context: Context) -> Tensor:
-        """x [B, T, D] to [B, T, D]; context is the same for every block of a forward pass."""
+        """x [B, T, D] to [B, T, D]; context is the same for every block of a forward pass.
+
+        With sequence parallelism x has this rank's slice of the T tokens.
+        """
+        keys = (context.samples, context.tokens)
         if self.norm_first:
-            x = x + self.attention_dropout(self.attention(self.attention_norm(x), context), context.samples)
-            return x + self.mlp_dropout(self.mlp(self.mlp_norm(x)), context.samples)
-        x = self.attention_norm(x + self.attention_dropout(self.attention(x, context), context.samples))
-        return self.mlp_norm(x + self.mlp_dropout(self.mlp(x), context.samples))
+            x = x + self.attention_dropout(self.attention(self.attention_norm(x), context), *keys)
+            return x + self.mlp_dropout(self.mlp(self.mlp_norm(x)), *keys)
+        x = self.attention_norm(x + self.attention_dropout(self.attention(x, context), *keys))
+        return self.mlp_norm(x + self.mlp_dropout(self.mlp(x), *keys))
 
 
 class Decoder(nn.Module):
     """A causal language model. Parameters only, no buffers: filling the parameters after `to_empty` completes it.
 
-    `config` is resolved (models.registry.resolve_model); `seed` keys the dropout masks.
+    `config` is resolved (models.registry.resolve_model); `seed` keys the dropout masks; `groups` are the process groups
+    inside the layers. Names and whole shapes of the parameters do not depend on them.
     """
 
-    def __init__(self, config: ModelConfig, seed: int = 0) -> None:
+    def __init__(self, config: ModelConfig, seed: int = 0, groups: ModelParallel = ModelParallel()) -> None:
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        learned = config.positions == "learned"
-        self.positions = nn.Embedding(config.max_seq_len, config.hidden_size) if learned else None
+        self.groups = groups
+        self.embedding = make_embedding(config, groups)
+        self.positions = LearnedPositions(config, groups) if config.positions == "learned" else None
         self.dropout = Dropout(config.dropout, seed=seed, site="embedding", max_seq_len=config.max_seq_len)
-        self.blocks = nn.ModuleList(Block(config, layer, seed) for layer in range(config.num_layers))
-        self.final_norm = make_norm(config) if config.final_norm else nn.Identity()
-        self.head = LMHead(config)
+        self.blocks = nn.ModuleList(Block(config, layer, seed, groups) for layer in range(config.num_layers))
+        self.final_norm = make_norm(config, groups) if config.final_norm else nn.Identity()
+        self.head = LMHead(config, groups)
 
     def forward(
         self,
@@ -72,7 +79,8 @@ class Decoder(nn.Module):
 
         positions [B, T] int64 (None: 0, 1, ...), documents [B, T] int32 (None: attention crosses documents), samples
         [B] int64 (needed by dropout in training). A fused loss comes in as `head`, so that it runs inside the
-        forward of the root module, where FSDP has gathered the weight. Raises ValueError for a sequence longer than
+        forward of the root module, where FSDP has gathered the weight. With tensor parallelism a head gets all tokens
+        and this rank's words of the weight, [V/R, D]; without one the logits are of all words. Raises ValueError for a sequence longer than
         the table of learned positions.
         """
         seq_len = tokens.shape[1]
@@ -85,18 +93,20 @@ class Decoder(nn.Module):
             positions=positions,
             documents=documents,
             samples=samples,
+            groups=self.groups,
         )
         if self.positions is not None:
-            x = x + self._learned_positions(positions, seq_len)
-        x = self.dropout(x, samples)
+            x = x + self._learned_positions(positions, seq_len, context.tokens)
+        x = self.dropout(x, samples, context.tokens)
         for block in self.blocks:
             x = block(x, context=context)
         x = self.final_norm(x)
         weight = self.embedding.weight if self.head.weight is None else self.head.weight
+        x, weight = self.head.inputs(x, weight)
         return self.head(x, weight) if head is None else head(x, weight)
 
-    def _learned_positions(self, positions: Tensor | None, seq_len: int) -> Tensor:
-        """[B or 1, T, D]."""
+    def _learned_positions(self, positions: Tensor | None, seq_len: int, tokens: Tensor | None) -> Tensor:
+        """[B or 1, T, D], of the tokens of the residual stream (Context.tokens)."""
         assert self.positions is not None
         if seq_len > self.config.max_seq_len:
             raise ValueError(
@@ -104,8 +114,8 @@ class Decoder(nn.Module):
                 "the rows of the learned position table"
             )
         if positions is None:
-            return self.positions.weight[None, :seq_len]
-        return self.positions(positions)
+            positions = torch.arange(seq_len, device=self.positions.weight.device)[None]
+        return self.positions(positions if tokens is None else positions[:, tokens])
 
     def initializers(self) -> dict[str, Initializer]:
         """How each parameter starts, by name: normal(init_std), biases 0, norm weights 1.

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from parallel.dims import ParallelDims
+from parallel.groups import ModelParallel
 
 BATCH_AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 STATE_AXES = ("pp", "dp_replicate", "shard", "tp")
@@ -95,3 +96,9 @@ def build_mesh(dims: ParallelDims, device_type: str) -> Meshes:
         samples=batch["dp_replicate", "dp_shard"]._flatten("samples"),
         tokens=batch["dp_replicate", "dp_shard", "cp"]._flatten("tokens"),
     )
+
+
+def groups_in_layers(mesh: Meshes, *, sequence_parallel: bool) -> ModelParallel:
+    """The axes that layers communicate over; None for those of one rank."""
+    tp = mesh.state["tp"]
+    return ModelParallel(tp=tp if tp.size() > 1 else None, sequence_parallel=sequence_parallel)

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from data.loader import Loader, build_loader
+from kernels.linear_cross_entropy import VocabularyShard
 from models.flops import flops_per_token
 from models.hf import load_hf_weights
 from models.init import initialize
@@ -22,7 +23,9 @@ from models.layers.attention import choose_attention
 from models.registry import build_model
 from parallel.activation_checkpoint import ActivationCheckpoint
 from parallel.dims import ParallelDims
-from parallel.mesh import build_mesh, init_distributed, pick_device
+from parallel.groups import ModelParallel
+from parallel.mesh import build_mesh, groups_in_layers, init_distributed, pick_device
+from parallel.tensor import chunk_bounds
 from parallel.parallelize import BlockOptions, parallelize
 from trainer.checkpoint import CheckpointManager, read_extra, resolve_resume
 from trainer.config import TrainConfig
@@ -132,7 +135,8 @@ class Trainer:
     def _build_state(self) -> TrainState:
         config = self.config
         with torch.device("meta"):
-            model = build_model(config.model, seed=config.train.seed)
+            groups = groups_in_layers(self.mesh, sequence_parallel=config.parallel.sequence_parallel)
+            model = build_model(config.model, seed=config.train.seed, groups=groups)
         checkpointing = ActivationCheckpoint(
             mode=config.model.activation_checkpoint, save=config.model.activation_checkpoint_save
         )
@@ -155,7 +159,15 @@ class Trainer:
             device=self.device,
             grad_clip=config.train.grad_clip,
             compile_loss=config.train.compile,
+            vocabulary=self._vocabulary_shard(groups),
         )
+
+    def _vocabulary_shard(self, groups: ModelParallel) -> VocabularyShard | None:
+        """The words whose logits this rank computes; None: all."""
+        if groups.tp is None:
+            return None
+        first, _ = chunk_bounds(self.config.model.vocab_size, groups.tp.size(), groups.tp.get_local_rank())
+        return VocabularyShard(group=groups.tp.get_group(), first=first)
 
     def _state_tensors(self) -> dict[str, torch.Tensor]:
         """Every tensor a checkpoint holds, by name. Loaded in place."""

@@ -18,6 +18,7 @@ from parallel.precision import problems as precision_problems
 from trainer.config import NONFINITE, CheckpointConfig, ConfigError, LoopConfig, TrainConfig
 from trainer.resilience import launcher_problems
 from trainer.schedule import problems as schedule_problems
+from trainer.validate_tensor import tensor_parallel_problems
 
 
 def finalize(config: TrainConfig, *, world_size: int) -> TrainConfig:
@@ -44,6 +45,8 @@ def finalize(config: TrainConfig, *, world_size: int) -> TrainConfig:
     found += _loop_problems(config.train)
     found += _checkpoint_problems(config.checkpoint)
     found += _cross_problems(config, world_size)
+    if not found:
+        found += tensor_parallel_problems(config, model, ParallelDims.resolve(config.parallel, world_size))
     found += launcher_problems(os.environ)
     if found:
         raise ConfigError(list(dict.fromkeys(found)))

@@ -16,6 +16,10 @@ from kernels.attention.alibi import slopes as alibi_slopes
 from models.config import ModelConfig
 from models.layers import rope
 from models.layers.dropout import Dropout
+from models.layers.linear import column_linear, row_linear
+from models.layers.norm import make_head_norm
+from parallel.groups import ModelParallel
+from parallel.tensor import project
 
 
 class Context(NamedTuple):
@@ -29,6 +33,7 @@ class Context(NamedTuple):
     slopes: Tensor | None  # [H] fp32; None: no ALiBi
     documents: Tensor | None  # [B, T]
     samples: Tensor | None  # [B], the key of dropout
+    tokens: Tensor | None = None  # [T of the residual stream] int64, their index in the sequence; None: 0, 1, ...
 
 
 def choose_attention(config: ModelConfig, device: torch.device, *, documents: bool = False) -> str:
@@ -54,12 +59,18 @@ def build_context(
     positions: Tensor | None,
     documents: Tensor | None,
     samples: Tensor | None,
+    groups: ModelParallel,
 ) -> Context:
-    """Tables and masks of a forward pass over sequences of seq_len; positions None: 0, 1, ... dtype: of activations."""
+    """Tables and masks of a forward pass over sequences of seq_len; positions None: 0, 1, ... dtype: of activations.
+
+    groups: of the blocks; slopes are those of this rank's heads.
+    """
     if positions is None:
         positions = torch.arange(seq_len, device=device)[None]
     implementation = choose_attention(config, device, documents=documents is not None)
     slopes = alibi_slopes(config.num_heads, device) if config.positions == "alibi" else None
+    if slopes is not None and groups.tp is not None:
+        slopes = slopes.chunk(groups.tp.size())[groups.tp.get_local_rank()]
     cos = sin = None
     if config.positions == "rope":
         assert config.head_dim is not None  # resolved
@@ -82,25 +93,39 @@ def build_context(
         slopes=slopes,
         documents=documents,
         samples=samples,
+        tokens=_residual_tokens(seq_len, device, groups),
     )
+
+
+def _residual_tokens(seq_len: int, device: torch.device, groups: ModelParallel) -> Tensor | None:
+    """Context.tokens: with sequence parallelism each rank's residual stream has its slice of the sequence."""
+    if groups.tp is None or not groups.sequence_parallel:
+        return None
+    return torch.arange(seq_len, device=device).chunk(groups.tp.size())[groups.tp.get_local_rank()]
 
 
 class Attention(nn.Module):
     """Causal self-attention with grouped key/value heads (GQA, 2305.13245). [B, T, D] to [B, T, D]."""
 
-    def __init__(self, config: ModelConfig, layer: int, seed: int) -> None:
+    def __init__(self, config: ModelConfig, layer: int, seed: int, groups: ModelParallel) -> None:
         super().__init__()
         assert config.head_dim is not None  # resolved
         assert config.num_kv_heads is not None
         self.head_dim = config.head_dim
         self.window = config.window_of(layer)
         inner, inner_kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        self.q = nn.Linear(config.hidden_size, inner, bias=config.qkv_bias)
-        self.k = nn.Linear(config.hidden_size, inner_kv, bias=config.qkv_bias)
-        self.v = nn.Linear(config.hidden_size, inner_kv, bias=config.qkv_bias)
-        self.o = nn.Linear(inner, config.hidden_size, bias=config.attention_bias)
-        self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else None
-        self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else None
+        # With fewer key/value heads than tp ranks, neighbours share one: those whose query heads attend to it.
+        ranks = 1 if groups.tp is None else groups.tp.size()
+        shared_by = max(1, ranks // config.num_kv_heads)
+        hidden, bias = config.hidden_size, config.qkv_bias
+        self.q = column_linear(hidden, inner, bias=bias, groups=groups)
+        self.k = column_linear(hidden, inner_kv, bias=bias, groups=groups, shared_by=shared_by)
+        self.v = column_linear(hidden, inner_kv, bias=bias, groups=groups, shared_by=shared_by)
+        self.o = row_linear(inner, hidden, bias=config.attention_bias, groups=groups)
+        self.q_norm = make_head_norm(config, groups) if config.qk_norm else None
+        self.k_norm = make_head_norm(config, groups) if config.qk_norm else None
+        self.num_heads = config.num_heads
+        self.first_head = 0 if groups.tp is None else groups.tp.get_local_rank() * (config.num_heads // ranks)
         self.dropout = Dropout(
             config.attention_dropout,
             seed=seed,
@@ -109,13 +134,12 @@ class Attention(nn.Module):
         )
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        B, T, _ = x.shape
-        q, k, v = (project(x).view(B, T, -1, self.head_dim) for project in (self.q, self.k, self.v))
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in project(x, (self.q, self.k, self.v)))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if context.cos is not None and context.sin is not None:
             q, k = rope.rotate(q, context.cos, context.sin), rope.rotate(k, context.cos, context.sin)
-        return self.o(self._attend(q, k, v, context).reshape(B, T, -1))
+        return self.o(self._attend(q, k, v, context).flatten(2))
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
         """q [B, T, H, K] over k, v [B, T, G, K] by the implementation of the context. Returns [B, T, H, K]."""
@@ -124,7 +148,14 @@ class Attention(nn.Module):
             return sdpa.attention(q, k, v, mask)
         if context.implementation == "flex":
             return flex.attention(q, k, v, mask, context.slopes)
-        dropout = partial(self.dropout.on_probabilities, samples=context.samples) if self.dropout.active else None
+        dropout = None
+        if self.dropout.active:
+            dropout = partial(
+                self.dropout.on_probabilities,
+                samples=context.samples,
+                first_head=self.first_head,
+                num_heads=self.num_heads,
+            )
         output, _ = reference.attention(
             q, k, v, window=self.window, documents=context.documents, slopes=context.slopes, dropout=dropout
         )

@@ -28,22 +28,32 @@ class Dropout(nn.Module):
         """Whether a forward pass drops anything."""
         return self.training and self.probability > 0
 
-    def forward(self, x: Tensor, samples: Tensor | None) -> Tensor:
-        """x [B, T, D], some elements zeroed, the rest scaled by 1 / (1 - probability). samples [B]: sample numbers."""
+    def forward(self, x: Tensor, samples: Tensor | None, tokens: Tensor | None = None) -> Tensor:
+        """x [B, T, D], some elements zeroed, the rest scaled by 1 / (1 - probability). samples [B]: sample numbers.
+
+        tokens [T] int64: index in the sequence of each of x's tokens; None: 0, 1, ...
+        """
         if not self.active:
             return x
         rows = self._samples(samples, x.shape[1])[:, None] * self.max_seq_len
-        rows = rows + torch.arange(x.shape[1], device=x.device)  # [B, T]: never the same for two places of the run
+        if tokens is None:
+            tokens = torch.arange(x.shape[1], device=x.device)
+        rows = rows + tokens  # [B, T]: never the same for two places of the run
         features = torch.arange(x.shape[2], device=x.device)
         return self._drop(x, rows[..., None] * x.shape[2] + features)
 
-    def on_probabilities(self, p: Tensor, samples: Tensor | None) -> Tensor:
-        """The same for attention probabilities p [B, H, T, T], keyed by (sample, head, query, key)."""
+    def on_probabilities(
+        self, p: Tensor, samples: Tensor | None, *, first_head: int = 0, num_heads: int | None = None
+    ) -> Tensor:
+        """The same for attention probabilities p [B, H, T, T], keyed by (sample, head, query, key).
+
+        p is of heads first_head, first_head + 1, ... of the num_heads of the layer; None: those of p are all.
+        """
         if not self.active:
             return p
         _, H, T, S = p.shape
         heads, queries, keys = (torch.arange(n, device=p.device) for n in (H, T, S))
-        rows = self._samples(samples, T)[:, None] * H + heads  # [B, H]
+        rows = self._samples(samples, T)[:, None] * (num_heads or H) + first_head + heads  # [B, H]
         rows = rows[..., None] * self.max_seq_len + queries  # [B, H, T]
         return self._drop(p, rows[..., None] * self.max_seq_len + keys)
 
