@@ -15,7 +15,7 @@ from models.layers.dropout import Dropout
 from models.layers.embedding import LearnedPositions, LMHead, make_embedding
 from models.layers.mlp import MLP
 from models.layers.norm import make_norm
-from parallel.groups import ModelParallel
+from parallel.groups import NO_GROUPS, ModelParallel
 
 RESIDUAL_OUTPUTS = ("attention.o.weight", "mlp.down.weight")
 
@@ -55,7 +55,7 @@ class Decoder(nn.Module):
     inside the layers. Names and whole shapes of the parameters do not depend on them.
     """
 
-    def __init__(self, config: ModelConfig, seed: int = 0, groups: ModelParallel = ModelParallel()) -> None:
+    def __init__(self, config: ModelConfig, seed: int = 0, groups: ModelParallel = NO_GROUPS) -> None:
         super().__init__()
         self.config = config
         self.groups = groups
@@ -101,8 +101,9 @@ class Decoder(nn.Module):
         for block in self.blocks:
             x = block(x, context=context)
         x = self.final_norm(x)
-        weight = self.embedding.weight if self.head.weight is None else self.head.weight
-        x, weight = self.head.inputs(x, weight)
+        table = self.embedding.weight if self.head.weight is None else self.head.weight
+        assert isinstance(table, Tensor)
+        x, weight = self.head.inputs(x, table)
         return self.head(x, weight) if head is None else head(x, weight)
 
     def _learned_positions(self, positions: Tensor | None, seq_len: int, tokens: Tensor | None) -> Tensor:

@@ -79,4 +79,3 @@ def _chunks(parameter: Tensor | DTensor, local: Tensor) -> Iterator[tuple[tuple[
             index += (coordinate + first[dim]) * stride
             stride *= parameter.shape[dim]
         yield tuple(place), index
-

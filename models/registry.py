@@ -16,7 +16,7 @@ from models.mistral import MISTRAL
 from models.opt import OPT
 from models.qwen2 import QWEN2
 from models.qwen3 import QWEN3
-from parallel.groups import ModelParallel
+from parallel.groups import NO_GROUPS, ModelParallel
 
 FAMILIES: dict[str, Family] = {family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, GPT2, OPT)}
 
@@ -43,7 +43,7 @@ def resolve_model(config: ModelConfig) -> ModelConfig:
     return config.resolve()
 
 
-def build_model(config: ModelConfig, seed: int = 0, groups: ModelParallel = ModelParallel()) -> Decoder:
+def build_model(config: ModelConfig, seed: int = 0, groups: ModelParallel = NO_GROUPS) -> Decoder:
     """The model of a config, which need not be resolved unless it has a path; seed keys its dropout.
     groups: the process groups inside its layers.
 

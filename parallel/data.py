@@ -133,7 +133,7 @@ class BucketedDataParallel(DataParallel):
         self.num_replicas = replicas.size()
         self.replica_group = replicas.get_group()
         # DTensor state lives on the shard axis alone unless there are replicas, as fully_shard's does.
-        self.state_axes = ("shard",) if self.num_shards > 1 else ()
+        self.state_axes: tuple[str, ...] = ("shard",) if self.num_shards > 1 else ()
         if self.num_shards > 1 and self.num_replicas > 1:
             self.state_axes = ("dp_replicate", "shard")
         self.state_mesh = mesh.state

@@ -15,3 +15,7 @@ class ModelParallel:
     sequence_parallel: bool = False  # norms and residual stream on shards of the sequence over tp
     cp: DeviceMesh | None = None  # context parallelism: shards of the sequence
     ep: DeviceMesh | None = None  # expert parallelism
+
+
+NO_GROUPS = ModelParallel()
+"""Every axis of size 1."""

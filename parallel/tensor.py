@@ -4,24 +4,24 @@ A branch of a block is Y = f(X A) B with f elementwise (an MLP) or by heads (att
 A = [A_1 ... A_R] and B = [B_1; ...; B_R], one of each per rank of the tp axis. Then
 
     f(X A) = [f(X A_1) ... f(X A_R)]          because f never mixes the columns of different ranks
-    Y      = sum_r f(X A_r) B_r               a product of a row of blocks with a column of blocks
+    Y      = sum_r f(X A_r) B_r               a row of blocks times a column of blocks
 
-so a rank that has the whole X computes its summand alone, and the only communication is the sum at the end. That is the
-column -> row pairing: `project` (A), f, then `RowParallelLinear` (B). In backward Y's gradient is the same on all ranks,
-dB_r and dA_r stay where they are, and
+so a rank that has the whole X computes its summand alone, and the only communication is the sum at the end. That is
+the column -> row pairing: `project` (A), f, then `RowParallelLinear` (B). In backward the gradient of Y is the same on
+all ranks, those of A_r and B_r stay where they are, and with H_r = X A_r
 
-    dX = sum_r dH_r A_r^T                     H_r = X A_r: one sum at the beginning
+    dX = sum_r dH_r A_r^T                     one sum, at the beginning of the branch
 
 Per branch: one all-reduce forward (of Y), one backward (of dX), so 2 + 2 per block.
 
 Sequence parallelism splits what lies between the branches (norms, dropout, residual stream) along the sequence. An
-all-reduce is a reduce-scatter followed by an all-gather; the two halves move to the ends of the branch:
+all-reduce is a reduce-scatter followed by an all-gather; the two halves move to the two ends of the branch:
 
     forward    X = all-gather(X_r) before A        Y_r = reduce-scatter(f(X A_r) B_r) after B
     backward   dX_r = reduce-scatter(dH_r A_r^T)   dY = all-gather(dY_r)
 
-The bytes are the same, and activations between the branches shrink by R. The parameters there (norm weights, the bias of
-a row-parallel layer) see only their rank's tokens: their gradient on a rank is a summand, "partial", and has to be
+The bytes are the same, and activations between the branches shrink by R. The parameters there (norm weights, the bias
+of a row-parallel layer) see only their rank's tokens: their gradient on a rank is a summand, "partial", and has to be
 summed over tp. `local_shard` makes every use of a parameter say which it is.
 
 Letters: B batch, T tokens, I features in, O features out, R ranks of the axis.
@@ -137,24 +137,24 @@ def project(x: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor, ...]:
     first = layers[0]
     if not isinstance(first, ColumnParallelLinear):
         return tuple(layer(x) for layer in layers)
-    weights, biases = [], []
+    weights: list[Tensor] = []
+    biases: list[Tensor | None] = []
     for layer in layers:
         assert isinstance(layer, ColumnParallelLinear)
         weights.append(layer.local(layer.weight))
         biases.append(None if layer.bias is None else layer.local(layer.bias))
-    return _Columns.apply(x, first.axis, first.sequence_parallel, len(weights), *weights, *biases)
+    return _Columns.apply(x, first.axis, first.sequence_parallel, *weights, *biases)
 
 
 class _Columns(torch.autograd.Function):
     """y_i = x W_i^T + b_i. In backward the sum of dx over the axis travels while the weight gradients are computed."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, axis: Axis, sequence_parallel: bool, num: int, *parameters: Tensor | None
-    ) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x: Tensor, axis: Axis, sequence_parallel: bool, *parameters: Any) -> tuple[Tensor, ...]:
+        num = len(parameters) // 2  # weights, then a bias or None for each
         weights, biases = parameters[:num], parameters[num:]
         whole = _gather(x, axis, SEQUENCE_DIM) if sequence_parallel else x
-        ctx.axis, ctx.sequence_parallel, ctx.num = axis, sequence_parallel, num
+        ctx.axis, ctx.sequence_parallel = axis, sequence_parallel
         ctx.has_bias = [bias is not None for bias in biases]
         ctx.save_for_backward(whole, *weights)
         return tuple(F.linear(whole, weight, bias) for weight, bias in zip(weights, biases, strict=True))
@@ -173,14 +173,14 @@ class _Columns(torch.autograd.Function):
         flat = [grad.flatten(0, -2) for grad in grads]
         d_weights = [grad.t() @ rows for grad in flat]
         d_biases = [grad.sum(0) if has else None for grad, has in zip(flat, ctx.has_bias, strict=True)]
-        return wait(pending), None, None, None, *d_weights, *d_biases
+        return wait(pending), None, None, *d_weights, *d_biases
 
 
 class RowParallelLinear(nn.Module):
     """y = x W^T + b with W [O, I] cut by input features over tp.
 
-    x [B, T, I/R] to [B, T, O], or [B, T/R, O] with sequence parallelism. The bias is whole on every rank and added once,
-    after the sum.
+    x [B, T, I/R] to [B, T, O], or [B, T/R, O] with sequence parallelism. The bias is whole on every rank and is added
+    once, after the sum.
     """
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool, groups: ModelParallel) -> None:

@@ -57,9 +57,7 @@ def forward_loss_sum(state: TrainState, batch: Batch) -> torch.Tensor:
         positions=batch.positions,
         documents=batch.documents,
         samples=batch.samples,
-        head=partial(
-            token_loss_sum, labels=batch.labels, compile=state.compile_loss, vocabulary=state.vocabulary
-        ),
+        head=partial(token_loss_sum, labels=batch.labels, compile=state.compile_loss, vocabulary=state.vocabulary),
     )
 
 

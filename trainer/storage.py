@@ -88,13 +88,15 @@ class _RegionPlanner(DefaultLoadPlanner):
         assert self.metadata is not None
         items = []
         for name, tensor in self.state_dict.items():
+            stored = self.metadata.state_dict_metadata[name]
+            assert isinstance(stored, TensorStorageMetadata)  # read_metadata has refused all others
             part = local_region(tensor)
             chunk = ChunkStorageMetadata(
                 offsets=torch.Size([side.start for side in part]),
                 sizes=torch.Size([side.stop - side.start for side in part]),
             )
             if chunk.sizes.numel() or not tensor.numel():
-                items += create_read_items_for_chunk_list(name, self.metadata.state_dict_metadata[name], [chunk])
+                items += create_read_items_for_chunk_list(name, stored, [chunk])
         return LoadPlan(items)
 
     def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:

@@ -25,8 +25,8 @@ from parallel.activation_checkpoint import ActivationCheckpoint
 from parallel.dims import ParallelDims
 from parallel.groups import ModelParallel
 from parallel.mesh import build_mesh, groups_in_layers, init_distributed, pick_device
-from parallel.tensor import chunk_bounds
 from parallel.parallelize import BlockOptions, parallelize
+from parallel.tensor import chunk_bounds
 from trainer.checkpoint import CheckpointManager, read_extra, resolve_resume
 from trainer.config import TrainConfig
 from trainer.identity import check_same_model, model_identity

@@ -46,7 +46,7 @@ def _model_problems(model: ModelConfig, tp: int) -> list[str]:
         )
     first, last = chunk_bounds(model.vocab_size, tp, tp - 1)
     if first >= last:
-        found.append(f"parallel.tp={tp} leaves the last rank none of model.vocab_size={model.vocab_size} words; lower it")
+        found.append(f"parallel.tp={tp} leaves the last rank no word of model.vocab_size={model.vocab_size}; use less")
     return found
 
 

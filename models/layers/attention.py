@@ -18,7 +18,7 @@ from models.layers import rope
 from models.layers.dropout import Dropout
 from models.layers.linear import column_linear, row_linear
 from models.layers.norm import make_head_norm
-from parallel.groups import ModelParallel
+from parallel.groups import NO_GROUPS, ModelParallel
 from parallel.tensor import project
 
 
@@ -59,7 +59,7 @@ def build_context(
     positions: Tensor | None,
     documents: Tensor | None,
     samples: Tensor | None,
-    groups: ModelParallel,
+    groups: ModelParallel = NO_GROUPS,
 ) -> Context:
     """Tables and masks of a forward pass over sequences of seq_len; positions None: 0, 1, ... dtype: of activations.
 
@@ -107,7 +107,7 @@ def _residual_tokens(seq_len: int, device: torch.device, groups: ModelParallel) 
 class Attention(nn.Module):
     """Causal self-attention with grouped key/value heads (GQA, 2305.13245). [B, T, D] to [B, T, D]."""
 
-    def __init__(self, config: ModelConfig, layer: int, seed: int, groups: ModelParallel) -> None:
+    def __init__(self, config: ModelConfig, layer: int, seed: int, groups: ModelParallel = NO_GROUPS) -> None:
         super().__init__()
         assert config.head_dim is not None  # resolved
         assert config.num_kv_heads is not None

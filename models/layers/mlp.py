@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from models.config import ModelConfig
 from models.layers.linear import column_linear, row_linear
-from parallel.groups import ModelParallel
+from parallel.groups import NO_GROUPS, ModelParallel
 from parallel.tensor import project
 
 ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -24,7 +24,7 @@ ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 class MLP(nn.Module):
     """down(act(gate(x)) * up(x)) when gated (GLU variants, 2002.05202), else down(act(up(x))). Keeps [B, T, D]."""
 
-    def __init__(self, config: ModelConfig, groups: ModelParallel) -> None:
+    def __init__(self, config: ModelConfig, groups: ModelParallel = NO_GROUPS) -> None:
         super().__init__()
         self.activation = ACTIVATION_FUNCTIONS[config.activation]
         hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
