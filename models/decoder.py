@@ -80,8 +80,8 @@ class Decoder(nn.Module):
         positions [B, T] int64 (None: 0, 1, ...), documents [B, T] int32 (None: attention crosses documents), samples
         [B] int64 (needed by dropout in training). A fused loss comes in as `head`, so that it runs inside the
         forward of the root module, where FSDP has gathered the weight. With tensor parallelism a head gets all tokens
-        and this rank's words of the weight, [V/R, D]; without one the logits are of all words. Raises ValueError for a sequence longer than
-        the table of learned positions.
+        and this rank's words of the weight, [V/R, D]; without one the logits are of all words. Raises ValueError for a
+        sequence longer than the table of learned positions.
         """
         seq_len = tokens.shape[1]
         x = self.embedding(tokens)

@@ -1,9 +1,9 @@
 """Collectives, under the names of the torch version at hand.
 
 Two kinds. `*_rows` work in place on the raw buffers of data parallelism. The others are out of place and
-differentiable: layers call them on activations, eagerly or inside a compiled graph. Written over all ranks of an axis, a
-collective is a linear map, and its backward the transpose of it. How each rank uses the result decides which map that
-is, so the name says it and the docstring states the backward:
+differentiable: layers call them on activations, eagerly or inside a compiled graph. Over all ranks of an axis together
+a collective is a linear map, and its backward the transpose of it. How each rank uses the result decides which map
+that is, so the name says it and the docstring states the backward:
 
     function             forward           backward          the value before -> after
     sum_of_gradients     identity          all-reduce        the same on all ranks -> used differently by each

@@ -44,10 +44,16 @@ def parallelize(
     device: torch.device,
 ) -> DataParallel:
     """Apply the layout to `model` (on meta, with a ModuleList `blocks`), in place; the interface to its state."""
+    # Recomputation inside a graph with tensor-parallel parameters fails: AOTAutograd (2.11, 2.13) then tries to save
+    # their device mesh for backward. Around the graph it works; what the graph saves is dropped and made again.
+    around = mesh.state["tp"].size() > 1 and blocks.activation_checkpoint.mode in ("full", "offload")
     for block in model.blocks:  # type: ignore[union-attr]
-        apply_activation_checkpoint(block, blocks.activation_checkpoint)
+        if not around:
+            apply_activation_checkpoint(block, blocks.activation_checkpoint)
         if blocks.compile_backend is not None:
             compile_block(block, backend=blocks.compile_backend)
+        if around:
+            apply_activation_checkpoint(block, blocks.activation_checkpoint)
         if blocks.activation_checkpoint.mode == "offload":
             apply_offload(block, pin_memory=device.type == "cuda")
     if config.zero_stage >= 2:

@@ -5,7 +5,7 @@ Rank r holds the words V_r and for each token its logits x_v, v in V_r. With m t
     loss = m + log sum_r (sum_{v in V_r} exp(x_v - m)) - sum_r [label in V_r] x_label        (1909.08053, section 3)
     d loss / d x_v = exp(x_v - m) / sum - [v = label]
 
-so per chunk of tokens an all-reduce (maximum) of one number and one (sum) of two numbers per token suffice. Shapes as in
+so an all-reduce (maximum) of one number and one (sum) of two numbers per token suffice, chunk by chunk. Shapes as in
 op.py; V is the number of words of this rank.
 """
 
