@@ -45,7 +45,9 @@ def token_loss_sum(
     Errors are those of `linear_cross_entropy`.
     """
     if vocabulary is not None:
-        return vocab_parallel_linear_cross_entropy(hidden, weight, labels, shard=vocabulary, ignore_index=IGNORE_INDEX)
+        return vocab_parallel_linear_cross_entropy(
+            hidden, weight, labels, shard=vocabulary, ignore_index=IGNORE_INDEX, compile=compile
+        )
     return linear_cross_entropy(hidden, weight, labels, ignore_index=IGNORE_INDEX, compile=compile)
 
 

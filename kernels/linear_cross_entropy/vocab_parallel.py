@@ -5,13 +5,16 @@ Rank r holds the words V_r and for each token its logits x_v, v in V_r. With m t
     loss = m + log sum_r (sum_{v in V_r} exp(x_v - m)) - sum_r [label in V_r] x_label        (1909.08053, section 3)
     d loss / d x_v = exp(x_v - m) / sum - [v = label]
 
-so an all-reduce (maximum) of one number and one (sum) of two numbers per token suffice, chunk by chunk. Shapes as in
+so an all-reduce (maximum) of one number and one (sum) of two numbers per token suffice, chunk by chunk. (A third
+number counts the ranks that have the label, which must be one.) Shapes as in
 op.py; V is the number of words of this rank.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -39,17 +42,20 @@ def vocab_parallel_linear_cross_entropy(
     shard: VocabularyShard,
     ignore_index: int = -100,
     chunk_tokens: int = 4096,
+    compile: bool = False,
 ) -> Tensor:
     """Sum over valid tokens of -log softmax(hidden weight^T)[label], the same on every rank of shard.group. 0-d.
 
     hidden [..., D] and labels [...] are the same on all ranks, weight [V, D] has this rank's words; labels number the
-    words of all ranks. The gradient of hidden is this rank's summand: add it up over the group. Dtypes, rounding and
-    errors are those of `linear_cross_entropy`, except that a label no rank has costs what a word of logit 0 would.
-    Collective over shard.group.
+    words of all ranks. The gradient of hidden is this rank's summand: add it up over the group. Dtypes, rounding,
+    compile and errors are those of `linear_cross_entropy`; a label that no rank has is a failed assertion (on CUDA on
+    the device). Collective over shard.group.
     """
     _check(hidden, weight, labels, chunk_tokens)
     grad_hidden, grad_weight = (torch.is_grad_enabled() and tensor.requires_grad for tensor in (hidden, weight))
-    return _VocabParallel.apply(hidden, weight, labels, shard, ignore_index, chunk_tokens, grad_hidden, grad_weight)
+    return _VocabParallel.apply(
+        hidden, weight, labels, shard, ignore_index, chunk_tokens, compile, grad_hidden, grad_weight
+    )
 
 
 class _VocabParallel(torch.autograd.Function):
@@ -62,9 +68,11 @@ class _VocabParallel(torch.autograd.Function):
         shard: VocabularyShard,
         ignore_index: int,
         chunk_tokens: int,
+        compile: bool,
         grad_hidden: bool,
         grad_weight: bool,
     ) -> Tensor:
+        local_sums, d_logits = _compiled() if compile else (_local_sums, _d_logits)
         scale = FP16_GRADIENT_SCALE if hidden.dtype == torch.float16 else 1.0
         dtype = _accumulation_dtype(hidden)
         flat_ND, labels_N = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
@@ -73,9 +81,15 @@ class _VocabParallel(torch.autograd.Function):
         loss = torch.zeros((), dtype=torch.float64, device=hidden.device)
         for start in range(0, flat_ND.shape[0], chunk_tokens):
             chunk = slice(start, start + chunk_tokens)
-            logits_CV = F.linear(flat_ND[chunk], weight)
-            chunk_sum, d_logits_CV = _chunk_loss_and_gradient(logits_CV, labels_N[chunk], shard, ignore_index, scale)
-            loss += chunk_sum
+            logits_CV, labels_C = F.linear(flat_ND[chunk], weight), labels_N[chunk]
+            max_C1 = logits_CV.amax(dim=-1, keepdim=True).to(dtype)
+            dist.all_reduce(max_C1, dist.ReduceOp.MAX, group=shard.group)
+            sums_3C = local_sums(logits_CV, max_C1, labels_C, shard.first, ignore_index)
+            dist.all_reduce(sums_3C, group=shard.group)
+            loss += _loss_of(sums_3C, labels_C, ignore_index)
+            if not (grad_hidden or grad_weight):
+                continue
+            d_logits_CV = d_logits(logits_CV, max_C1, sums_3C[0], labels_C, shard.first, ignore_index, scale)
             if d_hidden_ND is not None:
                 _add_product(d_hidden_ND[chunk], d_logits_CV, weight)
             if d_weight_VD is not None:
@@ -94,27 +108,42 @@ class _VocabParallel(torch.autograd.Function):
             for g in ctx.saved_tensors
         )
         d_hidden = None if d_hidden is None else d_hidden.view(ctx.hidden_shape)
-        return d_hidden, d_weight, None, None, None, None, None, None
+        return d_hidden, d_weight, *[None] * 7
 
 
-def _chunk_loss_and_gradient(
-    logits_CV: Tensor, labels_C: Tensor, shard: VocabularyShard, ignore_index: int, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Sum of the token losses over all words, 0-d fp64, and scale (softmax - one_hot) of this rank's words."""
-    x_CV = logits_CV.to(_accumulation_dtype(logits_CV))
-    max_C1 = x_CV.amax(dim=-1, keepdim=True)
-    dist.all_reduce(max_C1, dist.ReduceOp.MAX, group=shard.group)
-    x_CV = x_CV - max_C1
+def _loss_of(sums_3C: Tensor, labels_C: Tensor, ignore_index: int) -> Tensor:
+    """Sum of the token losses of a chunk from what all ranks added up, 0-d fp64."""
     valid_C = labels_C != ignore_index
-    local_C = labels_C - shard.first
-    mine_C = valid_C & (local_C >= 0) & (local_C < x_CV.shape[-1])
-    target_C1 = torch.where(mine_C, local_C, 0).unsqueeze(-1)
-    target_logit_C = torch.where(mine_C, x_CV.gather(-1, target_C1).squeeze(-1), 0.0)
-    p_CV = x_CV.exp_()
-    sums_2C = torch.stack([p_CV.sum(-1), target_logit_C])
-    dist.all_reduce(sums_2C, group=shard.group)
-    losses_C = torch.where(valid_C, sums_2C[0].log() - sums_2C[1], 0.0)
-    d_logits_CV = p_CV.div_(sums_2C[0].unsqueeze(-1))
-    d_logits_CV.scatter_add_(-1, target_C1, -mine_C.to(p_CV.dtype).unsqueeze(-1))
-    d_logits_CV.mul_((valid_C * scale).unsqueeze(-1))
-    return losses_C.sum(dtype=torch.float64), d_logits_CV.to(logits_CV.dtype)
+    torch._assert_async((sums_3C[2] == valid_C).all(), "a label is not in the vocabulary")
+    return torch.where(valid_C, sums_3C[0].log() - sums_3C[1], 0.0).sum(dtype=torch.float64)
+
+
+def _local_sums(logits_CV: Tensor, max_C1: Tensor, labels_C: Tensor, first: int, ignore_index: int) -> Tensor:
+    """This rank's summands [3, C] of: sum exp(x - m), x_label - m, and the number of ranks that have the label."""
+    x_CV = logits_CV.to(max_C1.dtype) - max_C1
+    words_V = torch.arange(first, first + logits_CV.shape[-1], device=logits_CV.device)
+    hit_CV = (words_V == labels_C.unsqueeze(-1)) & (labels_C != ignore_index).unsqueeze(-1)
+    return torch.stack([x_CV.exp().sum(-1), torch.where(hit_CV, x_CV, 0.0).sum(-1), hit_CV.sum(-1).to(x_CV.dtype)])
+
+
+def _d_logits(
+    logits_CV: Tensor,
+    max_C1: Tensor,
+    sum_C: Tensor,
+    labels_C: Tensor,
+    first: int,
+    ignore_index: int,
+    scale: float,
+) -> Tensor:
+    """scale (softmax - one_hot) of this rank's words, with zero rows for tokens that are not valid."""
+    words_V = torch.arange(first, first + logits_CV.shape[-1], device=logits_CV.device)
+    one_hot_CV = (words_V == labels_C.unsqueeze(-1)).to(max_C1.dtype)
+    softmax_CV = (logits_CV.to(max_C1.dtype) - max_C1).exp() / sum_C.unsqueeze(-1)
+    valid_C1 = (labels_C != ignore_index).unsqueeze(-1)
+    return torch.where(valid_C1, (softmax_CV - one_hot_CV) * scale, 0.0).to(logits_CV.dtype)
+
+
+@cache
+def _compiled() -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """What lies between the products and the collectives under torch.compile; one pair per process."""
+    return torch.compile(_local_sums, fullgraph=True), torch.compile(_d_logits, fullgraph=True)
