@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
 from models.config import ModelConfig
 from models.initializers import Constant, Initializer, Normal
 from models.layers.attention import Attention, Context, build_context
 from models.layers.dropout import Dropout
-from models.layers.embedding import LMHead
+from models.layers.embedding import LearnedPositions, LMHead, make_embedding
 from models.layers.mlp import MLP
 from models.layers.norm import make_norm
 from parallel.groups import NO_GROUPS, ModelParallel
@@ -25,18 +26,21 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, seed: int, groups: ModelParallel) -> None:
         super().__init__()
         self.norm_first = config.norm_first
-        self.attention_norm = make_norm(config)
+        self.attention_norm = make_norm(config, groups)
         self.attention = Attention(config, layer, seed, groups)
-        self.mlp_norm = make_norm(config)
-        self.mlp = MLP(config)
+        self.mlp_norm = make_norm(config, groups)
+        self.mlp = MLP(config, groups)
         self.attention_dropout, self.mlp_dropout = (
             Dropout(config.dropout, seed=seed, site=f"blocks.{layer}.{branch}", max_seq_len=config.max_seq_len)
             for branch in ("attention", "mlp")
         )
 
     def forward(self, x: Tensor, *, context: Context) -> Tensor:
-        """x [B, T, D] to [B, T, D]; context is the same for every block of a forward pass."""
-        keys = (context.samples, context.indices)
+        """x [B, T, D] to [B, T, D]; context is the same for every block of a forward pass.
+
+        With sequence parallelism x has this rank's slice of the T tokens.
+        """
+        keys = (context.samples, context.tokens)
         if self.norm_first:
             x = x + self.attention_dropout(self.attention(self.attention_norm(x), context), *keys)
             return x + self.mlp_dropout(self.mlp(self.mlp_norm(x)), *keys)
@@ -48,20 +52,19 @@ class Decoder(nn.Module):
     """A causal language model. Parameters only, no buffers: filling the parameters after `to_empty` completes it.
 
     `config` is resolved (models.registry.resolve_model); `seed` keys the dropout masks; `groups` are the process groups
-    inside the layers, on which no parameter's name or shape depends.
+    inside the layers. Names and whole shapes of the parameters do not depend on them.
     """
 
     def __init__(self, config: ModelConfig, seed: int = 0, groups: ModelParallel = NO_GROUPS) -> None:
         super().__init__()
         self.config = config
         self.groups = groups
-        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        learned = config.positions == "learned"
-        self.positions = nn.Embedding(config.max_seq_len, config.hidden_size) if learned else None
+        self.embedding = make_embedding(config, groups)
+        self.positions = LearnedPositions(config, groups) if config.positions == "learned" else None
         self.dropout = Dropout(config.dropout, seed=seed, site="embedding", max_seq_len=config.max_seq_len)
         self.blocks = nn.ModuleList(Block(config, layer, seed, groups) for layer in range(config.num_layers))
-        self.final_norm = make_norm(config) if config.final_norm else nn.Identity()
-        self.head = LMHead(config)
+        self.final_norm = make_norm(config, groups) if config.final_norm else nn.Identity()
+        self.head = LMHead(config, groups)
 
     def forward(
         self,
@@ -79,8 +82,9 @@ class Decoder(nn.Module):
         [B] int64 (needed by dropout in training). indices [T] int64 says that these are only some tokens of sequences
         of S, the others being on the ranks of groups.cp; documents are then [B, S]. None: all are here, and nothing
         is asked of other ranks, whatever groups.cp is. A fused loss comes in as `head`, so that it runs inside the
-        forward of the root module, where FSDP has gathered the weight. Raises ValueError for a sequence longer than
-        the table of learned positions.
+        forward of the root module, where FSDP has gathered the weight. With tensor parallelism a head gets all tokens
+        and this rank's words of the weight, [V/R, D]; without one the logits are of all words. Raises ValueError for a
+        sequence longer than the table of learned positions.
         """
         seq_len = tokens.shape[1]
         if indices is not None and self.groups.cp is not None:
@@ -100,15 +104,17 @@ class Decoder(nn.Module):
         )
         if self.positions is not None:
             x = x + self._learned_positions(positions, seq_len)
-        x = self.dropout(x, samples, indices)
+        x = self.dropout(x, samples, context.tokens)
         for block in self.blocks:
             x = block(x, context=context)
         x = self.final_norm(x)
-        weight = self.embedding.weight if self.head.weight is None else self.head.weight
+        table = self.embedding.weight if self.head.weight is None else self.head.weight
+        assert isinstance(table, Tensor)
+        x, weight = self.head.inputs(x, table)
         return self.head(x, weight) if head is None else head(x, weight)
 
     def _learned_positions(self, positions: Tensor | None, seq_len: int) -> Tensor:
-        """[B or 1, T, D]."""
+        """[B or 1, T, D], of the tokens of the residual stream: with sequence parallelism this rank's slice."""
         assert self.positions is not None
         if seq_len > self.config.max_seq_len:
             raise ValueError(
@@ -116,7 +122,9 @@ class Decoder(nn.Module):
                 "the rows of the learned position table"
             )
         if positions is None:
-            return self.positions.weight[None, :seq_len]
+            positions = torch.arange(seq_len, device=self.positions.weight.device)[None]
+        if self.groups.tp is not None and self.groups.sequence_parallel:
+            positions = positions.chunk(self.groups.tp.size(), dim=1)[self.groups.tp.get_local_rank()]
         return self.positions(positions)
 
     def initializers(self) -> dict[str, Initializer]:

@@ -14,14 +14,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-from torch.distributed.tensor.placement_types import _StridedShard
 
 from models.config import ModelConfig
 from models.decoder import Decoder
 from models.family import HFWeight
 from models.hf_files import INDEX, SINGLE, TensorFolder, write_tensors
 from models.registry import FAMILIES, hf_config
+from parallel.regions import local_region
 
 HEAD = "lm_head.weight"
 TOKENIZER_FILES = (
@@ -99,11 +98,9 @@ def _local_region(name: str, parameter: Tensor | DTensor) -> tuple[Tensor, tuple
     """This rank's part of a parameter and where it lies in the whole."""
     if not isinstance(parameter, DTensor):
         return parameter, tuple(slice(0, size) for size in parameter.shape)
-    placements = parameter.placements
-    if any(placement.is_partial() or isinstance(placement, _StridedShard) for placement in placements):
-        raise ValueError(f"{name} has placements {placements}; only replicated and contiguous shards can be loaded")
-    shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, placements)
-    return parameter.to_local(), tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
+    if any(placement.is_partial() for placement in parameter.placements):
+        raise ValueError(f"{name} has placements {parameter.placements}; only replicas and shards can be loaded")
+    return parameter.to_local(), local_region(parameter)
 
 
 def _read(folder: TensorFolder, name: str, weight: HFWeight, region: tuple[slice, ...]) -> Tensor:

@@ -11,11 +11,11 @@ from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
-from torch.distributed.tensor.placement_types import Placement, _StridedShard
+from torch.distributed.tensor import DTensor
 
 from kernels.philox import normal
 from models.initializers import Constant, Initializer
+from parallel.regions import local_region
 
 # Elements computed at a time. About ten int64 temporaries of this size are alive: 5 MiB stay in the cache of a core,
 # 350 MiB are little for a GPU and enough to keep it busy.
@@ -65,7 +65,7 @@ def _chunks(parameter: Tensor | DTensor, local: Tensor) -> Iterator[tuple[tuple[
     """
     if local.numel() == 0:  # an empty shard, or a rank outside the mesh
         return
-    positions = [_positions(parameter, dim).to(local.device) for dim in range(parameter.ndim)]
+    first = [part.start for part in local_region(parameter)]
     chunk = CPU_CHUNK if local.device.type == "cpu" else DEVICE_CHUNK
     for start in range(0, local.numel(), chunk):
         rest = torch.arange(start, min(start + chunk, local.numel()), device=local.device)
@@ -76,27 +76,6 @@ def _chunks(parameter: Tensor | DTensor, local: Tensor) -> Iterator[tuple[tuple[
             coordinate = rest % local.shape[dim]
             rest = rest // local.shape[dim]
             place.insert(0, coordinate)
-            index += positions[dim][coordinate] * stride
+            index += (coordinate + first[dim]) * stride
             stride *= parameter.shape[dim]
         yield tuple(place), index
-
-
-def _positions(parameter: Tensor | DTensor, dim: int) -> Tensor:
-    """Where the local shard's rows along dim lie in the whole parameter: int64, [local size of dim].
-
-    The positions 0, 1, 2, ... are distributed exactly as the parameter is, so that uneven and interleaved shards (one
-    dim sharded by two axes, in either order) are right by construction.
-    """
-    whole = torch.arange(parameter.shape[dim])
-    if not isinstance(parameter, DTensor):
-        return whole
-    placements = [_along(placement, dim) for placement in parameter.placements]
-    # src_data_rank=None: every rank has the values, so nothing is sent.
-    return distribute_tensor(whole, parameter.device_mesh, placements, src_data_rank=None).to_local()
-
-
-def _along(placement: Placement, dim: int) -> Placement:
-    """What placement does to a 1-D tensor that runs along dim."""
-    if isinstance(placement, _StridedShard):  # FSDP and tensor parallelism on one dim
-        return _StridedShard(0, split_factor=placement.split_factor) if placement.dim == dim else Replicate()
-    return Shard(0) if isinstance(placement, Shard) and placement.dim == dim else Replicate()

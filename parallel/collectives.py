@@ -1,9 +1,27 @@
-"""The collectives data and context parallelism use on raw buffers, under the names of the torch version at hand."""
+"""Collectives, under the names of the torch version at hand.
+
+Two kinds. `*_rows` work in place on the raw buffers of data parallelism. The others are out of place and
+differentiable: layers call them on activations, eagerly or inside a compiled graph. Over all ranks of an axis together
+a collective is a linear map, and its backward the transpose of it. How each rank uses the result decides which map
+that is, so the name says it and the docstring states the backward:
+
+    function             forward           backward          the value before -> after
+    sum_of_gradients     identity          all-reduce        the same on all ranks -> used differently by each
+    all_reduce           all-reduce        identity          a summand per rank -> the same on all, used alike
+    all_gather           all-gather        reduce-scatter    a slice per rank -> whole, used differently by each
+    reduce_scatter       reduce-scatter    all-gather        a summand per rank -> a slice per rank
+    all_gather_alike     all-gather        own slice         a slice per rank -> whole, used alike
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 # torch 2.13 renames these two and warns about the old names; 2.11 has only the old ones.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -31,3 +49,125 @@ def all_to_all_rows(buffer: torch.Tensor, *, group: dist.ProcessGroup) -> torch.
     received = torch.empty_like(buffer)
     _all_to_all(received, buffer, group=group)
     return received
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A mesh axis as a compiled graph can hold it: constants, no process group object."""
+
+    name: str  # of the process group, for torch's functional collectives
+    size: int
+    rank: int  # of this process along the axis
+
+    @classmethod
+    def of(cls, mesh: DeviceMesh) -> Axis:
+        """The axis of a one-dimensional mesh."""
+        return cls(name=mesh.get_group().group_name, size=mesh.size(), rank=mesh.get_local_rank())
+
+
+# ---- started now, waited for later: what runs in between overlaps with the transfer
+
+
+def start_all_reduce(x: Tensor, axis: Axis) -> Tensor:
+    """Sum over the axis, on its way; take it with `wait`. x is left as it is."""
+    return torch.ops._c10d_functional.all_reduce(x.contiguous(), "sum", axis.name)
+
+
+def start_reduce_scatter(x: Tensor, axis: Axis, *, dim: int) -> Tensor:
+    """This rank's slice along dim of the sum over the axis, on its way. The size of dim is a multiple of the axis's."""
+    # The collective splits dim 0 of contiguous memory: bring the slices there.
+    slices = x.unflatten(dim, (axis.size, -1)).movedim(dim, 0).contiguous().flatten(0, 1)
+    return torch.ops._c10d_functional.reduce_scatter_tensor(slices, "sum", axis.size, axis.name)
+
+
+def wait(pending: Tensor) -> Tensor:
+    """The result of a collective that was started."""
+    return torch.ops._c10d_functional.wait_tensor(pending)
+
+
+def _gather(x: Tensor, axis: Axis, dim: int) -> Tensor:
+    """The equal slices of all ranks put together along dim, in rank order."""
+    stacked = wait(torch.ops._c10d_functional.all_gather_into_tensor(x.contiguous(), axis.size, axis.name))
+    return stacked.unflatten(0, (axis.size, -1)).movedim(0, dim).flatten(dim, dim + 1)
+
+
+# ---- differentiable
+
+
+class _SumOfGradients(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return wait(start_all_reduce(grad, ctx.axis)), None
+
+
+class _AllReduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        return wait(start_all_reduce(x, axis))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+class _AllGather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis, dim: int) -> Tensor:
+        ctx.axis, ctx.dim = axis, dim
+        return _gather(x, axis, dim)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return wait(start_reduce_scatter(grad, ctx.axis, dim=ctx.dim)), None, None
+
+
+class _ReduceScatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis, dim: int) -> Tensor:
+        ctx.axis, ctx.dim = axis, dim
+        return wait(start_reduce_scatter(x, axis, dim=dim))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _gather(grad, ctx.axis, ctx.dim), None, None
+
+
+class _AllGatherAlike(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis, dim: int) -> Tensor:
+        ctx.axis, ctx.dim = axis, dim
+        return _gather(x, axis, dim)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad.chunk(ctx.axis.size, dim=ctx.dim)[ctx.axis.rank], None, None
+
+
+def sum_of_gradients(x: Tensor, axis: Axis) -> Tensor:
+    """x, the same on all ranks of the axis, each of which uses it for something else. Backward: all-reduce."""
+    return _SumOfGradients.apply(x, axis)
+
+
+def all_reduce(x: Tensor, axis: Axis) -> Tensor:
+    """Sum over the axis of a summand per rank, to be used alike by all. Backward: identity."""
+    return _AllReduce.apply(x, axis)
+
+
+def all_gather(x: Tensor, axis: Axis, *, dim: int) -> Tensor:
+    """Equal slices put together along dim, to be used differently by each rank. Backward: reduce-scatter."""
+    return _AllGather.apply(x, axis, dim)
+
+
+def reduce_scatter(x: Tensor, axis: Axis, *, dim: int) -> Tensor:
+    """This rank's slice along dim of the sum over the axis of a summand per rank. Backward: all-gather."""
+    return _ReduceScatter.apply(x, axis, dim)
+
+
+def all_gather_alike(x: Tensor, axis: Axis, *, dim: int) -> Tensor:
+    """Equal slices put together along dim, to be used alike by all ranks. Backward: this rank's slice."""
+    return _AllGatherAlike.apply(x, axis, dim)

@@ -2,7 +2,7 @@
 
 A training step sees master parameters: what the optimizer updates and a checkpoint stores, by name, whole tensors at
 stage 0 and DTensors sharded on dim 0 above it, with their summed gradient in `.grad`. How gradients get there and how
-updated values get back into the model is the stage's business:
+updated values get back into the model is the stage's business (with tensor parallelism, "whole" is a rank's tp shard):
 
     stage  model computes with   gradients are summed by              masters, moments
     0      whole parameters      bucketed all-reduce                  whole
@@ -24,10 +24,12 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
 from parallel.buckets import BucketLayout, plan_buckets
 from parallel.collectives import all_gather_rows, reduce_scatter_rows
 from parallel.mesh import Meshes
+from parallel.regions import local_tensor
 
 
 class DataParallel(ABC):
@@ -123,6 +125,8 @@ class BucketedDataParallel(DataParallel):
     ) -> None:
         self.model = model
         self.params: dict[str, nn.Parameter] = dict(model.named_parameters())
+        # What this rank computes with: a parameter itself, or its shard over the axes inside layers. Same memory.
+        self._values = {name: local_tensor(p.detach()) for name, p in self.params.items()}
         self.device = next(iter(self.params.values())).device
         shard_mesh = mesh.state["shard"]
         self.num_shards = shard_mesh.size() if sharded else 1
@@ -132,11 +136,14 @@ class BucketedDataParallel(DataParallel):
         self.num_replicas = replicas.size()
         self.replica_group = replicas.get_group()
         # DTensor state lives on the shard axis alone unless there are replicas, as fully_shard's does.
-        self.state_mesh = mesh.state["dp_replicate", "shard"] if self.num_replicas > 1 and sharded else shard_mesh
+        self.state_axes: tuple[str, ...] = ("shard",) if self.num_shards > 1 else ()
+        if self.num_shards > 1 and self.num_replicas > 1:
+            self.state_axes = ("dp_replicate", "shard")
+        self.state_mesh = mesh.state
         self.comm_stream = torch.cuda.Stream() if self.device.type == "cuda" else None
 
         # Backward order, roughly: the last parameters get their gradients first.
-        shapes = {name: p.shape for name, p in reversed(self.params.items())}
+        shapes = {name: value.shape for name, value in reversed(self._values.items())}
         max_elements = int(bucket_mb * 2**20 / reduce_dtype.itemsize)
         layouts = plan_buckets(shapes, num_ranks=self.num_shards, max_elements=max_elements)
         self.buckets = [
@@ -155,13 +162,23 @@ class BucketedDataParallel(DataParallel):
 
     # ---- state
 
-    def _as_state(self, local: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-        """A local tensor as global state: itself at stage 0, else a DTensor sharded on dim 0."""
-        if self.num_shards == 1:
+    def _as_state(self, name: str, local: torch.Tensor) -> torch.Tensor:
+        """A local tensor as global state: itself where nothing is sharded, else a DTensor.
+
+        The shard axis cuts dim 0 of what the axes inside layers have left of a parameter.
+        """
+        parameter = self.params[name]
+        axes = self.state_axes
+        placements: list[Placement] = [Replicate()] * (len(axes) - 1) + [Shard(0)] * bool(axes)
+        if isinstance(parameter, DTensor):
+            (inner,) = parameter.placements
+            if axes and inner == Shard(0):
+                placements[-1] = _StridedShard(0, split_factor=parameter.device_mesh.size())
+            axes, placements = (*axes, *(parameter.device_mesh.mesh_dim_names or ())), [*placements, inner]
+        if not axes:
             return local
-        placements = [Replicate(), Shard(0)] if self.state_mesh.ndim == 2 else [Shard(0)]
-        stride = torch.empty(shape, device="meta").stride()
-        return DTensor.from_local(local, self.state_mesh, placements, run_check=False, shape=shape, stride=stride)
+        shape, stride = parameter.shape, torch.empty(parameter.shape, device="meta").stride()
+        return DTensor.from_local(local, self.state_mesh[axes], placements, run_check=False, shape=shape, stride=stride)
 
     def _make_masters(self, master_dtype: torch.dtype) -> None:
         """Allocate masters and bind their gradients to the buckets, in parameter order.
@@ -174,13 +191,13 @@ class BucketedDataParallel(DataParallel):
         for name, parameter in self.params.items():
             bucket, slot = self._bucket_of[name]
             first, last = slot.local_rows(self.shard_rank)
-            rows = parameter.detach()[first:last]
+            rows = self._values[name][first:last]
             local = rows if master_dtype == parameter.dtype else torch.empty_like(rows, dtype=master_dtype)
             grad = slot.local_view(bucket.reduced, self.shard_rank)
             self._local[name] = local
-            self.masters[name] = self._as_state(local, parameter.shape)
+            self.masters[name] = self._as_state(name, local)
             if grad.dtype == master_dtype:
-                self.masters[name].grad = self._as_state(grad, parameter.shape)
+                self.masters[name].grad = self._as_state(name, grad)
             else:
                 self._narrow_gradients[name] = grad
 
@@ -198,7 +215,7 @@ class BucketedDataParallel(DataParallel):
 
         def hook(parameter: torch.Tensor) -> None:
             assert parameter.grad is not None
-            slot.copy_in(bucket.gradients, parameter.grad, accumulate=name in bucket.filled)
+            slot.copy_in(bucket.gradients, local_tensor(parameter.grad), accumulate=name in bucket.filled)
             parameter.grad = None
             bucket.filled.add(name)
             if self._last_microbatch:
@@ -248,8 +265,7 @@ class BucketedDataParallel(DataParallel):
             bucket.filled.clear()
         for name, grad in self._narrow_gradients.items():
             # Widened only for the update; `publish` frees it again.
-            shape = self.params[name].shape
-            self.masters[name].grad = self._as_state(grad.to(self._local[name].dtype), shape)
+            self.masters[name].grad = self._as_state(name, grad.to(self._local[name].dtype))
 
     # ---- new values
 
@@ -258,10 +274,10 @@ class BucketedDataParallel(DataParallel):
         for name in self._narrow_gradients:
             self.masters[name].grad = None
         if self.num_shards == 1:
-            pairs = [(p, self._local[n]) for n, p in self.params.items() if self._local[n].dtype != p.dtype]
+            pairs = [(v, self._local[n]) for n, v in self._values.items() if self._local[n].dtype != v.dtype]
             if pairs:
                 targets, sources = zip(*pairs, strict=True)
-                torch._foreach_copy_([t.detach() for t in targets], list(sources))
+                torch._foreach_copy_(list(targets), list(sources))
             return
         self._receive(self.buckets)  # a publish without a forward in between
         for bucket in reversed(self.buckets):
@@ -282,7 +298,7 @@ class BucketedDataParallel(DataParallel):
             bucket.gather.wait()
             assert bucket.gathered is not None
             for slot in bucket.layout.slots:
-                slot.copy_out(bucket.gathered, self.params[slot.name].detach())
+                slot.copy_out(bucket.gathered, self._values[slot.name])
             bucket.gather = bucket.gathered = None
 
 

@@ -69,7 +69,7 @@ class ParallelDims:
 def problems(config: ParallelConfig, world_size: int) -> list[str]:
     """Every reason why this layout cannot run on world_size processes, one line each."""
     found = []
-    for axis in ("tp", "pp", "ep"):
+    for axis in ("pp", "ep"):
         degree = getattr(config, axis)
         if degree != 1:
             found.append(f"parallel.{axis}={degree} is not available in this version; use 1")

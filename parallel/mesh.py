@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from parallel.dims import ParallelDims
+from parallel.dims import ParallelConfig, ParallelDims
+from parallel.groups import ModelParallel
 
 BATCH_AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 STATE_AXES = ("pp", "dp_replicate", "shard", "tp")
@@ -106,4 +107,15 @@ def _build_mesh(dims: ParallelDims, device_type: str) -> Meshes:
         batch=batch,
         samples=batch["dp_replicate", "dp_shard"]._flatten("samples"),
         tokens=batch["dp_replicate", "dp_shard", "cp"]._flatten("tokens"),
+    )
+
+
+def groups_in_layers(mesh: Meshes, config: ParallelConfig) -> ModelParallel:
+    """The axes that layers communicate over; None for those of one rank."""
+    tp, cp = mesh.state["tp"], mesh.batch["cp"]
+    return ModelParallel(
+        tp=tp if tp.size() > 1 else None,
+        sequence_parallel=config.sequence_parallel,
+        cp=cp if cp.size() > 1 else None,
+        cp_method=config.cp_method,
     )

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
 
 from parallel.activation_checkpoint import ActivationCheckpoint, apply_activation_checkpoint, apply_offload
 from parallel.data import BucketedDataParallel, DataParallel, FullyShardedDataParallel
@@ -43,10 +44,16 @@ def parallelize(
     device: torch.device,
 ) -> DataParallel:
     """Apply the layout to `model` (on meta, with a ModuleList `blocks`), in place; the interface to its state."""
+    # Recomputation inside a graph with tensor-parallel parameters fails: AOTAutograd (2.11, 2.13) then tries to save
+    # their device mesh for backward. Around the graph it works; what the graph saves is dropped and made again.
+    around = mesh.state["tp"].size() > 1 and blocks.activation_checkpoint.mode in ("full", "offload")
     for block in model.blocks:  # type: ignore[union-attr]
-        apply_activation_checkpoint(block, blocks.activation_checkpoint)
+        if not around:
+            apply_activation_checkpoint(block, blocks.activation_checkpoint)
         if blocks.compile_backend is not None:
             compile_block(block, backend=blocks.compile_backend)
+        if around:
+            apply_activation_checkpoint(block, blocks.activation_checkpoint)
         if blocks.activation_checkpoint.mode == "offload":
             apply_offload(block, pin_memory=device.type == "cuda")
     if config.zero_stage >= 2:
@@ -102,6 +109,8 @@ def _shard_fully(
     }
     if config.cpu_offload:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type == "cuda")
+    shard_size = mesh.state["shard"].size()
+    options["shard_placement_fn"] = lambda parameter: _other_dim(parameter, shard_size)
     for block in model.blocks:  # type: ignore[union-attr]
         fully_shard(block, **options)
     fully_shard(model, **(options | {"reshard_after_forward": False}))
@@ -114,3 +123,12 @@ def _shard_fully(
     model.to_empty(device=torch.device("cpu") if config.cpu_offload else device)
     assert isinstance(model, FSDPModule)
     return FullyShardedDataParallel(model, zero_stage=config.zero_stage)
+
+
+def _other_dim(parameter: nn.Parameter, shard_size: int) -> Shard | None:
+    """The dim fully_shard cuts: dim 0 (None), or dim 1 where tensor parallelism has cut dim 0 and 1 divides evenly.
+
+    Two cuts of one dim are right as well, but torch's own full_tensor and redistribute do not know them when uneven.
+    """
+    cut_by_rows = isinstance(parameter, DTensor) and Shard(0) in parameter.placements
+    return Shard(1) if cut_by_rows and parameter.ndim == 2 and parameter.shape[1] % shard_size == 0 else None

@@ -23,16 +23,31 @@ from __future__ import annotations
 from torch import Tensor
 
 from data.batch import IGNORE_INDEX
-from kernels.linear_cross_entropy import linear_cross_entropy
+from kernels.linear_cross_entropy import (
+    VocabularyShard,
+    linear_cross_entropy,
+    vocab_parallel_linear_cross_entropy,
+)
 
 
-def token_loss_sum(hidden: Tensor, weight: Tensor, labels: Tensor, compile: bool = False) -> Tensor:
+def token_loss_sum(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    compile: bool = False,
+    vocabulary: VocabularyShard | None = None,
+) -> Tensor:
     """S_p: the sum of the losses of the valid tokens of a part, in nats. 0-d, fp32 (fp64 for fp64), differentiable.
 
     hidden [B, T, D] is the decoder's output after its last norm, weight [V, D] that of the output layer (a plain
     tensor), labels [B, T] int64 with IGNORE_INDEX where there is no loss. compile: fuse the softmax (torch.compile).
+    vocabulary: where weight has only some of the words, which ones, and whose are the others.
     Errors are those of `linear_cross_entropy`.
     """
+    if vocabulary is not None:
+        return vocab_parallel_linear_cross_entropy(
+            hidden, weight, labels, shard=vocabulary, ignore_index=IGNORE_INDEX, compile=compile
+        )
     return linear_cross_entropy(hidden, weight, labels, ignore_index=IGNORE_INDEX, compile=compile)
 
 

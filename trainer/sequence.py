@@ -43,10 +43,11 @@ def problems(config: TrainConfig, model: ModelConfig) -> list[str]:
 
 
 def _head_problems(parallel: ParallelConfig, model: ModelConfig) -> list[str]:
-    if parallel.cp_method != "ulysses" or model.num_heads % parallel.cp == 0:
+    heads = model.num_heads // parallel.tp
+    if parallel.cp_method != "ulysses" or heads % parallel.cp == 0:
         return []
-    legal = ", ".join(map(str, divisors(model.num_heads)))
+    legal = ", ".join(map(str, divisors(heads)))
     return [
-        f"parallel.cp={parallel.cp} does not divide model.num_heads={model.num_heads}, as parallel.cp_method=ulysses "
-        f"needs; use {legal}, or cp_method=ring or allgather"
+        f"parallel.cp={parallel.cp} does not divide model.num_heads={model.num_heads} / parallel.tp={parallel.tp} = "
+        f"{heads}, as parallel.cp_method=ulysses needs; use {legal}, or cp_method=ring or allgather"
     ]

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch.distributed.tensor import DTensor
 
+from parallel.regions import local_region
 from trainer.agreement import CheckpointError
 
 _ALIGNMENT = 64  # bytes; a cache line, and a multiple of every element size
@@ -39,9 +40,10 @@ def local_shards(tensors: Mapping[str, torch.Tensor]) -> list[Shard]:
             raise CheckpointError(f"tensor {name} is a partial sum ({tensor.placements}); reduce it before saving")
         if tensor.device_mesh.get_coordinate() is None:
             continue
-        (chunk,) = tensor.__create_chunk_list__()
-        if tensor.numel() == 0 or chunk.sizes.numel() > 0:
-            shards.append(Shard(name, tensor.shape, chunk.offsets, tensor.to_local()))
+        local = tensor.to_local()
+        if tensor.numel() == 0 or local.numel() > 0:
+            offsets = torch.Size([part.start for part in local_region(tensor)])
+            shards.append(Shard(name, tensor.shape, offsets, local))
     return shards
 
 

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import nn
 
 from data.batch import Batch
+from kernels.linear_cross_entropy import VocabularyShard
 from parallel.data import DataParallel
 from trainer.loss import count_valid, token_loss_sum
 from trainer.loss_scale import LossScale
@@ -34,6 +35,7 @@ class TrainState:
     device: torch.device
     grad_clip: float  # largest global gradient norm; 0: none
     compile_loss: bool
+    vocabulary: VocabularyShard | None = None  # this rank's words of the output layer; None: all
     step: int = 0  # updates attempted so far; filled by train_step
 
 
@@ -56,7 +58,7 @@ def forward_loss_sum(state: TrainState, batch: Batch) -> torch.Tensor:
         documents=batch.documents,
         samples=batch.samples,
         indices=batch.indices,
-        head=partial(token_loss_sum, labels=batch.labels, compile=state.compile_loss),
+        head=partial(token_loss_sum, labels=batch.labels, compile=state.compile_loss, vocabulary=state.vocabulary),
     )
 
 

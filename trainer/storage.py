@@ -27,8 +27,11 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.tensor import DTensor
 
+from parallel.regions import local_region
 from trainer.agreement import CheckpointError, describe
 from trainer.manifest import METADATA, ChecksummedFile, FileRecord
 from trainer.staging import Shard
@@ -73,6 +76,32 @@ def _write_item(shard: Shard) -> WriteItem:
     chunk = ChunkStorageMetadata(offsets=shard.offsets, sizes=shard.data.shape)
     data = TensorWriteData(chunk=chunk, properties=TensorProperties(dtype=shard.data.dtype), size=shard.shape)
     return WriteItem(index=MetadataIndex(shard.name, shard.offsets), type=WriteItemType.SHARD, tensor_data=data)
+
+
+class _RegionPlanner(DefaultLoadPlanner):
+    """Reads the parts that local_region names: torch's own plan errs for uneven shards of shards."""
+
+    def __init__(self) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+
+    def create_local_plan(self) -> LoadPlan:
+        assert self.metadata is not None
+        items = []
+        for name, tensor in self.state_dict.items():
+            stored = self.metadata.state_dict_metadata[name]
+            assert isinstance(stored, TensorStorageMetadata)  # read_metadata has refused all others
+            part = local_region(tensor)
+            chunk = ChunkStorageMetadata(
+                offsets=torch.Size([side.start for side in part]),
+                sizes=torch.Size([side.stop - side.start for side in part]),
+            )
+            if chunk.sizes.numel() or not tensor.numel():
+                items += create_read_items_for_chunk_list(name, stored, [chunk])
+        return LoadPlan(items)
+
+    def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:
+        tensor = self.state_dict[index.fqn]
+        return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 class _ChecksummedFiles(FileSystem):
@@ -200,7 +229,7 @@ def read_tensors(path: Path, tensors: Mapping[str, torch.Tensor], group: dist.Pr
 
 
 def _read_into(tensors: Mapping[str, torch.Tensor], reader: _Reader, group: dist.ProcessGroup | None) -> None:
-    planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    planner = _RegionPlanner()
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # no_dist is what is meant

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from data.batch import Batch
 from data.config import DataError
 from data.loader import Loader, build_loader
+from kernels.linear_cross_entropy import VocabularyShard
 from models.flops import flops_per_token
 from models.hf import load_hf_weights
 from models.init import initialize
@@ -25,8 +26,9 @@ from models.registry import build_model
 from parallel.activation_checkpoint import ActivationCheckpoint
 from parallel.dims import ParallelDims
 from parallel.groups import ModelParallel
-from parallel.mesh import build_mesh, init_distributed, pick_device
+from parallel.mesh import build_mesh, groups_in_layers, init_distributed, pick_device
 from parallel.parallelize import BlockOptions, parallelize
+from parallel.tensor import chunk_bounds
 from trainer.agreement import check_same_on_all_ranks
 from trainer.checkpoint import CheckpointManager, read_extra
 from trainer.config import ConfigError, TrainConfig, configuration_errors
@@ -144,7 +146,8 @@ class Trainer:
     def _build_state(self) -> TrainState:
         config = self.config
         with torch.device("meta"):
-            model = build_model(config.model, seed=config.train.seed, groups=self._model_parallel())
+            groups = groups_in_layers(self.mesh, config.parallel)
+            model = build_model(config.model, seed=config.train.seed, groups=groups)
         checkpointing = ActivationCheckpoint(
             mode=config.model.activation_checkpoint, save=config.model.activation_checkpoint_save
         )
@@ -167,12 +170,15 @@ class Trainer:
             device=self.device,
             grad_clip=config.train.grad_clip,
             compile_loss=config.train.compile,
+            vocabulary=self._vocabulary_shard(groups),
         )
 
-    def _model_parallel(self) -> ModelParallel:
-        """The axes that live inside layers."""
-        parallel = self.config.parallel
-        return ModelParallel(cp=self.mesh.batch["cp"] if self.dims.cp > 1 else None, cp_method=parallel.cp_method)
+    def _vocabulary_shard(self, groups: ModelParallel) -> VocabularyShard | None:
+        """The words whose logits this rank computes; None: all."""
+        if groups.tp is None:
+            return None
+        first, _ = chunk_bounds(self.config.model.vocab_size, groups.tp.size(), groups.tp.get_local_rank())
+        return VocabularyShard(group=groups.tp.get_group(), first=first)
 
     def _state_tensors(self) -> dict[str, torch.Tensor]:
         """Every tensor a checkpoint holds, by name. Loaded in place."""

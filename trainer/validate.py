@@ -23,6 +23,7 @@ from trainer.resilience import launcher_problems
 from trainer.schedule import problems as schedule_problems
 from trainer.sequence import problems as sequence_problems
 from trainer.sinks import WANDB_MODES
+from trainer.validate_tensor import tensor_parallel_problems
 
 
 def finalize(config: TrainConfig, *, world_size: int) -> TrainConfig:
@@ -53,6 +54,8 @@ def finalize(config: TrainConfig, *, world_size: int) -> TrainConfig:
     found += _cross_problems(config, world_size)
     if config.parallel.cp > 1 and not found:
         found += sequence_problems(config, model)
+    if not found:
+        found += tensor_parallel_problems(config, model, ParallelDims.resolve(config.parallel, world_size))
     found += launcher_problems(os.environ)
     if found:
         raise ConfigError(list(dict.fromkeys(found)))

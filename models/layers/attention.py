@@ -19,7 +19,10 @@ from models.config import ModelConfig
 from models.layers import rope
 from models.layers.context_attention import ContextAttention, on_context
 from models.layers.dropout import Dropout
+from models.layers.linear import column_linear, row_linear
+from models.layers.norm import make_head_norm
 from parallel.groups import NO_GROUPS, ModelParallel
+from parallel.tensor import project
 
 
 class Context(NamedTuple):
@@ -34,6 +37,7 @@ class Context(NamedTuple):
     documents: Tensor | None  # [B, S]: of the whole sequence, S = T unless context-parallel
     indices: Tensor | None  # [T]: where the tokens lie in the sequence; None: all of it is here
     samples: Tensor | None  # [B], the key of dropout
+    tokens: Tensor | None = None  # [T of the residual stream] int64, their index in the sequence; None: 0, 1, ...
 
 
 def choose_attention(
@@ -69,13 +73,16 @@ def build_context(
 ) -> Context:
     """Tables and masks of a forward pass over sequences of seq_len; positions None: 0, 1, ... dtype: of activations.
 
-    indices [T]: this rank has those tokens of each sequence, and the others are on the ranks of groups.cp.
+    indices [T]: this rank has those tokens of each sequence, and the others are on the ranks of groups.cp. With tensor
+    parallelism slopes are those of this rank's heads.
     """
     if positions is None:
         positions = torch.arange(seq_len, device=device)[None]
     cp_method = groups.cp_method if indices is not None else None
     implementation = choose_attention(config, device, documents=documents is not None, cp_method=cp_method)
     slopes = alibi_slopes(config.num_heads, device) if config.positions == "alibi" else None
+    if slopes is not None and groups.tp is not None:
+        slopes = slopes.chunk(groups.tp.size())[groups.tp.get_local_rank()]
     if slopes is not None and groups.cp is not None and cp_method == "ulysses":
         slopes = slopes.chunk(groups.cp.size())[groups.cp.get_local_rank()]  # the mask is that of its heads
     cos = sin = None
@@ -101,13 +108,24 @@ def build_context(
         documents=documents,
         indices=indices,
         samples=samples,
+        tokens=_residual_tokens(seq_len, indices, device, groups),
     )
+
+
+def _residual_tokens(
+    seq_len: int, indices: Tensor | None, device: torch.device, groups: ModelParallel
+) -> Tensor | None:
+    """Context.tokens: with sequence parallelism each rank's residual stream has its slice of the tokens here."""
+    if groups.tp is None or not groups.sequence_parallel:
+        return indices
+    here = torch.arange(seq_len, device=device) if indices is None else indices
+    return here.chunk(groups.tp.size())[groups.tp.get_local_rank()]
 
 
 class Attention(nn.Module):
     """Causal self-attention with grouped key/value heads (GQA, 2305.13245). [B, T, D] to [B, T, D]."""
 
-    def __init__(self, config: ModelConfig, layer: int, seed: int, groups: ModelParallel) -> None:
+    def __init__(self, config: ModelConfig, layer: int, seed: int, groups: ModelParallel = NO_GROUPS) -> None:
         super().__init__()
         self.across = None if groups.cp is None else ContextAttention(groups.cp, groups.cp_method)
         assert config.head_dim is not None  # resolved
@@ -116,12 +134,17 @@ class Attention(nn.Module):
         self.num_heads = config.num_heads
         self.window = config.window_of(layer)
         inner, inner_kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        self.q = nn.Linear(config.hidden_size, inner, bias=config.qkv_bias)
-        self.k = nn.Linear(config.hidden_size, inner_kv, bias=config.qkv_bias)
-        self.v = nn.Linear(config.hidden_size, inner_kv, bias=config.qkv_bias)
-        self.o = nn.Linear(inner, config.hidden_size, bias=config.attention_bias)
-        self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else None
-        self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else None
+        # With fewer key/value heads than tp ranks, neighbours share one: those whose query heads attend to it.
+        ranks = 1 if groups.tp is None else groups.tp.size()
+        shared_by = max(1, ranks // config.num_kv_heads)
+        hidden, bias = config.hidden_size, config.qkv_bias
+        self.q = column_linear(hidden, inner, bias=bias, groups=groups)
+        self.k = column_linear(hidden, inner_kv, bias=bias, groups=groups, shared_by=shared_by)
+        self.v = column_linear(hidden, inner_kv, bias=bias, groups=groups, shared_by=shared_by)
+        self.o = row_linear(inner, hidden, bias=config.attention_bias, groups=groups)
+        self.q_norm = make_head_norm(config, groups) if config.qk_norm else None
+        self.k_norm = make_head_norm(config, groups) if config.qk_norm else None
+        self.first_head = 0 if groups.tp is None else groups.tp.get_local_rank() * (config.num_heads // ranks)
         self.dropout = Dropout(
             config.attention_dropout,
             seed=seed,
@@ -130,8 +153,7 @@ class Attention(nn.Module):
         )
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        B, T, _ = x.shape
-        q, k, v = (project(x).view(B, T, -1, self.head_dim) for project in (self.q, self.k, self.v))
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in project(x, (self.q, self.k, self.v)))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if context.cos is not None and context.sin is not None:
@@ -140,7 +162,7 @@ class Attention(nn.Module):
             output = self._attend(q, k, v, context)
         else:
             output = self._attend_across(q, k, v, context)
-        return self.o(output.reshape(B, T, -1))
+        return self.o(output.flatten(2))
 
     def _attend_across(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
         """`_attend` where the sequence is split over ranks."""
@@ -158,7 +180,10 @@ class Attention(nn.Module):
         if not self.dropout.active:
             return None
         return partial(
-            self.dropout.on_probabilities, samples=context.samples, first_head=first_head, num_heads=self.num_heads
+            self.dropout.on_probabilities,
+            samples=context.samples,
+            first_head=self.first_head + first_head,
+            num_heads=self.num_heads,
         )
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context, first_head: int = 0) -> Tensor:

@@ -5,8 +5,39 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import Replicate, Shard
 
 from models.config import ModelConfig
+from parallel.collectives import Axis, all_gather_alike
+from parallel.groups import ModelParallel
+from parallel.tensor import VocabParallelEmbedding, empty_parameter, enter, local_shard
+
+
+def make_embedding(config: ModelConfig, groups: ModelParallel) -> nn.Module:
+    """The table of token embeddings [V, D]."""
+    if groups.tp is None:
+        return nn.Embedding(config.vocab_size, config.hidden_size)
+    return VocabParallelEmbedding(config.vocab_size, config.hidden_size, groups=groups)
+
+
+class LearnedPositions(nn.Module):
+    """A table of positions [max_seq_len, D], whole on every rank of the tp axis."""
+
+    def __init__(self, config: ModelConfig, groups: ModelParallel) -> None:
+        super().__init__()
+        shape = (config.max_seq_len, config.hidden_size)
+        self.weight = (
+            nn.Parameter(torch.empty(shape))
+            if groups.tp is None
+            else empty_parameter(*shape, mesh=groups.tp, placement=Replicate())
+        )
+        self.sequence_parallel = groups.sequence_parallel
+
+    def forward(self, positions: Tensor) -> Tensor:
+        """positions [B or 1, T] int64, of the tokens this rank's residual stream has, to [B or 1, T, D]."""
+        return F.embedding(
+            positions, local_shard(self.weight, grad="partial" if self.sequence_parallel else "replicated")
+        )
 
 
 class LMHead(nn.Module):
@@ -17,11 +48,32 @@ class LMHead(nn.Module):
 
     weight: nn.Parameter | None  # [V, D]; None: tied
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, groups: ModelParallel) -> None:
         super().__init__()
-        weight = None if config.tie_embeddings else nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+        shape = (config.vocab_size, config.hidden_size)
+        weight = None
+        if not config.tie_embeddings and groups.tp is None:
+            weight = nn.Parameter(torch.empty(shape))
+        elif not config.tie_embeddings and groups.tp is not None:
+            weight = empty_parameter(*shape, mesh=groups.tp, placement=Shard(0))
         self.register_parameter("weight", weight)
+        self.vocab_size = config.vocab_size
+        self.sequence_parallel = groups.sequence_parallel
+        self.axis = None if groups.tp is None else Axis.of(groups.tp)
+
+    def inputs(self, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """From the residual stream and the parameter [V, D] to what this rank multiplies: [B, T, D] and its words."""
+        if self.axis is None:
+            return hidden, weight
+        return enter(hidden, self.axis, sequence_parallel=self.sequence_parallel), local_shard(weight, grad="sharded")
 
     def forward(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        """hidden [B, T, D] and weight [V, D] (this head's own or the embedding's) to logits [B, T, V]."""
-        return F.linear(hidden, weight)
+        """hidden [..., D] and weight [V, D] (this head's own or the embedding's), as `inputs` gave them, to logits
+        [..., V] of all words."""
+        logits = F.linear(hidden, weight)
+        if self.axis is None:
+            return logits
+        # Equal slices travel: the last ranks may have fewer words.
+        largest = -(-self.vocab_size // self.axis.size)
+        padded = F.pad(logits, (0, largest - logits.shape[-1]))
+        return all_gather_alike(padded, self.axis, dim=logits.ndim - 1)[..., : self.vocab_size]

@@ -9,6 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.config import ModelConfig
+from models.layers.linear import column_linear, row_linear
+from parallel.groups import NO_GROUPS, ModelParallel
+from parallel.tensor import project
 
 ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -21,15 +24,17 @@ ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 class MLP(nn.Module):
     """down(act(gate(x)) * up(x)) when gated (GLU variants, 2002.05202), else down(act(up(x))). Keeps [B, T, D]."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, groups: ModelParallel = NO_GROUPS) -> None:
         super().__init__()
         self.activation = ACTIVATION_FUNCTIONS[config.activation]
         hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate = nn.Linear(hidden, inner, bias=bias) if config.gated_mlp else None
-        self.up = nn.Linear(hidden, inner, bias=bias)
-        self.down = nn.Linear(inner, hidden, bias=bias)
+        self.gate = column_linear(hidden, inner, bias=bias, groups=groups) if config.gated_mlp else None
+        self.up = column_linear(hidden, inner, bias=bias, groups=groups)
+        self.down = row_linear(inner, hidden, bias=bias, groups=groups)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gate is None:
-            return self.down(self.activation(self.up(x)))
-        return self.down(self.activation(self.gate(x)) * self.up(x))
+            (up,) = project(x, (self.up,))
+            return self.down(self.activation(up))
+        gate, up = project(x, (self.gate, self.up))
+        return self.down(self.activation(gate) * up)

@@ -23,7 +23,7 @@ def test_what_is_left_goes_to_dp_shard() -> None:
         (ParallelConfig(dp_shard=4), "use parallel.dp_shard=8 (or -1), or start 4 processes"),
         (ParallelConfig(dp_shard=0), "parallel.dp_shard=0 must be at least 1"),
         (ParallelConfig(zero_stage=4), "parallel.zero_stage=4"),
-        (ParallelConfig(tp=2), "parallel.tp=2"),
+        (ParallelConfig(tp=3), "parallel.tp=3 does not divide the 8 processes; use one of 1, 2, 4, 8"),
         (ParallelConfig(zero_stage=1, cpu_offload=True), "parallel.cpu_offload=true"),
         (ParallelConfig(bucket_mb=0.0), "parallel.bucket_mb=0.0"),
     ],

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from data.config import DataConfig, TokenizerConfig
 from models.config import ModelConfig
 from parallel.dims import ParallelConfig
+from parallel.regions import local_region
 from tests.pool import RankPool
 from trainer.config import (
     CheckpointConfig,
@@ -91,7 +92,15 @@ def text_corpus(folder: Path) -> DataConfig:
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """A copy of the full tensor behind any sharding. Collective."""
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+    if not isinstance(tensor, DTensor):
+        return tensor.detach().clone()
+    # Not full_tensor: torch's own puts uneven shards of shards together in the wrong order.
+    result = torch.zeros(tensor.shape, dtype=tensor.dtype)
+    result[local_region(tensor)] = tensor.detach().to_local()
+    for axis, placement in enumerate(tensor.placements):
+        if not placement.is_replicate():
+            dist.all_reduce(result, group=tensor.device_mesh.get_group(axis))
+    return result
 
 
 def run_here(config: TrainConfig) -> Outcome | None:

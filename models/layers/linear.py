@@ -1,0 +1,24 @@
+"""Linear layers of a block: plain ones, or cut over the tp axis."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from parallel.groups import ModelParallel
+from parallel.tensor import ColumnParallelLinear, RowParallelLinear
+
+
+def column_linear(
+    in_features: int, out_features: int, *, bias: bool, groups: ModelParallel, shared_by: int = 1
+) -> nn.Module:
+    """The first layer of a branch, to be evaluated by parallel.tensor.project; arguments of ColumnParallelLinear."""
+    if groups.tp is None:
+        return nn.Linear(in_features, out_features, bias=bias)
+    return ColumnParallelLinear(in_features, out_features, bias=bias, groups=groups, shared_by=shared_by)
+
+
+def row_linear(in_features: int, out_features: int, *, bias: bool, groups: ModelParallel) -> nn.Module:
+    """The last layer of a branch."""
+    if groups.tp is None:
+        return nn.Linear(in_features, out_features, bias=bias)
+    return RowParallelLinear(in_features, out_features, bias=bias, groups=groups)

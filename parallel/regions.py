@@ -1,0 +1,44 @@
+"""Where the local shard of a DTensor lies in the whole tensor."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.placement_types import Placement, _StridedShard
+
+
+def local_tensor(tensor: Tensor) -> Tensor:
+    """What this rank holds: the shard of a DTensor, in the same memory, or the tensor itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def local_region(tensor: Tensor) -> tuple[slice, ...]:
+    """The part of the whole tensor, one slice per dim, that this rank holds; all of it for a plain tensor.
+
+    A dim may be sharded by several axes, evenly or not. torch cuts in mesh order, except that a _StridedShard marks an
+    axis that cuts what the others have left: data parallelism inside a tensor-parallel shard. Either way a rank's part
+    is contiguous. (torch's own arithmetic takes an uneven _StridedShard for a cut of the whole into equal strides,
+    which is not how fully_shard cuts.) Raises ValueError for a partial sum.
+    """
+    if not isinstance(tensor, DTensor):
+        return tuple(slice(0, size) for size in tensor.shape)
+    if any(placement.is_partial() for placement in tensor.placements):
+        raise ValueError(f"placements {tensor.placements} are a partial sum: no rank holds a part of the whole")
+    coordinate = tensor.device_mesh.get_coordinate()
+    if coordinate is None:
+        return tuple(slice(0, 0) for _ in tensor.shape)
+    cuts = sorted(enumerate(tensor.placements), key=lambda cut: isinstance(cut[1], _StridedShard))
+    region = []
+    for dim, size in enumerate(tensor.shape):
+        first, last = 0, size
+        for axis, placement in cuts:
+            if _cuts_dim(placement, dim):
+                step = -(-(last - first) // tensor.device_mesh.size(axis))
+                first = min(first + coordinate[axis] * step, last)
+                last = min(first + step, last)
+        region.append(slice(first, last))
+    return tuple(region)
+
+
+def _cuts_dim(placement: Placement, dim: int) -> bool:
+    return isinstance(placement, (Shard, _StridedShard)) and placement.dim == dim

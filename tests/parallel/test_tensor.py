@@ -1,0 +1,203 @@
+"""Layers cut over tp: collectives per block, statements about gradients, where shards lie."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.placement_types import _StridedShard
+
+from models.init import initialize
+from models.layers.attention import build_context
+from models.registry import build_model
+from parallel.collectives import (
+    Axis,
+    all_gather,
+    all_gather_alike,
+    all_reduce,
+    reduce_scatter,
+    sum_of_gradients,
+)
+from parallel.groups import ModelParallel
+from parallel.regions import local_region
+from parallel.tensor import empty_parameter, local_shard
+from tests.models.small import tiny
+from tests.pool import RankPool
+
+# ---- collectives of a block
+
+
+def _collectives_of_a_block(sequence_parallel: bool) -> tuple[Counter[str], Counter[str]]:
+    """On each rank: collectives by name in the forward and in the backward of one block."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
+    groups = ModelParallel(tp=mesh, sequence_parallel=sequence_parallel)
+    config = tiny(intermediate_size=38)
+    model = build_model(config, groups=groups)
+    initialize(dict(model.named_parameters()), model.initializers(), seed=0)
+    T = 8
+    context = build_context(
+        config,
+        seq_len=T,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        positions=None,
+        documents=None,
+        samples=None,
+        groups=groups,
+    )
+    x = torch.randn(2, T // mesh.size() if sequence_parallel else T, config.hidden_size, requires_grad=True)
+    with CommDebugMode() as forward:
+        y = model.blocks[0](x, context=context)
+    with CommDebugMode() as backward:
+        y.sum().backward()
+    counts = [
+        Counter({str(op).split(".")[-1]: n for op, n in comm.get_comm_counts().items()}) for comm in (forward, backward)
+    ]
+    return counts[0], counts[1]
+
+
+def test_a_block_takes_two_all_reduces_forward_and_two_backward(ranks: RankPool) -> None:
+    """A collective per projection instead of one per branch, or one too many for a gradient that is whole already."""
+    for forward, backward in ranks.run(2, _collectives_of_a_block, False):
+        assert forward == {"all_reduce": 2}
+        assert backward == {"all_reduce": 2}
+
+
+def test_with_sequence_parallelism_it_takes_two_gathers_and_two_scatters_each_way(ranks: RankPool) -> None:
+    """A second gather of one input, or a gather where a scatter would do. The two norms add a sum of [D] each."""
+    for forward, backward in ranks.run(2, _collectives_of_a_block, True):
+        assert forward == {"all_gather_into_tensor": 2, "reduce_scatter_tensor": 2}
+        assert backward == {"all_gather_into_tensor": 2, "reduce_scatter_tensor": 2, "all_reduce": 2}
+
+
+# ---- differentiable collectives
+
+
+def _gradients_of_collectives() -> list[str]:
+    """On each rank: what differs from the sum over ranks of every rank's loss, differentiated by hand."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
+    axis = Axis.of(mesh)
+    R, r = axis.size, axis.rank
+    generator = torch.Generator().manual_seed(0)
+    xs = torch.randn(R, 3, 2 * R, 5, generator=generator, dtype=torch.float64)  # one input per rank
+    weights = torch.randn(R, 3, 2 * R * R, 5, generator=generator, dtype=torch.float64)  # of the loss of each rank
+    differing = []
+
+    def check(name: str, y: Tensor, expected: Tensor, weight: Tensor, x: Tensor, gradient: Tensor) -> None:
+        (grad,) = torch.autograd.grad((y * weight).sum(), x)
+        if not torch.allclose(y, expected) or not torch.allclose(grad, gradient):
+            differing.append(name)
+
+    x = xs[r].clone().requires_grad_()
+    slices = slice(2 * r, 2 * r + 2)
+    own, same = weights[:, :, : 2 * R], weights[0, :, : 2 * R]
+    check("sum_of_gradients", sum_of_gradients(x, axis), x, own[r], x, own.sum(0))
+    check("all_reduce", all_reduce(x, axis), xs.sum(0), same, x, same)
+    parts = [weight[:, 2 * R * r : 2 * R * (r + 1)] for weight in weights]
+    check("all_gather", all_gather(x, axis, dim=1), torch.cat(list(xs), 1), weights[r], x, torch.stack(parts).sum(0))
+    mine = own[:, :, :2]
+    check(
+        "reduce_scatter",
+        reduce_scatter(x, axis, dim=1),
+        xs.sum(0)[:, slices],
+        mine[r],
+        x,
+        torch.cat(list(mine), 1),
+    )
+    whole = weights[0]
+    check("all_gather_alike", all_gather_alike(x, axis, dim=1), torch.cat(list(xs), 1), whole, x, whole.chunk(R, 1)[r])
+    return differing
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_backward_is_the_transpose_of_forward(ranks: RankPool, world_size: int) -> None:
+    """A scatter that averages, a gather along the wrong dim or in the wrong order."""
+    assert ranks.run(world_size, _gradients_of_collectives) == [[]] * world_size
+
+
+# ---- local_shard
+
+
+def _gradients_of_a_parameter() -> tuple[float, float, list[str]]:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
+    parameter = empty_parameter(3, mesh=mesh, placement=Replicate())
+    with torch.no_grad():
+        parameter.to_local().fill_(1.0)
+    gradients = []
+    for grad in ("replicated", "partial"):
+        (local_shard(parameter, grad=grad).sum() * (dist.get_rank() + 1)).backward()  # type: ignore[arg-type]
+        assert isinstance(parameter.grad, DTensor)
+        gradients.append(parameter.grad.to_local()[0].item())
+        parameter.grad = None
+    errors = []
+    sharded = empty_parameter(4, mesh=mesh, placement=Shard(0))
+    for wrong, grad in ((parameter, "sharded"), (sharded, "replicated"), (sharded, "partial")):
+        try:
+            local_shard(wrong, grad=grad)  # type: ignore[arg-type]
+        except ValueError as error:
+            errors.append(str(error))
+    return gradients[0], gradients[1], errors
+
+
+def test_a_partial_gradient_is_summed_and_a_replicated_one_is_not(ranks: RankPool) -> None:
+    """The mistake that trains: a summand taken for the whole. And a statement that contradicts the placement."""
+    for rank, (replicated, partial, errors) in enumerate(ranks.run(2, _gradients_of_a_parameter)):
+        assert replicated == rank + 1
+        assert partial == 3
+        assert len(errors) == 3
+        assert all("cannot have a gradient that is" in error for error in errors)
+
+
+# ---- where shards lie
+
+
+def _coverage(shape: tuple[int, ...], placements: list[Placement]) -> tuple[list[tuple[int, int]], bool]:
+    """On each rank of a (shard, tp) mesh: its region, and whether that is the slice of the tp slice."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("shard", "tp"))
+    whole = torch.arange(torch.Size(shape).numel()).view(shape)
+    local = whole
+    for axis, placement in reversed(list(enumerate(placements))):  # tp first, as fully_shard finds it
+        if not placement.is_replicate():
+            pieces = local.tensor_split([-(-local.shape[placement.dim] // 2)], dim=placement.dim)  # type: ignore[attr-defined]
+            local = pieces[mesh.get_local_rank(axis)]
+    tensor = DTensor.from_local(
+        local, mesh, placements, run_check=False, shape=torch.Size(shape), stride=whole.stride()
+    )
+    region = local_region(tensor)
+    return [(part.start, part.stop) for part in region], torch.equal(whole[region], local)
+
+
+@pytest.mark.parametrize(
+    ("shape", "placements"),
+    [
+        ((7, 4), [_StridedShard(0, split_factor=2), Shard(0)]),  # torch's own arithmetic is wrong here
+        ((13,), [_StridedShard(0, split_factor=2), Shard(0)]),
+        ((7, 5), [Shard(0), Shard(1)]),
+        ((7, 4), [Shard(1), Shard(0)]),
+        ((7, 5), [Shard(0), Replicate()]),
+    ],
+)
+def test_a_region_is_where_the_local_shard_lies(
+    ranks: RankPool, shape: tuple[int, ...], placements: list[Placement]
+) -> None:
+    """Uneven shards of shards initialised, loaded or saved a few rows off."""
+    found = ranks.run(4, _coverage, shape, placements)
+    assert all(right for _, right in found)
+
+
+def _region_of_a_partial_sum() -> str:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
+    with pytest.raises(ValueError, match="partial sum") as caught:
+        local_region(DTensor.from_local(torch.zeros(3), mesh, [Partial()]))
+    return str(caught.value)
+
+
+def test_a_partial_sum_lies_nowhere(ranks: RankPool) -> None:
+    """Its value exists on no rank: saving it would save a summand."""
+    assert ranks.run(2, _region_of_a_partial_sum)

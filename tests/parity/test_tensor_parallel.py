@@ -1,0 +1,267 @@
+"""Tensor and sequence parallelism against one process, through the real trainer: three steps in fp32.
+
+Tolerances: 1e-6 on every loss, 1e-5 of a tensor's maximum on its first gradient, and on the weights five times what
+another split into micro-batches changes in one process: that reorders sums over tokens, tensor parallelism also those
+over features (seen: up to 2.8 times).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+import parallel.tensor
+from data.config import DataConfig
+from parallel.collectives import Axis
+from tests.parity.harness import (
+    Outcome,
+    changed,
+    gradient_deviation,
+    loss_deviation,
+    run_here,
+    run_on,
+    text_corpus,
+    tiny_config,
+    weight_deviation,
+)
+from tests.pool import RankPool
+from trainer.config import TrainConfig
+
+# Odd where it may be: 301 words are 151 + 150, or 76 + 76 + 76 + 73 on four ranks; 36 features, heads of 6.
+SHAPE: dict[str, Any] = {
+    "model__num_heads": 4,
+    "model__num_kv_heads": 2,  # fewer than four ranks
+    "model__head_dim": 6,
+    "model__intermediate_size": 52,
+    "model__vocab_size": 301,
+    "train__steps": 3,
+    "data__mask_documents": True,
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "gpt2": {
+        "model__family": "gpt2",
+        "model__num_kv_heads": 4,
+        "model__norm": "layernorm",
+        "model__activation": "gelu_tanh",
+        "model__gated_mlp": False,
+        "model__positions": "learned",
+        "model__qkv_bias": True,
+        "model__attention_bias": True,
+        "model__mlp_bias": True,
+        "model__tie_embeddings": True,
+        "model__dropout": 0.1,
+    },
+    "qwen": {"model__qk_norm": True, "model__qkv_bias": True, "model__num_kv_heads": 1, "model__tie_embeddings": True},
+    "alibi": {
+        "model__positions": "alibi",
+        "model__attention": "reference",
+        "model__attention_dropout": 0.1,
+        "model__norm_first": False,
+        "data__mask_documents": False,
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
+    return text_corpus(tmp_path_factory.mktemp("parity"))
+
+
+def _without_key_bias(outcome: Outcome) -> Outcome:
+    """Without the bias of keys, which nothing turns: it adds the same to all scores of a query, so the model does
+    not depend on it, and its gradient is rounding that Adam makes steps of."""
+    kept = replace(
+        outcome,
+        first_gradients={n: g for n, g in outcome.first_gradients.items() if not n.endswith("k.bias")},
+        weights={n: w for n, w in outcome.weights.items() if not n.endswith("k.bias")},
+    )
+    for name in outcome.first_gradients.keys() - kept.first_gradients.keys():
+        of_queries = outcome.first_gradients[name.replace("k.bias", "q.bias")]
+        assert outcome.first_gradients[name].abs().max() <= 1e-5 * of_queries.abs().max()
+    return kept
+
+
+class _OneProcess:
+    """Runs of one process, made once per variant, and how far another split into micro-batches moves the weights."""
+
+    def __init__(self, ranks: RankPool, corpus: DataConfig, folder: Path) -> None:
+        self.ranks, self.corpus, self.folder = ranks, corpus, folder
+        self.made: dict[str, tuple[TrainConfig, Outcome, float]] = {}
+
+    def of(self, variant: str) -> tuple[TrainConfig, Outcome, float]:
+        if variant not in self.made:
+            settings = SHAPE | VARIANTS[variant]
+            config = tiny_config(self.folder / variant, self.corpus, train__micro_batch_size=2, **settings)
+            reference = run_on(self.ranks, 1, config)
+            splits = [
+                run_on(self.ranks, 1, changed(config, self.folder / f"{variant}-{m}", train__micro_batch_size=m))
+                for m in (1, 4, 8)
+            ]
+            if config.model.positions == "learned":
+                reference, *splits = [_without_key_bias(outcome) for outcome in (reference, *splits)]
+            sensitivity = max(weight_deviation(split, reference) for split in splits)
+            self.made[variant] = (config, reference, sensitivity)
+        return self.made[variant]
+
+
+@pytest.fixture(scope="module")
+def one_process(ranks: RankPool, corpus: DataConfig, tmp_path_factory: pytest.TempPathFactory) -> _OneProcess:
+    return _OneProcess(ranks, corpus, tmp_path_factory.mktemp("one-process"))
+
+
+def _assert_same_model(outcome: Outcome, reference: Outcome, sensitivity: float) -> None:
+    if "positions.weight" in reference.weights:
+        outcome, reference = _without_key_bias(outcome), _without_key_bias(reference)
+    assert loss_deviation(outcome, reference) <= 1e-6
+    assert gradient_deviation(outcome, reference) <= 1e-5
+    assert weight_deviation(outcome, reference) <= 5 * sensitivity
+
+
+def _layout(tp: int, stage: int, *, sequence_parallel: bool, **others: Any) -> dict[str, Any]:
+    return {
+        "parallel__tp": tp,
+        "parallel__zero_stage": stage,
+        "parallel__sequence_parallel": sequence_parallel,
+        **others,
+    }
+
+
+LAYOUTS = [
+    *(("llama", 2, _layout(2, 0, sequence_parallel=sp)) for sp in (False, True)),
+    *(("llama", 4, _layout(2, stage, sequence_parallel=sp)) for stage in (0, 1, 2, 3) for sp in (False, True)),
+    *(("llama", 4, _layout(4, stage, sequence_parallel=sp)) for stage, sp in ((0, True), (1, False), (3, True))),
+    ("llama", 8, _layout(2, 1, sequence_parallel=True, parallel__dp_replicate=2)),
+    ("llama", 8, _layout(2, 3, sequence_parallel=True, parallel__dp_replicate=2)),
+    ("llama", 8, _layout(4, 2, sequence_parallel=True, parallel__dp_replicate=2)),
+    ("gpt2", 2, _layout(2, 0, sequence_parallel=False)),
+    *(("gpt2", 4, _layout(2, stage, sequence_parallel=True)) for stage in (0, 1, 2, 3)),
+    ("gpt2", 4, _layout(4, 0, sequence_parallel=True)),
+    ("qwen", 4, _layout(2, 3, sequence_parallel=False)),
+    ("qwen", 4, _layout(4, 1, sequence_parallel=True)),
+    ("qwen", 8, _layout(4, 1, sequence_parallel=True, train__micro_batch_size=1)),
+    ("alibi", 2, _layout(2, 1, sequence_parallel=True)),
+    ("alibi", 4, _layout(4, 0, sequence_parallel=False)),
+    ("llama", 4, _layout(2, 3, sequence_parallel=True, parallel__cpu_offload=True)),
+    ("gpt2", 4, _layout(2, 1, sequence_parallel=True, model__activation_checkpoint="full")),
+    ("gpt2", 4, _layout(2, 3, sequence_parallel=False, model__activation_checkpoint="selective")),
+    ("gpt2", 4, _layout(2, 3, sequence_parallel=True, model__activation_checkpoint="offload")),
+]
+
+
+@pytest.mark.parametrize(("variant", "world_size", "changes"), LAYOUTS)
+def test_every_layout_trains_the_same_model(
+    ranks: RankPool, one_process: _OneProcess, tmp_path: Path, variant: str, world_size: int, changes: dict[str, Any]
+) -> None:
+    """A gradient that is lost, doubled or of some ranks only; a head, word or dropout mask of the wrong rank."""
+    config, reference, sensitivity = one_process.of(variant)
+    outcome = run_on(ranks, world_size, changed(config, tmp_path / "run", **changes))
+    _assert_same_model(outcome, reference, sensitivity)
+
+
+@pytest.mark.parametrize(
+    ("variant", "changes"),
+    [
+        ("llama", _layout(2, 0, sequence_parallel=True)),
+        ("gpt2", _layout(2, 3, sequence_parallel=True, model__activation_checkpoint="full")),
+        ("qwen", _layout(4, 1, sequence_parallel=False, model__activation_checkpoint="selective")),
+    ],
+)
+def test_compiled_blocks_train_the_same_model(
+    ranks: RankPool, one_process: _OneProcess, tmp_path: Path, variant: str, changes: dict[str, Any]
+) -> None:
+    """A collective that is reordered, dropped or run once instead of twice inside a graph."""
+    config, reference, sensitivity = one_process.of(variant)
+    compiled = {"train__compile": True, "train__compile_backend": "aot_eager"}
+    outcome = run_on(ranks, 4, changed(config, tmp_path / "run", **changes, **compiled), timeout=240)
+    _assert_same_model(outcome, reference, sensitivity)
+
+
+# ---- negative controls: each breaks one thing that parity must notice
+
+
+def _run_with(name: str, replacement: Callable[..., Any], config: TrainConfig) -> Outcome | None:
+    original = getattr(parallel.tensor, name)
+    setattr(parallel.tensor, name, replacement)
+    try:
+        return run_here(config)
+    finally:
+        setattr(parallel.tensor, name, original)
+
+
+def _nothing_summed(x: Tensor, axis: Axis) -> Tensor:
+    return x
+
+
+def _without_the_sum_of_partial_gradients(config: TrainConfig) -> Outcome | None:
+    return _run_with("sum_of_gradients", _nothing_summed, config)
+
+
+def _without_the_sum_of_input_gradients(config: TrainConfig) -> Outcome | None:
+    return _run_with("start_all_reduce", _nothing_summed, config)
+
+
+def _with_the_slices_of_a_sequence_permuted(config: TrainConfig) -> Outcome | None:
+    def permuted(x: Tensor, axis: Axis, dim: int) -> Tensor:
+        return gather(x, axis, dim).roll(x.shape[dim], dims=dim)
+
+    gather = parallel.tensor._gather
+    return _run_with("_gather", permuted, config)
+
+
+@pytest.mark.parametrize(
+    ("broken", "sequence_parallel"),
+    [
+        (_without_the_sum_of_partial_gradients, True),
+        (_without_the_sum_of_input_gradients, False),
+        (_with_the_slices_of_a_sequence_permuted, True),
+    ],
+)
+def test_a_missing_sum_or_a_permuted_shard_is_noticed(
+    ranks: RankPool,
+    one_process: _OneProcess,
+    tmp_path: Path,
+    broken: Callable[[TrainConfig], Outcome | None],
+    sequence_parallel: bool,
+) -> None:
+    """Negative control."""
+    config, reference, sensitivity = one_process.of("gpt2")
+    layout = _layout(2, 0, sequence_parallel=sequence_parallel)
+    outcome = ranks.run(2, broken, changed(config, tmp_path / "run", **layout))[0]
+    assert outcome is not None
+    assert gradient_deviation(_without_key_bias(outcome), _without_key_bias(reference)) > 1e-2
+    with pytest.raises(AssertionError):
+        _assert_same_model(outcome, reference, sensitivity)
+
+
+# ---- the rest of the trainer
+
+
+def test_a_checkpoint_moves_between_tensor_parallel_layouts(
+    ranks: RankPool, one_process: _OneProcess, tmp_path: Path
+) -> None:
+    """A shard written to the wrong place, moments that stay behind, a data cursor that counts tensor-parallel ranks."""
+    config, reference, sensitivity = one_process.of("gpt2")
+    layouts = [
+        (4, _layout(2, 1, sequence_parallel=True)),  # uneven shards of uneven shards
+        (1, {}),
+        (4, _layout(4, 3, sequence_parallel=False)),
+        (4, _layout(2, 3, sequence_parallel=True)),
+        (2, {"parallel__zero_stage": 3}),
+        (2, _layout(2, 0, sequence_parallel=True)),
+    ]
+    for (first_ranks, first), (second_ranks, second) in pairwise(layouts):
+        run_dir = tmp_path / f"{first_ranks}-{second_ranks}-{first.get('parallel__tp', 1)}"
+        # The schedule depends on train.steps, so a run of three steps is stopped by what it saved after two.
+        begun = changed(config, run_dir, **first, checkpoint__interval=2)
+        run_on(ranks, first_ranks, begun)
+        continued = run_on(ranks, second_ranks, changed(config, run_dir, **second))
+        assert len(continued.losses) == 3
+        assert loss_deviation(continued, reference) <= 1e-6
+        assert weight_deviation(continued, reference) <= 5 * sensitivity
