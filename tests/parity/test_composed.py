@@ -1,0 +1,79 @@
+"""Several axes at once against one process, through the real trainer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.parity.harness import (
+    changed,
+    gradient_deviation,
+    loss_deviation,
+    run_on,
+    text_corpus,
+    tiny_config,
+    weight_deviation,
+)
+from tests.pool import RankPool
+
+STEPS = 3
+
+# What the model is; each is trained by one process once.
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {"data__mask_documents": True},
+    "tied": {"model__tie_embeddings": True, "model__dropout": 0.1},
+}
+
+# (model, ranks, changes)
+LAYOUTS: list[tuple[str, int, dict[str, Any]]] = [
+    ("llama", 4, {"parallel__tp": 2, "parallel__cp": 2}),
+    ("llama", 4, {"parallel__tp": 2, "parallel__cp": 2, "parallel__sequence_parallel": True}),
+    ("llama", 8, {"parallel__tp": 2, "parallel__cp": 2, "parallel__sequence_parallel": True, "parallel__zero_stage": 3}),
+    ("llama", 8, {"parallel__tp": 2, "parallel__cp": 2, "parallel__cp_method": "allgather", "parallel__zero_stage": 1}),
+    ("tied", 8, {"parallel__tp": 2, "parallel__cp": 2, "parallel__cp_method": "ulysses", "parallel__zero_stage": 2}),
+    ("tied", 8, {"parallel__tp": 2, "parallel__cp": 2, "parallel__dp_replicate": 2, "parallel__zero_stage": 1}),
+    ("tied", 8, {"parallel__tp": 2, "parallel__sequence_parallel": True, "parallel__dp_replicate": 2,
+                 "parallel__zero_stage": 3, "model__activation_checkpoint": "full"}),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def one_process(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("composed")
+    corpus = text_corpus(folder)
+    made = {}
+    for name, changes in MODELS.items():
+        config = tiny_config(
+            folder / name,
+            corpus,
+            train__steps=STEPS,
+            train__micro_batch_size=2,
+            model__hidden_size=32,
+            model__num_heads=8,
+            model__num_kv_heads=4,
+            model__intermediate_size=48,
+            **changes,
+        )
+        reference = run_on(ranks, 1, config)
+        other = run_on(ranks, 1, changed(config, folder / f"{name}-split", train__micro_batch_size=1))
+        made[name] = (config, reference, weight_deviation(other, reference))
+    return made
+
+
+@pytest.mark.parametrize(("model", "world_size", "changes"), LAYOUTS)
+def test_axes_together_train_the_same_model(
+    ranks: RankPool,
+    one_process: dict[str, Any],
+    tmp_path: Path,
+    model: str,
+    world_size: int,
+    changes: dict[str, Any],
+) -> None:
+    """A gradient summed over one axis twice, a mask or dropout draw that knows one axis but not the other."""
+    config, reference, sensitivity = one_process[model]
+    outcome = run_on(ranks, world_size, changed(config, tmp_path / "run", train__micro_batch_size=1, **changes))
+    assert loss_deviation(outcome, reference) <= 1e-6
+    assert gradient_deviation(outcome, reference) <= 1e-5
+    assert weight_deviation(outcome, reference) <= 10 * sensitivity
