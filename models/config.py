@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 
-FAMILY_NAMES = ("llama", "mistral", "qwen2", "qwen3", "gpt2", "opt")
+from models.moe_config import MoEConfig, RoutingConfig, moe_problems
+
+FAMILY_NAMES = ("llama", "mistral", "qwen2", "qwen3", "gpt2", "opt", "mixtral", "qwen3_moe")
 NORMS = ("rmsnorm", "layernorm")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 POSITIONS = ("rope", "learned", "alibi", "none")
@@ -81,12 +83,14 @@ class ModelConfig:
     qk_norm: bool = False  # RMSNorm over head_dim of queries and keys (Qwen3)
     sliding_window: int | None = None  # a query sees this many last keys, itself included
     sliding_window_layers: list[int] | None = None  # layers that use the window; None: all
+    moe: MoEConfig = field(default_factory=MoEConfig)
     tie_embeddings: bool = False
     norm_first: bool = True  # pre-norm; False: post-norm (OPT-350m)
     final_norm: bool = True
     dropout: float = 0.0  # of embeddings and of the output of each residual branch, in training
     attention_dropout: float = 0.0  # of attention probabilities (reference attention only)
     init_std: float = 0.02
+    routing: RoutingConfig = field(default_factory=RoutingConfig)
     attention: str = "auto"  # one of ATTENTION_IMPLEMENTATIONS
     activation_checkpoint: str = "none"  # one of ACTIVATION_CHECKPOINTS
     activation_checkpoint_save: list[str] = field(
@@ -118,6 +122,7 @@ class ModelConfig:
             num_kv_heads=self.num_heads if self.num_kv_heads is None else self.num_kv_heads,
             head_dim=self.hidden_size // self.num_heads if self.head_dim is None else self.head_dim,
             rope=self.rope.resolve() if self.positions == "rope" else RopeConfig(),
+            moe=self.moe.resolve(self.num_layers),
             sliding_window=window,
             sliding_window_layers=layers,
         )
@@ -150,6 +155,9 @@ def problems(config: ModelConfig, seq_len: int | None = None) -> list[str]:
         found += _window_problems(config)
     if config.positions == "rope":
         found += _rope_problems(config.rope)
+    found += moe_problems(
+        config.moe, config.routing, num_layers=config.num_layers, gated=config.gated_mlp, norm_first=config.norm_first
+    )
     if seq_len is not None:
         found += _length_problems(config, seq_len)
     return found

@@ -13,9 +13,10 @@ from models.layers.attention import Attention, Context, build_context
 from models.layers.dropout import Dropout
 from models.layers.embedding import LMHead
 from models.layers.mlp import MLP
+from models.layers.moe import MoE
 from models.layers.norm import make_norm
 
-RESIDUAL_OUTPUTS = ("attention.o.weight", "mlp.down.weight")
+RESIDUAL_OUTPUTS = ("attention.o.weight", "mlp.down.weight", "mlp.experts.down.weight", "mlp.shared.down.weight")
 
 
 class Block(nn.Module):
@@ -27,7 +28,7 @@ class Block(nn.Module):
         self.attention_norm = make_norm(config)
         self.attention = Attention(config, layer, seed)
         self.mlp_norm = make_norm(config)
-        self.mlp = MLP(config)
+        self.mlp: MLP | MoE = MLP(config)
         self.attention_dropout, self.mlp_dropout = (
             Dropout(config.dropout, seed=seed, site=f"blocks.{layer}.{branch}", max_seq_len=config.max_seq_len)
             for branch in ("attention", "mlp")
@@ -42,8 +43,37 @@ class Block(nn.Module):
         return self.mlp_norm(x + self.mlp_dropout(self.mlp(x), context.samples))
 
 
+class MoEBlock(Block):
+    """A pre-norm block with a mixture of experts. `routing` adds up what its router reported in training.
+
+    A hook takes the report from the output: hooks stay outside of what is recomputed in backward or compiled, so each
+    forward pass counts once, and whoever calls the block sees a block.
+    """
+
+    routing: Tensor | None = None  # [E + 5] fp32 (models/layers/router.py); reset by who reads it
+    mlp: MoE
+
+    def __init__(self, config: ModelConfig, layer: int, seed: int) -> None:
+        super().__init__(config, layer, seed)
+        self.mlp = MoE(config, layer, seed)
+        self.register_forward_hook(_keep_report)
+
+    def forward(self, x: Tensor, *, context: Context) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """x [B, T, D] to [B, T, D] and the router's report; a call of the block returns the first alone."""
+        x = x + self.attention_dropout(self.attention(self.attention_norm(x), context), context.samples)
+        y, report = self.mlp(self.mlp_norm(x), samples=context.samples, aux_scale=context.aux_scale)
+        return x + self.mlp_dropout(y, context.samples), report
+
+
+def _keep_report(block: MoEBlock, _args: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> Tensor:
+    x, report = output
+    if block.training:
+        block.routing = report if block.routing is None else block.routing + report
+    return x
+
+
 class Decoder(nn.Module):
-    """A causal language model. Parameters only, no buffers: filling the parameters after `to_empty` completes it.
+    """A causal language model. Filling its parameters, and buffers (biases of routers), after `to_empty` completes it.
 
     `config` is resolved (models.registry.resolve_model); `seed` keys the dropout masks.
     """
@@ -55,7 +85,10 @@ class Decoder(nn.Module):
         learned = config.positions == "learned"
         self.positions = nn.Embedding(config.max_seq_len, config.hidden_size) if learned else None
         self.dropout = Dropout(config.dropout, seed=seed, site="embedding", max_seq_len=config.max_seq_len)
-        self.blocks = nn.ModuleList(Block(config, layer, seed) for layer in range(config.num_layers))
+        self.blocks = nn.ModuleList(
+            (MoEBlock if config.moe.in_layer(layer) else Block)(config, layer, seed)
+            for layer in range(config.num_layers)
+        )
         self.final_norm = make_norm(config) if config.final_norm else nn.Identity()
         self.head = LMHead(config)
 
@@ -66,14 +99,15 @@ class Decoder(nn.Module):
         positions: Tensor | None = None,
         documents: Tensor | None = None,
         samples: Tensor | None = None,
+        aux_scale: Tensor | None = None,
         head: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> Tensor:
         """Logits [B, T, V] of tokens [B, T] int64, or head(hidden [B, T, D], weight [V, D]) where a head is given.
 
         positions [B, T] int64 (None: 0, 1, ...), documents [B, T] int32 (None: attention crosses documents), samples
-        [B] int64 (needed by dropout in training). A fused loss comes in as `head`, so that it runs inside the
-        forward of the root module, where FSDP has gathered the weight. Raises ValueError for a sequence longer than
-        the table of learned positions.
+        [B] int64 (needed by dropout in training), aux_scale 0-d: the gradient of the loss by routers' auxiliary losses
+        (None: they have none). A fused loss comes in as `head`, so that it runs inside the forward of the root module,
+        where FSDP has gathered the weight. Raises ValueError for a sequence longer than the table of learned positions.
         """
         seq_len = tokens.shape[1]
         x = self.embedding(tokens)
@@ -85,7 +119,7 @@ class Decoder(nn.Module):
             positions=positions,
             documents=documents,
             samples=samples,
-        )
+        )._replace(aux_scale=aux_scale)
         if self.positions is not None:
             x = x + self._learned_positions(positions, seq_len)
         x = self.dropout(x, samples)
@@ -123,4 +157,4 @@ class Decoder(nn.Module):
                 return Constant(1.0)
             return Normal(residual_std if name.endswith(RESIDUAL_OUTPUTS) else std)
 
-        return {name: of(name) for name, _ in self.named_parameters()}
+        return {name: of(name) for name in self.state_dict()}

@@ -13,16 +13,21 @@ from models.family import Family
 from models.gpt2 import GPT2
 from models.llama import LLAMA
 from models.mistral import MISTRAL
+from models.mixtral import MIXTRAL
 from models.opt import OPT
 from models.qwen2 import QWEN2
 from models.qwen3 import QWEN3
+from models.qwen3_moe import QWEN3_MOE
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, GPT2, OPT)}
+FAMILIES: dict[str, Family] = {
+    family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, GPT2, OPT, MIXTRAL, QWEN3_MOE)
+}
 
 RUN_TIME_FIELDS = (
     "path",
     "dropout",
     "attention_dropout",
+    "routing",
     "attention",
     "activation_checkpoint",
     "activation_checkpoint_save",

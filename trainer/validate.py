@@ -8,11 +8,12 @@ from dataclasses import replace
 import torch
 
 from data.config import problems as data_problems
+from models.config import ModelConfig
 from models.config import problems as model_problems
 from models.registry import resolve_model
 from parallel.activation_checkpoint import ActivationCheckpoint
 from parallel.activation_checkpoint import problems as activation_checkpoint_problems
-from parallel.dims import ParallelDims
+from parallel.dims import ParallelConfig, ParallelDims
 from parallel.dims import problems as dims_problems
 from parallel.precision import problems as precision_problems
 from trainer.config import NONFINITE, CheckpointConfig, ConfigError, LoopConfig, TrainConfig
@@ -34,6 +35,7 @@ def finalize(config: TrainConfig, *, world_size: int) -> TrainConfig:
             found.append(str(error))
         else:
             found += model_problems(model, seq_len=config.train.seq_len)
+    found += _expert_problems(model, config.parallel)
     found += activation_checkpoint_problems(
         ActivationCheckpoint(mode=model.activation_checkpoint, save=model.activation_checkpoint_save)
     )
@@ -77,6 +79,18 @@ def _loop_problems(train: LoopConfig) -> list[str]:
 
 def _checkpoint_problems(checkpoint: CheckpointConfig) -> list[str]:
     return _at_least("checkpoint", checkpoint, {"interval": 0, "keep_last": 0, "keep_every": 0})
+
+
+def _expert_problems(model: ModelConfig, parallel: ParallelConfig) -> list[str]:
+    """Axes that a mixture of experts does not compose with: its router counts whole sequences on one rank."""
+    if not model.moe.num_experts:
+        return []
+    return [
+        f"parallel.{axis}={getattr(parallel, axis)} does not work with model.moe.num_experts={model.moe.num_experts}, "
+        f"whose routers need whole sequences and stages; use {axis}=1"
+        for axis in ("tp", "pp", "cp")
+        if getattr(parallel, axis) > 1
+    ]
 
 
 def _cross_problems(config: TrainConfig, world_size: int) -> list[str]:

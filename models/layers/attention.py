@@ -29,6 +29,7 @@ class Context(NamedTuple):
     slopes: Tensor | None  # [H] fp32; None: no ALiBi
     documents: Tensor | None  # [B, T]
     samples: Tensor | None  # [B], the key of dropout
+    aux_scale: Tensor | None = None  # 0-d, gradient of the training loss by auxiliary losses; filled by Decoder.forward
 
 
 def choose_attention(config: ModelConfig, device: torch.device, *, documents: bool = False) -> str:

@@ -24,6 +24,12 @@ LLAMA: dict[str, Any] = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 24,
 }
+QWEN3_MOE: dict[str, Any] = {
+    "head_dim": 6,
+    "num_experts": 7,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 11,
+}
 GPT2: dict[str, Any] = {"vocab_size": 61, "n_embd": 21, "n_layer": 3, "n_head": 3, "n_positions": 24}
 OPT: dict[str, Any] = {
     "vocab_size": 61,
@@ -108,6 +114,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2_untied": ("gpt2", {**GPT2, "n_inner": 50, "activation_function": "relu", "tie_word_embeddings": False}),
     "opt": ("opt", OPT),
     "opt_post_norm": ("opt", {**OPT, "do_layer_norm_before": False}),
+    "mixtral": ("mixtral", {**LLAMA, "num_local_experts": 5}),
+    "mixtral_window": ("mixtral", {**LLAMA, "num_local_experts": 3, "sliding_window": 5}),
+    "qwen3_moe": ("qwen3_moe", {**LLAMA, **QWEN3_MOE}),
+    "qwen3_moe_layers": (
+        "qwen3_moe",
+        {**LLAMA, **QWEN3_MOE, "decoder_sparse_step": 2, "norm_topk_prob": True, "attention_bias": True},
+    ),
+    "qwen3_moe_tied": ("qwen3_moe", {**LLAMA, **QWEN3_MOE, "mlp_only_layers": [1], "tie_word_embeddings": True}),
     "opt_untied": ("opt", {**OPT, "enable_bias": False, "activation_function": "gelu", "tie_word_embeddings": False}),
 }
 CLASSES = {
@@ -117,7 +131,15 @@ CLASSES = {
     "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
     "gpt2": (transformers.GPT2Config, transformers.GPT2LMHeadModel),
     "opt": (transformers.OPTConfig, transformers.OPTForCausalLM),
+    "mixtral": (transformers.MixtralConfig, transformers.MixtralForCausalLM),
+    "qwen3_moe": (transformers.Qwen3MoeConfig, transformers.Qwen3MoeForCausalLM),
 }
+
+
+def eager(family: str) -> dict[str, str]:
+    """What makes transformers compute in plain PyTorch; its grouped products want sizes that are multiples of 8."""
+    experts = {"experts_implementation": "eager"} if family in ("mixtral", "qwen3_moe") else {}
+    return {"attn_implementation": "eager", **experts}
 
 
 def theirs(case: str) -> nn.Module:
@@ -125,7 +147,7 @@ def theirs(case: str) -> nn.Module:
     family, fields = CASES[case]
     config_class, model_class = CLASSES[family]
     torch.manual_seed(0)
-    model = model_class._from_config(config_class(**fields), attn_implementation="eager").eval()
+    model = model_class._from_config(config_class(**fields), **eager(family)).eval()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -138,7 +160,7 @@ def theirs(case: str) -> nn.Module:
 def ours(folder: Path, **changes: Any) -> Decoder:
     """The decoder of a Hugging Face folder, with run-time fields changed."""
     model = build_model(resolve_model(ModelConfig(family="hf", path=str(folder), **changes)))
-    load_hf_weights(folder, dict(model.named_parameters()), model.config)
+    load_hf_weights(folder, model.state_dict(), model.config)
     return model.eval()
 
 
@@ -152,9 +174,25 @@ def pair(case: str, folder: Path, **changes: Any) -> tuple[nn.Module, Decoder]:
 def gradients_by_our_name(reference: nn.Module, model: Decoder) -> dict[str, Tensor]:
     """Gradients of a transformers model, taken apart into our parameters."""
     grads = {name: parameter.grad for name, parameter in reference.named_parameters()}
-    found = {}
+    found = _expert_gradients(grads)
     for weight in FAMILIES[model.config.family].weights(model.config):
-        grad = grads[weight.theirs]
+        if weight.ours in found or weight.ours.endswith("router.bias"):
+            continue
+        grad = grads[weight.theirs.replace("block_sparse_moe", "mlp")]
         grad = grad.t() if weight.transpose else grad
         found[weight.ours] = grad if weight.rows is None else grad[weight.rows[0] : weight.rows[1]]
+    return found
+
+
+def _expert_gradients(grads: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Those of the experts: in memory, transformers stacks them, gate and up in one tensor (files have one each)."""
+    found = {}
+    for name, grad in grads.items():
+        ours = name.replace("model.layers", "blocks")
+        if name.endswith("experts.gate_up_proj"):
+            gate, up = grad.chunk(2, dim=1)
+            found[ours.replace("gate_up_proj", "gate.weight")] = gate
+            found[ours.replace("gate_up_proj", "up.weight")] = up
+        elif name.endswith("experts.down_proj"):
+            found[ours.replace("down_proj", "down.weight")] = grad
     return found
