@@ -12,6 +12,7 @@ from models.initializers import Constant, Initializer, Normal
 from models.layers.attention import Attention, Context, build_context
 from models.layers.dropout import Dropout
 from models.layers.embedding import LMHead
+from models.layers.mla import LatentAttention
 from models.layers.mlp import MLP
 from models.layers.moe import MoE
 from models.layers.norm import make_norm
@@ -26,7 +27,7 @@ class Block(nn.Module):
         super().__init__()
         self.norm_first = config.norm_first
         self.attention_norm = make_norm(config)
-        self.attention = Attention(config, layer, seed)
+        self.attention = (LatentAttention if config.mla.kv_rank else Attention)(config, layer, seed)
         self.mlp_norm = make_norm(config)
         self.mlp: MLP | MoE = MLP(config)
         self.attention_dropout, self.mlp_dropout = (

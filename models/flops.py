@@ -21,13 +21,14 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> int:
 
     6 N + 12 L H K T (PaLM, 2204.02311, appendix B): N parameters that multiply a token (of experts, those it is sent
     to), each 2 operations forward and 4 backward, and the scores and sums of attention as if every token saw all
-    others, as is customary. A table of input embeddings that is not also the head is looked up, not multiplied, and
-    left out of N.
+    others, as is customary (2 K stands for a head's query and value features, where they differ). A table of input
+    embeddings that is not also the head is looked up, not multiplied, and left out of N.
     """
     assert config.head_dim is not None  # resolved
+    assert config.value_dim is not None
     lookup = 0 if config.tie_embeddings else config.vocab_size * config.hidden_size
     moe = config.moe
     idle = sum(map(moe.in_layer, range(config.num_layers))) * (moe.num_experts - moe.top_k)
     idle *= 3 * config.hidden_size * moe.intermediate_size
     multiplied = num_parameters(config) - lookup - idle
-    return 6 * multiplied + 12 * config.num_layers * config.num_heads * config.head_dim * seq_len
+    return 6 * multiplied + 6 * config.num_layers * config.num_heads * (config.head_dim + config.value_dim) * seq_len

@@ -9,6 +9,8 @@ from typing import Any
 
 from models.config import ModelConfig, check
 from models.decoder import Decoder
+from models.deepseek_v2 import DEEPSEEK_V2
+from models.deepseek_v3 import DEEPSEEK_V3
 from models.family import Family
 from models.gpt2 import GPT2
 from models.llama import LLAMA
@@ -20,7 +22,8 @@ from models.qwen3 import QWEN3
 from models.qwen3_moe import QWEN3_MOE
 
 FAMILIES: dict[str, Family] = {
-    family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, GPT2, OPT, MIXTRAL, QWEN3_MOE)
+    family.name: family
+    for family in (LLAMA, MISTRAL, QWEN2, QWEN3, GPT2, OPT, MIXTRAL, QWEN3_MOE, DEEPSEEK_V2, DEEPSEEK_V3)
 }
 
 RUN_TIME_FIELDS = (

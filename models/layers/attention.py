@@ -63,8 +63,8 @@ def build_context(
     slopes = alibi_slopes(config.num_heads, device) if config.positions == "alibi" else None
     cos = sin = None
     if config.positions == "rope":
-        assert config.head_dim is not None  # resolved
-        cos, sin = rope.tables(config.rope, config.head_dim, positions, seq_len)
+        assert config.rotary_dim is not None  # resolved
+        cos, sin = rope.tables(config.rope, config.rotary_dim, positions, seq_len)
 
     def build(window: int | None) -> Any:
         if implementation == "sdpa":

@@ -30,6 +30,20 @@ QWEN3_MOE: dict[str, Any] = {
     "num_experts_per_tok": 3,
     "moe_intermediate_size": 11,
 }
+DEEPSEEK: dict[str, Any] = {
+    **LLAMA,
+    "num_key_value_heads": 6,
+    "moe_intermediate_size": 11,
+    "n_routed_experts": 6,
+    "num_experts_per_tok": 3,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 10,
+    "q_lora_rank": 9,
+    "qk_nope_head_dim": 4,
+    "qk_rope_head_dim": 6,
+    "v_head_dim": 7,
+}
 GPT2: dict[str, Any] = {"vocab_size": 61, "n_embd": 21, "n_layer": 3, "n_head": 3, "n_positions": 24}
 OPT: dict[str, Any] = {
     "vocab_size": 61,
@@ -44,6 +58,10 @@ OPT: dict[str, Any] = {
 def _rope(kind: str, theta: float = 1000.0, **fields: Any) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": kind, "rope_theta": theta, **fields}}
 
+
+YARN_MSCALE = _rope(
+    "yarn", factor=4.0, original_max_position_embeddings=6, beta_fast=2.0, mscale=0.7, mscale_all_dim=1.3
+)
 
 # Sequences are 19 tokens: longer than the windows, the trained lengths and (for dynamic) the length of the model.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -122,6 +140,31 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {**LLAMA, **QWEN3_MOE, "decoder_sparse_step": 2, "norm_topk_prob": True, "attention_bias": True},
     ),
     "qwen3_moe_tied": ("qwen3_moe", {**LLAMA, **QWEN3_MOE, "mlp_only_layers": [1], "tie_word_embeddings": True}),
+    "deepseek_v2": ("deepseek_v2", {**DEEPSEEK, **YARN_MSCALE}),
+    "deepseek_v2_lite": (
+        "deepseek_v2",
+        {
+            **DEEPSEEK,
+            "q_lora_rank": None,
+            "topk_method": "group_limited_greedy",
+            "n_group": 3,
+            "topk_group": 2,
+            "attention_bias": True,
+            "routed_scaling_factor": 1.5,
+        },
+    ),
+    "deepseek_v3": ("deepseek_v3", {**DEEPSEEK, **YARN_MSCALE, "n_group": 3, "topk_group": 2}),
+    "deepseek_v3_halves": (
+        "deepseek_v3",
+        {
+            **DEEPSEEK,
+            "n_group": 1,
+            "topk_group": 1,
+            "rope_interleave": False,
+            "norm_topk_prob": False,
+            "tie_word_embeddings": True,
+        },
+    ),
     "opt_untied": ("opt", {**OPT, "enable_bias": False, "activation_function": "gelu", "tie_word_embeddings": False}),
 }
 CLASSES = {
@@ -133,12 +176,18 @@ CLASSES = {
     "opt": (transformers.OPTConfig, transformers.OPTForCausalLM),
     "mixtral": (transformers.MixtralConfig, transformers.MixtralForCausalLM),
     "qwen3_moe": (transformers.Qwen3MoeConfig, transformers.Qwen3MoeForCausalLM),
+    "deepseek_v2": (transformers.DeepseekV2Config, transformers.DeepseekV2ForCausalLM),
+    "deepseek_v3": (transformers.DeepseekV3Config, transformers.DeepseekV3ForCausalLM),
 }
 
 
 def eager(family: str) -> dict[str, str]:
     """What makes transformers compute in plain PyTorch; its grouped products want sizes that are multiples of 8."""
-    experts = {"experts_implementation": "eager"} if family in ("mixtral", "qwen3_moe") else {}
+    experts = (
+        {"experts_implementation": "eager"}
+        if "moe" in family or family in ("mixtral", "deepseek_v2", "deepseek_v3")
+        else {}
+    )
     return {"attn_implementation": "eager", **experts}
 
 
@@ -154,6 +203,9 @@ def theirs(case: str) -> nn.Module:
             values = torch.randn(parameter.shape, generator=generator)
             is_norm = parameter.ndim == 1 and name.endswith("weight")
             parameter.copy_(1.0 + 0.3 * values if is_norm else 0.3 * values)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(0.3 * torch.randn(buffer.shape, generator=generator))
     return model
 
 

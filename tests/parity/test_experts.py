@@ -10,6 +10,7 @@ import torch
 
 from data.config import DataConfig
 from models.layers import router
+from models.mla_config import MLAConfig
 from models.moe_config import MoEConfig, RoutingConfig
 from tests.parity.harness import (
     Outcome,
@@ -56,6 +57,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "model__routing": RoutingConfig(aux_weight=0.001, bias_update_rate=0.01),
         "data__mask_documents": True,
     },
+    "deepseek": {
+        "model__family": "deepseek_v3",
+        "model__num_kv_heads": None,
+        "model__mla": MLAConfig(kv_rank=10, q_rank=9, nope_dim=5, rope_dim=6, value_dim=7),
+        "model__moe": MoEConfig(
+            num_experts=5, top_k=2, intermediate_size=11, num_shared=1, first_dense=1, router="sigmoid"
+        ),
+        "model__routing": RoutingConfig(aux_weight=0.001, bias_update_rate=0.01),
+        "data__mask_documents": True,
+    },
 }  # fmt: skip
 
 
@@ -94,9 +105,14 @@ def one_process(ranks: RankPool, corpus: DataConfig, tmp_path_factory: pytest.Te
 
 def assert_same_losses(outcome: Outcome, reference: Outcome) -> None:
     """Losses, first gradients, and every metric of the routers."""
+    assert gradient_deviation(outcome, reference) <= 1e-5
+    assert_same_metrics(outcome, reference)
+
+
+def assert_same_metrics(outcome: Outcome, reference: Outcome) -> None:
+    """Losses and the routers' metrics of every step."""
     assert len(outcome.losses) == STEPS
     assert loss_deviation(outcome, reference) <= 1e-6
-    assert gradient_deviation(outcome, reference) <= 1e-5
     for ours, theirs in zip(outcome.metrics, reference.metrics, strict=True):
         names = {name for name in theirs if name.startswith("moe_")}
         assert len(names) > 6
@@ -123,6 +139,8 @@ LAYOUTS = [
     ("sigmoid", 4, 1, 1, 2),
     ("sigmoid", 4, 2, 1, 1),
     ("sigmoid", 4, 3, 2, 1),
+    ("deepseek", 4, 1, 1, 2),
+    ("deepseek", 4, 3, 2, 1),
 ]
 
 
@@ -168,6 +186,20 @@ def test_what_is_applied_from_outside_changes_nothing(
     whole, reference, sensitivity = one_process.of(variant)
     config = changed(whole, tmp_path / "run", parallel__zero_stage=stage, train__micro_batch_size=2, **changes)
     assert_same_model(run_on(ranks, 2, config, timeout=240), reference, sensitivity)
+
+
+def test_a_run_goes_on_with_its_biases_on_another_layout(
+    ranks: RankPool, one_process: _OneProcess, tmp_path: Path
+) -> None:
+    """Balancing biases that start again at zero, or that one rank alone has, after a restart."""
+    whole, _, _ = one_process.of("sigmoid")
+    short = {"train__micro_batch_size": 1, "train__steps": 3, "checkpoint__at_end": True}
+    config = changed(whole, tmp_path / "run", parallel__zero_stage=3, **short)
+    config.schedule.name = "constant"
+    run_on(ranks, 2, config)
+    again = run_on(ranks, 4, changed(config, tmp_path / "run", parallel__zero_stage=1, train__steps=STEPS))
+    straight = changed(config, tmp_path / "straight", train__steps=STEPS, checkpoint__at_end=False)
+    assert_same_metrics(again, run_on(ranks, 1, straight))
 
 
 def test_the_variants_drop_choices_and_move_biases(one_process: _OneProcess) -> None:
