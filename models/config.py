@@ -8,7 +8,21 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 
-FAMILY_NAMES = ("llama", "mistral", "qwen2", "qwen3", "gpt2", "opt")
+from models.mla_config import MLAConfig, mla_problems
+from models.moe_config import MoEConfig, RoutingConfig, moe_problems
+
+FAMILY_NAMES = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gpt2",
+    "opt",
+    "mixtral",
+    "qwen3_moe",
+    "deepseek_v2",
+    "deepseek_v3",
+)
 NORMS = ("rmsnorm", "layernorm")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 POSITIONS = ("rope", "learned", "alibi", "none")
@@ -81,12 +95,15 @@ class ModelConfig:
     qk_norm: bool = False  # RMSNorm over head_dim of queries and keys (Qwen3)
     sliding_window: int | None = None  # a query sees this many last keys, itself included
     sliding_window_layers: list[int] | None = None  # layers that use the window; None: all
+    mla: MLAConfig = field(default_factory=MLAConfig)
+    moe: MoEConfig = field(default_factory=MoEConfig)
     tie_embeddings: bool = False
     norm_first: bool = True  # pre-norm; False: post-norm (OPT-350m)
     final_norm: bool = True
     dropout: float = 0.0  # of embeddings and of the output of each residual branch, in training
     attention_dropout: float = 0.0  # of attention probabilities (reference attention only)
     init_std: float = 0.02
+    routing: RoutingConfig = field(default_factory=RoutingConfig)
     attention: str = "auto"  # one of ATTENTION_IMPLEMENTATIONS
     activation_checkpoint: str = "none"  # one of ACTIVATION_CHECKPOINTS
     activation_checkpoint_save: list[str] = field(
@@ -116,11 +133,27 @@ class ModelConfig:
         return replace(
             self,
             num_kv_heads=self.num_heads if self.num_kv_heads is None else self.num_kv_heads,
-            head_dim=self.hidden_size // self.num_heads if self.head_dim is None else self.head_dim,
+            head_dim=self._score_dim() if self.head_dim is None else self.head_dim,
             rope=self.rope.resolve() if self.positions == "rope" else RopeConfig(),
+            mla=self.mla if self.mla.kv_rank else MLAConfig(),
+            moe=self.moe.resolve(self.num_layers),
             sliding_window=window,
             sliding_window_layers=layers,
         )
+
+    def _score_dim(self) -> int:
+        """Features of a head's query and key."""
+        return self.mla.nope_dim + self.mla.rope_dim if self.mla.kv_rank else self.hidden_size // self.num_heads
+
+    @property
+    def rotary_dim(self) -> int | None:
+        """Features of a head that rope turns (None before `resolve`)."""
+        return self.mla.rope_dim if self.mla.kv_rank else self.head_dim
+
+    @property
+    def value_dim(self) -> int | None:
+        """Features of a head's value (None before `resolve`)."""
+        return self.mla.value_dim if self.mla.kv_rank else self.head_dim
 
     def window_of(self, layer: int) -> int | None:
         """Sliding window of a layer in tokens; None: it attends to the whole sequence."""
@@ -146,10 +179,21 @@ def problems(config: ModelConfig, seq_len: int | None = None) -> list[str]:
     found += _choice("activation", config.activation, ACTIVATIONS)
     found += _choice("positions", config.positions, POSITIONS)
     if not sizes:  # the rest divides by them
-        found += _head_problems(config)
+        found += _head_problems(config) if config.mla.kv_rank == 0 else []
+        found += mla_problems(
+            config.mla,
+            positions=config.positions,
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            plain=not (config.qkv_bias or config.qk_norm),
+        )
         found += _window_problems(config)
     if config.positions == "rope":
         found += _rope_problems(config.rope)
+    found += moe_problems(
+        config.moe, config.routing, num_layers=config.num_layers, gated=config.gated_mlp, norm_first=config.norm_first
+    )
     if seq_len is not None:
         found += _length_problems(config, seq_len)
     return found

@@ -13,11 +13,13 @@ from models.initializers import Constant, Initializer, Normal
 from models.layers.attention import Attention, Context, build_context
 from models.layers.dropout import Dropout
 from models.layers.embedding import LearnedPositions, LMHead, make_embedding
+from models.layers.mla import LatentAttention
 from models.layers.mlp import MLP
+from models.layers.moe import MoE
 from models.layers.norm import make_norm
 from parallel.groups import NO_GROUPS, ModelParallel
 
-RESIDUAL_OUTPUTS = ("attention.o.weight", "mlp.down.weight")
+RESIDUAL_OUTPUTS = ("attention.o.weight", "mlp.down.weight", "mlp.experts.down.weight", "mlp.shared.down.weight")
 
 
 class Block(nn.Module):
@@ -27,9 +29,13 @@ class Block(nn.Module):
         super().__init__()
         self.norm_first = config.norm_first
         self.attention_norm = make_norm(config, groups)
-        self.attention = Attention(config, layer, seed, groups)
+        self.attention: Attention | LatentAttention
+        if config.mla.kv_rank:
+            self.attention = LatentAttention(config, layer, seed)
+        else:
+            self.attention = Attention(config, layer, seed, groups)
         self.mlp_norm = make_norm(config, groups)
-        self.mlp = MLP(config, groups)
+        self.mlp: MLP | MoE = MLP(config, groups)
         self.attention_dropout, self.mlp_dropout = (
             Dropout(config.dropout, seed=seed, site=f"blocks.{layer}.{branch}", max_seq_len=config.max_seq_len)
             for branch in ("attention", "mlp")
@@ -48,8 +54,37 @@ class Block(nn.Module):
         return self.mlp_norm(x + self.mlp_dropout(self.mlp(x), *keys))
 
 
+class MoEBlock(Block):
+    """A pre-norm block with a mixture of experts. `routing` adds up what its router reported in training.
+
+    A hook takes the report from the output: hooks stay outside of what is recomputed in backward or compiled, so each
+    forward pass counts once, and whoever calls the block sees a block.
+    """
+
+    routing: Tensor | None = None  # [E + 5] fp32 (models/layers/router.py); reset by who reads it
+    mlp: MoE
+
+    def __init__(self, config: ModelConfig, layer: int, seed: int, groups: ModelParallel) -> None:
+        super().__init__(config, layer, seed, groups)
+        self.mlp = MoE(config, layer, seed)
+        self.register_forward_hook(_keep_report)
+
+    def forward(self, x: Tensor, *, context: Context) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """x [B, T, D] to [B, T, D] and the router's report; a call of the block returns the first alone."""
+        x = x + self.attention_dropout(self.attention(self.attention_norm(x), context), context.samples)
+        y, report = self.mlp(self.mlp_norm(x), samples=context.samples, aux_scale=context.aux_scale)
+        return x + self.mlp_dropout(y, context.samples), report
+
+
+def _keep_report(block: MoEBlock, _args: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> Tensor:
+    x, report = output
+    if block.training:
+        block.routing = report if block.routing is None else block.routing + report
+    return x
+
+
 class Decoder(nn.Module):
-    """A causal language model. Parameters only, no buffers: filling the parameters after `to_empty` completes it.
+    """A causal language model. Filling its parameters, and buffers (biases of routers), after `to_empty` completes it.
 
     `config` is resolved (models.registry.resolve_model); `seed` keys the dropout masks; `groups` are the process groups
     inside the layers. Names and whole shapes of the parameters do not depend on them.
@@ -62,7 +97,10 @@ class Decoder(nn.Module):
         self.embedding = make_embedding(config, groups)
         self.positions = LearnedPositions(config, groups) if config.positions == "learned" else None
         self.dropout = Dropout(config.dropout, seed=seed, site="embedding", max_seq_len=config.max_seq_len)
-        self.blocks = nn.ModuleList(Block(config, layer, seed, groups) for layer in range(config.num_layers))
+        self.blocks = nn.ModuleList(
+            (MoEBlock if config.moe.in_layer(layer) else Block)(config, layer, seed, groups)
+            for layer in range(config.num_layers)
+        )
         self.final_norm = make_norm(config, groups) if config.final_norm else nn.Identity()
         self.head = LMHead(config, groups)
 
@@ -74,6 +112,7 @@ class Decoder(nn.Module):
         documents: Tensor | None = None,
         samples: Tensor | None = None,
         indices: Tensor | None = None,
+        aux_scale: Tensor | None = None,
         head: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> Tensor:
         """Logits [B, T, V] of tokens [B, T] int64, or head(hidden [B, T, D], weight [V, D]) where a head is given.
@@ -81,10 +120,11 @@ class Decoder(nn.Module):
         positions [B, T] int64 (None: 0, 1, ...), documents [B, T] int32 (None: attention crosses documents), samples
         [B] int64 (needed by dropout in training). indices [T] int64 says that these are only some tokens of sequences
         of S, the others being on the ranks of groups.cp; documents are then [B, S]. None: all are here, and nothing
-        is asked of other ranks, whatever groups.cp is. A fused loss comes in as `head`, so that it runs inside the
-        forward of the root module, where FSDP has gathered the weight. With tensor parallelism a head gets all tokens
-        and this rank's words of the weight, [V/R, D]; without one the logits are of all words. Raises ValueError for a
-        sequence longer than the table of learned positions.
+        is asked of other ranks, whatever groups.cp is. aux_scale 0-d is the gradient of the loss by routers' auxiliary
+        losses (None: they have none). A fused loss comes in as `head`, so that it runs inside the forward of the root
+        module, where FSDP has gathered the weight. With tensor parallelism a head gets all tokens and this rank's words
+        of the weight, [V/R, D]; without one the logits are of all words. Raises ValueError for a sequence longer than
+        the table of learned positions.
         """
         seq_len = tokens.shape[1]
         if indices is not None and self.groups.cp is not None:
@@ -101,7 +141,7 @@ class Decoder(nn.Module):
             samples=samples,
             indices=indices,
             groups=self.groups,
-        )
+        )._replace(aux_scale=aux_scale)
         if self.positions is not None:
             x = x + self._learned_positions(positions, seq_len)
         x = self.dropout(x, samples, context.tokens)
@@ -143,4 +183,4 @@ class Decoder(nn.Module):
                 return Constant(1.0)
             return Normal(residual_std if name.endswith(RESIDUAL_OUTPUTS) else std)
 
-        return {name: of(name) for name, _ in self.named_parameters()}
+        return {name: of(name) for name in self.state_dict()}

@@ -148,14 +148,15 @@ def _same_type(value: Any, default: Any) -> bool:
 class HFWeight:
     """Where one of our parameters lies in a Hugging Face file: rows of a tensor, after transposing it where so stored.
 
-    ours == (theirs.T if transpose else theirs)[rows[0]:rows[1]]; rows None: all of it. Rows that belong to no
-    parameter are never read, and are exported as zeros.
+    ours == (theirs.T if transpose else theirs)[rows[0]:rows[1]]; rows None: all of it. With stack, ours[stack] is what
+    lies there. Rows that belong to no parameter are never read, and are exported as zeros.
     """
 
     ours: str
     theirs: str
     transpose: bool = False
     rows: tuple[int, int] | None = None
+    stack: int | None = None  # number of the expert, of the first dim of ours
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,9 @@ def load_hf_weights(path: str | Path, parameters: Mapping[str, Tensor | DTensor]
     for weight in weights:
         parameter = parameters[weight.ours]
         local, region = _local_region(weight.ours, parameter)
+        if weight.stack is not None:
+            row = weight.stack - region[0].start
+            local, region = local[row : row + 1] if row >= 0 else local[:0], region[1:]
         if local.numel():
             local.copy_(_read(folder, names[weight.theirs], weight, region))
     if config.tie_embeddings and HEAD in folder.file_of:
@@ -87,7 +90,7 @@ def _hf_shapes(weights: Sequence[HFWeight], ours: Mapping[str, tuple[int, ...]])
     """Shape of every Hugging Face tensor, in file order, from the shapes of our parameters."""
     shapes: dict[str, tuple[int, ...]] = {}
     for weight in weights:
-        rows, *rest = ours[weight.ours]
+        rows, *rest = ours[weight.ours] if weight.stack is None else ours[weight.ours][1:]
         end = weight.rows[1] if weight.rows else rows
         shape = (end, *rest)[::-1] if weight.transpose else (end, *rest)
         shapes[weight.theirs] = max(shapes.get(weight.theirs, shape), shape)  # of a fused one the last rows count
@@ -148,8 +151,9 @@ def export_hf_weights(
     description = hf_config(config) | {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     description |= dict(token_ids or {}) | {"torch_dtype": str(dtype).removeprefix("torch.")}
     weights = FAMILIES[config.family].weights(config)
+    read = _remember_last(read)  # each expert's tensor is a part of one parameter
     with torch.device("meta"):
-        ours = {name: tuple(parameter.shape) for name, parameter in Decoder(config).named_parameters()}
+        ours = {name: tuple(tensor.shape) for name, tensor in Decoder(config).state_dict().items()}
     files = _plan_files(_hf_shapes(weights, ours), dtype, max_shard_bytes)
 
     def prepare() -> None:
@@ -217,7 +221,8 @@ def _assemble(theirs: str, weights: Sequence[HFWeight], read: Callable[[str], Te
     pieces: list[Tensor] = []
     end = 0
     for part in parts:
-        piece = read(part.ours).detach().to("cpu", dtype)
+        stored = read(part.ours) if part.stack is None else read(part.ours)[part.stack]
+        piece = stored.detach().to("cpu", dtype)
         if dtype == torch.float16 and not piece.isfinite().all():
             raise ValueError(f"{part.ours} has values that fp16 cannot hold; export as bf16 or fp32")
         start = part.rows[0] if part.rows else 0
@@ -227,6 +232,19 @@ def _assemble(theirs: str, weights: Sequence[HFWeight], read: Callable[[str], Te
         end = start + piece.shape[0]
     whole = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
     return whole.t() if parts[0].transpose else whole
+
+
+def _remember_last(read: Callable[[str], Tensor]) -> Callable[[str], Tensor]:
+    """read, without reading again what it was asked for the last time."""
+    last: dict[str, Tensor] = {}
+
+    def remembering(name: str) -> Tensor:
+        if name not in last:
+            last.clear()
+            last[name] = read(name)
+        return last[name]
+
+    return remembering
 
 
 def _write_index(folder: Path, files: Mapping[str, Mapping[str, tuple[int, ...]]], dtype: torch.dtype) -> None:

@@ -9,21 +9,29 @@ from typing import Any
 
 from models.config import ModelConfig, check
 from models.decoder import Decoder
+from models.deepseek_v2 import DEEPSEEK_V2
+from models.deepseek_v3 import DEEPSEEK_V3
 from models.family import Family
 from models.gpt2 import GPT2
 from models.llama import LLAMA
 from models.mistral import MISTRAL
+from models.mixtral import MIXTRAL
 from models.opt import OPT
 from models.qwen2 import QWEN2
 from models.qwen3 import QWEN3
+from models.qwen3_moe import QWEN3_MOE
 from parallel.groups import NO_GROUPS, ModelParallel
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, GPT2, OPT)}
+FAMILIES: dict[str, Family] = {
+    family.name: family
+    for family in (LLAMA, MISTRAL, QWEN2, QWEN3, GPT2, OPT, MIXTRAL, QWEN3_MOE, DEEPSEEK_V2, DEEPSEEK_V3)
+}
 
 RUN_TIME_FIELDS = (
     "path",
     "dropout",
     "attention_dropout",
+    "routing",
     "attention",
     "activation_checkpoint",
     "activation_checkpoint_save",

@@ -131,7 +131,7 @@ def _agreed(function: Callable[[], None], ranks: Ranks) -> None:
 def _sharded_zeros(config: ModelConfig, dtype: torch.dtype) -> dict[str, DTensor]:
     """Every parameter by name, its rows shared out over all ranks."""
     with torch.device("meta"):
-        shapes = {name: parameter.shape for name, parameter in build_model(config).named_parameters()}
+        shapes = {name: tensor.shape for name, tensor in build_model(config).state_dict().items()}
     mesh = init_device_mesh("cpu", (Ranks().size,))
     return {name: zeros(*shape, dtype=dtype, device_mesh=mesh, placements=[Shard(0)]) for name, shape in shapes.items()}
 
@@ -147,12 +147,14 @@ def _model_of(checkpoint: Path, extra: Mapping[str, Any]) -> ModelConfig:
 def _weight_dtype(checkpoint: Path, reader: TensorReader, config: ModelConfig) -> torch.dtype:
     """The dtype of the weights. Raises CheckpointError unless they are exactly those of the model."""
     with torch.device("meta"):
-        wanted = {name: parameter.shape for name, parameter in build_model(config).named_parameters()}
+        model = build_model(config)
+    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
     stored = {name.removeprefix(WEIGHTS): entry for name, entry in reader.shapes.items() if name.startswith(WEIGHTS)}
     different = sorted(
         name for name in wanted.keys() | stored.keys() if name not in stored or wanted.get(name) != stored[name][0]
     )
-    dtypes = {dtype for _, dtype in stored.values()}
+    buffers = dict(model.named_buffers())  # biases of routers, fp32 beside weights of any dtype
+    dtypes = {dtype for name, (_, dtype) in stored.items() if name not in buffers}
     if different or len(dtypes) != 1:
         raise CheckpointError(
             f"{checkpoint} does not hold the weights of its model: {', '.join(different[:5])} missing or of another "

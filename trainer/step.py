@@ -8,7 +8,7 @@ Each rank divides by the global count before backward, so gradients only ever ne
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -21,6 +21,7 @@ from parallel.data import DataParallel
 from trainer.loss import count_valid, token_loss_sum
 from trainer.loss_scale import LossScale
 from trainer.optim import Optimizer, clip_coefficient, global_grad_norm
+from trainer.routing import RoutingMonitor
 
 
 @dataclass
@@ -36,6 +37,7 @@ class TrainState:
     grad_clip: float  # largest global gradient norm; 0: none
     compile_loss: bool
     vocabulary: VocabularyShard | None = None  # this rank's words of the output layer; None: all
+    routing: RoutingMonitor | None = None  # of a mixture of experts
     step: int = 0  # updates attempted so far; filled by train_step
 
 
@@ -48,16 +50,18 @@ class StepMetrics:
     skipped: torch.Tensor  # 0-d fp32; 1 if loss or gradients were not finite and nothing was updated
     valid_tokens: torch.Tensor  # 0-d int64; tokens with a label in the global batch
     loss_scale: torch.Tensor  # 0-d fp32; what this step's loss was scaled by
+    extra: dict[str, torch.Tensor] = field(default_factory=dict)  # more metrics by name, 0-d
 
 
-def forward_loss_sum(state: TrainState, batch: Batch) -> torch.Tensor:
-    """Sum of this micro-batch's token losses, 0-d fp32."""
+def forward_loss_sum(state: TrainState, batch: Batch, *, aux_scale: torch.Tensor | None = None) -> torch.Tensor:
+    """Sum of this micro-batch's token losses, 0-d fp32; its backward adds aux_scale times the auxiliary losses'."""
     return state.model(
         batch.tokens,
         positions=batch.positions,
         documents=batch.documents,
         samples=batch.samples,
         indices=batch.indices,
+        aux_scale=aux_scale,
         head=partial(token_loss_sum, labels=batch.labels, compile=state.compile_loss, vocabulary=state.vocabulary),
     )
 
@@ -68,11 +72,12 @@ def train_step(state: TrainState, microbatches: list[Batch], *, lr: float) -> St
     dist.all_reduce(valid, group=state.token_group)
     scale = state.loss_scale.scale.clone()
     per_token = scale / valid.clamp(min=1)
+    aux_scale = None if state.routing is None else state.routing.aux_scale(scale)
 
     loss_sum = torch.zeros((), dtype=torch.float64, device=state.device)  # millions of tokens: fp32 would round
     for i, batch in enumerate(microbatches):
         state.data_parallel.start_microbatch(last=i == len(microbatches) - 1)
-        loss = forward_loss_sum(state, batch)
+        loss = forward_loss_sum(state, batch, aux_scale=aux_scale)
         (loss * per_token).backward()
         loss_sum += loss.detach()
     state.data_parallel.finish_backward()
@@ -85,9 +90,12 @@ def train_step(state: TrainState, microbatches: list[Batch], *, lr: float) -> St
     coefficient = clip_coefficient(grad_norm, state.grad_clip) / scale
     state.optimizer.step(lr=lr, grad_scale=coefficient, skip=skipped)
     state.data_parallel.publish()
+    extra = {} if state.routing is None else state.routing.finish(skipped)
     state.loss_scale.update(skipped)
     state.step += 1
-    return StepMetrics(loss=loss, grad_norm=grad_norm, skipped=skipped, valid_tokens=valid, loss_scale=scale)
+    return StepMetrics(
+        loss=loss, grad_norm=grad_norm, skipped=skipped, valid_tokens=valid, loss_scale=scale, extra=extra
+    )
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from data.batch import Batch
 from data.config import DataError
 from data.loader import Loader, build_loader
+from kernels.grouped_linear import choose_grouped_linear
 from kernels.linear_cross_entropy import VocabularyShard
 from models.flops import flops_per_token
 from models.hf import load_hf_weights
@@ -37,6 +38,7 @@ from trainer.loss_scale import LossScale
 from trainer.metrics import MetricLogger
 from trainer.optim import build_optimizer
 from trainer.resilience import PreemptionGuard
+from trainer.routing import RoutingMonitor
 from trainer.run_dir import check_run_dir, enter_run_dir, find_start
 from trainer.run_info import RunInfo, write_config, write_run_info
 from trainer.run_lock import RunLock
@@ -64,7 +66,8 @@ class _Pending:
     """A step whose numbers are still on their way to the host."""
 
     record: dict[str, Any]  # what the host knew when it launched the step
-    values: torch.Tensor  # [5] fp64 on the host: loss, grad_norm, skipped, valid_tokens, loss_scale
+    values: torch.Tensor  # fp64 on the host: loss, grad_norm, skipped, valid_tokens, loss_scale, then `extra`
+    extra: list[str]  # names of more metrics
     end: torch.cuda.Event | float  # of the step, and of the copy of its values
 
 
@@ -161,16 +164,23 @@ class Trainer:
         )
         model.train()
         self.initializers = model.initializers()
+        self.buffers = dict(model.named_buffers())
+        token_group = self.mesh.tokens.get_group()
         return TrainState(
             model=model,
             data_parallel=data_parallel,
             optimizer=build_optimizer(data_parallel.masters, config.optim),
             loss_scale=LossScale(config.precision, self.device),
-            token_group=self.mesh.tokens.get_group(),
+            token_group=token_group,
             device=self.device,
             grad_clip=config.train.grad_clip,
             compile_loss=config.train.compile,
             vocabulary=self._vocabulary_shard(groups),
+            routing=RoutingMonitor(
+                model, config.model, global_batch_size=config.train.global_batch_size, group=token_group
+            )
+            if config.model.moe.num_experts
+            else None,
         )
 
     def _vocabulary_shard(self, groups: ModelParallel) -> VocabularyShard | None:
@@ -183,18 +193,22 @@ class Trainer:
     def _state_tensors(self) -> dict[str, torch.Tensor]:
         """Every tensor a checkpoint holds, by name. Loaded in place."""
         state = self.state
-        tensors = {f"model/{name}": p for name, p in state.data_parallel.masters.items()}
+        tensors = {f"model/{name}": tensor for name, tensor in self._weights().items()}
         tensors |= {f"optim/{name}": t for name, t in state.optimizer.state_tensors().items()}
         tensors |= {f"loss_scale/{name}": t for name, t in state.loss_scale.state_tensors().items()}
         return tensors
 
+    def _weights(self) -> dict[str, torch.Tensor]:
+        """What makes the model: masters, and buffers, which every rank holds whole."""
+        return self.state.data_parallel.masters | self.buffers
+
     def _load(self) -> None:
         """Weights from a checkpoint, from a Hugging Face folder, or drawn; then into the model."""
-        masters = self.state.data_parallel.masters
+        weights = self._weights()
         if self.resume_from is not None:
             if read_extra(self.resume_from).get("weights_only", False):
                 # From launch/convert.py import: a new run, with nothing but its weights from elsewhere.
-                self.checkpoints.load(self.resume_from, {f"model/{name}": p for name, p in masters.items()})
+                self.checkpoints.load(self.resume_from, {f"model/{name}": tensor for name, tensor in weights.items()})
             else:
                 extra = self.checkpoints.load(self.resume_from, self._state_tensors())
                 with configuration_errors(DataError):
@@ -213,9 +227,9 @@ class Trainer:
                 self.skipped_steps = self._skipped_before = extra["skipped_steps"]
                 self._skipped_in_a_row = extra["skipped_in_a_row"]
         elif self.config.model.path is not None:
-            load_hf_weights(self.config.model.path, masters, self.config.model)
+            load_hf_weights(self.config.model.path, weights, self.config.model)
         else:
-            initialize(masters, self.initializers, self.config.train.seed)
+            initialize(weights, self.initializers, self.config.train.seed)
         self.state.data_parallel.publish()
 
     def _describe(self) -> None:
@@ -243,6 +257,7 @@ class Trainer:
                 "activation_checkpoint": self.config.model.activation_checkpoint,
                 "optimizer": self.config.optim.name,
                 "context_parallel": self.config.parallel.cp_method if self.dims.cp > 1 else "none",
+                **self._expert_kernel(),
                 "data_parallel": f"zero{self.config.parallel.zero_stage}",
             },
             precision={"compute": precision.compute, "master": precision.master, "reduce": precision.reduce},
@@ -260,6 +275,14 @@ class Trainer:
             + (f"; resumed from {self.resume_from} at step {self.state.step}" if self.resume_from else ""),
             step=self.state.step,
         )
+
+    def _expert_kernel(self) -> dict[str, str]:
+        """The implementation of the experts' products, for run.json."""
+        model, dtype = self.config.model, self.config.precision.compute_dtype
+        if not model.moe.num_experts:
+            return {}
+        sizes = (model.hidden_size, model.moe.intermediate_size)
+        return {"experts": choose_grouped_linear(self.device, dtype, *sizes)}
 
     # ---- training
 
@@ -322,7 +345,7 @@ class Trainer:
         metrics = train_step(self.state, microbatches, lr=lr)
         self.tokens += self.tokens_per_step
         record = {"step": step, "lr": lr, "tokens": self.tokens, "data_wait_seconds": data_wait}
-        self._pending.append(_Pending(record, _to_host(metrics), self.clock.mark()))
+        self._pending.append(_Pending(record, _to_host(metrics), list(metrics.extra), self.clock.mark()))
 
     def _collect(self, *, keep: int) -> list[dict[str, Any]]:
         """Wait for all pending steps but the newest `keep`; their records (docs/METRICS.md)."""
@@ -330,11 +353,12 @@ class Trainer:
         while len(self._pending) > keep:
             pending = self._pending.popleft()
             seconds = self.clock.seconds_to(pending.end)
-            loss, grad_norm, skipped, valid_tokens, loss_scale = pending.values.tolist()
+            loss, grad_norm, skipped, valid_tokens, loss_scale, *extra = pending.values.tolist()
             self.skipped_steps += int(skipped)
             record = pending.record | {"loss": loss, "grad_norm": grad_norm, "valid_tokens": int(valid_tokens)}
             record |= self.throughput.of_step(self.tokens_per_step, seconds)
             record |= {"peak_memory_gib": self._peak_memory_gib(), "skipped_steps": self.skipped_steps}
+            record |= dict(zip(pending.extra, extra, strict=True))
             if self.state.loss_scale.dynamic:
                 record["loss_scale"] = loss_scale
             records.append(record)
@@ -435,7 +459,7 @@ class Trainer:
 def _to_host(metrics: StepMetrics) -> torch.Tensor:
     """Start copying a step's numbers to the host, in fp64, which holds all of them exactly: `_Pending.values`."""
     fields = (metrics.loss, metrics.grad_norm, metrics.skipped, metrics.valid_tokens, metrics.loss_scale)
-    values = torch.stack([field.double() for field in fields])
+    values = torch.stack([field.double() for field in (*fields, *metrics.extra.values())])
     if values.device.type == "cpu":
         return values
     return torch.empty_like(values, device="cpu", pin_memory=True).copy_(values, non_blocking=True)

@@ -11,11 +11,12 @@ import torch
 
 from data.config import DataConfig, parts
 from data.config import problems as data_problems
+from models.config import ModelConfig
 from models.config import problems as model_problems
 from models.registry import resolve_model
 from parallel.activation_checkpoint import ActivationCheckpoint
 from parallel.activation_checkpoint import problems as activation_checkpoint_problems
-from parallel.dims import ParallelDims
+from parallel.dims import ParallelConfig, ParallelDims
 from parallel.dims import problems as dims_problems
 from parallel.precision import problems as precision_problems
 from trainer.config import NONFINITE, CheckpointConfig, ConfigError, LoggingConfig, LoopConfig, TrainConfig
@@ -40,6 +41,8 @@ def finalize(config: TrainConfig, *, world_size: int) -> TrainConfig:
             found.append(str(error))
         else:
             found += model_problems(model, seq_len=config.train.seq_len)
+    found += _expert_problems(model, config.parallel)
+    found += _latent_problems(model, config.parallel)
     found += activation_checkpoint_problems(
         ActivationCheckpoint(mode=model.activation_checkpoint, save=model.activation_checkpoint_save)
     )
@@ -125,6 +128,30 @@ def _logging_problems(logging: LoggingConfig) -> list[str]:
     if logging.peak_tflops is not None and not 0 < logging.peak_tflops < math.inf:
         found.append(f"logging.peak_tflops={logging.peak_tflops} must be positive, or null to look it up")
     return found
+
+
+def _expert_problems(model: ModelConfig, parallel: ParallelConfig) -> list[str]:
+    """Axes that a mixture of experts does not compose with: its router counts whole sequences on one rank."""
+    if not model.moe.num_experts:
+        return []
+    return [
+        f"parallel.{axis}={getattr(parallel, axis)} does not work with model.moe.num_experts={model.moe.num_experts}, "
+        f"whose routers need whole sequences and stages; use {axis}=1"
+        for axis in ("tp", "pp", "cp")
+        if getattr(parallel, axis) > 1
+    ]
+
+
+def _latent_problems(model: ModelConfig, parallel: ParallelConfig) -> list[str]:
+    """Axes that multi-head latent attention does not compose with: its heads share one compressed key and value."""
+    if not model.mla.kv_rank:
+        return []
+    return [
+        f"parallel.{axis}={getattr(parallel, axis)} does not work with model.mla.kv_rank={model.mla.kv_rank}: latent "
+        f"attention is not split over heads or tokens; use {axis}=1"
+        for axis in ("tp", "cp")
+        if getattr(parallel, axis) > 1
+    ]
 
 
 def _cross_problems(config: TrainConfig, world_size: int) -> list[str]:

@@ -38,6 +38,7 @@ class Context(NamedTuple):
     indices: Tensor | None  # [T]: where the tokens lie in the sequence; None: all of it is here
     samples: Tensor | None  # [B], the key of dropout
     tokens: Tensor | None = None  # [T of the residual stream] int64, their index in the sequence; None: 0, 1, ...
+    aux_scale: Tensor | None = None  # 0-d, gradient of the training loss by auxiliary losses; filled by Decoder.forward
 
 
 def choose_attention(
@@ -87,8 +88,8 @@ def build_context(
         slopes = slopes.chunk(groups.cp.size())[groups.cp.get_local_rank()]  # the mask is that of its heads
     cos = sin = None
     if config.positions == "rope":
-        assert config.head_dim is not None  # resolved
-        cos, sin = rope.tables(config.rope, config.head_dim, positions, seq_len)
+        assert config.rotary_dim is not None  # resolved
+        cos, sin = rope.tables(config.rope, config.rotary_dim, positions, seq_len)
 
     def build(window: int | None) -> Any:
         if implementation == "sdpa":

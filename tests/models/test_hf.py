@@ -20,7 +20,7 @@ from models.config import ModelConfig
 from models.hf import export_hf_weights, load_hf_weights
 from models.registry import build_model, resolve_model
 from tests.models.on_ranks import elements_read, export_on_ranks, partial_is_refused, shards_equal_the_whole
-from tests.models.oracle import CASES, ours, pair, theirs
+from tests.models.oracle import CASES, eager, ours, pair, theirs
 from tests.models.small import random_decoder, sample_tokens, tiny
 from tests.pool import RankPool
 
@@ -29,10 +29,9 @@ from tests.pool import RankPool
 def test_export_gives_transformers_back_its_own_weights(case: str, tmp_path: Path) -> None:
     """A name, transpose, split or config field that one direction gets wrong; bitwise."""
     reference, model = pair(case, tmp_path / "in")
-    parameters = dict(model.named_parameters())
-    export_hf_weights(parameters.__getitem__, model.config, tmp_path / "out", dtype=torch.float32)
+    export_hf_weights(model.state_dict().__getitem__, model.config, tmp_path / "out", dtype=torch.float32)
     again, info = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "out", output_loading_info=True, attn_implementation="eager"
+        tmp_path / "out", output_loading_info=True, **eager(model.config.family)
     )
     assert not any(info.values()), info
     assert type(again) is type(reference)

@@ -30,7 +30,8 @@ MODELS: dict[str, dict[str, Any]] = {
 LAYOUTS: list[tuple[str, int, dict[str, Any]]] = [
     ("llama", 4, {"parallel__tp": 2, "parallel__cp": 2}),
     ("llama", 4, {"parallel__tp": 2, "parallel__cp": 2, "parallel__sequence_parallel": True}),
-    ("llama", 8, {"parallel__tp": 2, "parallel__cp": 2, "parallel__sequence_parallel": True, "parallel__zero_stage": 3}),
+    ("llama", 8, {"parallel__tp": 2, "parallel__cp": 2, "parallel__sequence_parallel": True,
+                  "parallel__zero_stage": 3}),
     ("llama", 8, {"parallel__tp": 2, "parallel__cp": 2, "parallel__cp_method": "allgather", "parallel__zero_stage": 1}),
     ("tied", 8, {"parallel__tp": 2, "parallel__cp": 2, "parallel__cp_method": "ulysses", "parallel__zero_stage": 2}),
     ("tied", 8, {"parallel__tp": 2, "parallel__cp": 2, "parallel__dp_replicate": 2, "parallel__zero_stage": 1}),

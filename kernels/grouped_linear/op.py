@@ -1,0 +1,145 @@
+"""The grouped linear layer as one op, so that compiled graphs and activation checkpointing see no loop inside.
+
+Three implementations, all with the same result up to rounding:
+
+    grouped_mm  CUDA, bf16: torch._grouped_mm, one kernel, group sizes read on the device
+    masked      CUDA, all else: every group's product over all rows, G times the arithmetic, but no host synchronisation
+    split       CPU: a product per group, over slices
+
+N rows, G groups, K features in, M features out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.utils.flop_counter import register_flop_formula
+
+GROUPED_MM_MULTIPLE = 8
+"""torch._grouped_mm wants rows of a multiple of 16 bytes: of 8 elements in bf16."""
+
+
+def choose_grouped_linear(device: torch.device, dtype: torch.dtype, *sizes: int) -> str:
+    """The implementation that runs for rows of these sizes: grouped_mm, masked or split."""
+    if device.type == "cpu":
+        return "split"
+    aligned = all(size % GROUPED_MM_MULTIPLE == 0 for size in sizes)
+    return "grouped_mm" if device.type == "cuda" and dtype == torch.bfloat16 and aligned else "masked"
+
+
+def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """Row n of group g becomes x[n] weight[g]^T: x [N, K], weight [G, M, K] to [N, M], of one floating dtype.
+
+    ends [G] int32, ascending, on x's device: group g is rows ends[g - 1] to ends[g]; a group may be empty. Rows from
+    ends[G - 1] on belong to no group: their output and their gradient are 0. Raises TypeError for a DTensor and for
+    wrong dtypes, ValueError for shapes that do not fit.
+    """
+    for name, tensor in (("x", x), ("weight", weight), ("ends", ends)):
+        if isinstance(tensor, DTensor):
+            raise TypeError(f"{name} is a DTensor; kernels work on plain tensors, so pass its local shard")
+    if x.dtype != weight.dtype or ends.dtype != torch.int32:
+        raise TypeError(f"dtypes x {x.dtype}, weight {weight.dtype}, ends {ends.dtype}; use one for both, and int32")
+    if x.ndim != 2 or weight.ndim != 3 or x.shape[1] != weight.shape[2] or ends.shape != weight.shape[:1]:
+        raise ValueError(
+            f"shapes x {list(x.shape)}, weight {list(weight.shape)}, ends {list(ends.shape)} do not fit; "
+            "they are [N, K], [G, M, K] and [G]"
+        )
+    return _grouped_linear(x, weight, ends)
+
+
+@torch.library.custom_op("lattice::grouped_linear", mutates_args=())
+def _grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    implementation = choose_grouped_linear(x.device, x.dtype, *weight.shape[1:])
+    if implementation == "grouped_mm":
+        y = torch._grouped_mm(x.contiguous(), weight.contiguous().transpose(1, 2), offs=ends)
+        return torch.where(_grouped(x, ends), y, 0)
+    y = x.new_zeros(x.shape[0], weight.shape[1])
+    if implementation == "masked":
+        for g, member in _members(x, ends):
+            y += torch.where(member, x, 0) @ weight[g].T
+    else:
+        for g, rows in _slices(ends):
+            torch.mm(x[rows], weight[g].T, out=y[rows])
+    return y
+
+
+@_grouped_linear.register_fake
+def _(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[1])
+
+
+@torch.library.custom_op("lattice::grouped_linear_backward", mutates_args=())
+def _grouped_linear_backward(grad: Tensor, x: Tensor, weight: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of x [N, K] and weight [G, M, K] from that of the output, grad [N, M]."""
+    implementation = choose_grouped_linear(x.device, x.dtype, *weight.shape[1:])
+    if implementation == "grouped_mm":
+        grad, x = grad.contiguous(), x.contiguous()
+        d_x = torch._grouped_mm(grad, weight.contiguous(), offs=ends)
+        d_weight = torch._grouped_mm(grad.t(), x, offs=ends)
+        return torch.where(_grouped(x, ends), d_x, 0), d_weight
+    d_x, d_weight = torch.zeros_like(x, memory_format=torch.contiguous_format), torch.zeros_like(weight)
+    if implementation == "masked":
+        for g, member in _members(x, ends):
+            grad_g = torch.where(member, grad, 0)
+            d_x += grad_g @ weight[g]
+            d_weight[g] = grad_g.T @ x
+    else:
+        for g, rows in _slices(ends):
+            torch.mm(grad[rows], weight[g], out=d_x[rows])
+            torch.mm(grad[rows].T, x[rows], out=d_weight[g])
+    return d_x, d_weight
+
+
+@_grouped_linear_backward.register_fake
+def _(grad: Tensor, x: Tensor, weight: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(weight)
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    x, weight, ends = ctx.saved_tensors
+    d_x, d_weight = _grouped_linear_backward(grad, x, weight, ends)
+    return d_x, d_weight, None
+
+
+_grouped_linear.register_autograd(_backward, setup_context=_save)
+
+
+@register_flop_formula(torch.ops.lattice.grouped_linear)
+def _flops(x: torch.Size, weight: torch.Size, *_: Any, **__: Any) -> int:
+    """For torch's FlopCounterMode, as if every row had a group; the arguments are shapes."""
+    return 2 * x[0] * weight[1] * weight[2]
+
+
+@register_flop_formula(torch.ops.lattice.grouped_linear_backward)
+def _backward_flops(grad: torch.Size, x: torch.Size, weight: torch.Size, *_: Any, **__: Any) -> int:
+    return 2 * _flops(x, weight)
+
+
+def _grouped(x: Tensor, ends: Tensor) -> Tensor:
+    """[N, 1] bool: which rows belong to a group."""
+    return (torch.arange(x.shape[0], device=x.device) < ends[-1])[:, None]
+
+
+def _members(x: Tensor, ends: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """(g, [N, 1] bool of the rows of group g), without a look at the sizes."""
+    row = torch.arange(x.shape[0], device=x.device)
+    for g in range(ends.shape[0]):
+        start = ends[g - 1] if g else 0
+        yield g, ((row >= start) & (row < ends[g]))[:, None]
+
+
+def _slices(ends: Tensor) -> Iterator[tuple[int, slice]]:
+    """(g, rows) of the groups that have any. Reads ends, which is on the host."""
+    start = 0
+    for g, end in enumerate(ends.tolist()):
+        if end > start:
+            yield g, slice(start, end)
+        start = end

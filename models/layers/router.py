@@ -1,0 +1,145 @@
+"""Routers: which experts a token goes to, with which weights, and what keeps the experts equally busy.
+
+Everything here is defined per sequence or per token, so that no layout and no micro-batch size changes it.
+
+B batch, T tokens, D hidden_size, E experts, k experts per token.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels.philox import uniform
+from models.config import ModelConfig
+
+NORMALIZE_EPS = 1e-20
+"""Keeps the normalisation of weights finite where all chosen scores underflow."""
+
+
+class Routing(NamedTuple):
+    """Filled by Router.forward."""
+
+    experts: Tensor  # [B, T, k] int64; E: this choice is not computed
+    weights: Tensor  # [B, T, k] fp32
+    loss: Tensor  # 0-d fp32, differentiable: weighted auxiliary losses, summed over sequences
+    report: Tensor  # [E + len(REPORT)] fp32, detached, all sums: choices of each expert, then REPORT
+
+
+REPORT = ("dropped", "choices", "entropy", "aux_loss", "z_loss")
+"""Choices not computed, all choices, nats of each token's distribution, unweighted losses of each sequence."""
+
+
+class Router(nn.Module):
+    """Scores experts with a linear map in fp32 and chooses k of them per token.
+
+        softmax  k largest probabilities (Mixtral, 2401.04088; DeepSeek-V2, 2405.04434, with groups)
+        switch   the largest probability (Switch, 2101.03961)
+        gshard   the two largest, normalised; in training the second is taken with probability 2 w2 (2006.16668)
+        sigmoid  k largest of sigmoid(logit) + bias, weighted without the bias (DeepSeek-V3, 2412.19437, eq. 13 to 16)
+
+    `bias` is no parameter: trainer/routing.py moves it against the load (eq. 16, "auxiliary-loss-free").
+    """
+
+    bias: Tensor | None  # [E] fp32
+
+    def __init__(self, config: ModelConfig, layer: int, seed: int) -> None:
+        super().__init__()
+        self.moe, self.options = config.moe, config.routing
+        self.weight = nn.Parameter(torch.empty(config.moe.num_experts, config.hidden_size))
+        bias = torch.zeros(config.moe.num_experts, dtype=torch.float32) if config.moe.router == "sigmoid" else None
+        self.register_buffer("bias", bias)
+        self.seed, self.site = seed, f"blocks.{layer}.router"
+        self.max_seq_len = config.max_seq_len
+
+    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
+        super()._apply(fn, recurse)
+        if self.bias is not None:
+            self.bias = self.bias.float()  # model.to(bf16) would round away its steps of 0.001
+        return self
+
+    def forward(self, x: Tensor, samples: Tensor | None) -> Routing:
+        """Route x [B, T, D]. samples [B]: sample numbers, needed by gshard in training."""
+        logits = F.linear(x.float(), self.weight.float())
+        scores = logits.sigmoid() if self.moe.router == "sigmoid" else logits.softmax(-1)
+        with torch.no_grad():
+            experts = self._eligible(scores).topk(self.moe.top_k, dim=-1).indices
+        weights = scores.gather(-1, experts)
+        if self.moe.normalize:
+            weights = weights / (weights.sum(-1, keepdim=True) + NORMALIZE_EPS)
+        counts_BE = _count(experts, self.moe.num_experts)
+        p = scores if self.moe.router != "sigmoid" else scores / scores.sum(-1, keepdim=True)
+        aux_B, z_B = balance_loss(p, counts_BE, self.moe.top_k), logits.logsumexp(-1).square().mean(1)
+        with torch.no_grad():
+            kept = self._drop(experts, weights, samples) if self.training else experts
+            sums = [(kept == self.moe.num_experts).sum(), torch.full((), kept.numel(), device=x.device)]
+            sums += [-torch.xlogy(p, p).sum(), aux_B.sum(), z_B.sum()]
+            report = torch.cat([counts_BE.sum(0), torch.stack([value.float() for value in sums])])
+        loss = self.options.aux_weight * aux_B.sum() + self.options.z_weight * z_B.sum()
+        return Routing(kept, weights * self.moe.scaling, loss, report)
+
+    def _eligible(self, scores: Tensor) -> Tensor:
+        """[B, T, E]: what the k largest are taken of; -inf outside the best `top_groups` groups of experts.
+
+        A group is as good as its best expert with softmax (DeepSeek-V2), as its best two together with sigmoid (V3).
+        """
+        choice = scores if self.bias is None else scores + self.bias
+        if self.moe.top_groups == self.moe.num_groups:
+            return choice
+        grouped = choice.unflatten(-1, (self.moe.num_groups, -1))
+        best = grouped.topk(2 if self.moe.router == "sigmoid" else 1, dim=-1).values.sum(-1)
+        chosen = torch.zeros_like(best, dtype=torch.bool).scatter(-1, best.topk(self.moe.top_groups).indices, True)
+        return grouped.masked_fill(~chosen[..., None], -torch.inf).flatten(-2)
+
+    def _drop(self, experts: Tensor, weights: Tensor, samples: Tensor | None) -> Tensor:
+        """experts [B, T, k] with E in place of choices that training does not compute."""
+        E, T = self.moe.num_experts, experts.shape[1]
+        if self.moe.router == "gshard":
+            if samples is None:
+                raise ValueError(f"the second choice at {self.site} is drawn: pass the sample number of each row, [B]")
+            index = samples[:, None] * self.max_seq_len + torch.arange(T, device=experts.device)
+            second = uniform(self.seed, self.site, index) < 2.0 * weights[..., 1]
+            experts = torch.stack([experts[..., 0], torch.where(second, experts[..., 1], E)], dim=-1)
+        if self.options.capacity_factor > 0:
+            capacity = capacity_of(T, E, self.moe.top_k, self.options.capacity_factor)
+            experts = torch.where(queue_position(experts, E) < capacity, experts, E)
+        return experts
+
+
+def capacity_of(seq_len: int, num_experts: int, top_k: int, factor: float) -> int:
+    """Tokens of one sequence that an expert takes: factor times its share under perfect balance, rounded up."""
+    return -int(-factor * top_k * seq_len // num_experts)
+
+
+def balance_loss(p: Tensor, counts_BE: Tensor, top_k: int) -> Tensor:
+    """[B]: E sum_e f_e P_e of each sequence, 1 under perfect balance (DeepSeek-V3, 2412.19437, eq. 17 to 20).
+
+    f_e is the share of the sequence's choices that fell on expert e, P_e the mean of p [B, T, E] over its tokens. With
+    one choice per token it is the loss of Switch (2101.03961, eq. 4), of a sequence instead of a rank's batch.
+    """
+    _, T, E = p.shape
+    return E * (counts_BE / (top_k * T) * p.mean(1)).sum(-1)
+
+
+def queue_position(experts: Tensor, num_experts: int) -> Tensor:
+    """[B, T, k]: how many choices of the same sequence and expert come before; first choices first, then by token.
+
+    An entry of num_experts is no choice and waits in a queue of its own.
+    """
+    B, T, k = experts.shape
+    flat = experts.transpose(1, 2).reshape(B, k * T)  # all first choices, then all second ones
+    order = flat.argsort(dim=1, stable=True)
+    counts = _count(flat[..., None], num_experts + 1).to(torch.int64)
+    first = counts.cumsum(1) - counts
+    in_order = torch.arange(k * T, device=experts.device) - first.gather(1, flat.gather(1, order))
+    return torch.empty_like(flat).scatter_(1, order, in_order).view(B, k, T).transpose(1, 2)
+
+
+def _count(experts: Tensor, bins: int) -> Tensor:
+    """[B, bins] fp32: how often each number occurs in each of experts [B, T, k]; exact, in any order of addition."""
+    flat = experts.flatten(1)
+    ones = torch.ones_like(flat, dtype=torch.float32)
+    return torch.zeros(flat.shape[0], bins, dtype=torch.float32, device=flat.device).scatter_add_(1, flat, ones)

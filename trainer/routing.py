@@ -1,0 +1,59 @@
+"""What the routers of a mixture of experts did in a step: metrics, and the balancing bias, from global counts."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from models.config import ModelConfig
+from models.decoder import MoEBlock
+from models.layers.router import REPORT
+
+
+class RoutingMonitor:
+    """Adds the reports of all routers up over micro-batches and ranks, once per step."""
+
+    def __init__(self, model: nn.Module, config: ModelConfig, *, global_batch_size: int, group: dist.ProcessGroup):
+        """config: resolved. global_batch_size: sequences. group: ranks with different tokens of the global batch."""
+        self.blocks = [module for module in model.modules() if isinstance(module, MoEBlock)]
+        self.config, self.global_batch_size, self.group = config, global_batch_size, group
+
+    def aux_scale(self, loss_scale: Tensor) -> Tensor:
+        """Gradient of the scaled training loss by the auxiliary losses of a sequence: their mean is part of it. 0-d."""
+        return loss_scale / self.global_batch_size
+
+    @torch.no_grad()
+    def finish(self, skipped: Tensor) -> dict[str, Tensor]:
+        """After the update: move the biases, unless it was skipped; metrics by name, 0-d. Collective over the group."""
+        reports = []
+        for block in self.blocks:
+            assert block.routing is not None, "a step without a forward pass"
+            reports.append(block.routing)
+            block.routing = None
+        report_LR = torch.stack(reports).double()
+        dist.all_reduce(report_LR, group=self.group)
+        num_experts = self.config.moe.num_experts
+        load_LE = report_LR[:, :num_experts]
+        rate = self.config.routing.bias_update_rate
+        if rate > 0:
+            for block, load_E in zip(self.blocks, load_LE, strict=True):
+                bias = cast(Tensor, block.mlp.router.bias)
+                bias += (rate * torch.sign(load_E.mean() - load_E) * (1.0 - skipped)).to(bias.dtype)
+        return self._metrics(load_LE, dict(zip(REPORT, report_LR[:, num_experts:].unbind(1), strict=True)))
+
+    def _metrics(self, load_LE: Tensor, sums: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Fields of metrics.jsonl (docs/METRICS.md). sums: of each layer, by the names of REPORT."""
+        share_LE = load_LE / load_LE.mean(1, keepdim=True)
+        tokens_L = sums["choices"] / self.config.moe.top_k
+        found = {
+            "moe_aux_loss": sums["aux_loss"].sum() / self.global_batch_size,
+            "moe_z_loss": sums["z_loss"].sum() / self.global_batch_size,
+            "moe_drop_rate": sums["dropped"].sum() / sums["choices"].sum(),
+            "moe_router_entropy": (sums["entropy"] / tokens_L).mean(),
+            "moe_load_max": share_LE.max(),
+            "moe_load_min": share_LE.min(),
+        }
+        return found | {f"moe_load_{e}": share_LE[:, e].mean() for e in range(share_LE.shape[1])}
