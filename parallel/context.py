@@ -7,6 +7,10 @@ of the (2n)(2n+1)/2 pairs of chunks that see each other, every rank computes 2n+
     ring        keys and values go round; each rank attends to the part it holds while the next one arrives (2310.01889)
     ulysses     all-to-all: each rank gets the whole sequence for a share of the heads, and back (2309.14509)
     allgather   each rank gathers all keys and values and attends with its own queries (Llama 3, 2407.21783, 3.3.2)
+    in two dimensions (2405.07719): Ulysses inside groups of u neighbours, ring or all-gather between the n/u groups
+
+The zigzag parts of u neighbours among n make up, in zigzag order over the u, one zigzag part among n/u: every method cuts
+a sequence in the same way.
 
 B batch, T tokens on this rank, S = n T tokens of the sequence, H query heads, G key/value heads, K head_dim. What
 a rank holds is a shard: the gradient of what it gathered is summed over ranks on its way back, and nothing is divided.

@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from parallel.dims import ParallelDims
 
 BATCH_AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+CONTEXT_AXES = ("cp_ring", "cp_ulysses")
 STATE_AXES = ("pp", "dp_replicate", "shard", "tp")
 
 
@@ -77,6 +78,7 @@ class Meshes:
     batch: DeviceMesh
     samples: DeviceMesh  # dp_replicate x dp_shard: ranks with different sequences
     tokens: DeviceMesh  # dp_replicate x dp_shard x cp: ranks with different tokens, over which the loss is summed
+    context: DeviceMesh | None  # cp as [cp_ring, cp_ulysses]; None for cp of size 1
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -106,4 +108,5 @@ def _build_mesh(dims: ParallelDims, device_type: str) -> Meshes:
         batch=batch,
         samples=batch["dp_replicate", "dp_shard"]._flatten("samples"),
         tokens=batch["dp_replicate", "dp_shard", "cp"]._flatten("tokens"),
+        context=batch["cp"]._unflatten(0, (dims.cp_ring, dims.cp_ulysses), CONTEXT_AXES) if dims.cp > 1 else None,
     )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 from data.batch import Batch
 from models.config import ModelConfig
 from models.layers.context_attention import on_context
 from parallel.context import zigzag_indices
-from parallel.dims import ParallelConfig, divisors
+from parallel.dims import ParallelConfig, ParallelDims, divisors
 from trainer.config import TrainConfig
 
 
@@ -18,6 +20,14 @@ def split_batch(batch: Batch, *, cp_rank: int, cp_size: int) -> Batch:
     if cp_size == 1:
         return batch
     return batch.take(zigzag_indices(batch.tokens.shape[1], rank=cp_rank, size=cp_size))
+
+
+def context_parallelism(parallel: ParallelConfig, dims: ParallelDims) -> str:
+    """What runs over the cp axis, for run.json."""
+    if dims.cp == 1:
+        return "none"
+    inner = f" over ulysses({dims.cp_ulysses})" if 1 < dims.cp_ulysses < dims.cp else ""
+    return f"{parallel.cp_method}({dims.cp if not inner else dims.cp_ring}){inner}"
 
 
 def problems(config: TrainConfig, model: ModelConfig) -> list[str]:
@@ -43,10 +53,11 @@ def problems(config: TrainConfig, model: ModelConfig) -> list[str]:
 
 
 def _head_problems(parallel: ParallelConfig, model: ModelConfig) -> list[str]:
-    if parallel.cp_method != "ulysses" or model.num_heads % parallel.cp == 0:
+    whole = parallel.cp_method == "ulysses"
+    field, degree = ("cp", parallel.cp) if whole else ("cp_ulysses", parallel.cp_ulysses)
+    if model.num_heads % degree == 0:
         return []
-    legal = ", ".join(map(str, divisors(model.num_heads)))
-    return [
-        f"parallel.cp={parallel.cp} does not divide model.num_heads={model.num_heads}, as parallel.cp_method=ulysses "
-        f"needs; use {legal}, or cp_method=ring or allgather"
-    ]
+    legal = ", ".join(map(str, divisors(math.gcd(model.num_heads, parallel.cp))))
+    advice = f"use parallel.cp_method=ring or allgather, with cp_ulysses {legal}" if whole else f"use {legal}"
+    what = f"parallel.{field}={degree} does not divide model.num_heads={model.num_heads}"
+    return [f"{what}, which Ulysses shares out; {advice}"]

@@ -37,7 +37,7 @@ from trainer.run_dir import prepare_run_dir
 from trainer.run_info import RunInfo, write_config, write_run_info
 from trainer.sample import sample_text
 from trainer.schedule import learning_rate
-from trainer.sequence import split_batch
+from trainer.sequence import context_parallelism, split_batch
 from trainer.step import StepMetrics, TrainState, evaluate, train_step
 from trainer.throughput import StepClock, Throughput, mfu_peak
 
@@ -162,8 +162,12 @@ class Trainer:
 
     def _model_parallel(self) -> ModelParallel:
         """The axes that live inside layers."""
-        parallel = self.config.parallel
-        return ModelParallel(cp=self.mesh.batch["cp"] if self.dims.cp > 1 else None, cp_method=parallel.cp_method)
+        context = self.mesh.context
+        return ModelParallel(
+            cp_ring=context["cp_ring"] if context is not None and self.dims.cp_ring > 1 else None,
+            cp_ulysses=context["cp_ulysses"] if context is not None and self.dims.cp_ulysses > 1 else None,
+            cp_method=self.config.parallel.cp_method,
+        )
 
     def _state_tensors(self) -> dict[str, torch.Tensor]:
         """Every tensor a checkpoint holds, by name. Loaded in place."""
@@ -216,7 +220,7 @@ class Trainer:
                 "blocks": f"torch.compile({train.compile_backend})" if train.compile else "eager",
                 "activation_checkpoint": self.config.model.activation_checkpoint,
                 "optimizer": self.config.optim.name,
-                "context_parallel": self.config.parallel.cp_method if self.dims.cp > 1 else "none",
+                "context_parallel": context_parallelism(self.config.parallel, self.dims),
                 "data_parallel": f"zero{self.config.parallel.zero_stage}",
             },
             precision={"compute": precision.compute, "master": precision.master, "reduce": precision.reduce},
