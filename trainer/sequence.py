@@ -31,7 +31,10 @@ def context_parallelism(parallel: ParallelConfig, dims: ParallelDims) -> str:
 
 
 def problems(config: TrainConfig, model: ModelConfig) -> list[str]:
-    """Every reason why the sequences of `config` cannot be split over parallel.cp, for a model with known heads."""
+    """Every reason why the sequences of `config` cannot be split over parallel.cp, whose degrees are legal.
+
+    model: resolved; of one that is not (its own problems have been named), heads are not looked at.
+    """
     cp, method, seq_len = config.parallel.cp, config.parallel.cp_method, config.train.seq_len
     found = []
     if seq_len % (2 * cp):
@@ -49,7 +52,7 @@ def problems(config: TrainConfig, model: ModelConfig) -> list[str]:
             f"train.compile=true does not work with parallel.cp={cp}: a block with messages between ranks is not one "
             "graph; use train.compile=false"
         )
-    return found + _head_problems(config.parallel, model)
+    return found if model.num_kv_heads is None else found + _head_problems(config.parallel, model)
 
 
 def _head_problems(parallel: ParallelConfig, model: ModelConfig) -> list[str]:

@@ -45,7 +45,7 @@ def finalize(config: TrainConfig, *, world_size: int) -> TrainConfig:
     found += _loop_problems(config.train)
     found += _checkpoint_problems(config.checkpoint)
     found += _cross_problems(config, world_size)
-    if config.parallel.cp > 1 and not found:
+    if config.parallel.cp > 1 and not dims_problems(config.parallel, world_size):
         found += sequence_problems(config, model)
     found += launcher_problems(os.environ)
     if found:
