@@ -119,16 +119,16 @@ class Decoder(nn.Module):
 
         positions [B, T] int64 (None: 0, 1, ...), documents [B, T] int32 (None: attention crosses documents), samples
         [B] int64 (needed by dropout in training). indices [T] int64 says that these are only some tokens of sequences
-        of S, the others being on the ranks of groups.cp; documents are then [B, S]. None: all are here, and nothing
-        is asked of other ranks, whatever groups.cp is. aux_scale 0-d is the gradient of the loss by routers' auxiliary
+        of S, the others being on other ranks of groups; documents are then [B, S]. None: all are here, and nothing is
+        asked of other ranks, whatever groups there are. aux_scale 0-d is the gradient of the loss by routers' auxiliary
         losses (None: they have none). A fused loss comes in as `head`, so that it runs inside the forward of the root
         module, where FSDP has gathered the weight. With tensor parallelism a head gets all tokens and this rank's words
         of the weight, [V/R, D]; without one the logits are of all words. Raises ValueError for a sequence longer than
         the table of learned positions.
         """
         seq_len = tokens.shape[1]
-        if indices is not None and self.groups.cp is not None:
-            seq_len *= self.groups.cp.size()  # of the whole sequence
+        if indices is not None:
+            seq_len *= self.groups.cp  # of the whole sequence
             positions = indices[None] if positions is None else positions
         x = self.embedding(tokens)
         context = build_context(

@@ -22,8 +22,8 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> int:
     6 N + 12 H K sum_l T_l (PaLM, 2204.02311, appendix B): N parameters that multiply a token (of experts, those it is
     sent to), each 2 operations forward and 4 backward, and the scores and sums of attention in layer l as if every
     token saw all T others, as is customary, or the sliding window of that layer (2 K stands for a head's query and
-    value features, where they differ). Tables that are looked up and not multiplied are left out of N: learned positions, and
-    input embeddings that are not also the head.
+    value features, where they differ). Tables that are looked up and not multiplied are left out of N: learned
+    positions, and input embeddings that are not also the head.
     """
     assert config.head_dim is not None  # resolved
     assert config.value_dim is not None

@@ -7,6 +7,10 @@ of the (2n)(2n+1)/2 pairs of chunks that see each other, every rank computes 2n+
     ring        keys and values go round; each rank attends to the part it holds while the next one arrives (2310.01889)
     ulysses     all-to-all: each rank gets the whole sequence for a share of the heads, and back (2309.14509)
     allgather   each rank gathers all keys and values and attends with its own queries (Llama 3, 2407.21783, 3.3.2)
+    in two dimensions (2405.07719): Ulysses inside groups of u neighbours, ring or all-gather between the n/u groups
+
+The zigzag parts of u neighbours among n make up, in zigzag order over the u, one zigzag part among n/u: every method
+cuts a sequence in the same way.
 
 B batch, T tokens on this rank, S = n T tokens of the sequence, H query heads, G key/value heads, K head_dim. What
 a rank holds is a shard: the gradient of what it gathered is summed over ranks on its way back, and nothing is divided.
@@ -52,16 +56,21 @@ def to_parts(sequence: Tensor, *, dim: int, size: int) -> Tensor:
     return torch.stack([torch.cat([chunks[c] for c in chunks_of(rank, size)], dim=dim) for rank in range(size)])
 
 
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """What sums are made in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 # ---- all-gather
 
 
 class _GatherSequence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
+        ctx.group, ctx.dtype = group, x.dtype
         gathered = x.new_empty(group.size(), *x.shape)
         all_gather_rows(gathered, x.contiguous().view(-1), group=group, async_op=False)
-        return to_sequence(gathered, dim=1)
+        return to_sequence(gathered, dim=1).to(_wide(x.dtype))
 
     @staticmethod
     @once_differentiable
@@ -69,11 +78,14 @@ class _GatherSequence(torch.autograd.Function):
         parts = to_parts(grad, dim=1, size=ctx.group.size())
         rank = ctx.group.rank()
         reduce_scatter_rows(parts.view(parts.shape[0], -1), rank=rank, group=ctx.group, async_op=False)
-        return parts[rank], None
+        return parts[rank].to(ctx.dtype), None
 
 
 def gather_sequence(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """This rank's tokens x [B, T, ...] to all tokens in order [B, S, ...]. Backward: reduce-scatter (sum)."""
+    """This rank's tokens x [B, T, ...] to all tokens in order [B, S, ...]. Backward: reduce-scatter (sum).
+
+    The result is fp32 (fp64 for fp64), so that gradients are added up in it; what is gathered has x's type.
+    """
     return _GatherSequence.apply(x, group)
 
 
@@ -206,7 +218,7 @@ class _RingAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, group: dist.ProcessGroup, blocks: BlockAttention) -> Tensor:
         rank, size, length = group.rank(), group.size(), q.shape[1] // 2
-        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+        wide = _wide(q.dtype)
         output = torch.zeros(q.shape, dtype=wide, device=q.device)
         lse = torch.full((q.shape[0], q.shape[2], q.shape[1]), -math.inf, dtype=wide, device=q.device)
         kv = torch.stack((k, v))  # one message instead of two

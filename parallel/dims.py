@@ -23,6 +23,7 @@ class ParallelConfig:
     pp_schedule: str = "1f1b"
     cp: int = 1  # processes the tokens of a sequence are split over
     cp_method: str = "ring"  # one of CP_METHODS
+    cp_ulysses: int = 1  # ring or allgather between groups of this many of cp's processes, Ulysses inside them
     ep: int = 1
 
 
@@ -42,6 +43,12 @@ class ParallelDims:
     cp: int = 1
     tp: int = 1
     ep: int = 1
+    cp_ulysses: int = 1  # the inner part of cp, over which heads are shared out; cp when that is all there is
+
+    @property
+    def cp_ring(self) -> int:
+        """The outer part of cp, over which keys and values travel."""
+        return self.cp // self.cp_ulysses
 
     @property
     def dp(self) -> int:
@@ -63,6 +70,7 @@ class ParallelDims:
             cp=config.cp,
             tp=config.tp,
             ep=config.ep,
+            cp_ulysses=config.cp if config.cp_method == "ulysses" else config.cp_ulysses,
         )
 
 
@@ -77,6 +85,21 @@ def problems(config: ParallelConfig, world_size: int) -> list[str]:
         found.append("parallel.sequence_parallel=true splits norms over the tp axis, and parallel.tp=1; use false")
     if config.cp_method not in CP_METHODS:
         found.append(f"parallel.cp_method={config.cp_method} is unknown; use {', '.join(CP_METHODS)}")
+    if config.cp_ulysses != 1 and config.cp_method == "ulysses":
+        found.append(
+            f"parallel.cp_ulysses={config.cp_ulysses} is the inner part of ring or allgather, and parallel.cp_method="
+            "ulysses uses all of cp; use cp_ulysses=1, or another cp_method"
+        )
+    elif config.cp_ulysses != 1 and (config.cp_ulysses < 1 or config.cp % config.cp_ulysses):
+        found.append(
+            f"parallel.cp_ulysses={config.cp_ulysses} does not divide parallel.cp={config.cp}; "
+            f"use {', '.join(str(d) for d in divisors(config.cp) if d < config.cp) or 1}"
+        )
+    elif config.cp_ulysses == config.cp > 1:
+        found.append(
+            f"parallel.cp_ulysses={config.cp_ulysses} leaves nothing of parallel.cp={config.cp} to parallel.cp_method="
+            f"{config.cp_method}; use cp_method=ulysses with cp_ulysses=1"
+        )
     if config.zero_stage not in (0, 1, 2, 3):
         found.append(f"parallel.zero_stage={config.zero_stage} is not a ZeRO stage; use 0, 1, 2 or 3")
     if config.cpu_offload and config.zero_stage in (0, 1):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch.distributed.device_mesh import DeviceMesh
@@ -13,9 +14,15 @@ class ModelParallel:
 
     tp: DeviceMesh | None = None  # tensor parallelism: shards of every weight matrix
     sequence_parallel: bool = False  # norms and residual stream on shards of the sequence over tp
-    cp: DeviceMesh | None = None  # context parallelism: shards of the sequence
-    cp_method: str = "ring"  # one of parallel.dims.CP_METHODS
+    cp_ring: DeviceMesh | None = None  # context parallelism: shards of the sequence, whose keys travel
+    cp_ulysses: DeviceMesh | None = None  # shards of those, exchanged for shards of the heads
+    cp_method: str = "ring"  # how keys travel over cp_ring: ring or allgather; ulysses where all of cp is cp_ulysses
     ep: DeviceMesh | None = None  # expert parallelism
+
+    @property
+    def cp(self) -> int:
+        """Number of ranks a sequence is split over."""
+        return math.prod(mesh.size() for mesh in (self.cp_ring, self.cp_ulysses) if mesh is not None)
 
 
 NO_GROUPS = ModelParallel()

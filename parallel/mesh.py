@@ -15,6 +15,7 @@ from parallel.dims import ParallelConfig, ParallelDims
 from parallel.groups import ModelParallel
 
 BATCH_AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+CONTEXT_AXES = ("cp_ring", "cp_ulysses")
 STATE_AXES = ("pp", "dp_replicate", "shard", "tp")
 
 
@@ -78,6 +79,7 @@ class Meshes:
     batch: DeviceMesh
     samples: DeviceMesh  # dp_replicate x dp_shard: ranks with different sequences
     tokens: DeviceMesh  # dp_replicate x dp_shard x cp: ranks with different tokens, over which the loss is summed
+    context: DeviceMesh | None  # cp as [cp_ring, cp_ulysses]; None for cp of size 1
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -107,15 +109,20 @@ def _build_mesh(dims: ParallelDims, device_type: str) -> Meshes:
         batch=batch,
         samples=batch["dp_replicate", "dp_shard"]._flatten("samples"),
         tokens=batch["dp_replicate", "dp_shard", "cp"]._flatten("tokens"),
+        context=batch["cp"]._unflatten(0, (dims.cp_ring, dims.cp_ulysses), CONTEXT_AXES) if dims.cp > 1 else None,
     )
 
 
 def groups_in_layers(mesh: Meshes, config: ParallelConfig) -> ModelParallel:
     """The axes that layers communicate over; None for those of one rank."""
-    tp, cp = mesh.state["tp"], mesh.batch["cp"]
+
+    def several(view: DeviceMesh | None, axis: str) -> DeviceMesh | None:
+        return view[axis] if view is not None and view[axis].size() > 1 else None
+
     return ModelParallel(
-        tp=tp if tp.size() > 1 else None,
+        tp=several(mesh.state, "tp"),
         sequence_parallel=config.sequence_parallel,
-        cp=cp if cp.size() > 1 else None,
+        cp_ring=several(mesh.context, "cp_ring"),
+        cp_ulysses=several(mesh.context, "cp_ulysses"),
         cp_method=config.cp_method,
     )

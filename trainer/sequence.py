@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 from data.batch import Batch
 from models.config import ModelConfig
 from models.layers.context_attention import on_context
 from parallel.context import zigzag_indices
-from parallel.dims import ParallelConfig, divisors
+from parallel.dims import ParallelConfig, ParallelDims, divisors
 from trainer.config import TrainConfig
 
 
@@ -20,8 +22,19 @@ def split_batch(batch: Batch, *, cp_rank: int, cp_size: int) -> Batch:
     return batch.take(zigzag_indices(batch.tokens.shape[1], rank=cp_rank, size=cp_size))
 
 
+def context_parallelism(parallel: ParallelConfig, dims: ParallelDims) -> str:
+    """What runs over the cp axis, for run.json."""
+    if dims.cp == 1:
+        return "none"
+    inner = f" over ulysses({dims.cp_ulysses})" if 1 < dims.cp_ulysses < dims.cp else ""
+    return f"{parallel.cp_method}({dims.cp if not inner else dims.cp_ring}){inner}"
+
+
 def problems(config: TrainConfig, model: ModelConfig) -> list[str]:
-    """Every reason why the sequences of `config` cannot be split over parallel.cp, for a model with known heads."""
+    """Every reason why the sequences of `config` cannot be split over parallel.cp, whose degrees are legal.
+
+    model: resolved; of one that is not (its own problems have been named), heads are not looked at.
+    """
     cp, method, seq_len = config.parallel.cp, config.parallel.cp_method, config.train.seq_len
     found = []
     if seq_len % (2 * cp):
@@ -39,15 +52,17 @@ def problems(config: TrainConfig, model: ModelConfig) -> list[str]:
             f"train.compile=true does not work with parallel.cp={cp}: a block with messages between ranks is not one "
             "graph; use train.compile=false"
         )
-    return found + _head_problems(config.parallel, model)
+    return found if model.num_kv_heads is None else found + _head_problems(config.parallel, model)
 
 
 def _head_problems(parallel: ParallelConfig, model: ModelConfig) -> list[str]:
+    whole = parallel.cp_method == "ulysses"
+    field, degree = ("cp", parallel.cp) if whole else ("cp_ulysses", parallel.cp_ulysses)
     heads = model.num_heads // parallel.tp
-    if parallel.cp_method != "ulysses" or heads % parallel.cp == 0:
+    if heads % degree == 0:
         return []
-    legal = ", ".join(map(str, divisors(heads)))
-    return [
-        f"parallel.cp={parallel.cp} does not divide model.num_heads={model.num_heads} / parallel.tp={parallel.tp} = "
-        f"{heads}, as parallel.cp_method=ulysses needs; use {legal}, or cp_method=ring or allgather"
-    ]
+    legal = ", ".join(map(str, divisors(math.gcd(heads, parallel.cp))))
+    advice = f"use parallel.cp_method=ring or allgather, with cp_ulysses {legal}" if whole else f"use {legal}"
+    shown = f"model.num_heads={model.num_heads}"
+    shown += f" / parallel.tp={parallel.tp} = {heads}" if parallel.tp > 1 else ""
+    return [f"parallel.{field}={degree} does not divide {shown}, which Ulysses shares out; {advice}"]

@@ -44,7 +44,7 @@ from trainer.run_info import RunInfo, write_config, write_run_info
 from trainer.run_lock import RunLock
 from trainer.sample import check_prompt, sample_text
 from trainer.schedule import learning_rate
-from trainer.sequence import split_batch
+from trainer.sequence import context_parallelism, split_batch
 from trainer.step import StepMetrics, TrainState, evaluate, train_step
 from trainer.throughput import StepClock, Throughput, mfu_peak
 
@@ -256,7 +256,7 @@ class Trainer:
                 "blocks": f"torch.compile({train.compile_backend})" if train.compile else "eager",
                 "activation_checkpoint": self.config.model.activation_checkpoint,
                 "optimizer": self.config.optim.name,
-                "context_parallel": self.config.parallel.cp_method if self.dims.cp > 1 else "none",
+                "context_parallel": context_parallelism(self.config.parallel, self.dims),
                 **self._expert_kernel(),
                 "data_parallel": f"zero{self.config.parallel.zero_stage}",
             },

@@ -55,7 +55,7 @@ def finalize(config: TrainConfig, *, world_size: int) -> TrainConfig:
     found += _checkpoint_problems(config.checkpoint)
     found += _logging_problems(config.logging)
     found += _cross_problems(config, world_size)
-    if config.parallel.cp > 1 and not found:
+    if config.parallel.cp > 1 and not dims_problems(config.parallel, world_size):
         found += sequence_problems(config, model)
     if not found:
         found += tensor_parallel_problems(config, model, ParallelDims.resolve(config.parallel, world_size))

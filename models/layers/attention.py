@@ -33,7 +33,7 @@ class Context(NamedTuple):
     sin: Tensor | None
     mask: Any  # of layers without a window: None, Tensor (sdpa) or BlockMask (flex)
     window_mask: Any  # of layers with the window
-    slopes: Tensor | None  # [H] fp32; None: no ALiBi
+    slopes: Tensor | None  # [H] fp32, of the heads that are computed here; None: no ALiBi
     documents: Tensor | None  # [B, S]: of the whole sequence, S = T unless context-parallel
     indices: Tensor | None  # [T]: where the tokens lie in the sequence; None: all of it is here
     samples: Tensor | None  # [B], the key of dropout
@@ -74,18 +74,18 @@ def build_context(
 ) -> Context:
     """Tables and masks of a forward pass over sequences of seq_len; positions None: 0, 1, ... dtype: of activations.
 
-    indices [T]: this rank has those tokens of each sequence, and the others are on the ranks of groups.cp. With tensor
+    indices [T]: this rank has those tokens of each sequence; the others are on other ranks of groups. With tensor
     parallelism slopes are those of this rank's heads.
     """
     if positions is None:
         positions = torch.arange(seq_len, device=device)[None]
-    cp_method = groups.cp_method if indices is not None else None
+    cp_method = groups.cp_method if indices is not None and groups.cp > 1 else None
     implementation = choose_attention(config, device, documents=documents is not None, cp_method=cp_method)
     slopes = alibi_slopes(config.num_heads, device) if config.positions == "alibi" else None
     if slopes is not None and groups.tp is not None:
         slopes = slopes.chunk(groups.tp.size())[groups.tp.get_local_rank()]
-    if slopes is not None and groups.cp is not None and cp_method == "ulysses":
-        slopes = slopes.chunk(groups.cp.size())[groups.cp.get_local_rank()]  # the mask is that of its heads
+    if slopes is not None and cp_method is not None and groups.cp_ulysses is not None:
+        slopes = slopes.chunk(groups.cp_ulysses.size())[groups.cp_ulysses.get_local_rank()]
     cos = sin = None
     if config.positions == "rope":
         assert config.rotary_dim is not None  # resolved
@@ -128,7 +128,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int, seed: int, groups: ModelParallel = NO_GROUPS) -> None:
         super().__init__()
-        self.across = None if groups.cp is None else ContextAttention(groups.cp, groups.cp_method)
+        self.across = ContextAttention(groups) if groups.cp > 1 else None
         assert config.head_dim is not None  # resolved
         assert config.num_kv_heads is not None
         self.head_dim = config.head_dim
@@ -169,10 +169,17 @@ class Attention(nn.Module):
         """`_attend` where the sequence is split over ranks."""
         if self.across is None:
             raise ValueError("indices say that the sequence is split, but the model was built without parallel.cp")
-        if self.across.method == "ulysses":
-            return self.across.by_heads(q, k, v, partial(self._attend, context=context))
+        attend = self._attend if self.across.ring is None else self._attend_in_blocks
+        return self.across.by_heads(q, k, v, partial(attend, context=context))
+
+    def _attend_in_blocks(self, q: Tensor, k: Tensor, v: Tensor, context: Context, first_head: int) -> Tensor:
+        """`_attend` with the keys of other ranks."""
+        assert self.across is not None
         blocks = BlockAttention(
-            window=self.window, documents=context.documents, slopes=context.slopes, dropout=self._dropout(context)
+            window=self.window,
+            documents=context.documents,
+            slopes=context.slopes,
+            dropout=self._dropout(context, first_head),
         )
         return self.across.by_tokens(q, k, v, blocks)
 

@@ -1,6 +1,7 @@
 """Attention over a sequence whose tokens are spread over the cp axis: which kernel runs under which method.
 
-B batch, T tokens here, S tokens of the sequence, H query heads, G key/value heads, K head_dim.
+B batch, T tokens here, S tokens of the sequence, H query heads, G key/value heads, K head_dim; R ranks of cp_ring,
+U of cp_ulysses, S = R U T.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
 from kernels.attention.blockwise import BlockAttention
 from parallel.context import (
@@ -20,6 +20,7 @@ from parallel.context import (
     ring_attention,
     scatter_heads,
 )
+from parallel.groups import ModelParallel
 
 RUNS_ON: dict[str, tuple[str, ...]] = {
     "ring": ("reference",),
@@ -42,31 +43,35 @@ def on_context(attention: str, method: str) -> str:
 
 
 class ContextAttention:
-    """The attention of one layer across the ranks of the cp axis."""
+    """The attention of one layer across the ranks a sequence is split over."""
 
-    def __init__(self, mesh: DeviceMesh, method: str) -> None:
-        self.method = method
-        self.group = mesh.get_group()
-        self.rank, self.size = mesh.get_local_rank(), mesh.size()
+    def __init__(self, groups: ModelParallel) -> None:
+        self.ring, self.ulysses, self.method = groups.cp_ring, groups.cp_ulysses, groups.cp_method
 
     def by_heads(self, q: Tensor, k: Tensor, v: Tensor, attend: Callable[..., Tensor]) -> Tensor:
-        """Ulysses: q [B, T, H, K], k, v [B, T, G, K]; attend sees all tokens of H/n heads. Returns [B, T, H, K].
+        """attend with all tokens of cp_ulysses and a share of the heads. q [B, T, H, K], k, v [B, T, G, K].
 
-        attend(q [B, S, H/n, K], k, v, first_head=the number of its first head) returns [B, S, H/n, K].
+        attend(q [B, UT, H/U, K], k, v, first_head=the number of its first head) returns [B, UT, H/U, K]; its tokens are
+        a zigzag part of the sequence over cp_ring, or all of it where there is none. Returns [B, T, H, K].
         """
-        k, v = (repeat_kv_heads(x, self.size) for x in (k, v))
-        first_head = self.rank * q.shape[2] // self.size
-        q, k, v = (scatter_heads(x, self.group) for x in (q, k, v))
-        return gather_heads(attend(q, k, v, first_head=first_head), self.group)
+        if self.ulysses is None:
+            return attend(q, k, v, first_head=0)
+        group, size = self.ulysses.get_group(), self.ulysses.size()
+        first_head = self.ulysses.get_local_rank() * q.shape[2] // size
+        k, v = (repeat_kv_heads(x, size) for x in (k, v))
+        q, k, v = (scatter_heads(x, group) for x in (q, k, v))
+        return gather_heads(attend(q, k, v, first_head=first_head), group)
 
     def by_tokens(self, q: Tensor, k: Tensor, v: Tensor, blocks: BlockAttention) -> Tensor:
-        """Ring or all-gather: q [B, T, H, K], k, v [B, T, G, K], in zigzag order. Returns [B, T, H, K]."""
+        """Attention of q [B, S/R, H, K] over the k, v [B, S/R, G, K] of all ranks of cp_ring. Returns q's shape."""
+        assert self.ring is not None
         if self.method == "ring":
-            return ring_attention(q, k, v, group=self.group, blocks=blocks)
-        k, v = gather_sequence(torch.stack((k, v), dim=2), self.group).unbind(2)
+            return ring_attention(q, k, v, group=self.ring.get_group(), blocks=blocks)
+        k, v = gather_sequence(torch.stack((k, v), dim=2), self.ring.get_group()).unbind(2)
         length = q.shape[1] // 2
+        chunks = chunks_of(self.ring.get_local_rank(), self.ring.size())
         outputs = []
-        for queries, chunk in zip(q.chunk(2, dim=1), chunks_of(self.rank, self.size), strict=True):
+        for queries, chunk in zip(q.chunk(2, dim=1), chunks, strict=True):
             first_query = chunk * length
             first, last = blocks.keys_of(first_query, length)
             output, _ = blocks.forward(queries, k[:, first:last], v[:, first:last], first_query, first)

@@ -11,13 +11,15 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.debug import CommDebugMode
 
 from kernels.attention.blockwise import BlockAttention
 from models.layers.context_attention import ContextAttention
 from parallel import context
 from parallel.context import pairs, repeat_kv_heads, to_parts, to_sequence, zigzag_indices
+from parallel.dims import ParallelDims
+from parallel.groups import ModelParallel
+from parallel.mesh import build_mesh
 from tests.pool import RankPool
 
 B, S, H, G, K = 2, 48, 12, 2, 5
@@ -30,6 +32,8 @@ MASKS: dict[str, dict[str, Any]] = {
     "documents": {"documents": DOCUMENTS},
     "all": {"window": 11, "documents": DOCUMENTS, "slopes": SLOPES},
 }
+
+INNER = {"ring": 1, "allgather": 1, "ulysses": 0, "ring_ulysses": 2, "allgather_ulysses": 2}  # cp_ulysses; 0: all of cp
 
 
 def whole(q: Tensor, k: Tensor, v: Tensor, *, window: Any = None, documents: Any = None, slopes: Any = None) -> Tensor:
@@ -62,28 +66,30 @@ def expected(mask: dict[str, Any], kv_heads: int = G) -> list[Tensor]:
     return [output.detach(), *torch.autograd.grad(output, qkv, grad)]
 
 
-def attend(method: str, mask: dict[str, Any], q: Tensor, k: Tensor, v: Tensor, mesh: Any) -> Tensor:
+def attend(method: str, mask: dict[str, Any], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention of this rank's part, as a layer does it."""
-    across = ContextAttention(mesh, method)
-    if method != "ulysses":
-        return across.by_tokens(q, k, v, BlockAttention(**mask))
+    size, name = dist.get_world_size(), method.split("_")[0]
+    dims = ParallelDims(dp_replicate=1, dp_shard=1, world_size=size, cp=size, cp_ulysses=INNER[method] or size)
+    mesh = build_mesh(dims, "cpu").context
+    assert mesh is not None
+    ring, ulysses = (mesh[axis] if mesh[axis].size() > 1 else None for axis in ("cp_ring", "cp_ulysses"))
+    across = ContextAttention(ModelParallel(cp_ring=ring, cp_ulysses=ulysses, cp_method=name))
 
     def local(q: Tensor, k: Tensor, v: Tensor, first_head: int) -> Tensor:
         mine = dict(mask)
         if "slopes" in mine:
             mine["slopes"] = mine["slopes"][first_head : first_head + q.shape[2]]
-        return whole(q, k, v, **mine)
+        return whole(q, k, v, **mine) if ring is None else across.by_tokens(q, k, v, BlockAttention(**mine))
 
     return across.by_heads(q, k, v, local)
 
 
 def on_parts(method: str, mask: dict[str, Any], kv_heads: int = G) -> list[Tensor]:
     """Output and gradients of this rank's tokens."""
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     here = zigzag_indices(S, rank=dist.get_rank(), size=dist.get_world_size())
     qkv, grad = inputs(kv_heads)
     qkv = [x[:, here].requires_grad_() for x in qkv]
-    output = attend(method, mask, *qkv, mesh)
+    output = attend(method, mask, *qkv)
     return [output.detach(), *torch.autograd.grad(output, qkv, grad[:, here])]
 
 
@@ -99,14 +105,41 @@ def worst(results: list[list[Tensor]], reference: list[Tensor]) -> float:
 
 
 @pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("method", ["ring", "ulysses", "allgather"])
-@pytest.mark.parametrize(("size", "kv_heads"), [(2, 2), (4, 2), (4, 12), (3, 4)])
+@pytest.mark.parametrize(
+    ("method", "size", "kv_heads"),
+    [
+        *((m, size, kv) for m in ("ring", "ulysses", "allgather") for size, kv in [(2, 2), (4, 2), (4, 12), (3, 4)]),
+        *((m, 4, kv) for m in ("ring_ulysses", "allgather_ulysses") for kv in (1, 4)),
+    ],
+)
 def test_attention_on_parts_is_attention_on_the_whole(
     ranks: RankPool, mask: str, method: str, size: int, kv_heads: int
 ) -> None:
     """A block skipped, masked by its place on the rank or weighted twice; a gradient that does not come home."""
     results = ranks.run(size, on_parts, method, MASKS[mask], kv_heads)
     assert worst(results, expected(MASKS[mask], kv_heads)) < 1e-13
+
+
+def in_bf16(method: str) -> tuple[float, set[torch.dtype]]:
+    """Largest deviation of this rank's output and gradients from those of fp64, and their types."""
+    here = zigzag_indices(S, rank=dist.get_rank(), size=dist.get_world_size())
+    qkv, grad = ([x.bfloat16() for x in inputs()[0]], inputs()[1].bfloat16())
+    of_whole = [x.double().requires_grad_() for x in qkv]
+    output = whole(*of_whole)
+    reference = [output.detach(), *torch.autograd.grad(output, of_whole, grad.double())]
+    qkv = [x[:, here].requires_grad_() for x in qkv]
+    output = attend(method, {}, *qkv)
+    results = [output.detach(), *torch.autograd.grad(output, qkv, grad[:, here])]
+    pairs_ = zip(results, reference, strict=True)
+    return max(((a - b[:, here]).abs().max() / b.abs().max()).item() for a, b in pairs_), {x.dtype for x in results}
+
+
+@pytest.mark.parametrize("method", ["ring", "allgather"])
+def test_blocks_of_bf16_are_merged_in_fp32(ranks: RankPool, method: str) -> None:
+    """A sum over blocks that is rounded at each, or a gradient in another type than its tensor."""
+    for deviation, dtypes in ranks.run(4, in_bf16, method):
+        assert deviation < 2**-8  # of inputs and results to bf16, once
+        assert dtypes == {torch.bfloat16}
 
 
 def _faulty(where: str, method: str) -> list[Tensor]:
@@ -129,7 +162,6 @@ def test_a_fault_in_the_ring_is_noticed(ranks: RankPool, fault: str) -> None:
 
 def count_messages(method: str) -> tuple[dict[str, int], dict[str, int]]:
     """What one forward and one backward send, by kind."""
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     here = zigzag_indices(S, rank=dist.get_rank(), size=dist.get_world_size())
     qkv, grad = inputs()
     qkv = [x[:, here].requires_grad_() for x in qkv]
@@ -146,7 +178,7 @@ def count_messages(method: str) -> tuple[dict[str, int], dict[str, int]]:
             hops.clear()
             with CommDebugMode() as comm:
                 if run == "forward":
-                    output = attend(method, {}, *qkv, mesh)
+                    output = attend(method, {}, *qkv)
                 else:
                     torch.autograd.grad(output, qkv, grad[:, here])
             collectives = {str(op).split(".")[-1].strip("_"): n for op, n in comm.get_comm_counts().items()}
@@ -159,6 +191,9 @@ def test_each_method_sends_what_it_promises(ranks: RankPool, size: int) -> None:
     """A gather for k and another for v, keys sent once more than needed, a hidden synchronisation."""
     for forward, backward in ranks.run(size, count_messages, "ring"):
         assert (forward["hop"], backward["hop"]) == (size - 1, 2 * size - 1)
+    for forward, backward in ranks.run(size, count_messages, "ring_ulysses") if size == 4 else []:
+        assert (forward.pop("hop"), backward.pop("hop")) == (1, 3)
+        assert (sum(forward.values()), sum(backward.values())) == (4, 4)
     for method, kinds in {"allgather": (1, 1), "ulysses": (4, 4)}.items():
         for forward, backward in ranks.run(size, count_messages, method):
             assert (sum(forward.values()), sum(backward.values())) == kinds, (forward, backward)

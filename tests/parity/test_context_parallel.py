@@ -122,6 +122,9 @@ LAYOUTS: list[tuple[str, int, str, int, int, int, dict[str, Any]]] = [
     ("masked", 4, "allgather", 2, 3, 2, {}),
     ("masked", 4, "ulysses", 2, 0, 1, {}),
     ("masked", 4, "ring", 2, 0, 2, {}),
+    ("masked", 4, "ring", 4, 3, 1, {"parallel__cp_ulysses": 2}),
+    ("alibi", 4, "allgather", 4, 1, 1, {"parallel__cp_ulysses": 2}),
+    ("dropout", 4, "ring", 4, 0, 1, {"parallel__cp_ulysses": 2, "train__steps": 3}),
     ("dropout", 2, "ring", 2, 2, 1, {"model__activation_checkpoint": "full"}),
     ("dropout", 2, "allgather", 2, 1, 1, {"model__activation_checkpoint": "selective"}),
     ("dropout", 2, "ulysses", 2, 0, 1, {"model__activation_checkpoint": "full"}),
@@ -165,7 +168,7 @@ def test_every_split_of_a_sequence_trains_the_same_model(
     outcome = run_on(ranks, world_size, changed(config, tmp_path / "run", **(layout | changes)))
     _assert_same_model(outcome, reference)
     kernels = json.loads((tmp_path / "run" / "run.json").read_text())["kernels"]
-    assert kernels["context_parallel"] == method
+    assert kernels["context_parallel"].startswith(f"{method}(")
 
 
 @pytest.mark.parametrize(
@@ -187,7 +190,7 @@ def test_a_checkpoint_moves_between_splits_and_a_sample_is_the_same(
         )
         assert rest.losses == pytest.approx(reference.losses[2:], rel=1e-6)
     told = [json.loads((tmp_path / name / "run.json").read_text())["kernels"] for name in ("whole", "other")]
-    assert [t["context_parallel"] for t in told] == ["none", method]
+    assert [t["context_parallel"] for t in told] == ["none", f"{method}(2)"]
     assert told[1]["attention"] == attention
 
 

@@ -55,6 +55,10 @@ def _config(**changes: Any) -> TrainConfig:
         ({"parallel__cp": 3}, "parallel.cp=3 does not divide the 8 processes; use one of 1, 2, 4, 8"),
         ({"parallel__cp_method": "rings"}, "parallel.cp_method=rings is unknown; use ring, ulysses, allgather"),
         ({"parallel__cp_method": "ulysses"}, "parallel.cp=4 does not divide model.num_heads=6"),
+        ({"parallel__cp_ulysses": 3}, "parallel.cp_ulysses=3 does not divide parallel.cp=4; use 1, 2"),
+        ({"parallel__cp_ulysses": 4}, "use cp_method=ulysses with cp_ulysses=1"),
+        ({"parallel__cp_ulysses": 2, "parallel__cp_method": "ulysses"}, "parallel.cp_ulysses=2 is the inner part"),
+        ({"parallel__cp_ulysses": 2, "model__num_heads": 3, "model__num_kv_heads": 3}, "use 1"),
         ({"model__attention": "flex"}, "model.attention=flex does not work with parallel.cp_method=ring"),
         ({"model__attention": "sdpa"}, "model.attention=sdpa does not work with parallel.cp_method=ring"),
         ({"train__compile": True}, "train.compile=true does not work with parallel.cp=4"),
@@ -63,6 +67,7 @@ def _config(**changes: Any) -> TrainConfig:
 def test_what_cannot_be_split_is_refused_with_field_value_and_fix(changes: dict[str, Any], expected: str) -> None:
     """A hang, or an error from the middle of a layer on every rank, after the process groups exist."""
     finalize(_config(), world_size=8)
+    changes = changes | {"train__timeout_seconds": 0.0}  # another problem hides none of these
     with pytest.raises(ConfigError) as error:
         finalize(_config(**changes), world_size=8)
     assert any(expected in line for line in error.value.problems), error.value.problems
