@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 
 from models.config import ModelConfig
@@ -114,9 +113,7 @@ class Decoder(nn.Module):
                 f"a sequence of {seq_len} tokens is longer than model.max_seq_len={self.config.max_seq_len}, "
                 "the rows of the learned position table"
             )
-        if positions is None:
-            positions = torch.arange(seq_len, device=self.positions.weight.device)[None]
-        return self.positions(positions if tokens is None else positions[:, tokens])
+        return self.positions(positions, seq_len, tokens)
 
     def initializers(self) -> dict[str, Initializer]:
         """How each parameter starts, by name: normal(init_std), biases 0, norm weights 1.
