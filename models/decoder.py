@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 
 from models.config import ModelConfig
@@ -143,7 +142,7 @@ class Decoder(nn.Module):
             groups=self.groups,
         )._replace(aux_scale=aux_scale)
         if self.positions is not None:
-            x = x + self._learned_positions(positions, seq_len)
+            x = x + self._learned_positions(positions, seq_len, context.tokens)
         x = self.dropout(x, samples, context.tokens)
         for block in self.blocks:
             x = block(x, context=context)
@@ -153,7 +152,7 @@ class Decoder(nn.Module):
         x, weight = self.head.inputs(x, table)
         return self.head(x, weight) if head is None else head(x, weight)
 
-    def _learned_positions(self, positions: Tensor | None, seq_len: int) -> Tensor:
+    def _learned_positions(self, positions: Tensor | None, seq_len: int, tokens: Tensor | None) -> Tensor:
         """[B or 1, T, D], of the tokens of the residual stream: with sequence parallelism this rank's slice."""
         assert self.positions is not None
         if seq_len > self.config.max_seq_len:
@@ -162,10 +161,10 @@ class Decoder(nn.Module):
                 "the rows of the learned position table"
             )
         if positions is None:
-            positions = torch.arange(seq_len, device=self.positions.weight.device)[None]
+            return self.positions(None, seq_len, tokens)
         if self.groups.tp is not None and self.groups.sequence_parallel:
             positions = positions.chunk(self.groups.tp.size(), dim=1)[self.groups.tp.get_local_rank()]
-        return self.positions(positions)
+        return self.positions(positions, seq_len, None)
 
     def initializers(self) -> dict[str, Initializer]:
         """How each parameter starts, by name: normal(init_std), biases 0, norm weights 1.

@@ -28,6 +28,8 @@ from kernels.linear_cross_entropy import (
     linear_cross_entropy,
     vocab_parallel_linear_cross_entropy,
 )
+from parallel.groups import ModelParallel
+from parallel.tensor import chunk_bounds
 
 
 def token_loss_sum(
@@ -49,6 +51,14 @@ def token_loss_sum(
             hidden, weight, labels, shard=vocabulary, ignore_index=IGNORE_INDEX, compile=compile
         )
     return linear_cross_entropy(hidden, weight, labels, ignore_index=IGNORE_INDEX, compile=compile)
+
+
+def vocabulary_shard(vocab_size: int, groups: ModelParallel) -> VocabularyShard | None:
+    """The words whose logits this rank computes; None: all."""
+    if groups.tp is None:
+        return None
+    first, _ = chunk_bounds(vocab_size, groups.tp.size(), groups.tp.get_local_rank())
+    return VocabularyShard(group=groups.tp.get_group(), first=first)
 
 
 def count_valid(labels: Tensor) -> Tensor:

@@ -18,7 +18,6 @@ from data.batch import Batch
 from data.config import DataError
 from data.loader import Loader, build_loader
 from kernels.grouped_linear import choose_grouped_linear
-from kernels.linear_cross_entropy import VocabularyShard
 from models.flops import flops_per_token
 from models.hf import load_hf_weights
 from models.init import initialize
@@ -26,14 +25,13 @@ from models.layers.attention import choose_attention
 from models.registry import build_model
 from parallel.activation_checkpoint import ActivationCheckpoint
 from parallel.dims import ParallelDims
-from parallel.groups import ModelParallel
 from parallel.mesh import build_mesh, groups_in_layers, init_distributed, pick_device
 from parallel.parallelize import BlockOptions, parallelize
-from parallel.tensor import chunk_bounds
 from trainer.agreement import check_same_on_all_ranks
 from trainer.checkpoint import CheckpointManager, read_extra
 from trainer.config import ConfigError, TrainConfig, configuration_errors
 from trainer.identity import check_same_model, model_identity, run_identity
+from trainer.loss import vocabulary_shard
 from trainer.loss_scale import LossScale
 from trainer.metrics import MetricLogger
 from trainer.optim import build_optimizer
@@ -175,20 +173,13 @@ class Trainer:
             device=self.device,
             grad_clip=config.train.grad_clip,
             compile_loss=config.train.compile,
-            vocabulary=self._vocabulary_shard(groups),
+            vocabulary=vocabulary_shard(config.model.vocab_size, groups),
             routing=RoutingMonitor(
                 model, config.model, global_batch_size=config.train.global_batch_size, group=token_group
             )
             if config.model.moe.num_experts
             else None,
         )
-
-    def _vocabulary_shard(self, groups: ModelParallel) -> VocabularyShard | None:
-        """The words whose logits this rank computes; None: all."""
-        if groups.tp is None:
-            return None
-        first, _ = chunk_bounds(self.config.model.vocab_size, groups.tp.size(), groups.tp.get_local_rank())
-        return VocabularyShard(group=groups.tp.get_group(), first=first)
 
     def _state_tensors(self) -> dict[str, torch.Tensor]:
         """Every tensor a checkpoint holds, by name. Loaded in place."""

@@ -57,8 +57,7 @@ def finalize(config: TrainConfig, *, world_size: int) -> TrainConfig:
     found += _cross_problems(config, world_size)
     if config.parallel.cp > 1 and not dims_problems(config.parallel, world_size):
         found += sequence_problems(config, model)
-    if not found:
-        found += tensor_parallel_problems(config, model, ParallelDims.resolve(config.parallel, world_size))
+    found += tensor_parallel_problems(config, model, world_size)
     found += launcher_problems(os.environ)
     if found:
         raise ConfigError(list(dict.fromkeys(found)))

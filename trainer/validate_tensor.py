@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 from models.config import ModelConfig
-from parallel.dims import ParallelDims, divisors
+from parallel.dims import divisors
+from parallel.dims import problems as dims_problems
 from parallel.tensor import chunk_bounds
 from trainer.config import TrainConfig
 
 
-def tensor_parallel_problems(config: TrainConfig, model: ModelConfig, dims: ParallelDims) -> list[str]:
-    """Every reason why this run cannot use parallel.tp, one line each; the model is resolved, the degrees are legal."""
-    if dims.tp == 1:
+def tensor_parallel_problems(config: TrainConfig, model: ModelConfig, world_size: int) -> list[str]:
+    """Every reason why this run cannot use parallel.tp, one line each; none while the layout or model are illegal."""
+    tp = config.parallel.tp
+    if tp == 1 or dims_problems(config.parallel, world_size) or model.num_kv_heads is None:
         return []
-    found = _model_problems(model, dims.tp)
-    seq_len, slices = config.train.seq_len, dims.cp * dims.tp
-    if config.parallel.sequence_parallel and seq_len % slices:
-        nearest = max(slices, round(seq_len / slices) * slices)
-        over = f"parallel.tp={dims.tp}" if dims.cp == 1 else f"parallel.cp={dims.cp} x parallel.tp={dims.tp}"
+    found = _model_problems(model, tp)
+    seq_len, cp = config.train.seq_len, config.parallel.cp
+    if config.parallel.sequence_parallel and seq_len % (cp * tp):
+        nearest = max(cp * tp, round(seq_len / (cp * tp)) * cp * tp)
+        over = f"parallel.tp={tp}" if cp == 1 else f"parallel.cp={cp} x parallel.tp={tp}"
         found.append(
             f"train.seq_len={seq_len} does not divide by {over}, and parallel.sequence_parallel=true "
             f"gives each rank an equal slice; use {nearest}, or sequence_parallel=false"
         )
     if config.optim.name == "muon":
         found.append(
-            f"optim.name=muon orthogonalises whole matrices, which parallel.tp={dims.tp} cuts; use optim.name=adamw or "
+            f"optim.name=muon orthogonalises whole matrices, which parallel.tp={tp} cuts; use optim.name=adamw or "
             "parallel.tp=1"
         )
     return found

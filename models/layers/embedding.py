@@ -33,11 +33,12 @@ class LearnedPositions(nn.Module):
         )
         self.sequence_parallel = groups.sequence_parallel
 
-    def forward(self, positions: Tensor) -> Tensor:
-        """positions [B or 1, T] int64, of the tokens this rank's residual stream has, to [B or 1, T, D]."""
-        return F.embedding(
-            positions, local_shard(self.weight, grad="partial" if self.sequence_parallel else "replicated")
-        )
+    def forward(self, positions: Tensor | None, seq_len: int, tokens: Tensor | None) -> Tensor:
+        """positions [B, T] int64 (None: 0, 1, ... seq_len - 1) to [B or 1, T, D]; of tokens only, where given."""
+        weight = local_shard(self.weight, grad="partial" if self.sequence_parallel else "replicated")
+        if positions is None:
+            return weight[None, :seq_len] if tokens is None else weight[None, tokens]
+        return F.embedding(positions if tokens is None else positions[:, tokens], weight)
 
 
 class LMHead(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.placement_types import _StridedShard
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.init import initialize
 from models.layers.attention import build_context
@@ -26,7 +28,7 @@ from parallel.collectives import (
 )
 from parallel.groups import ModelParallel
 from parallel.regions import local_region
-from parallel.tensor import empty_parameter, local_shard
+from parallel.tensor import ColumnParallelLinear, empty_parameter, local_shard, project
 from tests.models.small import tiny
 from tests.pool import RankPool
 
@@ -74,6 +76,40 @@ def test_with_sequence_parallelism_it_takes_two_gathers_and_two_scatters_each_wa
     for forward, backward in ranks.run(2, _collectives_of_a_block, True):
         assert forward == {"all_gather_into_tensor": 2, "reduce_scatter_tensor": 2}
         assert backward == {"all_gather_into_tensor": 2, "reduce_scatter_tensor": 2, "all_reduce": 2}
+
+
+class _Names(TorchDispatchMode):
+    """Records the operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func).split(".")[1])
+        return func(*args, **(kwargs or {}))
+
+
+def _operators_of_backward(sequence_parallel: bool) -> list[str]:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
+    groups = ModelParallel(tp=mesh, sequence_parallel=sequence_parallel)
+    layers = [ColumnParallelLinear(6, 8, bias=True, groups=groups) for _ in range(2)]
+    for layer in layers:
+        for parameter in layer.parameters():
+            torch.nn.init.zeros_(parameter)
+    first, second = project(torch.randn(1, 4, 6, requires_grad=True), layers)
+    with _Names() as operators:
+        (first + second).sum().backward()
+    return operators.names
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_input_gradients_travel_while_weight_gradients_are_computed(ranks: RankPool, sequence_parallel: bool) -> None:
+    """A wait right after the start: the transfer would stand alone."""
+    for names in ranks.run(2, _operators_of_backward, sequence_parallel):
+        start = names.index("reduce_scatter_tensor" if sequence_parallel else "all_reduce")
+        between = names[start : names.index("wait_tensor")]
+        assert between.count("mm") == 2  # one per weight
 
 
 # ---- differentiable collectives

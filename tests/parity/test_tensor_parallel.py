@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -238,30 +237,3 @@ def test_a_missing_sum_or_a_permuted_shard_is_noticed(
     assert gradient_deviation(_without_key_bias(outcome), _without_key_bias(reference)) > 1e-2
     with pytest.raises(AssertionError):
         _assert_same_model(outcome, reference, sensitivity)
-
-
-# ---- the rest of the trainer
-
-
-def test_a_checkpoint_moves_between_tensor_parallel_layouts(
-    ranks: RankPool, one_process: _OneProcess, tmp_path: Path
-) -> None:
-    """A shard written to the wrong place, moments that stay behind, a data cursor that counts tensor-parallel ranks."""
-    config, reference, sensitivity = one_process.of("gpt2")
-    layouts = [
-        (4, _layout(2, 1, sequence_parallel=True)),  # uneven shards of uneven shards
-        (1, {}),
-        (4, _layout(4, 3, sequence_parallel=False)),
-        (4, _layout(2, 3, sequence_parallel=True)),
-        (2, {"parallel__zero_stage": 3}),
-        (2, _layout(2, 0, sequence_parallel=True)),
-    ]
-    for (first_ranks, first), (second_ranks, second) in pairwise(layouts):
-        run_dir = tmp_path / f"{first_ranks}-{second_ranks}-{first.get('parallel__tp', 1)}"
-        # The schedule depends on train.steps, so a run of three steps is stopped by what it saved after two.
-        begun = changed(config, run_dir, **first, checkpoint__interval=2)
-        run_on(ranks, first_ranks, begun)
-        continued = run_on(ranks, second_ranks, changed(config, run_dir, **second))
-        assert len(continued.losses) == 3
-        assert loss_deviation(continued, reference) <= 1e-6
-        assert weight_deviation(continued, reference) <= 5 * sensitivity
