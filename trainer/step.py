@@ -71,7 +71,7 @@ def train_step(state: TrainState, microbatches: list[Batch], *, lr: float) -> St
     per_token = scale / valid.clamp(min=1)
     aux_scale = None if state.routing is None else state.routing.aux_scale(scale)
 
-    loss_sum = torch.zeros((), dtype=torch.float32, device=state.device)
+    loss_sum = torch.zeros((), dtype=torch.float64, device=state.device)  # millions of tokens: fp32 would round
     for i, batch in enumerate(microbatches):
         state.data_parallel.start_microbatch(last=i == len(microbatches) - 1)
         loss = forward_loss_sum(state, batch, aux_scale=aux_scale)
@@ -79,7 +79,7 @@ def train_step(state: TrainState, microbatches: list[Batch], *, lr: float) -> St
         loss_sum += loss.detach()
     state.data_parallel.finish_backward()
     dist.all_reduce(loss_sum, group=state.token_group)
-    loss = loss_sum / valid.clamp(min=1)
+    loss = (loss_sum / valid.clamp(min=1)).float()
 
     grad_norm = global_grad_norm(state.data_parallel.masters.values()).to(state.device) / scale
     finite = torch.isfinite(grad_norm) & torch.isfinite(loss)

@@ -167,15 +167,31 @@ def test_the_published_config_json_is_read_as_the_yaml_file(name: str) -> None:
 
 
 def test_flops_count_every_multiplication_of_forward_and_backward() -> None:
-    """MFU off by the head or by attention. Oracle: torch's own count of the matrix products."""
-    for tied, experts in ((True, MoEConfig()), (False, MoEConfig()), (False, moe(num_shared=1, first_dense=1))):
-        config = tiny(tie_embeddings=tied, attention="reference", moe=experts)
+    """MFU off by the head, by attention, by a table or by idle experts. Oracle: torch's own count of the products."""
+    cases: list[dict[str, Any]] = [{"tie_embeddings": True}, {}, {"positions": "learned"}]
+    cases += [{"moe": moe(num_shared=1, first_dense=1)}, {"mla": MLAConfig(8, None, 6, 4, 7), "num_kv_heads": None}]
+    for case in cases:
+        config = tiny(**case, attention="reference")
         model = build_model(config)
         tokens = torch.zeros(1, 16, dtype=torch.int64)
         with FlopCounterMode(display=False) as counter:
             model(tokens).sum().backward()
         norms = sum(p.numel() for p in model.parameters() if p.ndim == 1)
         assert flops_per_token(config, 16) * 16 == counter.get_total_flops() + 6 * norms * 16
+
+
+def test_flops_of_a_window_are_those_of_the_tokens_it_shows() -> None:
+    """Mistral at 32k tokens with a window of 4k, credited with eight times the attention it computes."""
+
+    def flops(seq_len: int, **changes: Any) -> int:
+        return flops_per_token(tiny(attention="reference", **changes), seq_len)
+
+    whole, short = flops(64), flops(8)
+    assert flops(64, sliding_window=8) == short
+    assert flops(64, sliding_window=100) == whole
+    assert flops(64, sliding_window=8, sliding_window_layers=[1]) == (whole + short) / 2, (
+        "two layers, one of them windowed"
+    )
 
 
 @pytest.mark.parametrize("case", CASES)
