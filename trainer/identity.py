@@ -30,7 +30,9 @@ def run_identity(config: TrainConfig) -> dict[str, Any]:
 
 def check_same_model(path: Path, config: ModelConfig) -> None:
     """Raise ConfigError if the checkpoint is of a model of another shape, naming each field that differs."""
-    theirs, ours = read_extra(path)["model"], model_identity(config)
+    ours = model_identity(config)
+    # A checkpoint from before a field was there is of a model without what the field adds: of its default.
+    theirs = model_identity(ModelConfig()) | read_extra(path)["model"]
     different = [
         f"model.{name}={ours.get(name)} (checkpoint: {theirs.get(name)})"
         for name in sorted(ours.keys() | theirs.keys())

@@ -24,7 +24,8 @@ from tests.parity.harness import (
     weight_deviation,
 )
 from tests.pool import RankPool
-from trainer.config import TrainConfig
+from trainer.config import ConfigError, TrainConfig
+from trainer.validate import finalize
 
 STEPS = 5
 # Odd numbers on purpose: 5 experts on 2 and 4 ranks, 11 features inside one.
@@ -200,6 +201,15 @@ def test_a_run_goes_on_with_its_biases_on_another_layout(
     again = run_on(ranks, 4, changed(config, tmp_path / "run", parallel__zero_stage=1, train__steps=STEPS))
     straight = changed(config, tmp_path / "straight", train__steps=STEPS, checkpoint__at_end=False)
     assert_same_metrics(again, run_on(ranks, 1, straight))
+
+
+@pytest.mark.parametrize("axis", ["tp", "pp", "cp"])
+def test_axes_that_routers_do_not_work_on_are_refused(corpus: DataConfig, tmp_path: Path, axis: str) -> None:
+    """A capacity or a balance loss of a piece of a sequence, silently another model."""
+    config = tiny_config(tmp_path, corpus, **VARIANTS["capacity"])
+    setattr(config.parallel, axis, 2)
+    with pytest.raises(ConfigError, match=f"parallel.{axis}=2 does not work with model.moe.num_experts=5"):
+        finalize(config, world_size=2)
 
 
 def test_the_variants_drop_choices_and_move_biases(one_process: _OneProcess) -> None:
