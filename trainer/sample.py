@@ -19,8 +19,8 @@ def check_prompt(tokenizer: Tokenizer, prompt: str, *, vocab_size: int) -> None:
     largest = max(_prompt_ids(tokenizer, prompt))
     if largest >= vocab_size:
         raise ConfigError([
-            f"train.sample_prompt={prompt!r} has the token id {largest}, outside model.vocab_size={vocab_size}; use the "
-            "tokenizer that made the data, another prompt, or train.sample_tokens=0"
+            f"train.sample_prompt={prompt!r} has the token id {largest}, outside model.vocab_size={vocab_size}; use "
+            "the tokenizer that made the data, another prompt, or train.sample_tokens=0"
         ])  # fmt: skip
 
 
