@@ -434,8 +434,7 @@ class Trainer:
     def close(self) -> None:
         """Stop background work and flush every sink. Call it also after a failure.
 
-        A checkpoint that is being written is finished, but not after a failure of this rank, or of one that it waited
-        for: writing takes all ranks.
+        A checkpoint under way is finished, unless a rank has failed: writing takes all of them.
         """
         self.guard.close()
         self.train_data.close()

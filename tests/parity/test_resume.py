@@ -58,8 +58,6 @@ SAME_LAYOUT = [
     (2, 0, {}),
     (2, 1, {}),
     (2, 3, {}),
-    (1, 1, {}),
-    (4, 3, {"parallel__dp_replicate": 2}),
     (4, 1, {"parallel__dp_replicate": 2}),
     (2, 1, {"precision__compute": "bf16"}),
     (2, 3, {"precision__compute": "bf16"}),
@@ -128,7 +126,7 @@ def test_two_crashes_in_a_row_and_one_before_the_first_checkpoint(
     assert len(kept) == 2  # of the start that crashed without a checkpoint
 
 
-@pytest.mark.parametrize(("world_size", "stage", "signalled"), [(2, 1, 1), (2, 3, 0), (4, 3, 2), (1, 0, 0)])
+@pytest.mark.parametrize(("world_size", "stage", "signalled"), [(2, 1, 1), (2, 3, 0), (4, 0, 2)])
 def test_a_preempted_run_saves_and_continues_bitwise(
     ranks: RankPool, corpus: DataConfig, tmp_path: Path, world_size: int, stage: int, signalled: int
 ) -> None:
@@ -175,7 +173,7 @@ def uninterrupted(ranks: RankPool, corpus: DataConfig, tmp_path_factory: pytest.
 
 @pytest.mark.parametrize(
     ("optimizer", "before", "after"),
-    [(o, *m) for o, m in itertools.product(("adamw", "muon"), MOVES) if o == "adamw" or m in MOVES[1:6:2]],
+    [(o, *m) for o, m in itertools.product(("adamw", "muon"), MOVES) if o == "adamw" or m in MOVES[3:6:2]],
 )
 def test_a_run_continues_on_another_layout(
     ranks: RankPool,
