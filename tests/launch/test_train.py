@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 from data.config import DataConfig
+from data.tokenizer import train_bpe
 from tests.parity.harness import text_corpus
 from trainer.resilience import PREEMPTED_EXIT_CODE
 
@@ -230,7 +231,7 @@ def outcomes(text: str) -> list[tuple[list[str], int]]:
 
 def broken_model(folder: Path) -> Path:
     """A Hugging Face folder whose safetensors file is cut off."""
-    folder.mkdir()
+    train_bpe(iter(["the tokenizer of these weights " * 20]), 290).save(folder)
     shape = {"vocab_size": 300, "hidden_size": 36, "intermediate_size": 50, "num_hidden_layers": 1}
     shape |= {"num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": 64}
     (folder / "config.json").write_text(json.dumps({"model_type": "llama", "rms_norm_eps": 1e-5, **shape}))
