@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
@@ -14,6 +14,7 @@ from models.layers.dropout import Dropout
 from models.layers.embedding import LMHead
 from models.layers.mlp import MLP
 from models.layers.norm import make_norm
+from parallel.pipeline.stages import Stage, make_stages
 
 RESIDUAL_OUTPUTS = ("attention.o.weight", "mlp.down.weight")
 
@@ -45,19 +46,25 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """A causal language model. Parameters only, no buffers: filling the parameters after `to_empty` completes it.
 
-    `config` is resolved (models.registry.resolve_model); `seed` keys the dropout masks.
+    `config` is resolved (models.registry.resolve_model); `seed` keys the dropout masks. `stages`: those of a pipeline
+    that this rank holds (None: the whole model); parameters of others do not exist here, names are the same.
     """
 
-    def __init__(self, config: ModelConfig, seed: int = 0) -> None:
+    def __init__(self, config: ModelConfig, seed: int = 0, *, stages: Sequence[Stage] | None = None) -> None:
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        learned = config.positions == "learned"
+        stages = make_stages([config.num_layers]) if stages is None else stages
+        first, last = any(s.is_first for s in stages), any(s.is_last for s in stages)
+        embeds = first or (last and config.tie_embeddings)
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size) if embeds else None
+        learned = config.positions == "learned" and first
         self.positions = nn.Embedding(config.max_seq_len, config.hidden_size) if learned else None
         self.dropout = Dropout(config.dropout, seed=seed, site="embedding", max_seq_len=config.max_seq_len)
-        self.blocks = nn.ModuleList(Block(config, layer, seed) for layer in range(config.num_layers))
-        self.final_norm = make_norm(config) if config.final_norm else nn.Identity()
-        self.head = LMHead(config)
+        self.blocks = nn.ModuleList()  # named by layer, as in the whole model
+        for layer in sorted(layer for stage in stages for layer in range(stage.start, stage.stop)):
+            self.blocks.add_module(str(layer), Block(config, layer, seed))
+        self.final_norm = (make_norm(config) if config.final_norm else nn.Identity()) if last else None
+        self.head = LMHead(config) if last else None
 
     def forward(
         self,
@@ -67,16 +74,19 @@ class Decoder(nn.Module):
         documents: Tensor | None = None,
         samples: Tensor | None = None,
         head: Callable[[Tensor, Tensor], Tensor] | None = None,
+        stage: Stage | None = None,
+        hidden: Tensor | None = None,
     ) -> Tensor:
         """Logits [B, T, V] of tokens [B, T] int64, or head(hidden [B, T, D], weight [V, D]) where a head is given.
 
         positions [B, T] int64 (None: 0, 1, ...), documents [B, T] int32 (None: attention crosses documents), samples
         [B] int64 (needed by dropout in training). A fused loss comes in as `head`, so that it runs inside the
-        forward of the root module, where FSDP has gathered the weight. Raises ValueError for a sequence longer than
-        the table of learned positions.
+        forward of the root module, where FSDP has gathered the weight. stage: run only this one, from `hidden`
+        [B, T, D] unless it is the first, to hidden states unless it is the last; None: all layers. Raises ValueError
+        for a sequence longer than the table of learned positions.
         """
         seq_len = tokens.shape[1]
-        x = self.embedding(tokens)
+        x = self._embed(tokens) if hidden is None else hidden
         context = build_context(
             self.config,
             seq_len=seq_len,
@@ -86,14 +96,30 @@ class Decoder(nn.Module):
             documents=documents,
             samples=samples,
         )
-        if self.positions is not None:
-            x = x + self._learned_positions(positions, seq_len)
-        x = self.dropout(x, samples)
-        for block in self.blocks:
-            x = block(x, context=context)
+        if hidden is None:
+            if self.positions is not None:
+                x = x + self._learned_positions(positions, seq_len)
+            x = self.dropout(x, samples)
+        for layer, block in self.blocks.named_children():
+            if stage is None or stage.start <= int(layer) < stage.stop:
+                x = block(x, context=context)
+        if stage is not None and not stage.is_last:
+            return x
+        assert self.final_norm is not None
+        assert self.head is not None
         x = self.final_norm(x)
-        weight = self.embedding.weight if self.head.weight is None else self.head.weight
+        weight = self.head.weight if self.head.weight is not None else self._table()
         return self.head(x, weight) if head is None else head(x, weight)
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        """[B, T] to [B, T, D]."""
+        assert self.embedding is not None
+        return self.embedding(tokens)
+
+    def _table(self) -> Tensor:
+        """The embedding's weight [V, D], which a tied head shares."""
+        assert self.embedding is not None
+        return self.embedding.weight
 
     def _learned_positions(self, positions: Tensor | None, seq_len: int) -> Tensor:
         """[B or 1, T, D]."""

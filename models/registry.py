@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from models.mistral import MISTRAL
 from models.opt import OPT
 from models.qwen2 import QWEN2
 from models.qwen3 import QWEN3
+from parallel.pipeline.stages import Stage
 
 FAMILIES: dict[str, Family] = {family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, GPT2, OPT)}
 
@@ -42,8 +44,10 @@ def resolve_model(config: ModelConfig) -> ModelConfig:
     return config.resolve()
 
 
-def build_model(config: ModelConfig, seed: int = 0) -> Decoder:
+def build_model(config: ModelConfig, seed: int = 0, *, stages: Sequence[Stage] | None = None) -> Decoder:
     """The model of a config, which need not be resolved unless it has a path; seed keys its dropout.
+
+    stages: those of a pipeline that this rank holds; None: all of the model.
 
     Its parameters hold nothing of value yet: fill them with models.init or models.hf. Under torch.device("meta") they
     take no memory until `to_empty`.
@@ -51,7 +55,7 @@ def build_model(config: ModelConfig, seed: int = 0) -> Decoder:
     if config.num_kv_heads is None or config.head_dim is None:
         config = resolve_model(config)  # one that is resolved does not need its folder any more
     check(config)
-    return Decoder(config, seed)
+    return Decoder(config, seed, stages=stages)
 
 
 def _read_folder(config: ModelConfig, folder: Path) -> ModelConfig:

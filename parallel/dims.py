@@ -18,7 +18,10 @@ class ParallelConfig:
     tp: int = 1
     sequence_parallel: bool = False
     pp: int = 1
-    pp_schedule: str = "1f1b"
+    pp_schedule: str = "1f1b"  # gpipe, 1f1b, interleaved_1f1b, zero_bubble, zbv, dualpipev
+    pp_stages_per_rank: int = 2  # interleaved_1f1b: pieces of the model each pipeline rank holds
+    pp_split: list[int] | None = None  # layers of each stage, first to last; None: balanced by cost
+    pp_trace: bool = False  # time every action of the last step (slows the step) and write run.dir/pipeline_trace.json
     cp: int = 1
     cp_method: str = "ring"
     ep: int = 1
@@ -67,7 +70,7 @@ class ParallelDims:
 def problems(config: ParallelConfig, world_size: int) -> list[str]:
     """Every reason why this layout cannot run on world_size processes, one line each."""
     found = []
-    for axis in ("tp", "pp", "cp", "ep"):
+    for axis in ("tp", "cp", "ep"):
         degree = getattr(config, axis)
         if degree != 1:
             found.append(f"parallel.{axis}={degree} is not available in this version; use 1")
@@ -75,6 +78,11 @@ def problems(config: ParallelConfig, world_size: int) -> list[str]:
         found.append("parallel.sequence_parallel=true splits norms over the tp axis, and parallel.tp=1; use false")
     if config.zero_stage not in (0, 1, 2, 3):
         found.append(f"parallel.zero_stage={config.zero_stage} is not a ZeRO stage; use 0, 1, 2 or 3")
+    if config.pp > 1 and config.zero_stage in (2, 3):
+        found.append(
+            f"parallel.zero_stage={config.zero_stage} with parallel.pp={config.pp} is not available in this version: "
+            "fully_shard would gather weights and reduce gradients anew for every micro-batch; use zero_stage 0 or 1"
+        )
     if config.cpu_offload and config.zero_stage in (0, 1):
         found.append(
             f"parallel.cpu_offload=true does not work with parallel.zero_stage={config.zero_stage}, which keeps whole "

@@ -37,8 +37,8 @@ def sample_text(
         window = torch.zeros(1, max_seq_len, dtype=torch.int64, device=state.device)
         window[0, : len(context)] = torch.tensor(context)
         last = len(context) - 1
-        logits = state.model(window, head=lambda hidden, weight, last=last: hidden[:, last] @ weight.T)
-        top, candidates = (logits[0].float() / temperature).topk(min(top_k, logits.shape[-1]))
+        logits = state.passes.logits(state, window, last)
+        top, candidates = (logits[0] / temperature).topk(min(top_k, logits.shape[-1]))
         cumulative = top.softmax(-1).cumsum(-1)
         draw = uniform(seed, "sample", torch.tensor([i], device=state.device))
         choice = int((cumulative < draw).sum().clamp(max=len(candidates) - 1))

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from data.loader import Loader, build_loader
-from models.flops import flops_per_token
+from models.flops import flops_per_token, num_parameters
 from models.hf import load_hf_weights
 from models.init import initialize
 from models.layers.attention import choose_attention
@@ -24,18 +24,21 @@ from parallel.activation_checkpoint import ActivationCheckpoint
 from parallel.dims import ParallelDims
 from parallel.mesh import build_mesh, init_distributed, pick_device
 from parallel.parallelize import BlockOptions, parallelize
+from parallel.pipeline.schedules import SPLIT_BACKWARD
+from parallel.pipeline.weight_gradients import defer_weight_gradients
 from trainer.checkpoint import CheckpointManager, read_extra, resolve_resume
 from trainer.config import TrainConfig
 from trainer.identity import check_same_model, model_identity
 from trainer.loss_scale import LossScale
 from trainer.metrics import MetricLogger
 from trainer.optim import build_optimizer
+from trainer.pipelined import PipelinedPasses, pipeline_layout
 from trainer.resilience import PreemptionGuard
 from trainer.run_dir import prepare_run_dir
 from trainer.run_info import RunInfo, write_config, write_run_info
 from trainer.sample import sample_text
 from trainer.schedule import learning_rate
-from trainer.step import StepMetrics, TrainState, evaluate, train_step
+from trainer.step import PlainPasses, StepMetrics, TrainState, evaluate, train_step
 from trainer.throughput import StepClock, Throughput, mfu_peak
 
 GC_INTERVAL = 50
@@ -131,8 +134,12 @@ class Trainer:
 
     def _build_state(self) -> TrainState:
         config = self.config
+        pipeline = pipeline_layout(config.parallel, config.model, seq_len=config.train.seq_len)
+        stages = None if pipeline is None else pipeline.of_rank(self.mesh.batch["pp"].get_local_rank())
         with torch.device("meta"):
-            model = build_model(config.model, seed=config.train.seed)
+            model = build_model(config.model, seed=config.train.seed, stages=stages)
+        split_backward = pipeline is not None and pipeline.schedule in SPLIT_BACKWARD
+        weight_gradients = defer_weight_gradients(model.blocks) if split_backward else None
         checkpointing = ActivationCheckpoint(
             mode=config.model.activation_checkpoint, save=config.model.activation_checkpoint_save
         )
@@ -146,6 +153,16 @@ class Trainer:
         )
         model.train()
         self.initializers = model.initializers()
+        self.pipeline = pipeline and PipelinedPasses(
+            pipeline,
+            mesh=self.mesh,
+            data_parallel=data_parallel,
+            weight_gradients=weight_gradients,
+            model=config.model,
+            dtype=config.precision.compute_dtype,
+            device=self.device,
+            trace=config.parallel.pp_trace,
+        )
         return TrainState(
             model=model,
             data_parallel=data_parallel,
@@ -155,6 +172,9 @@ class Trainer:
             device=self.device,
             grad_clip=config.train.grad_clip,
             compile_loss=config.train.compile,
+            passes=self.pipeline or PlainPasses(),
+            stage_group=self.pipeline.group if self.pipeline else None,
+            copies=self.pipeline.copies if self.pipeline else frozenset(),
         )
 
     def _state_tensors(self) -> dict[str, torch.Tensor]:
@@ -179,7 +199,7 @@ class Trainer:
                 self.skipped_steps = extra["skipped_steps"]
                 self.train_data.load_state_dict(extra["data"])
         elif self.config.model.path is not None:
-            load_hf_weights(self.config.model.path, masters, self.config.model)
+            load_hf_weights(self.config.model.path, masters, self.config.model, whole_model=self.pipeline is None)
         else:
             initialize(masters, self.initializers, self.config.train.seed)
         self.state.data_parallel.publish()
@@ -191,7 +211,6 @@ class Trainer:
         flops = flops_per_token(self.config.model, self.config.train.seq_len)
         self.throughput = Throughput(world_size=self.world_size, flops_per_token=flops, peak=peak)
         self.clock = StepClock(self.device)
-        num_parameters = sum(p.numel() for p in self.state.data_parallel.masters.values())
         train, precision = self.config.train, self.config.precision
         info = RunInfo(
             device=self.device,
@@ -206,6 +225,7 @@ class Trainer:
                 "activation_checkpoint": self.config.model.activation_checkpoint,
                 "optimizer": self.config.optim.name,
                 "data_parallel": f"zero{self.config.parallel.zero_stage}",
+                "pipeline": self._pipeline_name(),
             },
             precision={"compute": precision.compute, "master": precision.master, "reduce": precision.reduce},
             flops_per_token=flops,
@@ -217,11 +237,19 @@ class Trainer:
             write_run_info(self.run_dir, info)
         self.metrics.event(
             "resume" if self.resume_from else "start",
-            f"{self.config.model.family}, {num_parameters / 1e6:,.1f}M parameters, {self.world_size} x {device_name}, "
+            f"{self.config.model.family}, {num_parameters(self.config.model) / 1e6:,.1f}M parameters, "
+            f"{self.world_size} x {device_name}, "
             f"ZeRO-{self.config.parallel.zero_stage}, {self.config.precision.compute}"
             + (f"; resumed from {self.resume_from} at step {self.state.step}" if self.resume_from else ""),
             step=self.state.step,
         )
+
+    def _pipeline_name(self) -> str:
+        """Schedule and layers per stage, such as 1f1b(8+8+8+7)."""
+        if self.pipeline is None:
+            return "none"
+        layout = self.pipeline.layout
+        return f"{layout.schedule}({'+'.join(str(stage.stop - stage.start) for stage in layout.stages)})"
 
     # ---- training
 
@@ -265,7 +293,15 @@ class Trainer:
             if state.step % GC_INTERVAL == 0:
                 gc.collect(1)
         self.checkpoints.wait()
+        if self.pipeline is not None and config.parallel.pp_trace:
+            self._write_pipeline_trace()
         return {"step": state.step, "loss": loss, "validation_loss": self._validation_loss, "sample": self._sample()}
+
+    def _write_pipeline_trace(self) -> None:
+        """pipeline_trace.json of the first pipeline, where there are several beside each other."""
+        assert self.pipeline is not None
+        if self.mesh.tokens.get_local_rank() == 0 and self.mesh.batch["tp"].get_local_rank() == 0:
+            self.pipeline.write_trace(self.run_dir / "pipeline_trace.json")
 
     def _launch_step(self) -> None:
         """Run one step; on the GPU, only enqueue it. Its numbers are `_pending`."""
@@ -323,8 +359,7 @@ class Trainer:
     def _validate(self) -> dict[str, float]:
         """Validation of the current weights: its fields of the step's record. Its time belongs to no step."""
         assert self.validation_data is not None
-        batches = self.validation_data.batches(self.config.train.eval_batches)
-        loss = evaluate(self.state, (batch for step in batches for batch in step))
+        loss = evaluate(self.state, self.validation_data.batches(self.config.train.eval_batches))
         self._validation_loss = loss
         self.clock.start()
         return {"validation_loss": loss, "validation_perplexity": math.exp(loss) if loss < 700 else math.inf}

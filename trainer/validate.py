@@ -14,6 +14,8 @@ from parallel.activation_checkpoint import ActivationCheckpoint
 from parallel.activation_checkpoint import problems as activation_checkpoint_problems
 from parallel.dims import ParallelDims
 from parallel.dims import problems as dims_problems
+from parallel.pipeline.layout import problems as pipeline_problems
+from parallel.pipeline.schedules import SPLIT_BACKWARD
 from parallel.precision import problems as precision_problems
 from trainer.config import NONFINITE, CheckpointConfig, ConfigError, LoopConfig, TrainConfig
 from trainer.resilience import launcher_problems
@@ -44,6 +46,7 @@ def finalize(config: TrainConfig, *, world_size: int) -> TrainConfig:
     found += _loop_problems(config.train)
     found += _checkpoint_problems(config.checkpoint)
     found += _cross_problems(config, world_size)
+    found += pipeline_problems(config.parallel, model.num_layers)
     found += launcher_problems(os.environ)
     if found:
         raise ConfigError(list(dict.fromkeys(found)))
@@ -92,6 +95,12 @@ def _cross_problems(config: TrainConfig, world_size: int) -> list[str]:
         found.append(
             f"train.global_batch_size={train.global_batch_size} does not divide into {dp} data-parallel ranks x "
             f"train.micro_batch_size={train.micro_batch_size}; use a multiple of {together}, such as {nearest}"
+        )
+    if train.compile and config.parallel.pp > 1 and config.parallel.pp_schedule in SPLIT_BACKWARD:
+        found.append(
+            f"train.compile=true does not work with parallel.pp_schedule={config.parallel.pp_schedule}, which puts "
+            "weight gradients off by a side effect that a compiled block cannot have; use gpipe, 1f1b or "
+            "interleaved_1f1b, or train.compile=false"
         )
     if config.logging.wandb_mode not in ("online", "offline"):
         found.append(f"logging.wandb_mode={config.logging.wandb_mode} is unknown; use offline or online")

@@ -22,6 +22,8 @@ Key = tuple[int, int]
 class Work(Protocol):
     """What the executor runs: the model, by stage."""
 
+    num_stages: int
+
     def forward(self, stage: int, microbatch: int, hidden: Tensor | None) -> Tensor:
         """Output of a stage: hidden states for the next one, of the last stage its result. hidden None: first stage."""
         ...
@@ -189,15 +191,15 @@ class _Run:
         output = self.work.forward(stage, microbatch, hidden)
         if self.seed is not None:
             self.inputs[stage, microbatch], self.outputs[stage, microbatch] = hidden, output
-        if output.shape == tuple(self.work.hidden_shape(microbatch)):
-            self.produced[False, stage + 1, microbatch] = output.detach().contiguous()
-        else:
+        if stage == self.work.num_stages - 1:
             self.results[microbatch] = output.detach()
+        else:
+            self.produced[False, stage + 1, microbatch] = output.detach().contiguous()
 
     def _backward(self, action: Action) -> None:
         key = (action.stage, action.microbatch)
         hidden, output = self.inputs.pop(key), self.outputs.pop(key)
-        grad = self.produced.pop((True, *key), self.seed)
+        grad = self.seed if action.stage == self.work.num_stages - 1 else self.produced.pop((True, *key))
         if action.kind is Kind.INPUT:
             assert self.pipeline.weight_gradients is not None
             with self.pipeline.weight_gradients.collect(key):

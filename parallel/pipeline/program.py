@@ -68,6 +68,4 @@ def make_programs(schedule: Schedule) -> tuple[tuple[Step, ...], ...]:
         if message is not None:
             communicate(message.source, message)
             communicate(message.target, message)
-    return tuple(
-        tuple(Exchange(tuple(step)) if isinstance(step, list) else step for step in steps) for steps in lists
-    )
+    return tuple(tuple(Exchange(tuple(step)) if isinstance(step, list) else step for step in steps) for steps in lists)

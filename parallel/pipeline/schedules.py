@@ -281,7 +281,11 @@ def forward_only(owner: tuple[int, ...], num_microbatches: int) -> Schedule:
     return Schedule("forward_only", num_microbatches, owner, ranks)
 
 
-_ONE_STAGE: dict[str, Callable[[int, int], Schedule]] = {"gpipe": gpipe, "1f1b": one_f_one_b, "zero_bubble": zero_bubble}
+_ONE_STAGE: dict[str, Callable[[int, int], Schedule]] = {
+    "gpipe": gpipe,
+    "1f1b": one_f_one_b,
+    "zero_bubble": zero_bubble,
+}
 _VEE: dict[str, Callable[[int, int], Schedule]] = {"zbv": zbv, "dualpipev": dualpipev}
 
 SCHEDULES = ("gpipe", "1f1b", "interleaved_1f1b", "zero_bubble", "zbv", "dualpipev")
