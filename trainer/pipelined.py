@@ -79,14 +79,15 @@ class PipelinedPasses:
         """weight_gradients: for schedules with split backward. dtype: of hidden states. Collective over all ranks."""
         self.layout = layout
         self.data_parallel = data_parallel
-        self.hidden_size = model.hidden_size
+        self.model = model
         self.group = mesh.batch["pp"].get_group()
         self.rank = dist.get_rank(self.group)
+        if weight_gradients is not None:
+            weight_gradients.deliver = data_parallel.add_gradient
         self.executor = PipelineExecutor(
             self.group,
             device=device,
             dtype=dtype,
-            deliver=data_parallel.add_gradient,
             weight_gradients=weight_gradients,
             trace=trace,
         )
@@ -128,10 +129,10 @@ class PipelinedPasses:
                 hidden=hidden,
             )
 
-        work = _ModelWork(len(self.layout.stages), [(*tokens.shape, self.hidden_size)], forward)
+        work = _ModelWork(len(self.layout.stages), [(*tokens.shape, self.model.hidden_size)], forward)
         results = self.executor.run(self._program(self.layout.evaluation(1)), work, seed=None)
         holder = self.layout.owner[-1]
-        shape = (tokens.shape[0], state.model.config.vocab_size)  # type: ignore[union-attr]
+        shape = (tokens.shape[0], self.model.vocab_size)
         logits = results[0].float() if self.rank == holder else torch.empty(shape, device=state.device)
         dist.broadcast(logits, src=dist.get_global_rank(self.group, holder), group=self.group)
         return logits
@@ -155,7 +156,7 @@ class PipelinedPasses:
         forward: Callable[[int, int, Tensor | None], Tensor],
         stage_done: Callable[[int], None] = lambda stage: None,
     ) -> _ModelWork:
-        shapes = [(*batch.tokens.shape, self.hidden_size) for batch in microbatches]
+        shapes = [(*batch.tokens.shape, self.model.hidden_size) for batch in microbatches]
         return _ModelWork(len(self.layout.stages), shapes, forward, stage_done)
 
     def _loss_of_stage(
@@ -210,4 +211,4 @@ def _group_of_ends(mesh: Meshes, ends: tuple[int, int]) -> dist.ProcessGroup | N
         group = dist.new_group(members)
         if dist.get_rank() in members:
             mine = group
-    return mine  # type: ignore[return-value]
+    return mine

@@ -153,16 +153,18 @@ class Trainer:
         )
         model.train()
         self.initializers = model.initializers()
-        self.pipeline = pipeline and PipelinedPasses(
-            pipeline,
-            mesh=self.mesh,
-            data_parallel=data_parallel,
-            weight_gradients=weight_gradients,
-            model=config.model,
-            dtype=config.precision.compute_dtype,
-            device=self.device,
-            trace=config.parallel.pp_trace,
-        )
+        self.pipeline: PipelinedPasses | None = None
+        if pipeline is not None:
+            self.pipeline = PipelinedPasses(
+                pipeline,
+                mesh=self.mesh,
+                data_parallel=data_parallel,
+                weight_gradients=weight_gradients,
+                model=config.model,
+                dtype=config.precision.compute_dtype,
+                device=self.device,
+                trace=config.parallel.pp_trace,
+            )
         return TrainState(
             model=model,
             data_parallel=data_parallel,

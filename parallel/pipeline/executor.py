@@ -13,7 +13,7 @@ from torch import Tensor
 
 from parallel.pipeline.program import Exchange, Message, Step
 from parallel.pipeline.schedules import Action, Kind
-from parallel.pipeline.weight_gradients import Deliver, WeightGradients
+from parallel.pipeline.weight_gradients import WeightGradients
 
 Key = tuple[int, int]
 """Stage and micro-batch."""
@@ -49,7 +49,7 @@ class Executed:
 class PipelineExecutor:
     """Runs programs on one rank of a pipeline. Peers in `group` run theirs, made from the same schedule.
 
-    device, dtype: of the hidden states. deliver and weight_gradients are for schedules with split backward.
+    device, dtype: of the hidden states. weight_gradients: of the model's layers, for schedules with split backward.
     """
 
     def __init__(
@@ -58,7 +58,6 @@ class PipelineExecutor:
         *,
         device: torch.device,
         dtype: torch.dtype,
-        deliver: Deliver,
         weight_gradients: WeightGradients | None = None,
         trace: bool = False,
     ) -> None:
@@ -66,7 +65,6 @@ class PipelineExecutor:
         self.rank = dist.get_rank(group)
         self.device = device
         self.dtype = dtype
-        self.deliver = deliver
         self.weight_gradients = weight_gradients
         self.trace = trace
         self.executed: list[Executed] = []  # of the newest run, when tracing
@@ -178,7 +176,7 @@ class _Run:
             self._forward(action.stage, action.microbatch)
         elif action.kind is Kind.WEIGHT:
             assert self.pipeline.weight_gradients is not None
-            self.pipeline.weight_gradients.run((action.stage, action.microbatch), self.pipeline.deliver)
+            self.pipeline.weight_gradients.run((action.stage, action.microbatch))
         else:
             self._backward(action)
         if self.last.get(action.stage) == action:

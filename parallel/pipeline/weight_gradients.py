@@ -27,71 +27,76 @@ Deliver = Callable[[nn.Parameter, Tensor], None]
 
 
 class WeightGradients:
-    """Weight gradients that are still to be computed, by stage and micro-batch."""
+    """Weight gradients of deferring layers: computed at once, or kept by stage and micro-batch until `run`."""
 
     def __init__(self) -> None:
+        self.deliver: Deliver | None = None  # filled by trainer/pipelined.py
         self._collecting: Key | None = None
         self._waiting: dict[Key, list[tuple[nn.Linear, Tensor, Tensor]]] = {}
 
     @contextmanager
     def collect(self, key: Key) -> Iterator[None]:
-        """Deferring layers put their weight gradients off while this lasts; otherwise they do not."""
+        """Backward passes put weight gradients off while this lasts; otherwise they compute them."""
         self._collecting, self._waiting[key] = key, []
         try:
             yield
         finally:
             self._collecting = None
 
-    @property
-    def collecting(self) -> bool:
-        return self._collecting is not None
-
     def add(self, layer: nn.Linear, inputs: Tensor, grad_output: Tensor) -> None:
         """inputs [..., in], grad_output [..., out]."""
-        assert self._collecting is not None
-        self._waiting[self._collecting].append((layer, inputs, grad_output))
+        if self._collecting is None:
+            self._compute(layer, inputs, grad_output)
+        else:
+            self._waiting[self._collecting].append((layer, inputs, grad_output))
+
+    def run(self, key: Key) -> None:
+        """Compute what was put off under this key, and free what it needed."""
+        for layer, inputs, grad_output in self._waiting.pop(key):
+            self._compute(layer, inputs, grad_output)
 
     @torch.no_grad()
-    def run(self, key: Key, deliver: Deliver) -> None:
-        """Compute what was put off under this key."""
-        for layer, inputs, grad_output in self._waiting.pop(key):
-            flat = grad_output.flatten(0, -2)
-            deliver(layer.weight, flat.T @ inputs.flatten(0, -2))  # type: ignore[arg-type]
-            if layer.bias is not None:
-                deliver(layer.bias, flat.sum(0))
+    def _compute(self, layer: nn.Linear, inputs: Tensor, grad_output: Tensor) -> None:
+        assert self.deliver is not None
+        flat = grad_output.flatten(0, -2)
+        for parameter, compute in (
+            (layer.weight, lambda: flat.T @ inputs.flatten(0, -2)),
+            (layer.bias, lambda: flat.sum(0)),
+        ):
+            if parameter is not None and parameter.requires_grad:
+                self.deliver(parameter, compute())
 
 
 class _DeferringLinear(torch.autograd.Function):
-    """y = x W^T + b."""
+    """y = x W^T + b, of which autograd sees x alone: weight and bias get their gradients from the store."""
 
     @staticmethod
-    def forward(
-        ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None, layer: nn.Linear, store: WeightGradients
-    ) -> Tensor:
-        ctx.save_for_backward(inputs, weight)
+    def forward(ctx: Any, inputs: Tensor, layer: nn.Linear, store: WeightGradients) -> Tensor:
+        ctx.save_for_backward(inputs)
         ctx.layer, ctx.store = layer, store
-        return F.linear(inputs, weight, bias)
+        return F.linear(inputs, layer.weight, layer.bias)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        inputs, weight = ctx.saved_tensors
-        grad_input = grad_output @ weight
-        if ctx.store.collecting:
-            ctx.store.add(ctx.layer, inputs, grad_output)
-            return grad_input, None, None, None, None
-        flat = grad_output.flatten(0, -2)
-        grad_bias = flat.sum(0) if ctx.needs_input_grad[2] else None
-        return grad_input, flat.T @ inputs.flatten(0, -2), grad_bias, None, None
+        (inputs,) = ctx.saved_tensors
+        ctx.store.add(ctx.layer, inputs, grad_output)
+        return grad_output @ ctx.layer.weight, None, None
 
 
 def defer_weight_gradients(blocks: nn.Module) -> WeightGradients:
-    """Make every nn.Linear in `blocks` able to put its weight gradient off, in place; the store they share."""
+    """Make every nn.Linear in `blocks` put its weight gradient off on demand, in place; the store they share.
+
+    Their inputs must need a gradient, as those inside a block do. Raises TypeError for a weight matrix in another kind
+    of layer, which would be computed in the input pass and make the schedule's plan wrong.
+    """
     store = WeightGradients()
 
     def forward(inputs: Tensor, *, layer: nn.Linear) -> Tensor:
-        return _DeferringLinear.apply(inputs, layer.weight, layer.bias, layer, store)  # type: ignore[no-any-return]
+        return _DeferringLinear.apply(inputs, layer, store)
 
-    for module in blocks.modules():
+    for name, module in blocks.named_modules():
         if type(module) is nn.Linear:
             module.forward = partial(forward, layer=module)  # type: ignore[method-assign]
+        elif any(parameter.ndim > 1 for parameter in module.parameters(recurse=False)):
+            raise TypeError(f"blocks.{name} ({type(module).__name__}) has weights whose gradient cannot be put off")
     return store
