@@ -49,7 +49,7 @@ class DataParallel(ABC):
         """After `start_pipeline`: these parameters have had their last contribution, and may be reduced."""
 
     @abstractmethod
-    def add_gradient(self, parameter: nn.Parameter, grad: torch.Tensor) -> None:
+    def add_gradient(self, parameter: torch.Tensor, grad: torch.Tensor) -> None:
         """Take a gradient that autograd does not deliver, because its computation was put off."""
 
     @abstractmethod
@@ -85,7 +85,7 @@ class FullyShardedDataParallel(DataParallel):
     def gradients_complete(self, names: Iterable[str]) -> None:
         """Nothing: every backward has reduced its own."""
 
-    def add_gradient(self, parameter: nn.Parameter, grad: torch.Tensor) -> None:
+    def add_gradient(self, parameter: torch.Tensor, grad: torch.Tensor) -> None:
         raise RuntimeError("fully_shard reduces what autograd delivers; split backward needs ZeRO stage 0 or 1")
 
     def finish_backward(self) -> None:
@@ -163,7 +163,7 @@ class BucketedDataParallel(DataParallel):
             for layout in layouts
         ]
         self._bucket_of = {slot.name: (b, slot) for b in self.buckets for slot in b.layout.slots}
-        self._name_of = {parameter: name for name, parameter in self.params.items()}
+        self._name_of: dict[torch.Tensor, str] = {parameter: name for name, parameter in self.params.items()}
         self._next_launch = 0
         self._last_microbatch = False
         self._make_masters(master_dtype)
@@ -224,7 +224,7 @@ class BucketedDataParallel(DataParallel):
                 bucket.missing.discard(name)
         self._launch_ready()
 
-    def add_gradient(self, parameter: nn.Parameter, grad: torch.Tensor) -> None:
+    def add_gradient(self, parameter: torch.Tensor, grad: torch.Tensor) -> None:
         name = self._name_of[parameter]
         bucket, slot = self._bucket_of[name]
         slot.copy_in(bucket.gradients, grad, accumulate=name in bucket.filled)

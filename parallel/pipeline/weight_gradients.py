@@ -22,8 +22,8 @@ from torch import Tensor, nn
 Key = tuple[int, int]
 """Stage and micro-batch."""
 
-Deliver = Callable[[nn.Parameter, Tensor], None]
-"""Takes a finished gradient [shape of the parameter], to be added to what the parameter has."""
+Deliver = Callable[[Tensor, Tensor], None]
+"""Takes a parameter and a finished gradient of its shape, to be added to what the parameter has."""
 
 
 class WeightGradients:
