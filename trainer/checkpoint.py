@@ -123,11 +123,10 @@ class CheckpointManager:
         exactly those saved.
         """
         self.wait()
-        here = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
-        wanted = {name: entry for part in self._ranks.everywhere(lambda: here) for name, entry in part.items()}
+        anywhere = {name for names in self._ranks.everywhere(lambda: list(tensors)) for name in names}
 
         def check() -> dict[str, Any]:
-            found = mismatches(path, wanted)
+            found = mismatches(path, tensors, elsewhere=anywhere)
             if found:
                 raise CheckpointError(f"{path} does not hold this run's tensors; {'; '.join(found)}")
             return read_extra(path)

@@ -32,11 +32,6 @@ MODEL: dict[str, Any] = {
     "train__steps": STEPS,
     "schedule__warmup_steps": 1,
 }
-    "model__num_layers": 9,
-    "train__global_batch_size": 12,
-    "train__steps": STEPS,
-    "schedule__warmup_steps": 1,
-}
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "masked": {"data__mask_documents": True},
