@@ -86,7 +86,9 @@ class FullyShardedDataParallel(DataParallel):
         """Nothing: every backward has reduced its own."""
 
     def add_gradient(self, parameter: torch.Tensor, grad: torch.Tensor) -> None:
-        raise RuntimeError("fully_shard reduces what autograd delivers; split backward needs ZeRO stage 0 or 1")
+        raise RuntimeError(
+            "fully_shard reduces what autograd delivers; split backward needs parallel.zero_stage=0 or 1"
+        )
 
     def finish_backward(self) -> None:
         for name, master in self.masters.items():

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from parallel.pipeline.schedules import SPLIT_BACKWARD
+
 
 @dataclass
 class ParallelConfig:
@@ -78,10 +80,11 @@ def problems(config: ParallelConfig, world_size: int) -> list[str]:
         found.append("parallel.sequence_parallel=true splits norms over the tp axis, and parallel.tp=1; use false")
     if config.zero_stage not in (0, 1, 2, 3):
         found.append(f"parallel.zero_stage={config.zero_stage} is not a ZeRO stage; use 0, 1, 2 or 3")
-    if config.pp > 1 and config.zero_stage in (2, 3):
+    if config.pp > 1 and config.zero_stage in (2, 3) and config.pp_schedule in SPLIT_BACKWARD:
         found.append(
-            f"parallel.zero_stage={config.zero_stage} with parallel.pp={config.pp} is not available in this version: "
-            "fully_shard would gather weights and reduce gradients anew for every micro-batch; use zero_stage 0 or 1"
+            f"parallel.zero_stage={config.zero_stage} does not work with parallel.pp_schedule={config.pp_schedule}: "
+            "fully_shard reduces gradients as autograd delivers them, and split backward computes weight gradients "
+            "after it; use zero_stage 0 or 1, or gpipe, 1f1b or interleaved_1f1b"
         )
     if config.cpu_offload and config.zero_stage in (0, 1):
         found.append(

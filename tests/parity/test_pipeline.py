@@ -105,6 +105,12 @@ LAYOUTS = [
     ("plain", 2, 2, "dualpipev", 1, 4),
     ("tied", 4, 2, "dualpipev", 1, 1),
     ("biased", 4, 4, "dualpipev", 0, 1),
+    ("plain", 4, 2, "gpipe", 3, 2),
+    ("tied", 4, 2, "1f1b", 3, 1),
+    ("dropout", 4, 2, "1f1b", 2, 2),
+    ("plain", 4, 4, "1f1b", 3, 2),
+    ("tied", 4, 2, "interleaved_1f1b", 3, 2),
+    ("plain", 4, 2, "interleaved_1f1b", 2, 1),
 ]
 
 
@@ -270,7 +276,7 @@ def test_the_trace_shows_plan_and_execution(ranks: RankPool, one_process: _OnePr
     ("changes", "expected"),
     [
         ({"parallel__pp_schedule": "2f2b"}, "parallel.pp_schedule=2f2b is not a schedule; use gpipe"),
-        ({"parallel__zero_stage": 2}, "use zero_stage 0 or 1"),
+        ({"parallel__zero_stage": 2, "parallel__pp_schedule": "zbv"}, "use zero_stage 0 or 1, or gpipe"),
         ({"parallel__pp_split": [4, 4]}, "add up to model.num_layers=9; such as [4, 5]"),
         ({"model__num_layers": 3, "parallel__pp_schedule": "zbv"}, "model.num_layers=3 does not fill them"),
         ({"parallel__pp_stages_per_rank": 0}, "parallel.pp_stages_per_rank=0 must be at least 1"),
