@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-import difflib
 import os
-import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import hydra
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from launch.explain import explain, known_keys, no_such_key
 from trainer.config import ConfigError, TrainConfig
+from trainer.trainer import TrainingDiverged
 
 CONFIG_DIR = str(Path(__file__).resolve().parent.parent / "configs")
+COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError)
+"""What Hydra raises for wrong overrides and files; the last two for a group that is set to what is no name."""
 
 ConfigStore.instance().store(name="train_schema", node=TrainConfig)
 
@@ -31,25 +34,56 @@ def run_jobs(arguments: list[str], job: Callable[[TrainConfig], None]) -> None:
 
     Plain overrides are composed here, so that every wrong one is named at once. Hydra's own flags (--multirun, --cfg,
     --help, ...) go to Hydra's own main; under --multirun each job runs in a folder of its own below run.dir, named by
-    its overrides, so a sweep that is started again continues. Raises ConfigError.
+    the values that were swept over, so a sweep that is started again continues. A point that cannot be run, or
+    diverges, does not keep the others from running; any other failure ends the sweep. Raises ConfigError, and what
+    `job` raises.
     """
     if not any(a.startswith("-") for a in arguments):
         job(compose_one(arguments))
         return
+    failed: dict[str, Exception] = {}  # name of a job to its failure
 
     def task(config: DictConfig) -> None:
-        typed = _to_object(config)
-        if HydraConfig.get().mode == RunMode.MULTIRUN:
-            typed.run.dir = HydraConfig.get().runtime.output_dir
-            typed.run.name = f"{typed.run.name}-{HydraConfig.get().job.num}"
-        job(typed)
+        if failed and not isinstance(list(failed.values())[-1], (ConfigError, TrainingDiverged)):
+            return
+        name = _name_of_job(arguments)
+        try:
+            typed = _to_object(config)
+            if HydraConfig.get().mode == RunMode.MULTIRUN:
+                typed.run.dir = str(Path(typed.run.dir) / name)
+                typed.run.name = f"{typed.run.name}-{name}"
+            job(typed)
+        except Exception as error:  # Hydra would go on with the next job, preempted or not
+            failed[name] = error
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us, not to Hydra's own reporting
     sys.argv = [sys.argv[0], *arguments]
     try:
         hydra.main(config_path=CONFIG_DIR, config_name="train", version_base="1.3")(task)()
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError([_first_line(error)]) from None
+    except COMPOSITION_ERRORS as error:
+        raise ConfigError([explain(error)]) from None
+    _raise(failed)
+
+
+def _name_of_job(arguments: list[str]) -> str:
+    """What sets the job that Hydra is running apart from the others of its sweep, as the name of a folder."""
+    overrides = OverridesParser.create().parse_overrides([a for a in arguments if "=" in a and not a.startswith("-")])
+    swept = [override.key_or_group for override in overrides if override.is_sweep_override()]
+    now = [o for o in HydraConfig.get().overrides.task if o.partition("=")[0].lstrip("+") in swept]
+    return ",".join(now).replace("/", "_") or "0"
+
+
+def _raise(failed: Mapping[str, Exception]) -> None:
+    """Raise what says most about a sweep's failures: the one that ended it, or all of them."""
+    if not failed:
+        return
+    last = list(failed.values())[-1]
+    if len(failed) == 1 or not isinstance(last, (ConfigError, TrainingDiverged)):
+        raise last
+    lines = [f"{name}: {error}" for name, error in failed.items()]
+    if all(isinstance(error, ConfigError) for error in failed.values()):
+        raise ConfigError(lines)
+    raise TrainingDiverged("\n".join(lines))
 
 
 def compose_one(overrides: list[str]) -> TrainConfig:
@@ -57,47 +91,30 @@ def compose_one(overrides: list[str]) -> TrainConfig:
     with initialize_config_dir(CONFIG_DIR, version_base="1.3"):
         try:
             return _to_object(compose("train", overrides=overrides))
-        except (HydraException, OmegaConfBaseException) as error:
+        except ConfigError:
+            raise
+        except COMPOSITION_ERRORS as error:
             found = [line for override in overrides if (line := _problem_of(override)) is not None]
-            raise ConfigError(found or [_first_line(error)]) from None
-
-
-def _to_object(config: DictConfig) -> TrainConfig:
-    typed = OmegaConf.to_object(config)
-    assert isinstance(typed, TrainConfig)
-    return typed
+            raise ConfigError(found or [explain(error)]) from None
 
 
 def _problem_of(override: str) -> str | None:
-    """What is wrong with one override on its own, in one line: the override, the cause, the fix. None: nothing."""
+    """What is wrong with one override on its own, in one line; None: nothing."""
     try:
         _to_object(compose("train", overrides=[override]))
         return None
-    except (HydraException, OmegaConfBaseException) as error:
-        text = str(error)
-        first_line = _first_line(error)
-    key = override.partition("=")[0].lstrip("+~")
-    options = re.search(r"Could not find '([^']*)'.*?Available options in '[^']*':\s*(.*?)(?:\n\S|\Z)", text, re.S)
-    if options:
-        return (
-            f"{override}: there is no configs/{options.group(1)}.yaml; use one of {', '.join(options.group(2).split())}"
-        )
-    if key not in known_keys() and ("not in struct" in text or "Could not override" in text):
-        close = difflib.get_close_matches(key, known_keys(), n=1)
-        return f"{override}: there is no key {key}" + (f"; did you mean {close[0]}?" if close else "")
-    return f"{override}: {first_line}"
+    except ConfigError as error:
+        return error.problems[0]
+    except COMPOSITION_ERRORS as error:
+        return explain(error, override)
 
 
-def known_keys(node: Any = None, prefix: str = "") -> list[str]:
-    """Every key of the schema, dotted."""
-    node = OmegaConf.structured(TrainConfig) if node is None else node
-    keys = []
-    for key in node:
-        keys.append(f"{prefix}{key}")
-        if isinstance(node[key], DictConfig):
-            keys += known_keys(node[key], f"{prefix}{key}.")
-    return keys
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+def _to_object(config: DictConfig) -> TrainConfig:
+    """Raises ConfigError for keys that `+` added and that nothing reads."""
+    known = set(known_keys())
+    unknown = [key for key in known_keys(config) if key not in known]
+    if unknown:
+        raise ConfigError([no_such_key(key) for key in unknown])
+    typed = OmegaConf.to_object(config)
+    assert isinstance(typed, TrainConfig)
+    return typed

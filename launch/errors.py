@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
@@ -18,9 +19,12 @@ from trainer.resilience import PREEMPTED_EXIT_CODE
 from trainer.trainer import Preempted, TrainingDiverged
 
 CONFIG_EXIT_CODE = 2
-EXPECTED = (ValueError, OSError, CheckpointError, TrainingDiverged)
-"""Failures whose message says it all: bad input, files, a run that diverged. Anything else shows its traceback."""
+EXPECTED = (ValueError, OSError, CheckpointError, TrainingDiverged, dist.DistNetworkError, dist.DistStoreError)
+"""Failures whose message says it all: bad input, files, a run that diverged, a port that is taken. Anything else shows
+its traceback."""
 PATIENCE_SECONDS = 3.0
+_PATIENCE = timedelta(seconds=PATIENCE_SECONDS)
+_SPOKEN, _HEARD = "lattice/failed", "lattice/heard"
 
 
 def exit_code_of(program: Callable[[list[str]], None], arguments: list[str]) -> int:
@@ -58,16 +62,36 @@ def _say_once(message: str) -> None:
     rank = rank_from_env()
     store = dist.distributed_c10d._get_default_store() if dist.is_initialized() else None
     if rank == 0:
-        sys.stderr.write(message)
-        sys.stderr.flush()
+        _write(message)
         if store is not None:
-            store.set("lattice/failed", "0")
-        return
-    if store is None:
-        time.sleep(PATIENCE_SECONDS)
-        return
+            _tell_others(store)
+    elif store is not None:
+        if not _rank0_spoke(store, rank):
+            _write(f"rank {rank}: {message}")
+    else:
+        # Before there is a store, the launcher ending this process tells that another one has failed. Where ranks of
+        # one node fail together, one of them is enough.
+        time.sleep(PATIENCE_SECONDS if os.environ.get("LOCAL_RANK", "0") == "0" else 2 * PATIENCE_SECONDS)
+        _write(f"rank {rank}: {message}")
+
+
+def _tell_others(store: dist.Store) -> None:
+    """Rank 0: say that it has spoken, and stay until those that failed as well know: the store may end with it."""
+    store.set(_SPOKEN, "0")
+    with contextlib.suppress(Exception):  # ranks that are well never answer
+        store.wait([f"{_HEARD}/{rank}" for rank in range(1, dist.get_world_size())], _PATIENCE)
+
+
+def _rank0_spoke(store: dist.Store, rank: int) -> bool:
+    """Whether rank 0 has failed as well, and said so."""
     try:
-        store.wait(["lattice/failed"], timedelta(seconds=PATIENCE_SECONDS))
-    except Exception:  # rank 0 is well, or its store is gone: this rank has to say it
-        sys.stderr.write(f"rank {rank}: {message}")
-        sys.stderr.flush()
+        store.wait([_SPOKEN], _PATIENCE)
+        store.set(f"{_HEARD}/{rank}", "")
+        return True
+    except Exception:  # rank 0 is well, or its store is gone with it
+        return False
+
+
+def _write(message: str) -> None:
+    sys.stderr.write(message)
+    sys.stderr.flush()

@@ -50,9 +50,8 @@ def report(run_dir: str, result: dict) -> None:
         print(f"\nsample:\n{result['sample']}\n")
         folder = "" if shutil.which("torchrun") else f"{os.path.relpath(Path(sys.executable).parent)}/"
         processes = os.environ.get("LOCAL_WORLD_SIZE", "1")
-        overrides = [a for a in sys.argv[1:] if not a.startswith("train.steps=")] + [
-            f"train.steps={2 * result['step']}"
-        ]
+        overrides = [a for a in sys.argv[1:] if not a.startswith("train.steps=")]
+        overrides += [f"train.steps={2 * result['step']}"]
         print("next: train longer, from where this stopped:")
         print(f"  {folder}torchrun --nproc-per-node {processes} launch/train.py {shlex.join(overrides)}")
         print("or give the weights to transformers:")

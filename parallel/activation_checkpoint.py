@@ -46,7 +46,7 @@ def problems(config: ActivationCheckpoint) -> list[str]:
     """Every reason why this cannot be applied, one line each."""
     found = []
     if config.mode not in MODES:
-        found.append(f"model.activation_checkpoint={config.mode} is unknown; use {', '.join(MODES)}")
+        found.append(f"model.activation_checkpoint={config.mode} is unknown; use one of {', '.join(MODES)}")
     if config.mode == "selective":
         unknown = [name for name in config.save if resolve_op(name) is None]
         if unknown:

@@ -50,8 +50,10 @@ def problems(config: PrecisionConfig) -> list[str]:
             found.append(f"precision.{name}={value} must be fp32 or that of precision.compute ({config.compute})")
     if config.compute == "fp16" and config.master == "fp16":
         found.append("precision.master=fp16 loses small updates (11 bits of mantissa); use fp32")
-    if config.loss_scale <= 0:
-        found.append(f"precision.loss_scale={config.loss_scale} must be positive; 65536 is usual")
+    if not 0 < config.loss_scale <= 2.0**24:
+        found.append(
+            f"precision.loss_scale={config.loss_scale} must be positive and at most 16777216 (2**24); 65536 is usual"
+        )
     if config.loss_scale_growth_interval < 1:
         found.append(
             f"precision.loss_scale_growth_interval={config.loss_scale_growth_interval} must be at least 1; "

@@ -66,9 +66,9 @@ class CheckpointManager:
     """Writes and reads the checkpoints of one run. Every method is collective: all ranks call it, in the same order."""
 
     def __init__(self, directory: Path, config: CheckpointConfig, *, device: torch.device) -> None:
-        """directory: the run's `checkpoints/`, made if absent and cleared of what a crash left half done.
+        """directory: the run's `checkpoints/`, made by the first save; what a crash left half done in it is cleared.
 
-        Raises CheckpointError without a process group (a group of one will do) or when directory cannot be written.
+        Raises CheckpointError without a process group (a group of one will do) or when directory cannot be cleared.
         """
         if not dist.is_initialized():
             raise CheckpointError("CheckpointManager needs an initialised process group; one process makes a group too")
@@ -80,6 +80,11 @@ class CheckpointManager:
         self._thread: threading.Thread | None = None
         self._error: CheckpointError | None = None
         self._ranks.on_first(lambda: _tidy(directory))
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """All ranks, over gloo, with the patience that reading and writing whole checkpoints needs."""
+        return self._ranks.group
 
     def save(
         self, step: int, tensors: Mapping[str, torch.Tensor], extra: Mapping[str, Any], *, blocking: bool = False
@@ -316,8 +321,7 @@ def _fresh(folder: Path) -> None:
 
 def _tidy(directory: Path) -> None:
     """Rank 0, at start: finish or undo what a crash interrupted."""
-    directory.mkdir(parents=True, exist_ok=True)
-    for entry in list(directory.iterdir()):
+    for entry in list(directory.iterdir()) if directory.is_dir() else []:
         match = _LEFTOVER.fullmatch(entry.name)
         if match is None:
             continue

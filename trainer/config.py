@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from data.config import DataConfig
@@ -115,3 +117,12 @@ class ConfigError(ValueError):
     def __init__(self, problems: list[str]) -> None:
         super().__init__("\n".join(problems))
         self.problems = problems
+
+
+@contextmanager
+def configuration_errors(kind: type[ValueError] = ValueError) -> Iterator[None]:
+    """Inside, an error of this kind is the configuration's fault, though only data or devices could tell."""
+    try:
+        yield
+    except kind as error:
+        raise ConfigError([str(error)]) from error

@@ -113,12 +113,12 @@ class PipelinedPasses:
         self._traced = schedule
         self.data_parallel.finish_backward()
         self._sum_tied()
-        return self._total(losses, torch.float32, state.device)
+        return self._total(losses, state.device)
 
     def loss_sum(self, state: TrainState, microbatches: list[Batch]) -> Tensor:
         program = self._program(self.layout.evaluation(len(microbatches)))
         work = self._work(microbatches, self._loss_of_stage(state, microbatches))
-        return self._total(self.executor.run(program, work, seed=None), torch.float64, state.device)
+        return self._total(self.executor.run(program, work, seed=None), state.device)
 
     def logits(self, state: TrainState, tokens: Tensor, position: int) -> Tensor:
         def forward(stage: int, microbatch: int, hidden: Tensor | None) -> Tensor:
@@ -167,9 +167,9 @@ class PipelinedPasses:
 
         return forward
 
-    def _total(self, losses: dict[int, Tensor], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Sum over micro-batches, on every rank of the pipeline."""
-        total = torch.zeros((), dtype=dtype, device=device)
+    def _total(self, losses: dict[int, Tensor], device: torch.device) -> Tensor:
+        """Sum over micro-batches, on every rank of the pipeline, 0-d fp64."""
+        total = torch.zeros((), dtype=torch.float64, device=device)
         for microbatch in sorted(losses):  # the order of a plain step
             total += losses[microbatch]
         dist.all_reduce(total, group=self.group)
@@ -202,8 +202,19 @@ def _stages_of_parameters(names: Sequence[str], layout: PipelineLayout, rank: in
     return users
 
 
+_ENDS: dict[tuple[dist.ProcessGroup | None, tuple[int, ...], tuple[int, int]], dist.ProcessGroup | None] = {}
+"""Groups of first and last stage made so far on each default group; runs in one process share them, as meshes."""
+
+
 def _group_of_ends(mesh: Meshes, ends: tuple[int, int]) -> dist.ProcessGroup | None:
-    """This rank's group of the first and the last stage; None on ranks between. Collective over all ranks."""
+    """This rank's group of the first and the last stage; None on ranks between. The first call is collective."""
+    key = (dist.group.WORLD, tuple(mesh.batch.shape), ends)
+    if key not in _ENDS:
+        _ENDS[key] = _make_group_of_ends(mesh, ends)
+    return _ENDS[key]
+
+
+def _make_group_of_ends(mesh: Meshes, ends: tuple[int, int]) -> dist.ProcessGroup | None:
     columns = mesh.batch.mesh.flatten(1).T.tolist()  # the ranks of one pipeline each, in order
     mine = None
     for column in columns:

@@ -10,7 +10,22 @@ import torch.distributed as dist
 
 from data.tokenizer import Tokenizer
 from kernels.philox import uniform
+from trainer.config import ConfigError
 from trainer.step import TrainState
+
+
+def check_prompt(tokenizer: Tokenizer, prompt: str, *, vocab_size: int) -> None:
+    """Raise ConfigError if the model has no embedding for a token of the prompt, before hours of training end in it."""
+    largest = max(_prompt_ids(tokenizer, prompt))
+    if largest >= vocab_size:
+        raise ConfigError([
+            f"train.sample_prompt={prompt!r} has the token id {largest}, outside model.vocab_size={vocab_size}; use "
+            "the tokenizer that made the data, another prompt, or train.sample_tokens=0"
+        ])  # fmt: skip
+
+
+def _prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    return list(tokenizer.encode(prompt)) or [tokenizer.eos_id]  # where a document begins
 
 
 @torch.no_grad()
@@ -31,7 +46,7 @@ def sample_text(
     one shape.
     """
     state.model.eval()
-    ids = list(tokenizer.encode(prompt)) or [0]
+    ids = _prompt_ids(tokenizer, prompt)
     for i in range(num_tokens):
         context = ids[-max_seq_len:]
         window = torch.zeros(1, max_seq_len, dtype=torch.int64, device=state.device)

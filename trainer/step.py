@@ -30,7 +30,7 @@ class Passes(Protocol):
     def backward(self, state: TrainState, microbatches: list[Batch], per_token: torch.Tensor) -> torch.Tensor:
         """Leave in every master's `.grad` that of per_token * token losses, summed over micro-batches and ranks.
 
-        per_token: 0-d fp32. Returns the sum of the token losses of these micro-batches, 0-d fp32.
+        per_token: 0-d fp32. Returns the sum of the token losses of these micro-batches, 0-d fp64.
         """
         ...
 
@@ -91,7 +91,7 @@ class PlainPasses:
     """The whole model on this rank: one micro-batch after the other."""
 
     def backward(self, state: TrainState, microbatches: list[Batch], per_token: torch.Tensor) -> torch.Tensor:
-        loss_sum = torch.zeros((), dtype=torch.float32, device=state.device)
+        loss_sum = torch.zeros((), dtype=torch.float64, device=state.device)  # millions of tokens: fp32 would round
         for i, batch in enumerate(microbatches):
             state.data_parallel.start_microbatch(last=i == len(microbatches) - 1)
             loss = forward_loss_sum(state, batch)
@@ -116,7 +116,7 @@ def train_step(state: TrainState, microbatches: list[Batch], *, lr: float) -> St
 
     loss_sum = state.passes.backward(state, microbatches, per_token)
     dist.all_reduce(loss_sum, group=state.token_group)
-    loss = loss_sum / valid.clamp(min=1)
+    loss = (loss_sum / valid.clamp(min=1)).float()
 
     counted = [master for name, master in state.data_parallel.masters.items() if name not in state.copies]
     grad_norm = global_grad_norm(counted, stages=state.stage_group).to(state.device) / scale

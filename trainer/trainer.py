@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from data.config import DataError
 from data.loader import Loader, build_loader
 from models.flops import flops_per_token, num_parameters
 from models.hf import load_hf_weights
@@ -26,17 +27,19 @@ from parallel.mesh import build_mesh, init_distributed, pick_device
 from parallel.parallelize import BlockOptions, parallelize
 from parallel.pipeline.schedules import SPLIT_BACKWARD
 from parallel.pipeline.weight_gradients import defer_weight_gradients
-from trainer.checkpoint import CheckpointManager, read_extra, resolve_resume
-from trainer.config import TrainConfig
-from trainer.identity import check_same_model, model_identity
+from trainer.agreement import check_same_on_all_ranks
+from trainer.checkpoint import CheckpointManager, read_extra
+from trainer.config import ConfigError, TrainConfig, configuration_errors
+from trainer.identity import check_same_model, model_identity, run_identity
 from trainer.loss_scale import LossScale
 from trainer.metrics import MetricLogger
 from trainer.optim import build_optimizer
 from trainer.pipelined import PipelinedPasses, pipeline_layout
 from trainer.resilience import PreemptionGuard
-from trainer.run_dir import prepare_run_dir
+from trainer.run_dir import check_run_dir, enter_run_dir, find_start
 from trainer.run_info import RunInfo, write_config, write_run_info
-from trainer.sample import sample_text
+from trainer.run_lock import RunLock
+from trainer.sample import check_prompt, sample_text
 from trainer.schedule import learning_rate
 from trainer.step import PlainPasses, StepMetrics, TrainState, evaluate, train_step
 from trainer.throughput import StepClock, Throughput, mfu_peak
@@ -69,23 +72,35 @@ class Trainer:
     def __init__(self, config: TrainConfig) -> None:
         """config: validated, with the model resolved (trainer.validate.finalize)."""
         self.config = config
-        self.device = pick_device(config.train.device)
+        with configuration_errors():
+            self.device = pick_device(config.train.device)
         init_distributed(self.device, config.train.timeout_seconds)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.is_main = self.rank == 0
+        check_same_on_all_ranks(run_identity(config))
         self.dims = ParallelDims.resolve(config.parallel, self.world_size)
         self.mesh = build_mesh(self.dims, self.device.type)
         self.run_dir = Path(config.run.dir)
+        # Until everything is loaded, nothing is written: a start that is refused leaves run.dir as it was.
+        self.lock = RunLock(self.run_dir)
+        check_run_dir(config, self.lock)
         self.checkpoints = CheckpointManager(self.run_dir / "checkpoints", config.checkpoint, device=self.device)
-        self.resume_from = self._find_checkpoint()
-        prepare_run_dir(config, resuming=self.resume_from is not None)
-
+        self.resume_from = find_start(config, self.checkpoints.group)
+        if self.resume_from is not None:
+            check_same_model(self.resume_from, config.model)
         self.train_data, self.validation_data = self._build_data()
+        tokenizer = self.train_data.tokenizer
+        check_same_on_all_ranks(
+            {"data": self.train_data.identity, "tokenizer": tokenizer.fingerprint() if tokenizer else None}
+        )
         self.state = self._build_state()
         self.tokens_per_step = config.train.global_batch_size * config.train.seq_len
+        self.tokens = 0  # trained on since step 1
         self.skipped_steps = 0
+        self._skipped_before = 0  # in the steps judged so far
         self._skipped_in_a_row = 0
         self._load()
+        enter_run_dir(config, self.resume_from, self.lock)
         self.metrics = MetricLogger(
             self.run_dir,
             config.logging,
@@ -96,22 +111,12 @@ class Trainer:
             resume_step=self.state.step,
         )
         self.guard = PreemptionGuard()
+        self._alone = False  # other ranks may have ended, or be waiting elsewhere
         self._pending: deque[_Pending] = deque()
         self._validation_loss: float | None = None  # of the newest validation
         self._describe()
 
     # ---- setting up
-
-    def _find_checkpoint(self) -> Path | None:
-        """Where this start begins.
-
-        checkpoint.resume=PATH says where a run begins; once it has checkpoints of its own, a restart by the launcher
-        continues from those. A PATH inside the run itself is a deliberate step back and is taken as it is.
-        """
-        own, resume = self.run_dir / "checkpoints", self.config.checkpoint.resume
-        if resume not in ("auto", "never") and not Path(resume).resolve().is_relative_to(self.run_dir.resolve()):
-            return resolve_resume("auto", own) or resolve_resume(resume, own)
-        return resolve_resume(resume, own)
 
     def _build_data(self) -> tuple[Loader, Loader | None]:
         config, train = self.config, self.config.train
@@ -130,7 +135,11 @@ class Trainer:
                 device_type=self.device.type,
             )
 
-        return build("train"), build("validation") if train.eval_interval > 0 else None
+        with configuration_errors(DataError):
+            train_data, validation_data = build("train"), build("validation") if train.eval_interval > 0 else None
+        if train.sample_tokens > 0 and train_data.tokenizer is not None:
+            check_prompt(train_data.tokenizer, train.sample_prompt, vocab_size=config.model.vocab_size)
+        return train_data, validation_data
 
     def _build_state(self) -> TrainState:
         config = self.config
@@ -191,15 +200,26 @@ class Trainer:
         """Weights from a checkpoint, from a Hugging Face folder, or drawn; then into the model."""
         masters = self.state.data_parallel.masters
         if self.resume_from is not None:
-            check_same_model(self.resume_from, self.config.model)
             if read_extra(self.resume_from).get("weights_only", False):
                 # From launch/convert.py import: a new run, with nothing but its weights from elsewhere.
                 self.checkpoints.load(self.resume_from, {f"model/{name}": p for name, p in masters.items()})
             else:
                 extra = self.checkpoints.load(self.resume_from, self._state_tensors())
+                with configuration_errors(DataError):
+                    self.train_data.load_state_dict(extra["data"])
+                if extra["step"] > self.config.train.steps:
+                    raise ConfigError(
+                        [
+                            f"train.steps={self.config.train.steps} is less than the {extra['step']} steps that "
+                            f"{self.resume_from} has behind it; raise train.steps, or choose another run.dir"
+                        ]
+                    )
+                if extra["config"]["precision"]["compute"] != self.config.precision.compute:
+                    self.state.loss_scale.reset()
                 self.state.step = extra["step"]
-                self.skipped_steps = extra["skipped_steps"]
-                self.train_data.load_state_dict(extra["data"])
+                self.tokens = extra["tokens"]
+                self.skipped_steps = self._skipped_before = extra["skipped_steps"]
+                self._skipped_in_a_row = extra["skipped_in_a_row"]
         elif self.config.model.path is not None:
             load_hf_weights(self.config.model.path, masters, self.config.model, whole_model=self.pipeline is None)
         else:
@@ -264,6 +284,11 @@ class Trainer:
         gc.disable()
         try:
             return self._run()
+        except (Preempted, TrainingDiverged):
+            raise  # on all ranks at the same step
+        except BaseException:
+            self._alone = True
+            raise
         finally:
             gc.enable()
 
@@ -315,7 +340,8 @@ class Trainer:
             self.config.schedule, base_lr=self.config.optim.lr, step=step, total_steps=self.config.train.steps
         )
         metrics = train_step(self.state, microbatches, lr=lr)
-        record = {"step": step, "lr": lr, "tokens": step * self.tokens_per_step, "data_wait_seconds": data_wait}
+        self.tokens += self.tokens_per_step
+        record = {"step": step, "lr": lr, "tokens": self.tokens, "data_wait_seconds": data_wait}
         self._pending.append(_Pending(record, _to_host(metrics), self.clock.mark()))
 
     def _collect(self, *, keep: int) -> list[dict[str, Any]]:
@@ -331,7 +357,6 @@ class Trainer:
             record |= {"peak_memory_gib": self._peak_memory_gib(), "skipped_steps": self.skipped_steps}
             if self.state.loss_scale.dynamic:
                 record["loss_scale"] = loss_scale
-            self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
             records.append(record)
         return records
 
@@ -341,9 +366,12 @@ class Trainer:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
 
     def _judge(self, record: dict[str, Any]) -> None:
-        """React to a step that was skipped because loss or gradients were not finite."""
-        if self._skipped_in_a_row == 0:
+        """React to a step that was skipped because loss or gradients were not finite. Call it for every step."""
+        if record["skipped_steps"] == self._skipped_before:
+            self._skipped_in_a_row = 0
             return
+        self._skipped_before = record["skipped_steps"]
+        self._skipped_in_a_row += 1
         step, train = record["step"], self.config.train
         what = f"step {step}: loss {record['loss']}, grad_norm {record['grad_norm']}; the update was skipped"
         self.metrics.event("skipped_step", what, step=step)
@@ -371,7 +399,9 @@ class Trainer:
         state = self.state
         extra = {
             "step": state.step,
+            "tokens": self.tokens,
             "skipped_steps": self.skipped_steps,
+            "skipped_in_a_row": self._skipped_in_a_row,
             "data": self.train_data.state_dict(self._all_gather),
             "model": model_identity(self.config.model),
             "tokenizer": self.train_data.tokenizer.fingerprint() if self.train_data.tokenizer is not None else None,
@@ -402,13 +432,19 @@ class Trainer:
         )
 
     def close(self) -> None:
-        """Stop background work and flush every sink. Call it also after a failure."""
+        """Stop background work and flush every sink. Call it also after a failure.
+
+        A checkpoint that is being written is finished, but not after a failure of this rank, or of one that it waited
+        for: writing takes all ranks.
+        """
         self.guard.close()
         self.train_data.close()
         if self.validation_data is not None:
             self.validation_data.close()
         self.metrics.close()
-        self.checkpoints.close()
+        if not self._alone:
+            self.checkpoints.close()
+            self.lock.release()  # else with the process: a checkpoint may still be being written
 
 
 def _to_host(metrics: StepMetrics) -> torch.Tensor:

@@ -1,0 +1,108 @@
+"""What is wrong with a configuration is said at once, before there is a process group, a device or a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from data.config import DataConfig
+from tests.parity.harness import tiny_config
+from trainer.config import ConfigError, TrainConfig
+from trainer.validate import finalize
+
+CORPUS = DataConfig(source="stdlib", num_workers=0)
+
+
+def found(world_size: int = 4, **changes: Any) -> list[str]:
+    """The problems of a good configuration with these changes."""
+    config = tiny_config(Path("runs/never"), CORPUS, **changes)
+    try:
+        finalize(config, world_size=world_size)
+    except ConfigError as error:
+        return error.problems
+    return []
+
+
+def test_a_good_configuration_has_no_problem_and_gets_its_sizes() -> None:
+    """Negative control for all that follows."""
+    config = finalize(tiny_config(Path("runs/never"), CORPUS), world_size=4)
+    assert config.model.head_dim == 6
+    assert isinstance(config, TrainConfig)
+
+
+# Changes, and what the line must say.
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"train__steps": 0, "schedule__warmup_steps": 0}, "train.steps=0 must be at least 1"),
+    ({"train__seed": -1}, "train.seed=-1 must be at least 0"),
+    ({"train__grad_clip": float("nan")}, "train.grad_clip=nan must be at least 0"),
+    ({"train__grad_clip": float("inf")}, "train.grad_clip=inf must be at least 0"),
+    ({"train__timeout_seconds": float("nan")}, "train.timeout_seconds=nan must be positive"),
+    ({"train__device": "gpu"}, "train.device=gpu is unknown; use auto, cpu, cuda"),
+    ({"train__nonfinite": "ignore"}, "train.nonfinite=ignore is unknown; use skip, stop"),
+    ({"train__compile": True, "train__compile_backend": "fast"}, "train.compile_backend=fast is not a torch.compile"),
+    ({"train__global_batch_size": 10}, "use a multiple of 4, such as 8"),
+    ({"train__micro_batch_size": 3}, "use a multiple of 12, such as 12"),
+    ({"train__seq_len": 100, "model__dropout": 0.1}, "train.seq_len=100 is above model.max_seq_len=64"),
+    ({"train__eval_interval": 5, "data__validation_fraction": 0.0}, "data.validation_fraction=0 has nothing to"),
+    ({"parallel__dp_replicate": 3}, "parallel.dp_replicate=3 does not divide the 4 processes; use one of 1, 2, 4"),
+    ({"parallel__zero_stage": 4}, "parallel.zero_stage=4 is not a ZeRO stage; use 0, 1, 2 or 3"),
+    ({"parallel__cpu_offload": True}, "parallel.cpu_offload=true does not work with parallel.zero_stage=0"),
+    ({"model__num_heads": 5}, "model.num_heads=5 does not divide model.hidden_size=36"),
+    ({"model__activation_checkpoint": "some"}, "model.activation_checkpoint=some is unknown"),
+    ({"model__family": "hf", "model__path": "/nowhere"}, "model.path=/nowhere does not exist"),
+    ({"precision__compute": "fp8"}, "precision.compute=fp8 is not available"),
+    ({"precision__master": "bf16"}, "precision.master=bf16 must be fp32 or that of precision.compute"),
+    ({"optim__lr": float("nan")}, "optim.lr=nan must be a number of at least 0"),
+    ({"optim__name": "sgd"}, "optim.name=sgd is not an optimizer; use one of adamw, muon"),
+    ({"schedule__name": "step"}, "schedule.name=step"),
+    ({"schedule__warmup_steps": -1}, "schedule.warmup_steps=-1"),
+    ({"checkpoint__interval": -1}, "checkpoint.interval=-1 must be at least 0"),
+    ({"checkpoint__resume": "/nowhere/step_5"}, "checkpoint.resume=/nowhere/step_5 does not exist; use auto, never"),
+    ({"logging__interval": 0}, "logging.interval=0 must be at least 1"),
+    ({"logging__wandb_mode": "on"}, "logging.wandb_mode=on is unknown; use offline, online"),
+    ({"logging__peak_tflops": 0.0}, "logging.peak_tflops=0.0 must be positive"),
+    ({"data__source": "parquet"}, "data.source=parquet is unknown"),
+    ({"data__num_workers": -1}, "data.num_workers=-1 must be at least 0"),
+]
+
+
+@pytest.mark.parametrize(("changes", "says"), WRONG, ids=[says[:40] for _, says in WRONG])
+def test_a_wrong_value_is_one_line_with_field_value_and_fix(changes: dict[str, Any], says: str) -> None:
+    """A value that is found out after minutes, by a traceback, or never (a NaN passes every "less than")."""
+    (line,) = found(**changes)
+    assert says in line
+    assert "\n" not in line
+
+
+def test_every_problem_is_named_at_once_whatever_part_it_is_in() -> None:
+    """Fixing a configuration one launch at a time; a problem that hides another one."""
+    changes: dict[str, Any] = {}
+    for change, _ in WRONG:
+        # hf and an unknown source keep the rest of their group from being looked at.
+        if not {"model__family", "data__source", "train__compile"} & change.keys():
+            changes |= {k: v for k, v in change.items() if k not in changes}
+    lines = found(**changes)
+    groups = {line.partition(".")[0] for line in lines}
+    assert groups >= {"train", "parallel", "model", "precision", "optim", "schedule", "checkpoint", "logging", "data"}
+    assert len(lines) == len(set(lines)) >= 20
+
+
+def test_text_cannot_be_sampled_from_a_token_array_without_its_tokenizer(tmp_path: Path) -> None:
+    """A sample that is asked for and silently left out."""
+    (tmp_path / "tokens.npy").write_bytes(b"")
+    tokens: dict[str, Any] = {"data__source": "tokens", "data__path": str(tmp_path / "tokens.npy")}
+    (line,) = found(train__sample_tokens=5, **tokens)
+    assert line.startswith("train.sample_tokens=5 needs data.tokenizer.path")
+    assert found(**tokens) == []
+
+
+def test_checking_starts_no_process_group_and_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A check that only works on the cluster, or leaves a run directory behind."""
+    monkeypatch.chdir(tmp_path)
+    assert found() == []
+    assert found(train__steps=0)
+    assert not dist.is_initialized()
+    assert list(tmp_path.iterdir()) == []
