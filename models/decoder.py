@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
@@ -17,6 +17,7 @@ from models.layers.mlp import MLP
 from models.layers.moe import MoE
 from models.layers.norm import make_norm
 from parallel.groups import NO_GROUPS, ModelParallel
+from parallel.pipeline.stages import Stage, make_stages
 
 RESIDUAL_OUTPUTS = ("attention.o.weight", "mlp.down.weight", "mlp.experts.down.weight", "mlp.shared.down.weight")
 
@@ -86,22 +87,34 @@ class Decoder(nn.Module):
     """A causal language model. Filling its parameters, and buffers (biases of routers), after `to_empty` completes it.
 
     `config` is resolved (models.registry.resolve_model); `seed` keys the dropout masks; `groups` are the process groups
-    inside the layers. Names and whole shapes of the parameters do not depend on them.
+    inside the layers. Names and whole shapes of the parameters do not depend on them. `stages`: those of a pipeline
+    that this rank holds (None: the whole model); parameters of others do not exist here, names are the same.
     """
 
-    def __init__(self, config: ModelConfig, seed: int = 0, groups: ModelParallel = NO_GROUPS) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        seed: int = 0,
+        groups: ModelParallel = NO_GROUPS,
+        *,
+        stages: Sequence[Stage] | None = None,
+    ) -> None:
         super().__init__()
         self.config = config
         self.groups = groups
-        self.embedding = make_embedding(config, groups)
-        self.positions = LearnedPositions(config, groups) if config.positions == "learned" else None
+        stages = make_stages([config.num_layers]) if stages is None else stages
+        first, last = any(s.is_first for s in stages), any(s.is_last for s in stages)
+        embeds = first or (last and config.tie_embeddings)
+        self.embedding = make_embedding(config, groups) if embeds else None
+        learned = config.positions == "learned" and first
+        self.positions = LearnedPositions(config, groups) if learned else None
         self.dropout = Dropout(config.dropout, seed=seed, site="embedding", max_seq_len=config.max_seq_len)
-        self.blocks = nn.ModuleList(
-            (MoEBlock if config.moe.in_layer(layer) else Block)(config, layer, seed, groups)
-            for layer in range(config.num_layers)
-        )
-        self.final_norm = make_norm(config, groups) if config.final_norm else nn.Identity()
-        self.head = LMHead(config, groups)
+        self.blocks = nn.ModuleList()  # named by layer, as in the whole model
+        for layer in sorted(layer for stage in stages for layer in range(stage.start, stage.stop)):
+            kind = MoEBlock if config.moe.in_layer(layer) else Block
+            self.blocks.add_module(str(layer), kind(config, layer, seed, groups))
+        self.final_norm = (make_norm(config, groups) if config.final_norm else nn.Identity()) if last else None
+        self.head = LMHead(config, groups) if last else None
 
     def forward(
         self,
@@ -113,6 +126,8 @@ class Decoder(nn.Module):
         indices: Tensor | None = None,
         aux_scale: Tensor | None = None,
         head: Callable[[Tensor, Tensor], Tensor] | None = None,
+        stage: Stage | None = None,
+        hidden: Tensor | None = None,
     ) -> Tensor:
         """Logits [B, T, V] of tokens [B, T] int64, or head(hidden [B, T, D], weight [V, D]) where a head is given.
 
@@ -122,14 +137,15 @@ class Decoder(nn.Module):
         asked of other ranks, whatever groups there are. aux_scale 0-d is the gradient of the loss by routers' auxiliary
         losses (None: they have none). A fused loss comes in as `head`, so that it runs inside the forward of the root
         module, where FSDP has gathered the weight. With tensor parallelism a head gets all tokens and this rank's words
-        of the weight, [V/R, D]; without one the logits are of all words. Raises ValueError for a sequence longer than
-        the table of learned positions.
+        of the weight, [V/R, D]; without one the logits are of all words. stage: run only this one, from `hidden`
+        [B, T, D] unless it is the first, to hidden states unless it is the last; None: all layers. Raises ValueError
+        for a sequence longer than the table of learned positions.
         """
         seq_len = tokens.shape[1]
         if indices is not None:
             seq_len *= self.groups.cp  # of the whole sequence
             positions = indices[None] if positions is None else positions
-        x = self.embedding(tokens)
+        x = self._embed(tokens) if hidden is None else hidden
         context = build_context(
             self.config,
             seq_len=seq_len,
@@ -141,16 +157,32 @@ class Decoder(nn.Module):
             indices=indices,
             groups=self.groups,
         )._replace(aux_scale=aux_scale)
-        if self.positions is not None:
-            x = x + self._learned_positions(positions, seq_len, context.tokens)
-        x = self.dropout(x, samples, context.tokens)
-        for block in self.blocks:
-            x = block(x, context=context)
+        if hidden is None:
+            if self.positions is not None:
+                x = x + self._learned_positions(positions, seq_len, context.tokens)
+            x = self.dropout(x, samples, context.tokens)
+        for layer, block in self.blocks.named_children():
+            if stage is None or stage.start <= int(layer) < stage.stop:
+                x = block(x, context=context)
+        if stage is not None and not stage.is_last:
+            return x
+        assert self.final_norm is not None
+        assert self.head is not None
         x = self.final_norm(x)
-        table = self.embedding.weight if self.head.weight is None else self.head.weight
-        assert isinstance(table, Tensor)
+        table = self._table() if self.head.weight is None else self.head.weight
         x, weight = self.head.inputs(x, table)
         return self.head(x, weight) if head is None else head(x, weight)
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        """[B, T] to [B, T, D] of the residual stream."""
+        assert self.embedding is not None
+        return self.embedding(tokens)
+
+    def _table(self) -> Tensor:
+        """The embedding's weight [V, D], which a tied head shares."""
+        assert self.embedding is not None
+        assert isinstance(self.embedding.weight, Tensor)
+        return self.embedding.weight
 
     def _learned_positions(self, positions: Tensor | None, seq_len: int, tokens: Tensor | None) -> Tensor:
         """[B or 1, T, D], of the tokens of the residual stream: with sequence parallelism this rank's slice."""

@@ -36,18 +36,23 @@ TOKENIZER_FILES = (
 
 
 @torch.no_grad()
-def load_hf_weights(path: str | Path, parameters: Mapping[str, Tensor | DTensor], config: ModelConfig) -> None:
+def load_hf_weights(
+    path: str | Path, parameters: Mapping[str, Tensor | DTensor], config: ModelConfig, *, whole_model: bool = True
+) -> None:
     """Fill every parameter of a Decoder in place from the folder `path`; each rank reads its own shards, no more.
 
-    `parameters`: name to Tensor, or to DTensor replicated or sharded on any dim. `config` is resolved. Sources of
-    fp32, fp16 and bf16 are cast to the dtype of the parameter. Raises ValueError for tensors that are missing, left
-    over, damaged or of another shape, naming file and tensor, before anything is written (but for damaged data).
+    `parameters`: name to Tensor, or to DTensor replicated or sharded on any dim; with whole_model=False they may be a
+    part of the model's (a pipeline stage). `config` is resolved. Sources of fp32, fp16 and bf16 are cast to the dtype
+    of the parameter. Raises ValueError for tensors that are missing, left over, damaged or of another shape, naming
+    file and tensor, before anything is written (but for damaged data).
     """
     folder = TensorFolder(Path(path))
     weights = FAMILIES[config.family].weights(config)
-    if differing := {weight.ours for weight in weights} ^ parameters.keys():
+    ours = {weight.ours for weight in weights}
+    if differing := ours ^ parameters.keys() if whole_model else parameters.keys() - ours:
         raise ValueError(f"parameters do not match model.family={config.family}: {', '.join(sorted(differing))}")
     names = _match_names(folder, weights, config)
+    weights = [weight for weight in weights if weight.ours in parameters]
     shapes = _hf_shapes(weights, {name: tuple(parameter.shape) for name, parameter in parameters.items()})
     for theirs, shape in shapes.items():
         folder.check(names[theirs], shape)
@@ -59,7 +64,7 @@ def load_hf_weights(path: str | Path, parameters: Mapping[str, Tensor | DTensor]
             local, region = local[row : row + 1] if row >= 0 else local[:0], region[1:]
         if local.numel():
             local.copy_(_read(folder, names[weight.theirs], weight, region))
-    if config.tie_embeddings and HEAD in folder.file_of:
+    if config.tie_embeddings and HEAD in folder.file_of and "embedding.weight" in parameters:
         _check_tied_head(folder, parameters["embedding.weight"])
 
 

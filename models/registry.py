@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from models.qwen2 import QWEN2
 from models.qwen3 import QWEN3
 from models.qwen3_moe import QWEN3_MOE
 from parallel.groups import NO_GROUPS, ModelParallel
+from parallel.pipeline.stages import Stage
 
 FAMILIES: dict[str, Family] = {
     family.name: family
@@ -51,9 +53,17 @@ def resolve_model(config: ModelConfig) -> ModelConfig:
     return config.resolve()
 
 
-def build_model(config: ModelConfig, seed: int = 0, groups: ModelParallel = NO_GROUPS) -> Decoder:
+def build_model(
+    config: ModelConfig,
+    seed: int = 0,
+    groups: ModelParallel = NO_GROUPS,
+    *,
+    stages: Sequence[Stage] | None = None,
+) -> Decoder:
     """The model of a config, which need not be resolved unless it has a path; seed keys its dropout.
     groups: the process groups inside its layers.
+
+    stages: those of a pipeline that this rank holds; None: all of the model.
 
     Its parameters hold nothing of value yet: fill them with models.init or models.hf. Under torch.device("meta") they
     take no memory until `to_empty`.
@@ -61,7 +71,7 @@ def build_model(config: ModelConfig, seed: int = 0, groups: ModelParallel = NO_G
     if config.num_kv_heads is None or config.head_dim is None:
         config = resolve_model(config)  # one that is resolved does not need its folder any more
     check(config)
-    return Decoder(config, seed, groups)
+    return Decoder(config, seed, groups, stages=stages)
 
 
 def _read_folder(config: ModelConfig, folder: Path) -> ModelConfig:

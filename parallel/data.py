@@ -16,7 +16,7 @@ global batch (trainer/loss.py).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -41,6 +41,18 @@ class DataParallel(ABC):
     @abstractmethod
     def start_microbatch(self, *, last: bool) -> None:
         """Call before the forward of each micro-batch; `last`: gradients are complete after its backward."""
+
+    @abstractmethod
+    def start_pipeline(self) -> None:
+        """Instead of `start_microbatch`, once before micro-batches whose backwards come in any order."""
+
+    @abstractmethod
+    def gradients_complete(self, names: Iterable[str]) -> None:
+        """After `start_pipeline`: these parameters have had their last contribution, and may be reduced."""
+
+    @abstractmethod
+    def add_gradient(self, parameter: torch.Tensor, grad: torch.Tensor) -> None:
+        """Take a gradient that autograd does not deliver, because its computation was put off."""
 
     @abstractmethod
     def finish_backward(self) -> None:
@@ -70,6 +82,19 @@ class FullyShardedDataParallel(DataParallel):
         self.model.set_requires_all_reduce(last)
         if self.keep_gathered:
             self.model.set_reshard_after_backward(last)
+
+    def start_pipeline(self) -> None:
+        self.model.set_requires_all_reduce(True)  # which backward is a parameter's last depends on its stage
+        if self.keep_gathered:
+            self.model.set_reshard_after_backward(False)
+
+    def gradients_complete(self, names: Iterable[str]) -> None:
+        """Nothing: every backward has reduced its own."""
+
+    def add_gradient(self, parameter: torch.Tensor, grad: torch.Tensor) -> None:
+        raise RuntimeError(
+            "fully_shard reduces what autograd delivers; split backward needs parallel.zero_stage=0 or 1"
+        )
 
     def finish_backward(self) -> None:
         for name, master in self.masters.items():
@@ -151,6 +176,7 @@ class BucketedDataParallel(DataParallel):
             for layout in layouts
         ]
         self._bucket_of = {slot.name: (b, slot) for b in self.buckets for slot in b.layout.slots}
+        self._name_of: dict[torch.Tensor, str] = {parameter: name for name, parameter in self.params.items()}
         self._next_launch = 0
         self._last_microbatch = False
         self._make_masters(master_dtype)
@@ -210,17 +236,31 @@ class BucketedDataParallel(DataParallel):
             for bucket in self.buckets:
                 bucket.missing = {slot.name for slot in bucket.layout.slots}
 
-    def _gradient_hook(self, name: str):  # type: ignore[no-untyped-def]
-        bucket, slot = self._bucket_of[name]
+    def start_pipeline(self) -> None:
+        self.start_microbatch(last=True)  # everything is missing
+        self._last_microbatch = False  # and nothing complete by arriving once
 
+    def gradients_complete(self, names: Iterable[str]) -> None:
+        for name in names:
+            bucket, _ = self._bucket_of[name]
+            if name in bucket.filled:  # what never arrived stays missing, and finish_backward says so
+                bucket.missing.discard(name)
+        self._launch_ready()
+
+    def add_gradient(self, parameter: torch.Tensor, grad: torch.Tensor) -> None:
+        name = self._name_of[parameter]
+        bucket, slot = self._bucket_of[name]
+        slot.copy_in(bucket.gradients, grad, accumulate=name in bucket.filled)
+        bucket.filled.add(name)
+        if self._last_microbatch:
+            bucket.missing.discard(name)
+            self._launch_ready()
+
+    def _gradient_hook(self, name: str):  # type: ignore[no-untyped-def]
         def hook(parameter: torch.Tensor) -> None:
             assert parameter.grad is not None
-            slot.copy_in(bucket.gradients, local_tensor(parameter.grad), accumulate=name in bucket.filled)
+            self.add_gradient(self.params[name], local_tensor(parameter.grad))
             parameter.grad = None
-            bucket.filled.add(name)
-            if self._last_microbatch:
-                bucket.missing.discard(name)
-                self._launch_ready()
 
         return hook
 

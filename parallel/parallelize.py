@@ -83,8 +83,8 @@ def forward_units(model: nn.Module) -> list[tuple[nn.Module, list[str]]]:
     in_tail = [n for n in names if n.startswith(("final_norm.", "head."))] if tail_module is not None else []
     units: list[tuple[nn.Module, list[str]]] = []
     units.append((model, [n for n in names if not n.startswith("blocks.") and n not in in_tail]))
-    for i, block in enumerate(model.blocks):  # type: ignore[arg-type]
-        units.append((block, [n for n in names if n.startswith(f"blocks.{i}.")]))
+    for layer, block in model.blocks.named_children():  # type: ignore[union-attr]
+        units.append((block, [n for n in names if n.startswith(f"blocks.{layer}.")]))
     if tail_module is not None:
         units.append((tail_module, in_tail))
     return units

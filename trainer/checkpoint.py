@@ -91,7 +91,8 @@ class CheckpointManager:
     ) -> None:
         """Save as step_{step}, replacing one that is there. On return the tensors may change.
 
-        tensors: plain ones hold the same on every rank and are written once; DTensors are written in their shards.
+        tensors: plain ones hold the same on every rank that has them and are written once; DTensors are written in
+        their shards. Ranks may have different names (stages of a pipeline): the checkpoint holds the union.
         extra: JSON values with string keys, the same on every rank (rank 0's are written); tuples come back as lists.
         blocking: return when the checkpoint is committed; also with checkpoint.asynchronous=false.
         Raises CheckpointError for a tensor or value that cannot be saved, and for the failure of an earlier save.
@@ -123,12 +124,14 @@ class CheckpointManager:
     def load(self, path: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         """Fill tensors in place from a checkpoint of any layout; return its extra.
 
-        Raises CheckpointError, before any tensor is touched, unless names, shapes and dtypes are exactly those saved.
+        Raises CheckpointError, before any tensor is touched, unless names, shapes and dtypes of all ranks together are
+        exactly those saved.
         """
         self.wait()
+        anywhere = {name for names in self._ranks.everywhere(lambda: list(tensors)) for name in names}
 
         def check() -> dict[str, Any]:
-            found = mismatches(path, tensors)
+            found = mismatches(path, tensors, elsewhere=anywhere)
             if found:
                 raise CheckpointError(f"{path} does not hold this run's tensors; {'; '.join(found)}")
             return read_extra(path)

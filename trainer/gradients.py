@@ -63,8 +63,10 @@ def local_gradient(name: str, parameter: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def global_grad_norm(parameters: Iterable[Tensor]) -> Tensor:
+def global_grad_norm(parameters: Iterable[Tensor], *, stages: dist.ProcessGroup | None = None) -> Tensor:
     """L2 norm over all elements of all gradients (`p.grad`), each counted once wherever it lies.
+
+    stages: ranks that hold the model's other parameters, those of other pipeline stages.
 
     Returns a 0-d fp32 tensor on the device that communicates (of the mesh; without one, of the gradients), with the
     same bits on every rank: partial sums are gathered and added in rank order, which an all-reduce does not promise
@@ -89,7 +91,10 @@ def global_grad_norm(parameters: Iterable[Tensor]) -> Tensor:
                 square = _sum_in_rank_order(square, mesh.get_group(axis))
         squares.append(square)
     device = squares[0].device
-    return torch.stack([square.to(device) for square in squares]).sum().sqrt().float()
+    total = torch.stack([square.to(device) for square in squares]).sum()
+    if stages is not None:
+        total = _sum_in_rank_order(total, stages)
+    return total.sqrt().float()
 
 
 def _sum_of_squares(gradients: list[Tensor]) -> Tensor:

@@ -5,11 +5,8 @@ All ranks run it together (sharded layers need every rank) and draw the same tok
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from data.tokenizer import Tokenizer
 from kernels.philox import uniform
@@ -55,9 +52,8 @@ def sample_text(
         window = torch.zeros(1, max_seq_len, dtype=torch.int64, device=state.device)
         window[0, : len(context)] = torch.tensor(context)
         last = len(context) - 1
-        assert isinstance(state.model.head, nn.Module)
-        logits = state.model(window, head=partial(_logits_at, head=state.model.head, index=last))
-        top, candidates = (logits[0].float() / temperature).topk(min(top_k, logits.shape[-1]))
+        logits = state.passes.logits(state, window, last)
+        top, candidates = (logits[0] / temperature).topk(min(top_k, logits.shape[-1]))
         cumulative = top.softmax(-1).cumsum(-1)
         draw = uniform(seed, "sample", torch.tensor([i], device=state.device))
         choice = int((cumulative < draw).sum().clamp(max=len(candidates) - 1))
@@ -69,8 +65,3 @@ def sample_text(
         ids.append(token)
     state.model.train()
     return tokenizer.decode(ids)
-
-
-def _logits_at(hidden: torch.Tensor, weight: torch.Tensor, *, head: nn.Module, index: int) -> torch.Tensor:
-    """[B, V] after token `index`, of all words whatever part of them this rank's weight has."""
-    return head(hidden[:, index], weight)

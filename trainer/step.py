@@ -7,9 +7,10 @@ Each rank divides by the global count before backward, so gradients only ever ne
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -18,10 +19,30 @@ from torch import nn
 from data.batch import Batch
 from kernels.linear_cross_entropy import VocabularyShard
 from parallel.data import DataParallel
+from parallel.pipeline.stages import Stage
 from trainer.loss import count_valid, token_loss_sum
 from trainer.loss_scale import LossScale
 from trainer.optim import Optimizer, clip_coefficient, global_grad_norm
 from trainer.routing import RoutingMonitor
+
+
+class Passes(Protocol):
+    """Forward and backward over this rank's micro-batches, plain or pipelined. Collective over all ranks."""
+
+    def backward(self, state: TrainState, microbatches: list[Batch], per_token: torch.Tensor) -> torch.Tensor:
+        """Leave in every master's `.grad` that of per_token * token losses, summed over micro-batches and ranks.
+
+        per_token: 0-d fp32. Returns the sum of the token losses of these micro-batches, 0-d fp64.
+        """
+        ...
+
+    def loss_sum(self, state: TrainState, microbatches: list[Batch]) -> torch.Tensor:
+        """Sum of the token losses of these micro-batches, 0-d fp64, without gradients."""
+        ...
+
+    def logits(self, state: TrainState, tokens: torch.Tensor, position: int) -> torch.Tensor:
+        """Logits [B, V] fp32 that follow tokens [B, T] at `position`, on every rank."""
+        ...
 
 
 @dataclass
@@ -36,8 +57,11 @@ class TrainState:
     device: torch.device
     grad_clip: float  # largest global gradient norm; 0: none
     compile_loss: bool
+    passes: Passes = field(default_factory=lambda: PlainPasses())
     vocabulary: VocabularyShard | None = None  # this rank's words of the output layer; None: all
     routing: RoutingMonitor | None = None  # of a mixture of experts
+    stage_group: dist.ProcessGroup | None = None  # ranks with the other stages of the model; None: this one has all
+    copies: frozenset[str] = frozenset()  # masters here that are copies of another stage's (a tied embedding)
     step: int = 0  # updates attempted so far; filled by train_step
 
 
@@ -53,8 +77,18 @@ class StepMetrics:
     extra: dict[str, torch.Tensor] = field(default_factory=dict)  # more metrics by name, 0-d
 
 
-def forward_loss_sum(state: TrainState, batch: Batch, *, aux_scale: torch.Tensor | None = None) -> torch.Tensor:
-    """Sum of this micro-batch's token losses, 0-d fp32; its backward adds aux_scale times the auxiliary losses'."""
+def forward_loss_sum(
+    state: TrainState,
+    batch: Batch,
+    *,
+    aux_scale: torch.Tensor | None = None,
+    stage: Stage | None = None,
+    hidden: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Sum of this micro-batch's token losses, 0-d fp32; its backward adds aux_scale times the auxiliary losses'.
+
+    Of a pipeline stage before the last: its hidden states.
+    """
     return state.model(
         batch.tokens,
         positions=batch.positions,
@@ -63,7 +97,40 @@ def forward_loss_sum(state: TrainState, batch: Batch, *, aux_scale: torch.Tensor
         indices=batch.indices,
         aux_scale=aux_scale,
         head=partial(token_loss_sum, labels=batch.labels, compile=state.compile_loss, vocabulary=state.vocabulary),
+        stage=stage,
+        hidden=hidden,
     )
+
+
+class PlainPasses:
+    """The whole model on this rank: one micro-batch after the other."""
+
+    def backward(self, state: TrainState, microbatches: list[Batch], per_token: torch.Tensor) -> torch.Tensor:
+        loss_sum = torch.zeros((), dtype=torch.float64, device=state.device)  # millions of tokens: fp32 would round
+        aux_scale = None if state.routing is None else state.routing.aux_scale(state.loss_scale.scale)
+        for i, batch in enumerate(microbatches):
+            state.data_parallel.start_microbatch(last=i == len(microbatches) - 1)
+            loss = forward_loss_sum(state, batch, aux_scale=aux_scale)
+            (loss * per_token).backward()
+            loss_sum += loss.detach()
+        state.data_parallel.finish_backward()
+        return loss_sum
+
+    def loss_sum(self, state: TrainState, microbatches: list[Batch]) -> torch.Tensor:
+        return torch.stack([forward_loss_sum(state, batch).double() for batch in microbatches]).sum()
+
+    def logits(self, state: TrainState, tokens: torch.Tensor, position: int) -> torch.Tensor:
+        return state.model(tokens, head=logits_head(state.model, position)).float()
+
+
+def logits_head(model: nn.Module, position: int) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """A head for Decoder.forward: logits [B, V] after one token, of all words whatever part of them a rank has."""
+
+    def head(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        assert isinstance(model.head, nn.Module)
+        return model.head(hidden[:, position], weight)
+
+    return head
 
 
 def train_step(state: TrainState, microbatches: list[Batch], *, lr: float) -> StepMetrics:
@@ -72,19 +139,13 @@ def train_step(state: TrainState, microbatches: list[Batch], *, lr: float) -> St
     dist.all_reduce(valid, group=state.token_group)
     scale = state.loss_scale.scale.clone()
     per_token = scale / valid.clamp(min=1)
-    aux_scale = None if state.routing is None else state.routing.aux_scale(scale)
 
-    loss_sum = torch.zeros((), dtype=torch.float64, device=state.device)  # millions of tokens: fp32 would round
-    for i, batch in enumerate(microbatches):
-        state.data_parallel.start_microbatch(last=i == len(microbatches) - 1)
-        loss = forward_loss_sum(state, batch, aux_scale=aux_scale)
-        (loss * per_token).backward()
-        loss_sum += loss.detach()
-    state.data_parallel.finish_backward()
+    loss_sum = state.passes.backward(state, microbatches, per_token)
     dist.all_reduce(loss_sum, group=state.token_group)
     loss = (loss_sum / valid.clamp(min=1)).float()
 
-    grad_norm = global_grad_norm(state.data_parallel.masters.values()).to(state.device) / scale
+    counted = [master for name, master in state.data_parallel.masters.items() if name not in state.copies]
+    grad_norm = global_grad_norm(counted, stages=state.stage_group).to(state.device) / scale
     finite = torch.isfinite(grad_norm) & torch.isfinite(loss)
     skipped = 1.0 - finite.float()
     coefficient = clip_coefficient(grad_norm, state.grad_clip) / scale
@@ -99,14 +160,14 @@ def train_step(state: TrainState, microbatches: list[Batch], *, lr: float) -> St
 
 
 @torch.no_grad()
-def evaluate(state: TrainState, batches: Iterable[Batch]) -> float:
-    """Mean loss over the valid tokens of these batches, summed over ranks. All ranks call it together."""
+def evaluate(state: TrainState, steps: Iterable[list[Batch]]) -> float:
+    """Mean loss over the valid tokens of these lists of micro-batches, of all ranks. All ranks call it together."""
     totals = torch.zeros(2, dtype=torch.float64, device=state.device)  # loss sum, valid tokens
     state.model.eval()
-    for batch in batches:
-        on_device = batch.to(state.device)
-        totals[0] += forward_loss_sum(state, on_device)
-        totals[1] += count_valid(on_device.labels)
+    for step in steps:
+        on_device = [batch.to(state.device) for batch in step]
+        totals[0] += state.passes.loss_sum(state, on_device)
+        totals[1] += torch.stack([count_valid(batch.labels) for batch in on_device]).sum()
     state.model.train()
     dist.all_reduce(totals, group=state.token_group)
     return (totals[0] / totals[1].clamp(min=1)).item()

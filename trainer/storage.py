@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pickle
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
@@ -198,11 +198,14 @@ def _shapes(metadata: Metadata) -> dict[str, tuple[torch.Size, torch.dtype]]:
     }
 
 
-def mismatches(path: Path, wanted: Mapping[str, torch.Tensor]) -> list[str]:
-    """How the tensors of a checkpoint differ from the wanted ones: names, global shapes, dtypes; empty when equal."""
+def mismatches(path: Path, wanted: Mapping[str, torch.Tensor], *, elsewhere: Set[str] = frozenset()) -> list[str]:
+    """How the tensors of a checkpoint differ from the wanted ones: names, global shapes, dtypes; empty when equal.
+
+    elsewhere: names that other ranks want, which the checkpoint may hold besides.
+    """
     stored = tensor_shapes(path)
     missing = sorted(wanted.keys() - stored.keys())
-    unexpected = sorted(stored.keys() - wanted.keys())
+    unexpected = sorted(stored.keys() - wanted.keys() - elsewhere)
     shapes, dtypes = [], []
     for name in sorted(wanted.keys() & stored.keys()):
         shape, dtype = stored[name]

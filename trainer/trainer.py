@@ -18,7 +18,7 @@ from data.batch import Batch
 from data.config import DataError
 from data.loader import Loader, build_loader
 from kernels.grouped_linear import choose_grouped_linear
-from models.flops import flops_per_token
+from models.flops import flops_per_token, num_parameters
 from models.hf import load_hf_weights
 from models.init import initialize
 from models.layers.attention import choose_attention
@@ -27,6 +27,8 @@ from parallel.activation_checkpoint import ActivationCheckpoint
 from parallel.dims import ParallelDims
 from parallel.mesh import build_mesh, groups_in_layers, init_distributed, pick_device
 from parallel.parallelize import BlockOptions, parallelize
+from parallel.pipeline.schedules import SPLIT_BACKWARD
+from parallel.pipeline.weight_gradients import defer_weight_gradients
 from trainer.agreement import check_same_on_all_ranks
 from trainer.checkpoint import CheckpointManager, read_extra
 from trainer.config import ConfigError, TrainConfig, configuration_errors
@@ -35,6 +37,7 @@ from trainer.loss import vocabulary_shard
 from trainer.loss_scale import LossScale
 from trainer.metrics import MetricLogger
 from trainer.optim import build_optimizer
+from trainer.pipelined import PipelinedPasses, pipeline_layout
 from trainer.resilience import PreemptionGuard
 from trainer.routing import RoutingMonitor
 from trainer.run_dir import check_run_dir, enter_run_dir, find_start
@@ -43,7 +46,7 @@ from trainer.run_lock import RunLock
 from trainer.sample import check_prompt, sample_text
 from trainer.schedule import learning_rate
 from trainer.sequence import context_parallelism, split_batch
-from trainer.step import StepMetrics, TrainState, evaluate, train_step
+from trainer.step import PlainPasses, StepMetrics, TrainState, evaluate, train_step
 from trainer.throughput import StepClock, Throughput, mfu_peak
 
 GC_INTERVAL = 50
@@ -146,9 +149,13 @@ class Trainer:
 
     def _build_state(self) -> TrainState:
         config = self.config
+        pipeline = pipeline_layout(config.parallel, config.model, seq_len=config.train.seq_len)
+        stages = None if pipeline is None else pipeline.of_rank(self.mesh.batch["pp"].get_local_rank())
         with torch.device("meta"):
             groups = groups_in_layers(self.mesh, config.parallel)
-            model = build_model(config.model, seed=config.train.seed, groups=groups)
+            model = build_model(config.model, seed=config.train.seed, groups=groups, stages=stages)
+        split_backward = pipeline is not None and pipeline.schedule in SPLIT_BACKWARD
+        weight_gradients = defer_weight_gradients(model.blocks) if split_backward else None
         checkpointing = ActivationCheckpoint(
             mode=config.model.activation_checkpoint, save=config.model.activation_checkpoint_save
         )
@@ -164,6 +171,19 @@ class Trainer:
         self.initializers = model.initializers()
         self.buffers = dict(model.named_buffers())
         token_group = self.mesh.tokens.get_group()
+        self.pipeline: PipelinedPasses | None = None
+        if pipeline is not None:
+            self.pipeline = PipelinedPasses(
+                pipeline,
+                mesh=self.mesh,
+                data_parallel=data_parallel,
+                weight_gradients=weight_gradients,
+                model=config.model,
+                dtype=config.precision.compute_dtype,
+                device=self.device,
+                sequence_slices=self.dims.tp if config.parallel.sequence_parallel else 1,
+                trace=config.parallel.pp_trace,
+            )
         return TrainState(
             model=model,
             data_parallel=data_parallel,
@@ -179,6 +199,9 @@ class Trainer:
             )
             if config.model.moe.num_experts
             else None,
+            passes=self.pipeline or PlainPasses(),
+            stage_group=self.pipeline.group if self.pipeline else None,
+            copies=self.pipeline.copies if self.pipeline else frozenset(),
         )
 
     def _state_tensors(self) -> dict[str, torch.Tensor]:
@@ -218,7 +241,7 @@ class Trainer:
                 self.skipped_steps = self._skipped_before = extra["skipped_steps"]
                 self._skipped_in_a_row = extra["skipped_in_a_row"]
         elif self.config.model.path is not None:
-            load_hf_weights(self.config.model.path, weights, self.config.model)
+            load_hf_weights(self.config.model.path, weights, self.config.model, whole_model=self.pipeline is None)
         else:
             initialize(weights, self.initializers, self.config.train.seed)
         self.state.data_parallel.publish()
@@ -230,7 +253,6 @@ class Trainer:
         flops = flops_per_token(self.config.model, self.config.train.seq_len)
         self.throughput = Throughput(world_size=self.world_size, flops_per_token=flops, peak=peak)
         self.clock = StepClock(self.device)
-        num_parameters = sum(p.numel() for p in self.state.data_parallel.masters.values())
         train, precision = self.config.train, self.config.precision
         info = RunInfo(
             device=self.device,
@@ -250,6 +272,7 @@ class Trainer:
                 "context_parallel": context_parallelism(self.config.parallel, self.dims),
                 **self._expert_kernel(),
                 "data_parallel": f"zero{self.config.parallel.zero_stage}",
+                "pipeline": self._pipeline_name(),
             },
             precision={"compute": precision.compute, "master": precision.master, "reduce": precision.reduce},
             flops_per_token=flops,
@@ -261,7 +284,8 @@ class Trainer:
             write_run_info(self.run_dir, info)
         self.metrics.event(
             "resume" if self.resume_from else "start",
-            f"{self.config.model.family}, {num_parameters / 1e6:,.1f}M parameters, {self.world_size} x {device_name}, "
+            f"{self.config.model.family}, {num_parameters(self.config.model) / 1e6:,.1f}M parameters, "
+            f"{self.world_size} x {device_name}, "
             f"ZeRO-{self.config.parallel.zero_stage}, {self.config.precision.compute}"
             + (f"; resumed from {self.resume_from} at step {self.state.step}" if self.resume_from else ""),
             step=self.state.step,
@@ -274,6 +298,13 @@ class Trainer:
             return {}
         sizes = (model.hidden_size, model.moe.intermediate_size)
         return {"experts": choose_grouped_linear(self.device, dtype, *sizes)}
+
+    def _pipeline_name(self) -> str:
+        """Schedule and layers per stage, such as 1f1b(8+8+8+7)."""
+        if self.pipeline is None:
+            return "none"
+        layout = self.pipeline.layout
+        return f"{layout.schedule}({'+'.join(str(stage.stop - stage.start) for stage in layout.stages)})"
 
     # ---- training
 
@@ -322,7 +353,15 @@ class Trainer:
             if state.step % GC_INTERVAL == 0:
                 gc.collect(1)
         self.checkpoints.wait()
+        if self.pipeline is not None and config.parallel.pp_trace:
+            self._write_pipeline_trace()
         return {"step": state.step, "loss": loss, "validation_loss": self._validation_loss, "sample": self._sample()}
+
+    def _write_pipeline_trace(self) -> None:
+        """pipeline_trace.json of the first pipeline, where there are several beside each other."""
+        assert self.pipeline is not None
+        if self.mesh.tokens.get_local_rank() == 0 and self.mesh.batch["tp"].get_local_rank() == 0:
+            self.pipeline.write_trace(self.run_dir / "pipeline_trace.json")
 
     def _launch_step(self) -> None:
         """Run one step; on the GPU, only enqueue it. Its numbers are `_pending`."""
@@ -389,7 +428,7 @@ class Trainer:
         """Validation of the current weights: its fields of the step's record. Its time belongs to no step."""
         assert self.validation_data is not None
         batches = self.validation_data.batches(self.config.train.eval_batches)
-        loss = evaluate(self.state, (self._part(batch) for step in batches for batch in step))
+        loss = evaluate(self.state, ([self._part(batch) for batch in step] for step in batches))
         self._validation_loss = loss
         self.clock.start()
         return {"validation_loss": loss, "validation_perplexity": math.exp(loss) if loss < 700 else math.inf}

@@ -18,6 +18,8 @@ from parallel.activation_checkpoint import ActivationCheckpoint
 from parallel.activation_checkpoint import problems as activation_checkpoint_problems
 from parallel.dims import ParallelConfig, ParallelDims
 from parallel.dims import problems as dims_problems
+from parallel.pipeline.layout import problems as pipeline_problems
+from parallel.pipeline.schedules import SPLIT_BACKWARD
 from parallel.precision import problems as precision_problems
 from trainer.config import NONFINITE, CheckpointConfig, ConfigError, LoggingConfig, LoopConfig, TrainConfig
 from trainer.resilience import launcher_problems
@@ -58,6 +60,7 @@ def finalize(config: TrainConfig, *, world_size: int) -> TrainConfig:
     if config.parallel.cp > 1 and not dims_problems(config.parallel, world_size):
         found += sequence_problems(config, model)
     found += tensor_parallel_problems(config, model, world_size)
+    found += pipeline_problems(config.parallel, model.num_layers)
     found += launcher_problems(os.environ)
     if found:
         raise ConfigError(list(dict.fromkeys(found)))
@@ -176,5 +179,11 @@ def _cross_problems(config: TrainConfig, world_size: int) -> list[str]:
         found.append(
             f"train.global_batch_size={train.global_batch_size} does not divide into {dp} data-parallel ranks x "
             f"train.micro_batch_size={train.micro_batch_size}; use a multiple of {together}, such as {nearest}"
+        )
+    if train.compile and config.parallel.pp > 1 and config.parallel.pp_schedule in SPLIT_BACKWARD:
+        found.append(
+            f"train.compile=true does not work with parallel.pp_schedule={config.parallel.pp_schedule}, which puts "
+            "weight gradients off by a side effect that a compiled block cannot have; use gpipe, 1f1b or "
+            "interleaved_1f1b, or train.compile=false"
         )
     return found

@@ -24,6 +24,11 @@ def test_what_is_left_goes_to_dp_shard() -> None:
         (ParallelConfig(dp_shard=0), "parallel.dp_shard=0 must be at least 1"),
         (ParallelConfig(zero_stage=4), "parallel.zero_stage=4"),
         (ParallelConfig(tp=3), "parallel.tp=3 does not divide the 8 processes; use one of 1, 2, 4, 8"),
+        (
+            ParallelConfig(pp=2, zero_stage=3, pp_schedule="zbv"),
+            "parallel.zero_stage=3 does not work with parallel.pp_schedule=zbv",
+        ),
+        (ParallelConfig(pp=3, zero_stage=1), "parallel.pp=3 does not divide the 8 processes; use one of 1, 2, 4, 8"),
         (ParallelConfig(zero_stage=1, cpu_offload=True), "parallel.cpu_offload=true"),
         (ParallelConfig(bucket_mb=0.0), "parallel.bucket_mb=0.0"),
     ],
@@ -37,4 +42,4 @@ def test_a_wrong_layout_is_refused_with_field_value_and_fix(config: ParallelConf
 
 def test_all_problems_are_named_at_once() -> None:
     """One error per attempt costs one queue wait per error."""
-    assert len(problems(ParallelConfig(dp_replicate=3, zero_stage=7, pp=2), world_size=8)) == 3
+    assert len(problems(ParallelConfig(dp_replicate=3, zero_stage=7, bucket_mb=0.0), world_size=8)) == 3

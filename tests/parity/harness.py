@@ -121,6 +121,7 @@ def run_here(config: TrainConfig) -> Outcome | None:
     try:
         trainer.run()
         weights = {name: whole(m) for name, m in trainer.state.data_parallel.masters.items()}
+        gradients, weights = (union_over_ranks(tensors) for tensors in (gradients, weights))
     finally:
         trainer.close()
     if dist.get_rank() != 0:
@@ -133,6 +134,17 @@ def run_here(config: TrainConfig) -> Outcome | None:
         weights=weights,
         metrics=lines,
     )
+
+
+def union_over_ranks(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors of every pipeline stage by name. Those that several ranks hold must agree, bit for bit. Collective."""
+    parts: list[dict[str, torch.Tensor]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(parts, tensors)
+    union: dict[str, torch.Tensor] = {}
+    for part in parts:
+        for name, tensor in part.items():
+            assert torch.equal(union.setdefault(name, tensor), tensor), f"{name} differs between ranks"
+    return union
 
 
 def run_on(ranks: RankPool, world_size: int, config: TrainConfig, **kwargs: Any) -> Outcome:

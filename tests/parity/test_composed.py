@@ -35,6 +35,12 @@ LAYOUTS: list[tuple[str, int, dict[str, Any]]] = [
     ("llama", 8, {"parallel__tp": 2, "parallel__cp": 2, "parallel__cp_method": "allgather", "parallel__zero_stage": 1}),
     ("tied", 8, {"parallel__tp": 2, "parallel__cp": 2, "parallel__cp_method": "ulysses", "parallel__zero_stage": 2}),
     ("tied", 8, {"parallel__tp": 2, "parallel__cp": 2, "parallel__dp_replicate": 2, "parallel__zero_stage": 1}),
+    ("llama", 4, {"parallel__tp": 2, "parallel__pp": 2, "parallel__zero_stage": 0}),
+    ("llama", 4, {"parallel__cp": 2, "parallel__pp": 2, "parallel__zero_stage": 1}),
+    ("llama", 8, {"parallel__cp": 2, "parallel__pp": 2, "parallel__tp": 2, "parallel__zero_stage": 1}),
+    ("tied", 8, {"parallel__cp": 2, "parallel__pp": 2, "parallel__tp": 2, "parallel__sequence_parallel": True,
+                 "parallel__zero_stage": 1, "parallel__pp_schedule": "gpipe"}),
+    ("tied", 8, {"parallel__tp": 2, "parallel__pp": 2, "parallel__zero_stage": 3}),
     ("tied", 8, {"parallel__tp": 2, "parallel__sequence_parallel": True, "parallel__dp_replicate": 2,
                  "parallel__zero_stage": 3, "model__activation_checkpoint": "full"}),
 ]  # fmt: skip

@@ -1,0 +1,92 @@
+"""What the tests of pipelines run on each rank."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+from unittest.mock import patch
+
+import torch.distributed as dist
+
+import trainer.step
+from parallel.pipeline.executor import _Run
+from parallel.pipeline.weight_gradients import Key, WeightGradients
+from tests.parity.harness import Outcome, run_here
+from trainer.config import TrainConfig
+from trainer.pipelined import PipelinedPasses
+from trainer.trainer import Trainer
+from trainer.validate import finalize
+
+
+def _lose_weight_gradient(original: Callable[..., None]) -> Callable[..., None]:
+    def run(store: WeightGradients, key: Key) -> None:
+        if key == (1, 1):
+            store._waiting.pop(key)
+        else:
+            original(store, key)
+
+    return run
+
+
+def _mix_sequences(original: Callable[..., None]) -> Callable[..., None]:
+    def forward(run: _Run, stage: int, microbatch: int) -> None:
+        key = (False, stage, microbatch)
+        if stage == 1 and microbatch == 1:
+            run.produced[key] = run.produced[key].flip(0)
+        original(run, stage, microbatch)
+
+    return forward
+
+
+def _one_stage(original: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda parameters, stages: original(parameters)
+
+
+FAULTS: dict[str, tuple[Any, str, Callable[[Any], Any]]] = {
+    "tied_not_summed": (PipelinedPasses, "_sum_tied", lambda original: lambda passes: None),
+    "lost_weight_gradient": (WeightGradients, "run", _lose_weight_gradient),
+    "mixed_sequences": (_Run, "_forward", _mix_sequences),
+    "norm_of_one_stage": (trainer.step, "global_grad_norm", _one_stage),
+}
+
+
+def run_broken(config: TrainConfig, fault: str) -> Outcome | None:
+    """Train with a fault. Gradients and norms are rank 0's view, without comparing copies between ranks."""
+    where, name, breaking = FAULTS[fault]
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(where, name, breaking(getattr(where, name))))
+        stack.enter_context(patch("tests.parity.harness.torch.equal", lambda one, other: True))
+        return run_here(config)
+
+
+def run_and_answer(config: TrainConfig) -> dict[str, Any]:
+    """What a run returns on this rank."""
+    running = Trainer(finalize(config, world_size=dist.get_world_size()))
+    try:
+        return running.run()
+    finally:
+        running.close()
+
+
+def count_messages(config: TrainConfig) -> Counter[str]:
+    """Messages and all-reduces of one step on this rank."""
+    counts: Counter[str] = Counter()
+    running = Trainer(finalize(config, world_size=dist.get_world_size()))
+    batch, reduce = dist.batch_isend_irecv, dist.all_reduce
+
+    def counting_batch(operations: list[dist.P2POp]) -> list[dist.Work]:
+        counts.update(operation.op.__name__ for operation in operations)
+        return batch(operations)
+
+    def counting_reduce(*args: Any, **kwargs: Any) -> dist.Work | None:
+        counts["all_reduce"] += 1
+        return reduce(*args, **kwargs)
+
+    try:
+        with patch.object(dist, "batch_isend_irecv", counting_batch), patch.object(dist, "all_reduce", counting_reduce):
+            running._launch_step()
+    finally:
+        running.close()
+    return counts

@@ -1,0 +1,294 @@
+"""Every pipeline schedule against one process, through the real trainer, in fp32."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data.config import DataConfig
+from tests.launch.on_ranks import export_here
+from tests.parity.harness import (
+    Outcome,
+    changed,
+    gradient_deviation,
+    loss_deviation,
+    run_on,
+    text_corpus,
+    tiny_config,
+    weight_deviation,
+)
+from tests.parity.on_pipeline_ranks import FAULTS, count_messages, run_and_answer, run_broken
+from tests.pool import RankPool
+from trainer.config import ConfigError, TrainConfig
+from trainer.validate import finalize
+
+STEPS = 4
+MODEL: dict[str, Any] = {
+    "model__num_layers": 9,
+    "train__global_batch_size": 12,
+    "train__steps": STEPS,
+    "schedule__warmup_steps": 1,
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "masked": {"data__mask_documents": True},
+    "dropout": {"model__dropout": 0.1, "data__mask_documents": True},
+    "tied": {"model__tie_embeddings": True, "model__positions": "learned"},
+    "tied_muon": {"model__tie_embeddings": True, "optim__name": "muon"},
+    "biased": {"model__qkv_bias": True, "model__mlp_bias": True, "data__mask_documents": True},
+}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
+    return text_corpus(tmp_path_factory.mktemp("parity"))
+
+
+class _OneProcess:
+    """Runs of one process, made once per variant, and what another split into micro-batches does to its weights."""
+
+    def __init__(self, ranks: RankPool, corpus: DataConfig, folder: Path) -> None:
+        self.ranks, self.corpus, self.folder = ranks, corpus, folder
+        self.made: dict[str, tuple[TrainConfig, Outcome, float]] = {}
+
+    def of(self, variant: str) -> tuple[TrainConfig, Outcome, float]:
+        if variant not in self.made:
+            changes = MODEL | {"train__micro_batch_size": 12} | VARIANTS[variant]
+            whole = tiny_config(self.folder / f"{variant}-whole", self.corpus, **changes)
+            reference = run_on(self.ranks, 1, whole)
+            splits = [
+                run_on(self.ranks, 1, changed(whole, self.folder / f"{variant}-{m}", train__micro_batch_size=m))
+                for m in (1, 4)
+            ]
+            self.made[variant] = (whole, reference, max(weight_deviation(split, reference) for split in splits))
+        return self.made[variant]
+
+
+@pytest.fixture(scope="module")
+def one_process(ranks: RankPool, corpus: DataConfig, tmp_path_factory: pytest.TempPathFactory) -> _OneProcess:
+    return _OneProcess(ranks, corpus, tmp_path_factory.mktemp("one-process"))
+
+
+def _assert_same_model(outcome: Outcome, reference: Outcome, sensitivity: float) -> None:
+    assert len(outcome.losses) == STEPS
+    assert loss_deviation(outcome, reference) <= 1e-6
+    assert gradient_deviation(outcome, reference) <= 1e-5
+    assert weight_deviation(outcome, reference) <= 2 * sensitivity
+    assert outcome.grad_norms == pytest.approx(reference.grad_norms, rel=1e-5)
+
+
+# (variant, ranks, pp, schedule, zero_stage, micro_batch_size): with 12 sequences, 1 to 12 micro-batches
+LAYOUTS = [
+    ("plain", 2, 2, "gpipe", 0, 4),
+    ("plain", 4, 4, "gpipe", 1, 2),
+    ("masked", 4, 2, "gpipe", 1, 2),
+    ("plain", 2, 2, "1f1b", 0, 1),
+    ("plain", 4, 4, "1f1b", 0, 4),
+    ("plain", 2, 2, "1f1b", 0, 12),
+    ("dropout", 4, 2, "1f1b", 1, 2),
+    ("tied", 4, 2, "1f1b", 1, 2),
+    ("tied", 4, 4, "1f1b", 0, 1),
+    ("tied_muon", 4, 2, "1f1b", 1, 1),
+    ("biased", 4, 2, "1f1b", 0, 2),
+    ("plain", 2, 2, "interleaved_1f1b", 1, 4),
+    ("tied", 4, 4, "interleaved_1f1b", 0, 2),
+    ("dropout", 4, 2, "interleaved_1f1b", 1, 2),
+    ("plain", 2, 2, "zero_bubble", 0, 4),
+    ("biased", 4, 4, "zero_bubble", 1, 1),
+    ("tied", 4, 2, "zero_bubble", 1, 2),
+    ("dropout", 2, 2, "zbv", 0, 4),
+    ("tied", 4, 4, "zbv", 0, 2),
+    ("tied", 4, 2, "zbv", 1, 2),
+    ("plain", 2, 2, "dualpipev", 1, 4),
+    ("tied", 4, 2, "dualpipev", 1, 1),
+    ("biased", 4, 4, "dualpipev", 0, 1),
+    ("plain", 4, 2, "gpipe", 3, 2),
+    ("tied", 4, 2, "1f1b", 3, 1),
+    ("dropout", 4, 2, "1f1b", 2, 2),
+    ("plain", 4, 4, "1f1b", 3, 2),
+    ("tied", 4, 2, "interleaved_1f1b", 3, 2),
+    ("plain", 4, 2, "interleaved_1f1b", 2, 1),
+]
+
+
+@pytest.mark.parametrize(("variant", "world_size", "pp", "schedule", "stage", "micro_batch_size"), LAYOUTS)
+def test_every_schedule_trains_the_same_model(
+    ranks: RankPool,
+    one_process: _OneProcess,
+    tmp_path: Path,
+    variant: str,
+    world_size: int,
+    pp: int,
+    schedule: str,
+    stage: int,
+    micro_batch_size: int,
+) -> None:
+    """A gradient lost, doubled or mixed up between stages or micro-batches; a tied table that drifts apart."""
+    whole, reference, sensitivity = one_process.of(variant)
+    config = changed(
+        whole,
+        tmp_path / "run",
+        parallel__zero_stage=stage,
+        parallel__pp=pp,
+        parallel__pp_schedule=schedule,
+        train__micro_batch_size=micro_batch_size,
+    )
+    _assert_same_model(run_on(ranks, world_size, config), reference, sensitivity)
+
+
+@pytest.mark.parametrize(
+    ("variant", "schedule", "changes"),
+    [
+        ("dropout", "1f1b", {"model__activation_checkpoint": "full"}),
+        ("dropout", "zero_bubble", {"model__activation_checkpoint": "full"}),
+        ("dropout", "1f1b", {"train__compile": True, "train__compile_backend": "aot_eager"}),
+        ("tied", "1f1b", {"parallel__pp_split": [7, 2]}),
+        ("tied", "interleaved_1f1b", {"parallel__pp_split": [1, 3, 2, 1, 1, 1], "parallel__pp_stages_per_rank": 3}),
+    ],
+)
+def test_what_is_applied_to_stages_changes_nothing(
+    ranks: RankPool, one_process: _OneProcess, tmp_path: Path, variant: str, schedule: str, changes: dict[str, Any]
+) -> None:
+    """Recomputation of the wrong micro-batch, weight gradients put off twice, a split that forgets a layer."""
+    whole, reference, sensitivity = one_process.of(variant)
+    config = changed(
+        whole,
+        tmp_path / "run",
+        parallel__pp=2,
+        parallel__pp_schedule=schedule,
+        parallel__zero_stage=1,
+        train__micro_batch_size=4,
+        **changes,
+    )
+    _assert_same_model(run_on(ranks, 2, config, timeout=240), reference, sensitivity)
+
+
+@pytest.mark.parametrize("fault", sorted(FAULTS))
+def test_the_comparison_notices_a_broken_pipeline(
+    ranks: RankPool, one_process: _OneProcess, tmp_path: Path, fault: str
+) -> None:
+    """Negative control: a collective left out, a weight gradient lost, hidden states of another sequence."""
+    whole, reference, _ = one_process.of("tied")
+    schedule = "zero_bubble" if fault == "lost_weight_gradient" else "1f1b"
+    config = changed(whole, tmp_path / "run", parallel__pp=2, parallel__pp_schedule=schedule, train__micro_batch_size=4)
+    outcome = ranks.run(2, run_broken, config, fault)[0]
+    if fault == "norm_of_one_stage":
+        assert outcome.grad_norms[0] != pytest.approx(reference.grad_norms[0], rel=1e-3)
+    else:
+        assert gradient_deviation(outcome, reference) > 1e-3
+
+
+LAYOUT = {"parallel__pp": 2, "parallel__zero_stage": 1, "train__micro_batch_size": 2}
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ((1, {}), (4, LAYOUT | {"parallel__pp_schedule": "zbv"})),
+        ((4, LAYOUT), (1, {})),
+        ((4, LAYOUT | {"parallel__pp_schedule": "zbv"}), (4, {"parallel__pp": 4})),
+    ],
+)
+def test_a_checkpoint_moves_between_layouts(
+    ranks: RankPool,
+    one_process: _OneProcess,
+    tmp_path: Path,
+    first: tuple[int, dict[str, Any]],
+    second: tuple[int, dict[str, Any]],
+) -> None:
+    """A stage's tensors that are not saved, saved twice, or refused because another rank has not heard of them."""
+    whole, reference, _ = one_process.of("tied")
+    (world_size, changes), (other_world_size, other_changes) = first, second
+    run_on(ranks, world_size, changed(whole, tmp_path / "first", checkpoint__interval=2, **changes))
+    resume = str(tmp_path / "first" / "checkpoints" / "step_2")
+    continued = run_on(
+        ranks, other_world_size, changed(whole, tmp_path / "second", checkpoint__resume=resume, **other_changes)
+    )
+    assert continued.losses == pytest.approx(reference.losses[2:], rel=1e-6)
+    assert continued.grad_norms == pytest.approx(reference.grad_norms[2:], rel=1e-4)
+
+
+def test_a_pipeline_starts_from_what_a_pipeline_exported(
+    ranks: RankPool, one_process: _OneProcess, tmp_path: Path
+) -> None:
+    """A Hugging Face folder that a stage cannot read its part of, or that lacks a stage."""
+    whole, reference, _ = one_process.of("masked")
+    config = changed(whole, tmp_path / "run", checkpoint__at_end=True, **LAYOUT, parallel__pp_schedule="dualpipev")
+    run_on(ranks, 4, config)
+    ranks.run(1, export_here, tmp_path / "run", tmp_path / "folder")
+    start = {"model__family": "hf", "model__path": str(tmp_path / "folder"), "train__steps": 1}
+    outcomes = [
+        run_on(ranks, n, changed(config, tmp_path / f"from-{n}", checkpoint__at_end=False, **start, **changes))
+        for n, changes in ((1, {"parallel__pp": 1}), (2, {"parallel__zero_stage": 0}))
+    ]
+    assert outcomes[0].losses[0] < reference.losses[0]  # it learned
+    assert loss_deviation(outcomes[1], outcomes[0]) <= 1e-6
+    assert gradient_deviation(outcomes[1], outcomes[0]) <= 1e-5
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zbv"])
+def test_validation_and_sample_do_not_depend_on_the_layout(
+    ranks: RankPool, one_process: _OneProcess, tmp_path: Path, schedule: str
+) -> None:
+    """A validation loss of one stage, of one micro-batch, or a sample that ranks draw differently."""
+    whole, _, _ = one_process.of("tied")
+    ask = {"train__eval_interval": 2, "train__eval_batches": 2, "train__sample_tokens": 6}
+    plain = ranks.run(1, run_and_answer, changed(whole, tmp_path / "plain", **ask))[0]
+    piped = ranks.run(
+        4, run_and_answer, changed(whole, tmp_path / "piped", **LAYOUT, **ask, parallel__pp_schedule=schedule)
+    )
+    assert all(answer["sample"] == plain["sample"] for answer in piped)
+    assert all(answer["validation_loss"] == pytest.approx(plain["validation_loss"], rel=1e-6) for answer in piped)
+
+
+def test_a_step_sends_each_hidden_state_and_each_gradient_once(
+    ranks: RankPool, one_process: _OneProcess, tmp_path: Path
+) -> None:
+    """A message sent twice, or a collective that grows with the micro-batches."""
+    whole, _, _ = one_process.of("tied")
+    config = changed(whole, tmp_path / "run", parallel__pp=4, train__micro_batch_size=4, train__steps=1)
+    counts = ranks.run(4, count_messages, config)
+    ends, between = {"isend": 3, "irecv": 3}, {"isend": 6, "irecv": 6}
+    assert [{k: v for k, v in c.items() if k.startswith("i")} for c in counts] == [ends, between, between, ends]
+    # Valid tokens and loss over the (one) data rank, loss over the stages, the table that first and last stage share.
+    assert [c["all_reduce"] for c in counts] == [4, 3, 3, 4]
+
+
+def test_the_trace_shows_plan_and_execution(ranks: RankPool, one_process: _OneProcess, tmp_path: Path) -> None:
+    """A time line that lacks actions, or shows those of another step."""
+    whole, _, _ = one_process.of("plain")
+    changes = {"parallel__pp": 2, "parallel__pp_schedule": "zero_bubble", "parallel__pp_trace": True}
+    run_on(ranks, 2, changed(whole, tmp_path / "run", train__micro_batch_size=4, train__steps=2, **changes))
+    events = json.loads((tmp_path / "run" / "pipeline_trace.json").read_text())["traceEvents"]
+    shown = [
+        {(e["tid"], e["name"], e["args"]["stage"]) for e in events if e["ph"] == "X" and e["pid"] == process}
+        for process in (0, 1)
+    ]
+    assert shown[0] == shown[1]
+    assert len(shown[0]) == 2 * 3 * 3  # ranks, micro-batches, F I W
+    assert all(e["dur"] > 0 for e in events if e["ph"] == "X")
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"parallel__pp_schedule": "2f2b"}, "parallel.pp_schedule=2f2b is not a schedule; use gpipe"),
+        ({"parallel__zero_stage": 2, "parallel__pp_schedule": "zbv"}, "use zero_stage 0 or 1, or gpipe"),
+        ({"parallel__pp_split": [4, 4]}, "add up to model.num_layers=9; such as [4, 5]"),
+        ({"model__num_layers": 3, "parallel__pp_schedule": "zbv"}, "model.num_layers=3 does not fill them"),
+        ({"parallel__pp_stages_per_rank": 0}, "parallel.pp_stages_per_rank=0 must be at least 1"),
+        ({"train__compile": True, "parallel__pp_schedule": "zbv"}, "train.compile=true does not work"),
+        ({"parallel__pp": 1, "parallel__pp_split": [9]}, "parallel.pp_split is set, and parallel.pp=1"),
+    ],
+)
+def test_what_cannot_be_is_refused_with_its_reason(
+    corpus: DataConfig, tmp_path: Path, changes: dict[str, Any], expected: str
+) -> None:
+    """A wrong pipeline that is found when process groups exist, or not at all."""
+    config = tiny_config(tmp_path, corpus, **(MODEL | {"parallel__pp": 2} | changes))
+    with pytest.raises(ConfigError) as raised:
+        finalize(config, world_size=2)
+    assert any(expected in problem for problem in raised.value.problems), raised.value.problems

@@ -1,0 +1,233 @@
+"""PipelinedPasses: forward and backward of a model whose stages lie on several ranks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from data.batch import Batch
+from models.config import ModelConfig
+from models.flops import num_parameters
+from parallel.data import DataParallel
+from parallel.dims import ParallelConfig
+from parallel.mesh import Meshes
+from parallel.pipeline.executor import PipelineExecutor
+from parallel.pipeline.layout import PipelineLayout, make_layout
+from parallel.pipeline.program import Step, make_programs
+from parallel.pipeline.schedules import Schedule
+from parallel.pipeline.simulate import simulate
+from parallel.pipeline.trace import chrome_trace
+from parallel.pipeline.weight_gradients import WeightGradients
+from trainer.gradients import local_shard_of
+from trainer.step import TrainState, forward_loss_sum, logits_head
+
+TIED = "embedding.weight"
+"""What first and last stage both hold when embeddings are tied."""
+
+
+def pipeline_layout(config: ParallelConfig, model: ModelConfig, *, seq_len: int) -> PipelineLayout | None:
+    """Stages balanced by multiplications per token; None without a pipeline."""
+    if config.pp == 1:
+        return None
+    assert model.head_dim is not None  # resolved
+    head = model.vocab_size * model.hidden_size
+    tables = head if model.tie_embeddings else 2 * head
+    tables += model.max_seq_len * model.hidden_size if model.positions == "learned" else 0
+    block = (num_parameters(model) - tables) / model.num_layers + model.num_heads * model.head_dim * seq_len
+    return make_layout(config, [block] * model.num_layers, head_cost=head)
+
+
+class _ModelWork:
+    """One pass as the executor wants it: the shapes of its micro-batches, and how a stage computes."""
+
+    def __init__(
+        self,
+        num_stages: int,
+        shapes: Sequence[Sequence[int]],
+        forward: Callable[[int, int, Tensor | None], Tensor],
+        stage_done: Callable[[int], None] = lambda stage: None,
+    ) -> None:
+        self.num_stages = num_stages
+        self.shapes = shapes
+        self.forward = forward
+        self.stage_done = stage_done
+
+    def hidden_shape(self, microbatch: int) -> Sequence[int]:
+        return self.shapes[microbatch]
+
+
+class PipelinedPasses:
+    """`trainer.step.Passes` over the stages of a pipeline. All its ranks have the same micro-batches at hand."""
+
+    def __init__(
+        self,
+        layout: PipelineLayout,
+        *,
+        mesh: Meshes,
+        data_parallel: DataParallel,
+        weight_gradients: WeightGradients | None,
+        model: ModelConfig,
+        dtype: torch.dtype,
+        device: torch.device,
+        sequence_slices: int,
+        trace: bool,
+    ) -> None:
+        """weight_gradients: for schedules with split backward. dtype: of hidden states. sequence_slices: into how many
+        the tokens of the residual stream are cut by sequence parallelism. Collective over all ranks.
+        """
+        self.layout = layout
+        self.sequence_slices = sequence_slices
+        self.data_parallel = data_parallel
+        self.model = model
+        self.group = mesh.batch["pp"].get_group()
+        self.rank = dist.get_rank(self.group)
+        if weight_gradients is not None:
+            weight_gradients.deliver = data_parallel.add_gradient
+        self.executor = PipelineExecutor(
+            self.group,
+            device=device,
+            dtype=dtype,
+            weight_gradients=weight_gradients,
+            trace=trace,
+        )
+        self._programs: dict[Schedule, tuple[Step, ...]] = {}
+        self._traced: Schedule | None = None
+        self._users = _stages_of_parameters(list(data_parallel.masters), layout, self.rank)
+        ends = (layout.owner[0], layout.owner[-1])
+        self.tied_group = _group_of_ends(mesh, ends) if model.tie_embeddings and ends[0] != ends[1] else None
+        self.copies = frozenset({TIED}) if self.tied_group is not None and self.rank == ends[1] else frozenset()
+
+    def backward(self, state: TrainState, microbatches: list[Batch], per_token: Tensor) -> Tensor:
+        done: set[int] = set()
+
+        def stage_done(stage: int) -> None:
+            done.add(stage)
+            names = [name for name, users in self._users.items() if stage in users and users <= done]
+            self.data_parallel.gradients_complete(names)
+
+        self.data_parallel.start_pipeline()
+        schedule = self.layout.training(len(microbatches))
+        work = self._work(microbatches, self._loss_of_stage(state, microbatches), stage_done)
+        losses = self.executor.run(self._program(schedule), work, seed=per_token)
+        self._traced = schedule
+        self.data_parallel.finish_backward()
+        self._sum_tied()
+        return self._total(losses, state.device)
+
+    def loss_sum(self, state: TrainState, microbatches: list[Batch]) -> Tensor:
+        program = self._program(self.layout.evaluation(len(microbatches)))
+        work = self._work(microbatches, self._loss_of_stage(state, microbatches))
+        return self._total(self.executor.run(program, work, seed=None), state.device)
+
+    def logits(self, state: TrainState, tokens: Tensor, position: int) -> Tensor:
+        def forward(stage: int, microbatch: int, hidden: Tensor | None) -> Tensor:
+            return state.model(
+                tokens,
+                head=logits_head(state.model, position),
+                stage=self.layout.stages[stage],
+                hidden=hidden,
+            )
+
+        work = _ModelWork(len(self.layout.stages), [self._hidden_shape(tokens)], forward)
+        results = self.executor.run(self._program(self.layout.evaluation(1)), work, seed=None)
+        holder = self.layout.owner[-1]
+        shape = (tokens.shape[0], self.model.vocab_size)
+        logits = results[0].float() if self.rank == holder else torch.empty(shape, device=state.device)
+        dist.broadcast(logits, src=dist.get_global_rank(self.group, holder), group=self.group)
+        return logits
+
+    def write_trace(self, path: Path) -> None:
+        """Planned and executed time line of the newest step of this pipeline. Collective; its first rank writes."""
+        assert self._traced is not None
+        executed: list[list] = [[] for _ in range(self.layout.num_ranks)]
+        dist.all_gather_object(executed, self.executor.executed, group=self.group)
+        if self.rank == 0:
+            path.write_text(json.dumps(chrome_trace(simulate(self._traced), executed)))
+
+    def _program(self, schedule: Schedule) -> tuple[Step, ...]:
+        if schedule not in self._programs:
+            self._programs[schedule] = make_programs(schedule)[self.rank]
+        return self._programs[schedule]
+
+    def _work(
+        self,
+        microbatches: list[Batch],
+        forward: Callable[[int, int, Tensor | None], Tensor],
+        stage_done: Callable[[int], None] = lambda stage: None,
+    ) -> _ModelWork:
+        shapes = [self._hidden_shape(batch.tokens) for batch in microbatches]
+        return _ModelWork(len(self.layout.stages), shapes, forward, stage_done)
+
+    def _hidden_shape(self, tokens: Tensor) -> tuple[int, int, int]:
+        """Of what travels between stages: the residual stream of this rank's tokens [B, T]."""
+        return tokens.shape[0], tokens.shape[1] // self.sequence_slices, self.model.hidden_size
+
+    def _loss_of_stage(
+        self, state: TrainState, microbatches: list[Batch]
+    ) -> Callable[[int, int, Tensor | None], Tensor]:
+        def forward(stage: int, microbatch: int, hidden: Tensor | None) -> Tensor:
+            return forward_loss_sum(state, microbatches[microbatch], stage=self.layout.stages[stage], hidden=hidden)
+
+        return forward
+
+    def _total(self, losses: dict[int, Tensor], device: torch.device) -> Tensor:
+        """Sum over micro-batches, on every rank of the pipeline, 0-d fp64."""
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        for microbatch in sorted(losses):  # the order of a plain step
+            total += losses[microbatch]
+        dist.all_reduce(total, group=self.group)
+        return total
+
+    def _sum_tied(self) -> None:
+        """The gradient of a table that two stages hold is the sum of what each of them contributes."""
+        if self.tied_group is None or TIED not in self.data_parallel.masters:
+            return
+        grad = self.data_parallel.masters[TIED].grad
+        assert grad is not None
+        dist.all_reduce(local_shard_of(grad), group=self.tied_group)
+
+
+def _stages_of_parameters(names: Sequence[str], layout: PipelineLayout, rank: int) -> dict[str, frozenset[int]]:
+    """Which stages of a rank add to the gradient of each of its parameters."""
+    mine = layout.of_rank(rank)
+    first = {stage.index for stage in mine if stage.is_first}
+    last = {stage.index for stage in mine if stage.is_last}
+    users: dict[str, frozenset[int]] = {}
+    tied = not any(name.startswith("head.") for name in names)
+    for name in names:
+        prefix, *rest = name.split(".")
+        if prefix == "blocks":
+            users[name] = frozenset(stage.index for stage in mine if stage.start <= int(rest[0]) < stage.stop)
+        elif name == TIED:
+            users[name] = frozenset(first | last if tied else first)
+        else:
+            users[name] = frozenset(first if prefix == "positions" else last)
+    return users
+
+
+_ENDS: dict[tuple[dist.ProcessGroup | None, tuple[int, ...], tuple[int, int]], dist.ProcessGroup | None] = {}
+"""Groups of first and last stage made so far on each default group; runs in one process share them, as meshes."""
+
+
+def _group_of_ends(mesh: Meshes, ends: tuple[int, int]) -> dist.ProcessGroup | None:
+    """This rank's group of the first and the last stage; None on ranks between. The first call is collective."""
+    key = (dist.group.WORLD, tuple(mesh.batch.shape), ends)
+    if key not in _ENDS:
+        _ENDS[key] = _make_group_of_ends(mesh, ends)
+    return _ENDS[key]
+
+
+def _make_group_of_ends(mesh: Meshes, ends: tuple[int, int]) -> dist.ProcessGroup | None:
+    columns = mesh.batch.mesh.flatten(1).T.tolist()  # the ranks of one pipeline each, in order
+    mine = None
+    for column in columns:
+        members = [column[rank] for rank in sorted(ends)]
+        group = dist.new_group(members)
+        if dist.get_rank() in members:
+            mine = group
+    return mine
