@@ -141,13 +141,13 @@ class PipelinedPasses:
         dist.broadcast(logits, src=dist.get_global_rank(self.group, holder), group=self.group)
         return logits
 
-    def write_trace(self, path: Path) -> None:
-        """Planned and executed time line of the newest step of this pipeline. Collective; its first rank writes."""
+    def write_trace(self, run_dir: Path) -> None:
+        """pipeline_trace.json: planned and executed time line of the newest step. Collective; global rank 0 writes."""
         assert self._traced is not None
         executed: list[list] = [[] for _ in range(self.layout.num_ranks)]
         dist.all_gather_object(executed, self.executor.executed, group=self.group)
-        if self.rank == 0:
-            path.write_text(json.dumps(chrome_trace(simulate(self._traced), executed)))
+        if dist.get_rank() == 0:  # of its own pipeline, where there are several beside each other
+            (run_dir / "pipeline_trace.json").write_text(json.dumps(chrome_trace(simulate(self._traced), executed)))
 
     def _program(self, schedule: Schedule) -> tuple[Step, ...]:
         if schedule not in self._programs:

@@ -272,7 +272,7 @@ class Trainer:
                 "context_parallel": context_parallelism(self.config.parallel, self.dims),
                 **self._expert_kernel(),
                 "data_parallel": f"zero{self.config.parallel.zero_stage}",
-                "pipeline": self._pipeline_name(),
+                "pipeline": self.pipeline.layout.summary if self.pipeline else "none",
             },
             precision={"compute": precision.compute, "master": precision.master, "reduce": precision.reduce},
             flops_per_token=flops,
@@ -298,13 +298,6 @@ class Trainer:
             return {}
         sizes = (model.hidden_size, model.moe.intermediate_size)
         return {"experts": choose_grouped_linear(self.device, dtype, *sizes)}
-
-    def _pipeline_name(self) -> str:
-        """Schedule and layers per stage, such as 1f1b(8+8+8+7)."""
-        if self.pipeline is None:
-            return "none"
-        layout = self.pipeline.layout
-        return f"{layout.schedule}({'+'.join(str(stage.stop - stage.start) for stage in layout.stages)})"
 
     # ---- training
 
@@ -354,14 +347,8 @@ class Trainer:
                 gc.collect(1)
         self.checkpoints.wait()
         if self.pipeline is not None and config.parallel.pp_trace:
-            self._write_pipeline_trace()
+            self.pipeline.write_trace(self.run_dir)
         return {"step": state.step, "loss": loss, "validation_loss": self._validation_loss, "sample": self._sample()}
-
-    def _write_pipeline_trace(self) -> None:
-        """pipeline_trace.json of the first pipeline, where there are several beside each other."""
-        assert self.pipeline is not None
-        if self.mesh.tokens.get_local_rank() == 0 and self.mesh.batch["tp"].get_local_rank() == 0:
-            self.pipeline.write_trace(self.run_dir / "pipeline_trace.json")
 
     def _launch_step(self) -> None:
         """Run one step; on the GPU, only enqueue it. Its numbers are `_pending`."""

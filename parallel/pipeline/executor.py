@@ -67,7 +67,7 @@ class PipelineExecutor:
         self.dtype = dtype
         self.weight_gradients = weight_gradients
         self.trace = trace
-        self.executed: list[Executed] = []  # of the newest run, when tracing
+        self.executed: list[Executed] = []  # of the newest run with backward, when tracing
         # NCCL makes a group's communicator in its first collective, which all of its ranks have to join; the first
         # exchange of a program joins only some.
         dist.all_reduce(torch.zeros(1, device=device), group=group)
@@ -78,12 +78,14 @@ class PipelineExecutor:
         seed: 0-d, the gradient of every result of the last stage; None: forward only, and nothing is kept for backward.
         """
         run = _Run(self, work, seed, _last_of_stage(program))
-        self.executed = []
+        trace = self.trace and seed is not None
+        if trace:
+            self.executed = []
         with torch.set_grad_enabled(seed is not None):
             for step in program:
                 if isinstance(step, Exchange):
                     run.exchange(step)
-                elif self.trace:
+                elif trace:
                     self._traced(run, step)
                 else:
                     run.compute(step)

@@ -19,6 +19,11 @@ class PipelineLayout:
     stages: tuple[Stage, ...]
     owner: tuple[int, ...]  # rank of each stage
 
+    @property
+    def summary(self) -> str:
+        """Schedule and layers per stage, such as 1f1b(8+8+8+7)."""
+        return f"{self.schedule}({'+'.join(str(stage.stop - stage.start) for stage in self.stages)})"
+
     def of_rank(self, rank: int) -> tuple[Stage, ...]:
         """The stages a rank holds, in model order."""
         return tuple(stage for stage in self.stages if self.owner[stage.index] == rank)

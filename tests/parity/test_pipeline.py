@@ -261,7 +261,8 @@ def test_the_trace_shows_plan_and_execution(ranks: RankPool, one_process: _OnePr
     """A time line that lacks actions, or shows those of another step."""
     whole, _, _ = one_process.of("plain")
     changes = {"parallel__pp": 2, "parallel__pp_schedule": "zero_bubble", "parallel__pp_trace": True}
-    run_on(ranks, 2, changed(whole, tmp_path / "run", train__micro_batch_size=4, train__steps=2, **changes))
+    changes |= {"train__micro_batch_size": 4, "train__steps": 2, "train__eval_interval": 2}
+    run_on(ranks, 2, changed(whole, tmp_path / "run", **changes))
     events = json.loads((tmp_path / "run" / "pipeline_trace.json").read_text())["traceEvents"]
     shown = [
         {(e["tid"], e["name"], e["args"]["stage"]) for e in events if e["ph"] == "X" and e["pid"] == process}
