@@ -5,9 +5,12 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
-# One process per GPU; without a GPU, two gloo ranks.
-NPROC ?= $(shell n=$$(nvidia-smi --list-gpus 2>/dev/null | grep -c GPU); [ "$$n" -gt 0 ] && echo $$n || echo 2)
-EXP ?= $(shell nvidia-smi --list-gpus >/dev/null 2>&1 && echo stdlib_gpu || echo stdlib)
+# One process per GPU that torch will see; without one, two gloo ranks. MIG slices are indented lines; -1 hides all GPUs.
+GPUS := $(shell n=$$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU '); \
+	[ "$$n" -gt 0 ] && [ -n "$${CUDA_VISIBLE_DEVICES+set}" ] \
+	&& n=$$(echo "$$CUDA_VISIBLE_DEVICES" | tr ',' '\n' | grep -c '^ *[0-9A-Z]'); echo $$n)
+NPROC ?= $(if $(filter 0,$(GPUS)),2,$(GPUS))
+EXP ?= $(if $(filter 0,$(GPUS)),stdlib,stdlib_gpu)
 RUN ?= runs/$(EXP)-$(shell date +%Y%m%d-%H%M%S)
 ARGS ?=
 

@@ -26,7 +26,8 @@ def cached(folder: Path, build: Callable[[Path], None]) -> Path:
     Any number of processes may call this at once. On one host the first builds while the others wait for its lock
     (flock: released by the kernel when the holder dies). Hosts that share the file system but not its locks may each
     build; the first to rename wins, which is harmless because a folder's name is the hash of all that decides its
-    content. Raises DataError when the place cannot be written to; errors of build pass through, leaving nothing.
+    content. Raises DataError when the place cannot be written to or locked; errors of build pass through and leave
+    nothing.
     """
     if folder.is_dir():
         return folder
@@ -37,7 +38,13 @@ def cached(folder: Path, build: Callable[[Path], None]) -> Path:
     except OSError as error:
         raise DataError(f"data.cache_dir: cannot write to {folder.parent} ({error}); choose another folder") from error
     with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:  # Lustre without -o flock, some FUSE and object stores
+            raise DataError(
+                f"data.cache_dir: {folder.parent} is on a file system without locks ({error.strerror}); choose a "
+                "folder on another, such as a local disk"
+            ) from error
         if folder.is_dir():
             return folder
         for left in folder.parent.glob(f"{scratch_prefix}*"):  # of a builder that was killed: we hold its lock now

@@ -17,7 +17,8 @@ class DataError(ValueError):
 
 @dataclass
 class TokenizerConfig:
-    path: str | None = None  # tokenizer.json or a Hugging Face folder; None: a byte-level BPE is trained on the source
+    # tokenizer.json or a Hugging Face folder; None: the one in model.path, or else a byte-level BPE trained on the text
+    path: str | None = None
     vocab_size: int = 8192  # size of the tokenizer trained here
     eos_token: str | None = None  # token that ends a document; None: what the tokenizer's files say
 

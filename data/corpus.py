@@ -15,7 +15,7 @@ import numpy as np
 
 from data.cache import cached, digest
 from data.config import DataError
-from data.sources import TextSource
+from data.sources import TextSource, pieces
 from data.tokenizer import Tokenizer, parallel
 
 _BATCH_CHARACTERS = 4 * 2**20  # encoded at a time, over all cores
@@ -81,12 +81,15 @@ def _write(folder: Path, source: TextSource, tokenizer: Tokenizer) -> None:
     content, ends, total = hashlib.sha256(), array.array("q"), 0
     progress = _Progress(source.name)
     with parallel(), open(folder / "tokens.bin", "wb") as out:
-        for ids in _encoded(source.documents(), tokenizer):
-            raw = np.asarray([*ids, tokenizer.eos_id], dtype=dtype).tobytes()
+        for ids, is_last in _encoded(source.documents(), tokenizer):
+            if is_last:
+                ids.append(tokenizer.eos_id)
+            raw = np.asarray(ids, dtype=dtype).tobytes()
             out.write(raw)
             content.update(raw)
-            total += len(ids) + 1
-            ends.append(total)
+            total += len(ids)
+            if is_last:
+                ends.append(total)
             progress.update(len(ends), total)
     progress.finish()
     if not ends:
@@ -110,36 +113,27 @@ def _open(folder: Path) -> Corpus:
     return Corpus(tokens, np.concatenate([np.zeros(1, np.int64), ends[:-1]]), ends, meta["content"])
 
 
-def _encoded(documents: Iterator[str], tokenizer: Tokenizer) -> Iterator[list[int]]:
-    """The ids of every document that is not empty, encoded many at a time."""
-    batch: list[list[str]] = []
+def _encoded(documents: Iterator[str], tokenizer: Tokenizer) -> Iterator[tuple[list[int], bool]]:
+    """The ids of every document that is not empty, encoded many at a time; of a long one, piece after piece.
+
+    Yields (ids, whether the document ends with them). However long a document, only _BATCH_CHARACTERS or so of it are
+    encoded at once.
+    """
+    batch: list[tuple[str, bool]] = []
     size = 0
     for text in documents:
-        if not text:
-            continue
-        batch.append(_pieces(text))
-        size += len(text)
-        if size >= _BATCH_CHARACTERS:
-            yield from _encode(batch, tokenizer)
-            batch, size = [], 0
+        for piece, is_last in pieces(text, _PIECE_CHARACTERS):
+            batch.append((piece, is_last))
+            size += len(piece)
+            if size >= _BATCH_CHARACTERS:
+                yield from _encode(batch, tokenizer)
+                batch, size = [], 0
     yield from _encode(batch, tokenizer)
 
 
-def _encode(documents: list[list[str]], tokenizer: Tokenizer) -> Iterator[list[int]]:
-    ids = iter(tokenizer.encode_batch([piece for pieces in documents for piece in pieces]))
-    for pieces in documents:
-        yield [i for _ in pieces for i in next(ids)]
-
-
-def _pieces(text: str) -> list[str]:
-    """text in pieces of at most _PIECE_CHARACTERS, each ending with a line where it can."""
-    pieces, begin = [], 0
-    while len(text) - begin > _PIECE_CHARACTERS:
-        line_end = text.rfind("\n", begin, begin + _PIECE_CHARACTERS) + 1
-        end = line_end if line_end > begin else begin + _PIECE_CHARACTERS
-        pieces.append(text[begin:end])
-        begin = end
-    return [*pieces, text[begin:]]
+def _encode(batch: list[tuple[str, bool]], tokenizer: Tokenizer) -> Iterator[tuple[list[int], bool]]:
+    encoded = tokenizer.encode_batch([piece for piece, _ in batch])
+    yield from zip(encoded, (is_last for _, is_last in batch), strict=True)
 
 
 class _Progress:

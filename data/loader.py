@@ -54,6 +54,11 @@ class Loader:
         self._items: Iterator[Item | Failure] | None = None
         self._at_exit: Callable[[], None] | None = None
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """All that decides what sample n is, in JSON values; the same on every rank that reads the same data."""
+        return dict(self._identity)
+
     def next_step(self) -> list[Batch]:
         """All micro-batches of this rank for the next step, in order; CPU tensors, pinned for a GPU.
 

@@ -16,6 +16,7 @@ from data.config import BlendPart, DataError, expand
 # pages that a program wrote (a sixth of all characters, and little like code).
 _NOT_STDLIB = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 _NOT_STDLIB |= {"encodings", "pydoc_data"}
+_SAMPLE_CHARACTERS = 2**16  # what a sample of a corpus takes or leaves: one file may be all there is
 
 
 class TextSource(Protocol):
@@ -151,16 +152,35 @@ def _parent(files: list[Path]) -> Path:
     return common
 
 
-def sample_of(source: TextSource, num_bytes: int) -> Iterator[str]:
-    """Documents of about num_bytes of UTF-8 in all, from the whole of the source where its size is known.
+def pieces(text: str, size: int) -> Iterator[tuple[str, bool]]:
+    """text in pieces of at most size characters, each ending with a line where it can, and whether it is the last one.
 
-    A document is taken by a hash of its number, so the choice is the same everywhere.
+    Nothing for an empty text.
+    """
+    begin = 0
+    while len(text) - begin > size:
+        line_end = text.rfind("\n", begin, begin + size) + 1
+        end = line_end if line_end > begin else begin + size
+        yield text[begin:end], False
+        begin = end
+    if text:
+        yield text[begin:], True
+
+
+def sample_of(source: TextSource, num_bytes: int) -> Iterator[str]:
+    """Documents, or pieces of long ones, of about num_bytes of UTF-8 in all.
+
+    From the whole of the source where its size is known, from its beginning where it is not. A piece is taken by a hash
+    of its number, so the choice is the same everywhere.
     """
     share = 1.0
     if isinstance(source, Files):
         share = min(1.0, num_bytes / max(1, sum(path.stat().st_size for path in source.files)))
     taken = 0
-    for number, text in enumerate(source.documents()):
+    documents = source.documents()
+    if share < 1.0:
+        documents = (piece for text in documents for piece, _ in pieces(text, _SAMPLE_CHARACTERS))
+    for number, text in enumerate(documents):
         if share < 1.0 and _unit_hash(number) >= share:
             continue
         yield text

@@ -138,7 +138,7 @@ def load_tokenizer(config: DataConfig, *, train: bool = True) -> Tokenizer:
         )
     sources = _text_sources(config)
     size = config.tokenizer.vocab_size
-    key = digest("bpe", 1, size, TRAINING_BYTES, tokenizers.__version__, [source.fingerprint() for source in sources])
+    key = digest("bpe", 2, size, TRAINING_BYTES, tokenizers.__version__, [source.fingerprint() for source in sources])
     kept = Path(config.cache_dir).expanduser() / "tokenizers" / key
     if not train and not kept.is_dir():
         raise DataError(

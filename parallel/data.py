@@ -53,7 +53,8 @@ class FullyShardedDataParallel(DataParallel):
     """Stages 2 and 3: the model's own parameters are the sharded masters; fully_shard moves the data.
 
     Stage 2 keeps parameters gathered from the first forward to the last backward of a step, stage 3 gathers each
-    block anew. Gradients are reduce-scattered after every micro-batch, so no rank ever holds whole ones.
+    block anew. Gradients are reduce-scattered after every micro-batch, so no rank ever holds whole ones, and are
+    summed over replicas after the last.
     """
 
     def __init__(self, model: FSDPModule, *, zero_stage: int) -> None:
@@ -63,6 +64,8 @@ class FullyShardedDataParallel(DataParallel):
         self.masters = dict(model.named_parameters())
 
     def start_microbatch(self, *, last: bool) -> None:
+        # Between replicas (HSDP: between nodes) gradients travel once per step; fully_shard keeps the sums till then.
+        self.model.set_requires_all_reduce(last)
         if self.keep_gathered:
             self.model.set_reshard_after_backward(last)
 

@@ -84,8 +84,20 @@ class Meshes:
         return dict(zip(self.batch.mesh_dim_names or (), self.batch.shape, strict=True))
 
 
+_BUILT: dict[tuple[dist.ProcessGroup | None, ParallelDims, str], Meshes] = {}
+"""Meshes made so far on each default group. Process groups hold threads and connections until their process ends; the
+runs of a sweep, and tests, share them."""
+
+
 def build_mesh(dims: ParallelDims, device_type: str) -> Meshes:
-    """Meshes over all processes. Collective."""
+    """Meshes over all processes; made on the first call with these arguments, which is collective."""
+    key = (dist.group.WORLD, dims, device_type)
+    if key not in _BUILT:
+        _BUILT[key] = _build_mesh(dims, device_type)
+    return _BUILT[key]
+
+
+def _build_mesh(dims: ParallelDims, device_type: str) -> Meshes:
     batch_shape = (dims.pp, dims.dp_replicate, dims.dp_shard, dims.cp, dims.tp)
     state_shape = (dims.pp, dims.dp_replicate, dims.dp_shard * dims.cp, dims.tp)
     batch = init_device_mesh(device_type, batch_shape, mesh_dim_names=BATCH_AXES)

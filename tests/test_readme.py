@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
@@ -37,6 +38,39 @@ def test_make_targets_exist(command: str) -> None:
         pytest.skip("no make here")
     done = subprocess.run([*command.split(), "--dry-run"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+TWO_GPUS = r"GPU 0: x (UUID: GPU-1)\n  MIG 1g.5gb Device 0: (UUID: MIG-GPU-1)\nGPU 1: x (UUID: GPU-2)"
+
+
+@pytest.mark.parametrize(
+    ("listed", "visible", "processes", "experiment"),
+    [
+        (TWO_GPUS, None, 2, "stdlib_gpu"),
+        (TWO_GPUS, "1", 1, "stdlib_gpu"),
+        (TWO_GPUS, "GPU-1,GPU-2", 2, "stdlib_gpu"),
+        (TWO_GPUS, "", 2, "stdlib"),
+        (TWO_GPUS, "-1", 2, "stdlib"),
+        ("No devices found.", None, 2, "stdlib"),  # a driver without a GPU: nvidia-smi is there and exits with 0
+        ("No devices found.", "0", 2, "stdlib"),
+    ],
+)
+def test_make_train_uses_the_gpus_that_torch_will_see(
+    listed: str, visible: str | None, processes: int, experiment: str, tmp_path: Path
+) -> None:
+    """More processes than GPUs, or the large model on a CPU."""
+    if shutil.which("make") is None:
+        pytest.skip("no make here")
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\nprintf '{listed}\\n'\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    environment = {k: v for k, v in os.environ.items() if k not in ("CUDA_VISIBLE_DEVICES", "NPROC", "EXP", "RUN")}
+    environment["PATH"] = f"{tmp_path}:{environment['PATH']}"
+    if visible is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = visible
+    done = subprocess.run(
+        ["make", "train", "--dry-run"], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert f"--nproc-per-node {processes} launch/train.py +exp={experiment} " in done.stdout, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if "launch/train.py" in c])

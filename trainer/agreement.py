@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
+
+from trainer.config import ConfigError
 
 T = TypeVar("T")
 
@@ -51,6 +53,38 @@ class Ranks:
         outcomes: list[Any] = [None] * self.size
         dist.all_gather_object(outcomes, outcome, group=self.group)
         return outcomes
+
+
+def check_same_on_all_ranks(values: Mapping[str, Any]) -> None:
+    """Raise ConfigError on every rank, naming what differs, unless all of them pass equal values. Collective.
+
+    A node with another checkout, another command line or other files would otherwise train its part of every batch on
+    something else, and nothing but the loss would show it. values: nested mappings and lists of what JSON can hold.
+    """
+    mine = dict(_flat(values))
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    found = []
+    for rank, theirs in enumerate(everyone):
+        different = sorted(key for key in everyone[0].keys() | theirs.keys() if everyone[0].get(key) != theirs.get(key))
+        if different:
+            listing = ", ".join(f"{key} {theirs.get(key)} (rank 0: {everyone[0].get(key)})" for key in different[:3])
+            found.append(f"rank {rank} was started differently: {listing}; give all nodes the same command and files")
+            break  # one names the cause; a whole node would repeat it
+    if found:
+        raise ConfigError(found)
+
+
+def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted name, repr) of every leaf."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _flat(item, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, list | tuple):
+        for number, item in enumerate(value):
+            yield from _flat(item, f"{name}[{number}]")
+    else:
+        yield name, repr(value)
 
 
 def describe(error: BaseException) -> str:

@@ -81,6 +81,11 @@ class CheckpointManager:
         self._error: CheckpointError | None = None
         self._ranks.on_first(lambda: _tidy(directory))
 
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """All ranks, over gloo, with the patience that reading and writing whole checkpoints needs."""
+        return self._ranks.group
+
     def save(
         self, step: int, tensors: Mapping[str, torch.Tensor], extra: Mapping[str, Any], *, blocking: bool = False
     ) -> None:

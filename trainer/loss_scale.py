@@ -21,7 +21,8 @@ class LossScale:
     def __init__(self, config: PrecisionConfig, device: torch.device) -> None:
         self.dynamic = config.scales_loss
         self.interval = config.loss_scale_growth_interval
-        self.scale = torch.tensor(config.loss_scale if self.dynamic else 1.0, dtype=torch.float32, device=device)
+        self.first = config.loss_scale if self.dynamic else 1.0
+        self.scale = torch.tensor(self.first, dtype=torch.float32, device=device)
         self.good_steps = torch.zeros((), dtype=torch.float32, device=device)
 
     def update(self, skipped: torch.Tensor) -> None:
@@ -33,6 +34,11 @@ class LossScale:
         factor = torch.where(skipped.bool(), BACKOFF, torch.where(grow, GROWTH, 1.0))
         self.scale.mul_(factor).clamp_(SMALLEST, LARGEST)
         self.good_steps.copy_(torch.where(grow, 0.0, good))
+
+    def reset(self) -> None:
+        """Back to the first scale: one that belongs to another precision says nothing about this one."""
+        self.scale.fill_(self.first)
+        self.good_steps.zero_()
 
     def state_tensors(self) -> dict[str, torch.Tensor]:
         """What a checkpoint holds; loaded in place."""

@@ -12,32 +12,37 @@ from omegaconf.errors import OmegaConfBaseException
 
 from trainer.checkpoint import resolve_resume
 from trainer.config import ConfigError, TrainConfig
+from trainer.run_lock import RunLock
 
 
-def check_run_dir(config: TrainConfig) -> None:
-    """Raise ConfigError, on every rank, if run.dir holds a run that this start would overwrite. Collective."""
-    _agree_on(_obstacle(config) if dist.get_rank() == 0 else None)
+def check_run_dir(config: TrainConfig, lock: RunLock) -> None:
+    """Raise ConfigError, on every rank, if run.dir is in use or holds a run that this start would overwrite.
+
+    Collective. lock: of run.dir; from here on rank 0 holds it, if there has been a run.
+    """
+    _agree_on(lock.take(create=False) or _obstacle(config) if dist.get_rank() == 0 else None)
 
 
-def find_start(config: TrainConfig) -> Path | None:
+def find_start(config: TrainConfig, group: dist.ProcessGroup | None = None) -> Path | None:
     """The checkpoint that this start begins from; None: step 1 of a new run. Collective; changes nothing on disk.
 
     A path in checkpoint.resume says where a run begins; once the run has checkpoints of its own, a restart by the
-    launcher continues from those. Raises CheckpointError for a checkpoint that is not there or damaged.
+    launcher continues from those. group: for verifying the files; one with patience, as large ones take longer than the
+    default group waits. Raises CheckpointError for a checkpoint that is not there or damaged.
     """
     resume, own = config.checkpoint.resume, Path(config.run.dir) / "checkpoints"
     if resume in ("auto", "never"):
-        return resolve_resume(resume, own)
-    return resolve_resume("auto", own) or resolve_resume(resume, own)
+        return resolve_resume(resume, own, group=group)
+    return resolve_resume("auto", own, group=group) or resolve_resume(resume, own, group=group)
 
 
-def enter_run_dir(config: TrainConfig, start: Path | None) -> None:
+def enter_run_dir(config: TrainConfig, start: Path | None, lock: RunLock) -> None:
     """Create run.dir, once everything is known to be right. Collective.
 
-    start: from find_start. A start that is no continuation keeps the metrics of the attempt before beside its own.
-    Raises ConfigError on every rank when the directory cannot be written.
+    start: from find_start. lock: from here on rank 0 holds it. A start that is no continuation keeps the metrics of the
+    attempt before beside its own. Raises ConfigError on every rank when the directory cannot be written.
     """
-    _agree_on(_enter(Path(config.run.dir), start) if dist.get_rank() == 0 else None)
+    _agree_on(_enter(Path(config.run.dir), start, lock) if dist.get_rank() == 0 else None)
 
 
 def _agree_on(problem: str | None) -> None:
@@ -86,13 +91,15 @@ def _steps(checkpoints: Path) -> list[int]:
     return sorted(int(path.name[5:]) for path in checkpoints.glob("step_*") if path.name[5:].isdigit())
 
 
-def _enter(run_dir: Path, start: Path | None) -> str | None:
+def _enter(run_dir: Path, start: Path | None, lock: RunLock) -> str | None:
     try:
         (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         return f"run.dir={run_dir} cannot be created: {error.strerror}"
     if not os.access(run_dir, os.W_OK):
         return f"run.dir={run_dir} cannot be written; change its permissions or choose another"
+    if (in_use := lock.take(create=True)) is not None:
+        return in_use
     continues = start is not None and start.resolve().is_relative_to(run_dir.resolve())
     if not continues and _has_metrics(run_dir):
         number = 1

@@ -25,15 +25,17 @@ from parallel.activation_checkpoint import ActivationCheckpoint
 from parallel.dims import ParallelDims
 from parallel.mesh import build_mesh, init_distributed, pick_device
 from parallel.parallelize import BlockOptions, parallelize
+from trainer.agreement import check_same_on_all_ranks
 from trainer.checkpoint import CheckpointManager, read_extra
-from trainer.config import TrainConfig, configuration_errors
-from trainer.identity import check_same_model, model_identity
+from trainer.config import ConfigError, TrainConfig, configuration_errors
+from trainer.identity import check_same_model, model_identity, run_identity
 from trainer.loss_scale import LossScale
 from trainer.metrics import MetricLogger
 from trainer.optim import build_optimizer
 from trainer.resilience import PreemptionGuard
 from trainer.run_dir import check_run_dir, enter_run_dir, find_start
 from trainer.run_info import RunInfo, write_config, write_run_info
+from trainer.run_lock import RunLock
 from trainer.sample import check_prompt, sample_text
 from trainer.schedule import learning_rate
 from trainer.step import StepMetrics, TrainState, evaluate, train_step
@@ -72,16 +74,22 @@ class Trainer:
         init_distributed(self.device, config.train.timeout_seconds)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.is_main = self.rank == 0
+        check_same_on_all_ranks(run_identity(config))
         self.dims = ParallelDims.resolve(config.parallel, self.world_size)
         self.mesh = build_mesh(self.dims, self.device.type)
         self.run_dir = Path(config.run.dir)
         # Until everything is loaded, nothing is written: a start that is refused leaves run.dir as it was.
-        check_run_dir(config)
+        self.lock = RunLock(self.run_dir)
+        check_run_dir(config, self.lock)
         self.checkpoints = CheckpointManager(self.run_dir / "checkpoints", config.checkpoint, device=self.device)
-        self.resume_from = find_start(config)
+        self.resume_from = find_start(config, self.checkpoints.group)
         if self.resume_from is not None:
             check_same_model(self.resume_from, config.model)
         self.train_data, self.validation_data = self._build_data()
+        tokenizer = self.train_data.tokenizer
+        check_same_on_all_ranks(
+            {"data": self.train_data.identity, "tokenizer": tokenizer.fingerprint() if tokenizer else None}
+        )
         self.state = self._build_state()
         self.tokens_per_step = config.train.global_batch_size * config.train.seq_len
         self.tokens = 0  # trained on since step 1
@@ -89,7 +97,7 @@ class Trainer:
         self._skipped_before = 0  # in the steps judged so far
         self._skipped_in_a_row = 0
         self._load()
-        enter_run_dir(config, self.resume_from)
+        enter_run_dir(config, self.resume_from, self.lock)
         self.metrics = MetricLogger(
             self.run_dir,
             config.logging,
@@ -177,6 +185,15 @@ class Trainer:
                 extra = self.checkpoints.load(self.resume_from, self._state_tensors())
                 with configuration_errors(DataError):
                     self.train_data.load_state_dict(extra["data"])
+                if extra["step"] > self.config.train.steps:
+                    raise ConfigError(
+                        [
+                            f"train.steps={self.config.train.steps} is less than the {extra['step']} steps that "
+                            f"{self.resume_from} has behind it; raise train.steps, or choose another run.dir"
+                        ]
+                    )
+                if extra["config"]["precision"]["compute"] != self.config.precision.compute:
+                    self.state.loss_scale.reset()
                 self.state.step = extra["step"]
                 self.tokens = extra["tokens"]
                 self.skipped_steps = self._skipped_before = extra["skipped_steps"]
@@ -389,6 +406,7 @@ class Trainer:
         self.metrics.close()
         if not self._alone:
             self.checkpoints.close()
+            self.lock.release()  # else with the process: a checkpoint may still be being written
 
 
 def _to_host(metrics: StepMetrics) -> torch.Tensor:

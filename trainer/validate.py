@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from data.config import parts
+from data.config import DataConfig, parts
 from data.config import problems as data_problems
 from models.config import problems as model_problems
 from models.registry import resolve_model
@@ -25,7 +25,7 @@ from trainer.sinks import WANDB_MODES
 
 
 def finalize(config: TrainConfig, *, world_size: int) -> TrainConfig:
-    """Derive what is left open (the shape of a Hugging Face folder) and check everything at once.
+    """Derive what is left open (shape and tokenizer of a Hugging Face folder) and check everything at once.
 
     Needs no process group and no device. Raises ConfigError with every problem found.
     """
@@ -41,7 +41,8 @@ def finalize(config: TrainConfig, *, world_size: int) -> TrainConfig:
     found += activation_checkpoint_problems(
         ActivationCheckpoint(mode=model.activation_checkpoint, save=model.activation_checkpoint_save)
     )
-    found += data_problems(config.data)
+    data, missing = _with_models_tokenizer(config)
+    found += missing or data_problems(data)
     found += dims_problems(config.parallel, world_size)
     found += precision_problems(config.precision)
     found += schedule_problems(config.schedule, config.optim, config.train.steps)
@@ -52,7 +53,27 @@ def finalize(config: TrainConfig, *, world_size: int) -> TrainConfig:
     found += launcher_problems(os.environ)
     if found:
         raise ConfigError(list(dict.fromkeys(found)))
-    return replace(config, model=model)
+    return replace(config, model=model, data=data)
+
+
+def _with_models_tokenizer(config: TrainConfig) -> tuple[DataConfig, list[str]]:
+    """The data with the tokenizer the weights were made for, where they come from a folder and none is named.
+
+    One trained on the text would number its tokens differently, and its ids would all fit the model: the run would go
+    on from weights that mean something else, and nothing would look wrong but the loss.
+    """
+    data, folder = config.data, config.model.path
+    only_arrays = all(part.source == "tokens" for part in parts(data))
+    if folder is None or data.tokenizer.path is not None or only_arrays:
+        return data, []
+    if (Path(folder).expanduser() / "tokenizer.json").is_file():
+        return replace(data, tokenizer=replace(data.tokenizer, path=folder)), []
+    if not Path(folder).expanduser().is_dir():
+        return data, []  # has been named
+    return data, [
+        f"data.tokenizer.path is missing: the weights in model.path={folder} belong to a tokenizer, and the folder has "
+        "no tokenizer.json; give the one they were trained with"
+    ]
 
 
 def _at_least(prefix: str, config: object, minimums: dict[str, int]) -> list[str]:

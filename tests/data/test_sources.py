@@ -14,7 +14,7 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from data import corpus
+from data import corpus, sources
 from data.cache import cached
 from data.config import BlendPart, DataConfig, DataError, TokenizerConfig, problems
 from data.corpus import open_tokens, tokenise
@@ -151,6 +151,18 @@ def test_a_killed_builder_leaves_nothing_that_is_taken_for_whole(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [".key.lock", "key"]
 
 
+def test_a_file_system_without_locks_is_one_error_that_names_the_folder(tmp_path, monkeypatch):
+    """A parallel file system mounted without flock: "Function not implemented", of what and where is not said."""
+
+    def refuse(file: object, operation: int) -> None:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr("data.cache.fcntl.flock", refuse)
+    with pytest.raises(DataError, match=r"data\.cache_dir: .* without locks \(Function not implemented\); choose"):
+        cached(tmp_path / "key", lambda scratch: None)
+    assert not (tmp_path / "key").exists()
+
+
 def test_a_failed_build_passes_its_error_on_and_can_be_tried_again(tmp_path):
     """An error that leaves an empty folder, which the next start takes for a result."""
 
@@ -230,6 +242,30 @@ def test_a_tokenizer_for_a_large_corpus_sees_a_sample_of_all_of_it(tmp_path):
     assert 50 < len(taken) < 150
     assert int(taken[-1].split()[0]) > 300
     assert list(sample_of(source, 10 * size)) == documents
+
+
+def test_a_single_large_file_is_sampled_and_encoded_in_pieces(tmp_path, monkeypatch):
+    """Taken or left as a whole: "the source is empty" for most files above 128 MiB, and encoding one takes 100 bytes a
+    token at once."""
+    lines = [f"line {i} of one large file\n" for i in range(3000)]
+    (tmp_path / "a.txt").write_text("".join(lines))
+    source = open_text(text_part(tmp_path))
+    monkeypatch.setattr(sources, "_SAMPLE_CHARACTERS", 300)
+    taken = "".join(sample_of(source, len("".join(lines)) // 4)).splitlines(keepends=True)
+    assert 500 < len(taken) < 1000
+    assert set(taken) <= set(lines)
+    assert lines.index(taken[-1]) > 2000
+    monkeypatch.setattr(corpus, "_PIECE_CHARACTERS", 100)
+    monkeypatch.setattr(corpus, "_BATCH_CHARACTERS", 500)
+    known = tokenizer()
+    at_once = []
+    encode = known.encode_batch
+    monkeypatch.setattr(known, "encode_batch", lambda texts: at_once.append(sum(map(len, texts))) or encode(texts))
+    made = tokenise(source, known, str(tmp_path / "cache"))
+    assert max(at_once) <= 600
+    assert len(made.starts) == 1
+    assert known.decode(made.tokens[:-1].tolist()) == "".join(lines)
+    assert made.tokens[-1] == known.eos_id
 
 
 def test_all_problems_of_a_configuration_are_named_at_once(tmp_path):

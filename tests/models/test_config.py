@@ -133,15 +133,29 @@ def test_the_published_config_json_is_read_as_the_yaml_file(name: str) -> None:
 
 
 def test_flops_count_every_multiplication_of_forward_and_backward() -> None:
-    """MFU off by the head or by attention. Oracle: torch's own count of the matrix products."""
-    for tied in (True, False):
-        config = tiny(tie_embeddings=tied, attention="reference")
+    """MFU off by the head, by attention or by a table. Oracle: torch's own count of the matrix products."""
+    for tied, positions in ((True, "rope"), (False, "rope"), (False, "learned")):
+        config = tiny(tie_embeddings=tied, positions=positions, attention="reference")
         model = build_model(config)
         tokens = torch.zeros(1, 16, dtype=torch.int64)
         with FlopCounterMode(display=False) as counter:
             model(tokens).sum().backward()
         norms = sum(p.numel() for p in model.parameters() if p.ndim == 1)
         assert flops_per_token(config, 16) * 16 == counter.get_total_flops() + 6 * norms * 16
+
+
+def test_flops_of_a_window_are_those_of_the_tokens_it_shows() -> None:
+    """Mistral at 32k tokens with a window of 4k, credited with eight times the attention it computes."""
+
+    def flops(seq_len: int, **changes: Any) -> int:
+        return flops_per_token(tiny(attention="reference", **changes), seq_len)
+
+    whole, short = flops(64), flops(8)
+    assert flops(64, sliding_window=8) == short
+    assert flops(64, sliding_window=100) == whole
+    assert flops(64, sliding_window=8, sliding_window_layers=[1]) == (whole + short) / 2, (
+        "two layers, one of them windowed"
+    )
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -274,8 +274,8 @@ class _CollectiveCounter(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _collectives(stage: int) -> Counter[str]:
-    model, data_parallel = _build(stage, 1, bucket_mb=64)
+def _collectives(stage: int, dp_replicate: int = 1) -> Counter[str]:
+    model, data_parallel = _build(stage, dp_replicate, bucket_mb=64)
     inputs, labels = _data()
     with torch.no_grad():
         model(inputs)  # what `_build` published has arrived
@@ -300,3 +300,10 @@ def test_collectives_are_the_ones_each_stage_promises(ranks: RankPool) -> None:
     stage2, stage3 = ranks.run(2, _collectives, 2)[0], ranks.run(2, _collectives, 3)[0]
     assert stage2 == {"reducescatterbase": 2 * groups, "allgatherbase": groups}
     assert stage3 == {"reducescatterbase": 2 * groups, "allgatherbase": 5 * NUM_BLOCKS + 2}
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_gradients_cross_replicas_once_per_step(ranks: RankPool, stage: int) -> None:
+    """Two micro-batches. An all-reduce for each of them is traffic between nodes, the slowest there is."""
+    all_reduces = ranks.run(4, _collectives, stage, 2)[0]["allreduce"]
+    assert all_reduces == (1 if stage == 1 else NUM_BLOCKS + 1)

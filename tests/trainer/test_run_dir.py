@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch.distributed as dist
 
+import trainer.run_dir as run_dir_module
 from data.config import DataConfig
 from data.tokenizer import load_tokenizer
 from tests.parity.harness import changed, text_corpus, tiny_config
@@ -16,6 +18,32 @@ from tests.parity.interrupted import run_part_on
 from tests.pool import RankPool
 from tests.trainer.starts import Start, contents, start_on
 from trainer.config import TrainConfig
+from trainer.trainer import Trainer
+from trainer.validate import finalize
+
+
+def verified_over_the_patient_group(config: TrainConfig) -> bool:
+    """Whether a start looks for its checkpoint over the group that the checkpoints are written with."""
+    groups = []
+    original = run_dir_module.resolve_resume
+
+    def watch(resume: str, directory: Path, *, group: dist.ProcessGroup | None = None) -> Path | None:
+        groups.append(group)
+        return original(resume, directory, group=group)
+
+    run_dir_module.resolve_resume = watch
+    try:
+        trainer = Trainer(finalize(config, world_size=dist.get_world_size()))
+        patient = trainer.checkpoints.group
+        trainer.close()
+    finally:
+        run_dir_module.resolve_resume = original
+    return bool(groups) and all(group is patient for group in groups) and patient is not dist.group.WORLD
+
+
+def test_large_checkpoints_are_verified_with_patience(ranks: RankPool, config: TrainConfig) -> None:
+    """Ranks that wait for the one with the largest file, longer than train.timeout_seconds, and end the run."""
+    assert all(ranks.run(2, verified_over_the_patient_group, config))
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +183,17 @@ def test_a_checkpoint_from_elsewhere_does_not_overwrite_the_run_that_is_there(
         f"did not begin from checkpoint.resume={theirs}",
         "choose another run.dir",
     )
+
+
+def test_fewer_steps_than_are_done_is_refused_and_a_finished_run_is_done(ranks: RankPool, config: TrainConfig) -> None:
+    """A run that says "done: step 6" to train.steps=4, as if it had done what was asked."""
+    assert_ran(start_on(ranks, 2, config), resumed_from=None)
+    steps = steps_of(Path(config.run.dir))
+    assert_refused(
+        ranks, changed(config, Path(config.run.dir), train__steps=4), "train.steps=4 is less than the 6 steps"
+    )
+    start = start_on(ranks, 2, config)
+    assert (start.error, start.last_step, steps_of(Path(config.run.dir))) == (None, 6, steps)
 
 
 def test_stepping_back_needs_a_run_of_its_own(ranks: RankPool, config: TrainConfig, tmp_path: Path) -> None:

@@ -188,6 +188,26 @@ def test_an_overflow_in_fp16_halves_the_scale_and_is_no_fault(
         assert line["grad_norm"] == pytest.approx(norm, rel=1e-2)
 
 
+@pytest.mark.parametrize(("before", "after", "scale"), [("bf16", "fp16", 256.0), ("fp16", "bf16", 1.0)])
+def test_a_run_that_changes_its_precision_begins_with_a_scale_of_its_own(
+    ranks: RankPool, corpus: DataConfig, tmp_path: Path, before: str, after: str, scale: float
+) -> None:
+    """The 1.0 of a bf16 checkpoint under fp16: gradients underflow for thousands of steps, and nothing says so."""
+    config = short(tmp_path, corpus, train__steps=4, checkpoint__at_end=True, precision__loss_scale=256.0)
+    run_on(ranks, 1, changed(config, tmp_path / "run", precision__compute=before))
+    seen = ranks.run(1, first_scale, changed(config, tmp_path / "run", precision__compute=after, train__steps=5))[0]
+    assert seen == scale
+
+
+def first_scale(config: TrainConfig) -> float:
+    """The loss scale a start begins with."""
+    trainer = Trainer(finalize(config, world_size=dist.get_world_size()))
+    try:
+        return trainer.state.loss_scale.scale.item()
+    finally:
+        trainer.close()
+
+
 # ---- validation and sampling
 
 
