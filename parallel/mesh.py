@@ -35,6 +35,11 @@ def pick_device(requested: str) -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise ValueError("train.device=cuda, but torch sees no CUDA device; use train.device=cpu or auto")
+    if world_size_from_env() > 1 and "LOCAL_RANK" not in os.environ:
+        raise ValueError(
+            "WORLD_SIZE is set but LOCAL_RANK is not, so every process of a node would take the same GPU; start with "
+            "torchrun, or export LOCAL_RANK (under srun: LOCAL_RANK=$SLURM_LOCALID)"
+        )
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if local_world_size > torch.cuda.device_count():

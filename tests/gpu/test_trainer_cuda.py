@@ -140,5 +140,35 @@ def test_every_layout_over_nccl_trains_like_the_cpu(
     assert info["world_size"] == num_gpus
 
 
+COMPOSED: dict[str, dict[str, Any]] = {
+    "tp4": {"parallel__tp": 4, "parallel__zero_stage": 1},
+    "tp2-sp-zero3": {"parallel__tp": 2, "parallel__sequence_parallel": True, "parallel__zero_stage": 3},
+    "cp4-ring": {"parallel__cp": 4, "parallel__zero_stage": 3, "model__attention": "auto"},
+    "cp2-ulysses-tp2": {"parallel__cp": 2, "parallel__cp_method": "ulysses", "parallel__tp": 2},
+    "cp2-allgather-zero1": {
+        "parallel__cp": 2, "parallel__cp_method": "allgather", "parallel__zero_stage": 1, "model__attention": "auto",
+    },
+    "pp2-1f1b-zero3": {"parallel__pp": 2, "parallel__zero_stage": 3},
+    "pp2-zero_bubble": {"parallel__pp": 2, "parallel__pp_schedule": "zero_bubble", "parallel__zero_stage": 1},
+    "pp2-gpipe-tp2-sp": {
+        "parallel__pp": 2, "parallel__pp_schedule": "gpipe", "parallel__tp": 2, "parallel__sequence_parallel": True,
+    },
+    "pp2-cp2": {"parallel__pp": 2, "parallel__cp": 2, "parallel__zero_stage": 1, "model__attention": "auto"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COMPOSED)
+def test_axes_together_over_nccl_train_like_the_cpu(
+    reference: tuple[TrainConfig, Any], tmp_path: Path, name: str
+) -> None:
+    """A message on the wrong stream, a buffer freed while it travels: what gloo cannot show."""
+    if torch.cuda.device_count() < 4:
+        pytest.skip("needs four GPUs")
+    config, expected = reference
+    options = {"train__device": "cuda", "train__micro_batch_size": 1} | COMPOSED[name]
+    outcome = _on_gpus(4, changed(config, tmp_path / "run", **options), tmp_path)
+    assert loss_deviation(outcome, expected) <= 1e-4
+
+
 if __name__ == "__main__":
     _train_here(*sys.argv[1:])
