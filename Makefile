@@ -12,6 +12,8 @@ GPUS := $(shell n=$$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU '); \
 NPROC ?= $(if $(filter 0,$(GPUS)),2,$(GPUS))
 EXP ?= $(if $(filter 0,$(GPUS)),stdlib,stdlib_gpu)
 RUN ?= runs/$(EXP)-$(shell date +%Y%m%d-%H%M%S)
+# Eight sequences per GPU and micro-batch, 64 or a little more per step: divides for every number of GPUs.
+BATCH := $(if $(filter stdlib_gpu,$(EXP)),train.global_batch_size=$(shell n=$(NPROC); echo $$(( 8 * n * ((8 + n - 1) / n) ))))
 ARGS ?=
 
 .PHONY: install train test check lint types clean
@@ -25,7 +27,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 train: install
-	$(BIN)/torchrun --standalone --nproc-per-node $(NPROC) launch/train.py +exp=$(EXP) run.dir=$(RUN) $(ARGS)
+	$(BIN)/torchrun --standalone --nproc-per-node $(NPROC) launch/train.py +exp=$(EXP) run.dir=$(RUN) $(BATCH) $(ARGS)
 
 test: install
 	$(BIN)/python -m pytest $(ARGS)
