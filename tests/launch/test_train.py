@@ -248,7 +248,11 @@ def wrong_configurations(small: list[str]) -> Mistakes:
     return {
         "a typo": ([*small, "optim.lrr=1e-3"], 2, ["there is no key optim.lrr; did you mean optim.lr?"]),
         "a wrong type": ([*small, "train.steps=many"], 2, ["train.steps must be a whole number"]),
-        "an unknown choice": ([*small, "model=bert"], 2, ["there is no configs/model/bert.yaml; use one of gpt2"]),
+        "an unknown choice": (
+            [*small, "model=bert"],
+            2,
+            ["there is no configs/model/bert.yaml; use one of deepseek_v2_lite"],
+        ),
         "several": (
             [*small, "train.grad_clip=-1", "optim.lr=-1", "parallel.dp_replicate=3"],
             2,

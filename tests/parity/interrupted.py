@@ -81,6 +81,7 @@ def run_part(config: TrainConfig, crash_before: int | None = None, signals: dict
     finally:
         part.state_at_end = whole_state(trainer)
         trainer.close()
+        trainer.lock.release()  # a crashed run holds it until its process ends, which a pool rank does not
     part.lines = [json.loads(line) for line in (Path(config.run.dir) / "metrics.jsonl").read_text().splitlines()]
     return part
 

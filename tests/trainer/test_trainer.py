@@ -80,7 +80,7 @@ def run_with_faults(config: TrainConfig, plant: Callable[[Trainer, int], None], 
 def infinite_loss(trainer: Trainer, step: int) -> None:
     """This rank's loss overflows in the forward."""
     real = step_module.forward_loss_sum
-    step_module.forward_loss_sum = lambda state, batch: real(state, batch) * float("inf")
+    step_module.forward_loss_sum = lambda state, batch, **rest: real(state, batch, **rest) * float("inf")
 
 
 def infinite_gradient(trainer: Trainer, step: int) -> None:
