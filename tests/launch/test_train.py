@@ -251,7 +251,7 @@ def wrong_configurations(small: list[str]) -> Mistakes:
         "an unknown choice": (
             [*small, "model=bert"],
             2,
-            ["there is no configs/model/bert.yaml; use one of deepseek_v2_lite"],
+            ["there is no configs/model/bert.yaml; use one of deepseek"],
         ),
         "several": (
             [*small, "train.grad_clip=-1", "optim.lr=-1", "parallel.dp_replicate=3"],
