@@ -235,8 +235,9 @@ def test_a_missing_sum_or_a_permuted_shard_is_noticed(
     try:
         outcome = ranks.run(2, broken, changed(config, tmp_path / "run", **layout))[0]
     except RankError as error:  # the harness itself compares what ranks hold alike
-        assert "differs between ranks" in str(error)
-        return
+        if "differs between ranks" in str(error):
+            return
+        raise
     assert outcome is not None
     assert gradient_deviation(_without_key_bias(outcome), _without_key_bias(reference)) > 1e-2
     with pytest.raises(AssertionError):
