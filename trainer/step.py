@@ -18,6 +18,7 @@ from torch import nn
 
 from data.batch import Batch
 from kernels.linear_cross_entropy import VocabularyShard
+from models.decoder import Decoder
 from parallel.data import DataParallel
 from parallel.pipeline.stages import Stage
 from trainer.loss import count_valid, token_loss_sum
@@ -49,7 +50,7 @@ class Passes(Protocol):
 class TrainState:
     """Everything a step reads and changes."""
 
-    model: nn.Module
+    model: Decoder
     data_parallel: DataParallel
     optimizer: Optimizer
     loss_scale: LossScale
@@ -63,6 +64,16 @@ class TrainState:
     stage_group: dist.ProcessGroup | None = None  # ranks with the other stages of the model; None: this one has all
     copies: frozenset[str] = frozenset()  # masters here that are copies of another stage's (a tied embedding)
     step: int = 0  # updates attempted so far; filled by train_step
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """What makes the model, by name: masters, and buffers, which every rank holds whole."""
+        return self.data_parallel.masters | dict(self.model.named_buffers())
+
+    def state_tensors(self) -> dict[str, torch.Tensor]:
+        """Every tensor a checkpoint holds, by name. Loaded in place."""
+        tensors = {f"model/{name}": tensor for name, tensor in self.weights().items()}
+        tensors |= {f"optim/{name}": tensor for name, tensor in self.optimizer.state_tensors().items()}
+        return tensors | {f"loss_scale/{name}": t for name, t in self.loss_scale.state_tensors().items()}
 
 
 @dataclass

@@ -17,36 +17,26 @@ import torch.distributed as dist
 from data.batch import Batch
 from data.config import DataError
 from data.loader import Loader, build_loader
-from kernels.grouped_linear import choose_grouped_linear
 from models.flops import flops_per_token, num_parameters
 from models.hf import load_hf_weights
 from models.init import initialize
-from models.layers.attention import choose_attention
-from models.registry import build_model
-from parallel.activation_checkpoint import ActivationCheckpoint
 from parallel.dims import ParallelDims
-from parallel.mesh import build_mesh, groups_in_layers, init_distributed, pick_device
-from parallel.parallelize import BlockOptions, parallelize
-from parallel.pipeline.schedules import SPLIT_BACKWARD
-from parallel.pipeline.weight_gradients import defer_weight_gradients
+from parallel.mesh import build_mesh, init_distributed, pick_device
 from trainer.agreement import check_same_on_all_ranks
+from trainer.build import build_state, implementations
 from trainer.checkpoint import CheckpointManager, read_extra
 from trainer.config import ConfigError, TrainConfig, configuration_errors
 from trainer.identity import check_same_model, model_identity, run_identity
-from trainer.loss import vocabulary_shard
-from trainer.loss_scale import LossScale
 from trainer.metrics import MetricLogger
-from trainer.optim import build_optimizer
-from trainer.pipelined import PipelinedPasses, pipeline_layout
+from trainer.pipelined import PipelinedPasses
 from trainer.resilience import PreemptionGuard
-from trainer.routing import RoutingMonitor
 from trainer.run_dir import check_run_dir, enter_run_dir, find_start
 from trainer.run_info import RunInfo, write_config, write_run_info
 from trainer.run_lock import RunLock
 from trainer.sample import check_prompt, sample_text
 from trainer.schedule import learning_rate
-from trainer.sequence import context_parallelism, split_batch
-from trainer.step import PlainPasses, StepMetrics, TrainState, evaluate, train_step
+from trainer.sequence import split_batch
+from trainer.step import StepMetrics, evaluate, train_step
 from trainer.throughput import StepClock, Throughput, mfu_peak
 
 GC_INTERVAL = 50
@@ -99,7 +89,7 @@ class Trainer:
         check_same_on_all_ranks(
             {"data": self.train_data.identity, "tokenizer": tokenizer.fingerprint() if tokenizer else None}
         )
-        self.state = self._build_state()
+        self.state = build_state(config, self.dims, self.mesh, self.device)
         self.tokens_per_step = config.train.global_batch_size * config.train.seq_len
         self.tokens = 0  # trained on since step 1
         self.skipped_steps = 0
@@ -147,84 +137,15 @@ class Trainer:
             check_prompt(train_data.tokenizer, train.sample_prompt, vocab_size=config.model.vocab_size)
         return train_data, validation_data
 
-    def _build_state(self) -> TrainState:
-        config = self.config
-        pipeline = pipeline_layout(config.parallel, config.model, seq_len=config.train.seq_len)
-        stages = None if pipeline is None else pipeline.of_rank(self.mesh.batch["pp"].get_local_rank())
-        with torch.device("meta"):
-            groups = groups_in_layers(self.mesh, config.parallel)
-            model = build_model(config.model, seed=config.train.seed, groups=groups, stages=stages)
-        split_backward = pipeline is not None and pipeline.schedule in SPLIT_BACKWARD
-        weight_gradients = defer_weight_gradients(model.blocks) if split_backward else None
-        checkpointing = ActivationCheckpoint(
-            mode=config.model.activation_checkpoint, save=config.model.activation_checkpoint_save
-        )
-        data_parallel = parallelize(
-            model,
-            self.mesh,
-            config.parallel,
-            precision=config.precision,
-            blocks=BlockOptions(checkpointing, config.train.compile_backend if config.train.compile else None),
-            device=self.device,
-        )
-        model.train()
-        self.initializers = model.initializers()
-        self.buffers = dict(model.named_buffers())
-        token_group = self.mesh.tokens.get_group()
-        self.pipeline: PipelinedPasses | None = None
-        if pipeline is not None:
-            self.pipeline = PipelinedPasses(
-                pipeline,
-                mesh=self.mesh,
-                data_parallel=data_parallel,
-                weight_gradients=weight_gradients,
-                model=config.model,
-                dtype=config.precision.compute_dtype,
-                device=self.device,
-                sequence_slices=self.dims.tp if config.parallel.sequence_parallel else 1,
-                trace=config.parallel.pp_trace,
-            )
-        return TrainState(
-            model=model,
-            data_parallel=data_parallel,
-            optimizer=build_optimizer(data_parallel.masters, config.optim),
-            loss_scale=LossScale(config.precision, self.device),
-            token_group=token_group,
-            device=self.device,
-            grad_clip=config.train.grad_clip,
-            compile_loss=config.train.compile,
-            vocabulary=vocabulary_shard(config.model.vocab_size, groups),
-            routing=RoutingMonitor(
-                model, config.model, global_batch_size=config.train.global_batch_size, group=token_group
-            )
-            if config.model.moe.num_experts
-            else None,
-            passes=self.pipeline or PlainPasses(),
-            stage_group=self.pipeline.group if self.pipeline else None,
-            copies=self.pipeline.copies if self.pipeline else frozenset(),
-        )
-
-    def _state_tensors(self) -> dict[str, torch.Tensor]:
-        """Every tensor a checkpoint holds, by name. Loaded in place."""
-        state = self.state
-        tensors = {f"model/{name}": tensor for name, tensor in self._weights().items()}
-        tensors |= {f"optim/{name}": t for name, t in state.optimizer.state_tensors().items()}
-        tensors |= {f"loss_scale/{name}": t for name, t in state.loss_scale.state_tensors().items()}
-        return tensors
-
-    def _weights(self) -> dict[str, torch.Tensor]:
-        """What makes the model: masters, and buffers, which every rank holds whole."""
-        return self.state.data_parallel.masters | self.buffers
-
     def _load(self) -> None:
         """Weights from a checkpoint, from a Hugging Face folder, or drawn; then into the model."""
-        weights = self._weights()
+        weights = self.state.weights()
         if self.resume_from is not None:
             if read_extra(self.resume_from).get("weights_only", False):
                 # From launch/convert.py import: a new run, with nothing but its weights from elsewhere.
                 self.checkpoints.load(self.resume_from, {f"model/{name}": tensor for name, tensor in weights.items()})
             else:
-                extra = self.checkpoints.load(self.resume_from, self._state_tensors())
+                extra = self.checkpoints.load(self.resume_from, self.state.state_tensors())
                 with configuration_errors(DataError):
                     self.train_data.load_state_dict(extra["data"])
                 if extra["step"] > self.config.train.steps:
@@ -241,9 +162,9 @@ class Trainer:
                 self.skipped_steps = self._skipped_before = extra["skipped_steps"]
                 self._skipped_in_a_row = extra["skipped_in_a_row"]
         elif self.config.model.path is not None:
-            load_hf_weights(self.config.model.path, weights, self.config.model, whole_model=self.pipeline is None)
+            load_hf_weights(self.config.model.path, weights, self.config.model, whole_model=self.dims.pp == 1)
         else:
-            initialize(weights, self.initializers, self.config.train.seed)
+            initialize(weights, self.state.model.initializers(), self.config.train.seed)
         self.state.data_parallel.publish()
 
     def _describe(self) -> None:
@@ -253,27 +174,12 @@ class Trainer:
         flops = flops_per_token(self.config.model, self.config.train.seq_len)
         self.throughput = Throughput(world_size=self.world_size, flops_per_token=flops, peak=peak)
         self.clock = StepClock(self.device)
-        train, precision = self.config.train, self.config.precision
+        precision = self.config.precision
         info = RunInfo(
             device=self.device,
             world_size=self.world_size,
             mesh=self.mesh.sizes,
-            kernels={
-                "attention": choose_attention(
-                    self.config.model,
-                    self.device,
-                    documents=self.config.data.mask_documents,
-                    cp_method=self.config.parallel.cp_method if self.dims.cp > 1 else None,
-                ),
-                "loss": "linear_cross_entropy" + (", compiled" if train.compile else ""),
-                "blocks": f"torch.compile({train.compile_backend})" if train.compile else "eager",
-                "activation_checkpoint": self.config.model.activation_checkpoint,
-                "optimizer": self.config.optim.name,
-                "context_parallel": context_parallelism(self.config.parallel, self.dims),
-                **self._expert_kernel(),
-                "data_parallel": f"zero{self.config.parallel.zero_stage}",
-                "pipeline": self.pipeline.layout.summary if self.pipeline else "none",
-            },
+            kernels=implementations(self.config, self.dims, self.state, self.device),
             precision={"compute": precision.compute, "master": precision.master, "reduce": precision.reduce},
             flops_per_token=flops,
             peak_flops=peak,
@@ -290,14 +196,6 @@ class Trainer:
             + (f"; resumed from {self.resume_from} at step {self.state.step}" if self.resume_from else ""),
             step=self.state.step,
         )
-
-    def _expert_kernel(self) -> dict[str, str]:
-        """The implementation of the experts' products, for run.json."""
-        model, dtype = self.config.model, self.config.precision.compute_dtype
-        if not model.moe.num_experts:
-            return {}
-        sizes = (model.hidden_size, model.moe.intermediate_size)
-        return {"experts": choose_grouped_linear(self.device, dtype, *sizes)}
 
     # ---- training
 
@@ -346,8 +244,8 @@ class Trainer:
             if state.step % GC_INTERVAL == 0:
                 gc.collect(1)
         self.checkpoints.wait()
-        if self.pipeline is not None and config.parallel.pp_trace:
-            self.pipeline.write_trace(self.run_dir)
+        if isinstance(state.passes, PipelinedPasses) and config.parallel.pp_trace:
+            state.passes.write_trace(self.run_dir)
         return {"step": state.step, "loss": loss, "validation_loss": self._validation_loss, "sample": self._sample()}
 
     def _launch_step(self) -> None:
@@ -434,7 +332,7 @@ class Trainer:
             "seed": self.config.train.seed,
             "config": asdict(self.config),
         }
-        self.checkpoints.save(state.step, self._state_tensors(), extra, blocking=blocking)
+        self.checkpoints.save(state.step, self.state.state_tensors(), extra, blocking=blocking)
         self.metrics.event("checkpoint", f"checkpoint of step {state.step}", step=state.step)
         self.clock.start()
 

@@ -45,7 +45,7 @@ class Part:
 
 def whole_state(trainer: Trainer) -> dict[str, torch.Tensor]:
     """Weights, optimizer and loss scale. Collective."""
-    return {name: whole(tensor).cpu() for name, tensor in trainer._state_tensors().items()}
+    return {name: whole(tensor).cpu() for name, tensor in trainer.state.state_tensors().items()}
 
 
 def run_part(config: TrainConfig, crash_before: int | None = None, signals: dict[int, int] | None = None) -> Part:

@@ -1,0 +1,107 @@
+"""From a configuration to the state of a run: model, data parallelism, optimizer and passes, put together once."""
+
+from __future__ import annotations
+
+import torch
+
+from kernels.grouped_linear import choose_grouped_linear
+from models.layers.attention import choose_attention
+from models.registry import build_model
+from parallel.activation_checkpoint import ActivationCheckpoint
+from parallel.dims import ParallelDims
+from parallel.mesh import Meshes, groups_in_layers
+from parallel.parallelize import BlockOptions, parallelize
+from parallel.pipeline.schedules import SPLIT_BACKWARD
+from parallel.pipeline.weight_gradients import defer_weight_gradients
+from trainer.config import TrainConfig
+from trainer.loss import vocabulary_shard
+from trainer.loss_scale import LossScale
+from trainer.optim import build_optimizer
+from trainer.pipelined import PipelinedPasses, pipeline_layout
+from trainer.routing import RoutingMonitor
+from trainer.sequence import context_parallelism
+from trainer.step import Passes, PlainPasses, TrainState
+
+
+def build_state(config: TrainConfig, dims: ParallelDims, mesh: Meshes, device: torch.device) -> TrainState:
+    """The state before its weights have values: fill `TrainState.weights`, then publish them. Collective.
+
+    config: validated, with the model resolved (trainer.validate.finalize).
+    """
+    pipeline = pipeline_layout(config.parallel, config.model, seq_len=config.train.seq_len)
+    stages = None if pipeline is None else pipeline.of_rank(mesh.batch["pp"].get_local_rank())
+    groups = groups_in_layers(mesh, config.parallel)
+    with torch.device("meta"):
+        model = build_model(config.model, seed=config.train.seed, groups=groups, stages=stages)
+    split_backward = pipeline is not None and pipeline.schedule in SPLIT_BACKWARD
+    weight_gradients = defer_weight_gradients(model.blocks) if split_backward else None
+    checkpointing = ActivationCheckpoint(
+        mode=config.model.activation_checkpoint, save=config.model.activation_checkpoint_save
+    )
+    data_parallel = parallelize(
+        model,
+        mesh,
+        config.parallel,
+        precision=config.precision,
+        blocks=BlockOptions(checkpointing, config.train.compile_backend if config.train.compile else None),
+        device=device,
+    )
+    model.train()
+    passes: Passes = PlainPasses()
+    if pipeline is not None:
+        passes = PipelinedPasses(
+            pipeline,
+            mesh=mesh,
+            data_parallel=data_parallel,
+            weight_gradients=weight_gradients,
+            model=config.model,
+            dtype=config.precision.compute_dtype,
+            device=device,
+            sequence_slices=dims.tp if config.parallel.sequence_parallel else 1,
+            trace=config.parallel.pp_trace,
+        )
+    token_group = mesh.tokens.get_group()
+    routing = None
+    if config.model.moe.num_experts:
+        routing = RoutingMonitor(
+            model, config.model, global_batch_size=config.train.global_batch_size, group=token_group
+        )
+    return TrainState(
+        model=model,
+        data_parallel=data_parallel,
+        optimizer=build_optimizer(data_parallel.masters, config.optim),
+        loss_scale=LossScale(config.precision, device),
+        token_group=token_group,
+        device=device,
+        grad_clip=config.train.grad_clip,
+        compile_loss=config.train.compile,
+        vocabulary=vocabulary_shard(config.model.vocab_size, groups),
+        routing=routing,
+        passes=passes,
+        stage_group=passes.group if isinstance(passes, PipelinedPasses) else None,
+        copies=passes.copies if isinstance(passes, PipelinedPasses) else frozenset(),
+    )
+
+
+def implementations(config: TrainConfig, dims: ParallelDims, state: TrainState, device: torch.device) -> dict[str, str]:
+    """What really computes each part of a step, for run.json."""
+    model, train = config.model, config.train
+    used = {
+        "attention": choose_attention(
+            model,
+            device,
+            documents=config.data.mask_documents,
+            cp_method=config.parallel.cp_method if dims.cp > 1 else None,
+        ),
+        "loss": "linear_cross_entropy" + (", compiled" if train.compile else ""),
+        "blocks": f"torch.compile({train.compile_backend})" if train.compile else "eager",
+        "activation_checkpoint": model.activation_checkpoint,
+        "optimizer": config.optim.name,
+        "context_parallel": context_parallelism(config.parallel, dims),
+        "data_parallel": f"zero{config.parallel.zero_stage}",
+        "pipeline": state.passes.layout.summary if isinstance(state.passes, PipelinedPasses) else "none",
+    }
+    if model.moe.num_experts:
+        sizes = (model.hidden_size, model.moe.intermediate_size)
+        used["experts"] = choose_grouped_linear(device, config.precision.compute_dtype, *sizes)
+    return used
