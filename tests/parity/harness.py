@@ -93,7 +93,7 @@ def text_corpus(folder: Path) -> DataConfig:
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """A copy of the full tensor behind any sharding. Collective."""
     if not isinstance(tensor, DTensor):
-        return tensor.detach().clone()
+        return tensor.detach().cpu().clone()
     # Not full_tensor: torch's own puts uneven shards of shards together in the wrong order.
     result = torch.zeros(tensor.shape, dtype=tensor.dtype)
     result[local_region(tensor)] = tensor.detach().to_local()
