@@ -83,16 +83,22 @@ def build_state(config: TrainConfig, dims: ParallelDims, mesh: Meshes, device: t
     )
 
 
+def attention_used(config: TrainConfig, device: torch.device) -> str:
+    """The implementation of attention. Raises ValueError where the one asked for does not run."""
+    return choose_attention(
+        config.model,
+        device,
+        config.precision.compute_dtype,
+        documents=config.data.mask_documents,
+        cp_method=config.parallel.cp_method if config.parallel.cp > 1 else None,
+    )
+
+
 def implementations(config: TrainConfig, dims: ParallelDims, state: TrainState, device: torch.device) -> dict[str, str]:
     """What really computes each part of a step, for run.json."""
     model, train = config.model, config.train
     used = {
-        "attention": choose_attention(
-            model,
-            device,
-            documents=config.data.mask_documents,
-            cp_method=config.parallel.cp_method if dims.cp > 1 else None,
-        ),
+        "attention": attention_used(config, device),
         "loss": "linear_cross_entropy" + (", compiled" if train.compile else ""),
         "blocks": f"torch.compile({train.compile_backend})" if train.compile else "eager",
         "activation_checkpoint": model.activation_checkpoint,

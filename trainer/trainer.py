@@ -23,7 +23,7 @@ from models.init import initialize
 from parallel.dims import ParallelDims
 from parallel.mesh import build_mesh, init_distributed, pick_device
 from trainer.agreement import check_same_on_all_ranks
-from trainer.build import build_state, implementations
+from trainer.build import attention_used, build_state, implementations
 from trainer.checkpoint import CheckpointManager, read_extra
 from trainer.config import ConfigError, TrainConfig, configuration_errors
 from trainer.identity import check_same_model, model_identity, run_identity
@@ -70,6 +70,7 @@ class Trainer:
         self.config = config
         with configuration_errors():
             self.device = pick_device(config.train.device)
+            attention_used(config, self.device)
         init_distributed(self.device, config.train.timeout_seconds)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.is_main = self.rank == 0

@@ -19,20 +19,23 @@ def _compiled() -> Any:
     return torch.compile(flex_attention)
 
 
-def require_cuda(device: torch.device) -> None:
-    """Raise ValueError unless `device` can run the compiled kernel with its backward pass."""
+MIN_HEAD_DIM = 16
+"""Smallest size of a head that the compiled kernel multiplies."""
+
+
+def obstacle(device: torch.device, head_dim: int, value_dim: int) -> str | None:
+    """Why the compiled kernel, with its backward pass, cannot run; None: it can."""
     if device.type != "cuda":
-        raise ValueError(
-            f"model.attention=flex does not run on {device.type}: FlexAttention has a backward pass on CUDA only; "
-            "use model.attention=auto, sdpa or reference"
-        )
+        return f"does not run on {device.type}: FlexAttention has a backward pass on CUDA only"
+    if min(head_dim, value_dim) < MIN_HEAD_DIM:
+        return f"has no kernel for heads of {min(head_dim, value_dim)} features, fewer than {MIN_HEAD_DIM}"
+    return None
 
 
 def build_block_mask(
     seq_len: int, device: torch.device, *, window: int | None = None, documents: Tensor | None = None
 ) -> BlockMask:
     """The block mask of `attention`, to be built once per forward pass. documents: [B, T]."""
-    require_cuda(device)
 
     def mask_mod(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         mask = query >= key
@@ -51,7 +54,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, slopes: Tensor |
 
     Returns [B, T, H, K].
     """
-    require_cuda(q.device)
+    if reason := obstacle(q.device, q.shape[-1], v.shape[-1]):
+        raise ValueError(f"flex attention {reason}")
 
     def score_mod(score: Tensor, b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         assert slopes is not None  # the function is passed only then

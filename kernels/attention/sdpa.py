@@ -12,13 +12,22 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kernels.attention.reference import alibi_bias, visible
 
-# Fastest first on Hopper and newer; the first that takes the dtype and shape is used.
-CUDA_PRIORITY = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]
+# Fastest first on Hopper and newer; the first that takes the dtype and shape is used. MATH, which stores all scores, is
+# not among them: nothing would say so but time and memory. What only it could do, `obstacle` refuses.
+CUDA_PRIORITY = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+
+
+def obstacle(device: torch.device, dtype: torch.dtype, head_dim: int, value_dim: int) -> str | None:
+    """Why no fused kernel takes heads of these sizes; None: one does."""
+    if device.type != "cuda":
+        return None
+    if dtype == torch.float64:
+        return "has no CUDA kernel for fp64"
+    multiple = 16 // dtype.itemsize  # rows of 16 bytes
+    for size in (head_dim, value_dim):
+        if size % multiple:
+            return f"has no CUDA kernel for heads of {size} features in {dtype}, which must be a multiple of {multiple}"
+    return None
 
 
 def build_mask(

@@ -42,22 +42,36 @@ class Context(NamedTuple):
 
 
 def choose_attention(
-    config: ModelConfig, device: torch.device, *, documents: bool = False, cp_method: str | None = None
+    config: ModelConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    documents: bool = False,
+    cp_method: str | None = None,
 ) -> str:
     """The implementation that runs: what model.attention=auto means on `device`, with or without document masks.
 
-    On CUDA, flex where a window or documents leave most of the square empty, else sdpa; elsewhere sdpa. Across a
-    sequence that is split by cp_method, what that method runs on (see `on_context`). Raises ValueError for flex where
-    it does not run.
+    dtype: of activations. On CUDA, flex where a window or documents leave most of the square empty, else sdpa;
+    elsewhere sdpa. Heads of sizes that these have no kernel for take the reference. Across a sequence that is split by
+    cp_method, what that method runs on (see `on_context`). Raises ValueError for an implementation that is asked for
+    and does not run.
     """
     if cp_method is not None:
         return on_context(config.attention, cp_method)
-    if config.attention == "flex":
-        flex.require_cuda(device)
+    assert config.head_dim is not None
+    assert config.value_dim is not None  # resolved
+    obstacles = {
+        "flex": flex.obstacle(device, config.head_dim, config.value_dim),
+        "sdpa": sdpa.obstacle(device, dtype, config.head_dim, config.value_dim),
+        "reference": None,
+    }
     if config.attention != "auto":
+        if obstacle := obstacles[config.attention]:
+            raise ValueError(f"model.attention={config.attention} {obstacle}; use model.attention=auto or reference")
         return config.attention
-    sparse = documents or config.sliding_window is not None
-    return "flex" if device.type == "cuda" and sparse else "sdpa"
+    sparse = device.type == "cuda" and (documents or config.sliding_window is not None)
+    preferred = ("flex", "sdpa", "reference") if sparse else ("sdpa", "reference")
+    return next(name for name in preferred if obstacles[name] is None)
 
 
 def build_context(
@@ -80,7 +94,7 @@ def build_context(
     if positions is None:
         positions = torch.arange(seq_len, device=device)[None]
     cp_method = groups.cp_method if indices is not None and groups.cp > 1 else None
-    implementation = choose_attention(config, device, documents=documents is not None, cp_method=cp_method)
+    implementation = choose_attention(config, device, dtype, documents=documents is not None, cp_method=cp_method)
     slopes = alibi_slopes(config.num_heads, device) if config.positions == "alibi" else None
     if slopes is not None and groups.tp is not None:
         slopes = slopes.chunk(groups.tp.size())[groups.tp.get_local_rank()]

@@ -219,12 +219,26 @@ def test_rope_refuses_tables_that_something_cast_to_bf16() -> None:
 def test_what_auto_means_is_said_and_flex_is_refused_where_it_does_not_run() -> None:
     """A run that reports another kernel than it used."""
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    plain, windowed = tiny(), tiny(sliding_window=5)
-    assert choose_attention(plain, cuda) == choose_attention(windowed, cpu, documents=True) == "sdpa"
-    assert choose_attention(windowed, cuda) == choose_attention(plain, cuda, documents=True) == "flex"
-    assert choose_attention(replace(windowed, attention="reference"), cuda) == "reference"
+    plain, windowed = tiny(head_dim=16), tiny(head_dim=16, sliding_window=5)
+    bf16, fp32 = torch.bfloat16, torch.float32
+    assert choose_attention(plain, cuda, bf16) == choose_attention(windowed, cpu, fp32, documents=True) == "sdpa"
+    assert choose_attention(windowed, cuda, bf16) == choose_attention(plain, cuda, bf16, documents=True) == "flex"
+    assert choose_attention(replace(windowed, attention="reference"), cuda, bf16) == "reference"
     with pytest.raises(ValueError, match=r"model\.attention=flex does not run on cpu"):
         random_decoder(replace(plain, attention="flex"))(sample_tokens())
+
+
+def test_attention_that_only_a_slow_kernel_could_do_is_not_chosen_silently() -> None:
+    """torch falls back to the kernel that stores all scores; flex fails in the depths of the compiler."""
+    cuda, bf16 = torch.device("cuda"), torch.bfloat16
+    small = tiny(head_dim=8, sliding_window=4)  # heads of 8
+    odd = tiny(head_dim=6)  # heads of 6
+    assert choose_attention(small, cuda, bf16) == "sdpa"
+    assert choose_attention(odd, cuda, bf16) == "reference"
+    with pytest.raises(ValueError, match=r"model\.attention=flex has no kernel for heads of 8 features"):
+        choose_attention(replace(small, attention="flex"), cuda, bf16)
+    with pytest.raises(ValueError, match=r"model\.attention=sdpa has no CUDA kernel for heads of 6 features"):
+        choose_attention(replace(odd, attention="sdpa"), cuda, bf16)
 
 
 def test_a_sequence_beyond_the_learned_positions_is_refused() -> None:
