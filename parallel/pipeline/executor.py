@@ -68,9 +68,7 @@ class PipelineExecutor:
         self.weight_gradients = weight_gradients
         self.trace = trace
         self.executed: list[Executed] = []  # of the newest run with backward, when tracing
-        # NCCL makes a group's communicator in its first collective, which all of its ranks have to join; the first
-        # exchange of a program joins only some.
-        dist.all_reduce(torch.zeros(1, device=device), group=group)
+        _connect(group, device)
 
     def run(self, program: Sequence[Step], work: Work, *, seed: Tensor | None) -> dict[int, Tensor]:
         """Results of the last stage by micro-batch, detached; empty on ranks that do not hold it.
@@ -104,6 +102,24 @@ class PipelineExecutor:
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+
+def _connect(group: dist.ProcessGroup, device: torch.device) -> None:
+    """Make the connections that programs use, before any of them runs.
+
+    NCCL makes a communicator in its first collective, which all ranks have to join, and the connection between two
+    ranks in the first group of messages that needs it: the host waits there until the other rank's comes to its own.
+    Inside a program the other host may be held up, by the loading of a kernel, behind a receive from the same group.
+    """
+    size, rank = group.size(), group.rank()
+    dist.all_reduce(torch.zeros(1, device=device), group=group)
+    for pair in sorted({tuple(sorted((r, (r + 1) % size))) for r in range(size)}):  # stages lie in a line, or a ring
+        if size > 1 and rank in pair:
+            peer = dist.get_global_rank(group, sum(pair) - rank)
+            tensors = torch.zeros(2, 1, device=device)
+            messages = zip((dist.isend, dist.irecv), tensors, strict=True)
+            for work in dist.batch_isend_irecv([dist.P2POp(op, t, peer, group=group) for op, t in messages]):
+                work.wait()
 
 
 def _last_of_stage(program: Sequence[Step]) -> dict[int, Action]:

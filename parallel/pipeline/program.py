@@ -5,6 +5,9 @@ sender's and in its receiver's list where that order has it, so every list agree
 message not yet through always has both ends waiting for it or free to come to it. Hence no cycle of waits, even where
 sends do not buffer (NCCL), and two ranks see the messages between them in the same order, so these need no tags.
 Receives stand as early as their sends allow, before the computation that runs while the data travels.
+
+Messages with no computation between them start together, up to and with a receive: NCCL completes such a group as a
+whole, and what computes with the first of two receives should not wait for the second.
 """
 
 from __future__ import annotations
@@ -57,7 +60,7 @@ def make_programs(schedule: Schedule) -> tuple[tuple[Step, ...], ...]:
 
     def communicate(rank: int, message: Message) -> None:
         steps = lists[rank]
-        if steps and isinstance(last := steps[-1], list):
+        if steps and isinstance(last := steps[-1], list) and last[-1].target != rank:
             last.append(message)
         else:
             steps.append([message])
