@@ -8,6 +8,7 @@ after a rank died. Functions travel by name, so a test passes a module-level fun
 from __future__ import annotations
 
 import contextlib
+import gc
 import multiprocessing as mp
 import os
 import pickle
@@ -93,6 +94,7 @@ def _rank_body(
 def _nursery_main(control: socket.socket) -> None:
     """Fork a group of ranks for each request, a world size; answer with pids, pass their pipes along."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    gc.freeze()  # what was imported lives on: a full collection in a rank, half a second, need not look at it
     while True:
         request = control.recv(4096)
         if not request:

@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -88,7 +88,7 @@ def write_config(run_dir: Path, config: Any) -> Path:
     A restart may change the configuration: config.yaml is then the newest, the one before stays as config.N.yaml.
     """
     path = run_dir / "config.yaml"
-    text = OmegaConf.to_yaml(OmegaConf.structured(config))
+    text = OmegaConf.to_yaml(OmegaConf.create(asdict(config)))
     if path.exists():
         if path.read_text() == text:
             return path
