@@ -1,0 +1,221 @@
+"""The lattice of layouts: features and their values, which pairs compose, and a set of layouts that covers all pairs.
+
+`python -m tests.parity.lattice` chooses the set anew and writes it to layouts.json; do that when a feature or a refusal
+changes (a test says so).
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+from data.config import DataConfig
+from models.moe_config import MoEConfig
+from tests.parity.harness import changed, tiny_config
+from trainer.config import ConfigError, TrainConfig
+from trainer.validate import finalize
+
+WORLD_SIZE = 8
+STEPS = 3
+MIN_LAYOUTS = 80
+LAYOUTS_FILE = Path(__file__).with_name("layouts.json")
+
+Changes = dict[str, Any]
+Layout = dict[str, str]
+"""Feature to value, all of them."""
+
+# The first value of a feature is its absence. What belongs to the model decides which run of one process to compare to.
+MODEL_FEATURES: dict[str, dict[str, Changes]] = {
+    "model": {
+        "dense": {},
+        "experts": {
+            "model__moe": MoEConfig(num_experts=4, top_k=2, intermediate_size=24, num_shared=1),
+            "model__routing": {"aux_weight": 0.02, "z_weight": 0.001},
+        },
+    },
+    "embeddings": {"untied": {}, "tied": {"model__tie_embeddings": True}},
+    "mask": {
+        "causal": {},
+        "documents": {"data__mask_documents": True},
+        "window": {"model__sliding_window": 7},
+    },
+}
+LAYOUT_FEATURES: dict[str, dict[str, Changes]] = {
+    "zero": {f"zero{stage}": {"parallel__zero_stage": stage} for stage in (0, 1, 2, 3)},
+    "replicas": {"1": {}, "2": {"parallel__dp_replicate": 2}},
+    "tensor": {
+        "none": {},
+        "tp2": {"parallel__tp": 2},
+        "tp2+sp": {"parallel__tp": 2, "parallel__sequence_parallel": True},
+        "tp4+sp": {"parallel__tp": 4, "parallel__sequence_parallel": True},
+    },
+    "pipeline": {
+        "none": {},
+        **{
+            name: {"parallel__pp": 2, "parallel__pp_schedule": name}
+            for name in ("gpipe", "1f1b", "interleaved_1f1b", "zero_bubble", "zbv", "dualpipev")
+        },
+        "1f1b(4)": {"parallel__pp": 4, "parallel__pp_schedule": "1f1b"},
+    },
+    "context": {
+        "none": {},
+        "ring": {"parallel__cp": 2},
+        "ulysses": {"parallel__cp": 2, "parallel__cp_method": "ulysses"},
+        "allgather": {"parallel__cp": 2, "parallel__cp_method": "allgather"},
+        "ring(2)xulysses(2)": {"parallel__cp": 4, "parallel__cp_ulysses": 2},
+    },
+    "expert": {"none": {}, "ep2": {"parallel__ep": 2}},
+    "microbatch": {"1": {"train__micro_batch_size": 1}, "2": {"train__micro_batch_size": 2}},
+    "checkpointing": {
+        "none": {},
+        "full": {"model__activation_checkpoint": "full"},
+        "selective": {"model__activation_checkpoint": "selective"},
+    },
+    "compile": {"none": {}, "aot_eager": {"train__compile": True, "train__compile_backend": "aot_eager"}},
+}
+FEATURES = MODEL_FEATURES | LAYOUT_FEATURES
+
+Pair = tuple[tuple[str, str], tuple[str, str]]
+
+
+def base_config(folder: Path, data: DataConfig) -> TrainConfig:
+    """What every layout changes: four layers, so that every pipeline has stages of whole layers."""
+    return tiny_config(
+        folder / "base", data, train__steps=STEPS, train__seq_len=32, train__global_batch_size=16,
+        model__num_layers=4, model__hidden_size=32, model__num_heads=8, model__num_kv_heads=4,
+        model__intermediate_size=48,
+    )  # fmt: skip
+
+
+def config_of(layout: Layout, base: TrainConfig, run_dir: Path) -> TrainConfig:
+    """The configuration of a layout; missing features are absent ones."""
+    changes: Changes = {}
+    for feature, values in FEATURES.items():
+        changes |= values[layout.get(feature, next(iter(values)))]
+    routing = changes.pop("model__routing", {})
+    config = changed(base, run_dir, **changes)
+    for name, value in routing.items():
+        setattr(config.model.routing, name, value)
+    return config
+
+
+def model_of(layout: Layout) -> Layout:
+    """The part of a layout that one process has as well."""
+    return {feature: layout[feature] for feature in MODEL_FEATURES}
+
+
+class Legality:
+    """Whether layouts are accepted, and why not. Remembers what it was asked."""
+
+    def __init__(self, base: TrainConfig) -> None:
+        self.base = base
+        self._problems: dict[tuple[str, ...], tuple[str, ...]] = {}
+
+    def problems(self, layout: Layout) -> tuple[str, ...]:
+        """What validation says about a layout; empty: it runs."""
+        key = tuple(layout[feature] for feature in FEATURES)
+        if key not in self._problems:
+            try:
+                finalize(config_of(layout, self.base, Path("unused")), world_size=WORLD_SIZE)
+                self._problems[key] = ()
+            except ConfigError as error:
+                self._problems[key] = tuple(error.problems)
+        return self._problems[key]
+
+
+def all_pairs() -> list[Pair]:
+    """Every two values of two features."""
+    return [
+        ((one, value), (other, second))
+        for one, other in itertools.combinations(FEATURES, 2)
+        for value in FEATURES[one]
+        for second in FEATURES[other]
+    ]
+
+
+def pairs_of(layout: Layout) -> set[Pair]:
+    """The pairs that a layout shows."""
+    return set(itertools.combinations(layout.items(), 2))
+
+
+def default() -> Layout:
+    """One feature absent after the other."""
+    return {feature: next(iter(values)) for feature, values in FEATURES.items()}
+
+
+def _random_layout(fixed: Layout, draw: random.Random) -> Layout:
+    # Each feature is absent half of the time: eight ranks have room for three axes of two.
+    layout = {}
+    for feature, values in FEATURES.items():
+        names = list(values)
+        layout[feature] = fixed.get(feature) or (names[0] if draw.random() < 0.5 else draw.choice(names))
+    return layout
+
+
+def refused_pairs(legality: Legality) -> dict[Pair, str]:
+    """Pairs that no layout has, with what validation says to the plainest one that would."""
+    refused = {}
+    draw = random.Random(1)
+    for pair in all_pairs():
+        fixed = dict(pair)
+        plain = default() | fixed
+        candidates = itertools.chain([plain], (_random_layout(fixed, draw) for _ in range(60)))
+        if not any(not legality.problems(candidate) for candidate in candidates):
+            refused[pair] = _reason(pair, legality)
+    return refused
+
+
+def _reason(pair: Pair, legality: Legality) -> str:
+    """The problem that neither value has alone, of the plainest layout with both."""
+    alone = {problem for name, value in pair for problem in legality.problems(default() | {name: value})}
+    together = legality.problems(default() | dict(pair))
+    return next((problem for problem in together if problem not in alone), together[0])
+
+
+def choose_layouts(base: TrainConfig) -> list[Layout]:
+    """At least MIN_LAYOUTS legal layouts that show every pair which is not refused: greedily, the same every time."""
+    legality = Legality(base)
+    refused = refused_pairs(legality)
+    missing = set(all_pairs()) - set(refused)
+    draw = random.Random(0)
+    chosen: list[Layout] = []
+    while missing or len(chosen) < MIN_LAYOUTS:
+        pair = min(missing) if missing else draw.choice([p for p in all_pairs() if p not in refused])
+        candidates = (_random_layout(dict(pair), draw) for _ in range(400))
+        legal = list(itertools.islice((c for c in candidates if not legality.problems(c) and c not in chosen), 25))
+        plain = default() | dict(pair)
+        if not legal and not legality.problems(plain):
+            legal = [plain]
+        if not legal:
+            continue
+        best = max(legal, key=lambda layout: len(pairs_of(layout) & missing))
+        chosen.append(best)
+        missing -= pairs_of(best)
+    return chosen
+
+
+def name_of(layout: Layout) -> str:
+    """The values that are not absent, as a test's id."""
+    return "-".join(layout[f] for f, values in FEATURES.items() if layout[f] != next(iter(values))) or "plain"
+
+
+def read_layouts() -> list[Layout]:
+    """The chosen layouts, in order."""
+    rows = json.loads(LAYOUTS_FILE.read_text())
+    return [dict(zip(FEATURES, row, strict=True)) for row in rows]
+
+
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None).parse_args()
+    layouts = choose_layouts(base_config(Path("unused"), DataConfig(source="text", path=__file__)))
+    rows = [json.dumps([layout[feature] for feature in FEATURES]) for layout in layouts]
+    LAYOUTS_FILE.write_text("[\n" + ",\n".join(rows) + "\n]\n")
+    print(f"{len(layouts)} layouts")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""Layouts that cover every pair of features, dense and with experts, each against one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from data.config import DataConfig
+from tests.parity.compare import Comparison
+from tests.parity.harness import text_corpus
+from tests.parity.lattice import (
+    MIN_LAYOUTS,
+    Layout,
+    Legality,
+    all_pairs,
+    base_config,
+    name_of,
+    pairs_of,
+    read_layouts,
+    refused_pairs,
+)
+from tests.pool import RankPool
+
+LAYOUTS = read_layouts()
+
+
+@pytest.fixture(scope="module")
+def comparison(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Comparison:
+    folder = tmp_path_factory.mktemp("lattice")
+    return Comparison(ranks, base_config(folder, text_corpus(folder)), folder)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=name_of)
+def test_a_layout_trains_the_same_model(comparison: Comparison, layout: Layout) -> None:
+    """Two features that each are right alone."""
+    assert not comparison.deviation(layout).problems()
+
+
+def test_the_layouts_show_every_pair_that_is_not_refused() -> None:
+    """A feature or a refusal that came after the layouts were chosen: choose them anew (tests/parity/lattice.py)."""
+    legality = Legality(base_config(Path("unused"), DataConfig(source="text", path=__file__)))
+    shown = set().union(*(pairs_of(layout) for layout in LAYOUTS))
+    assert len(LAYOUTS) >= MIN_LAYOUTS
+    assert not [layout for layout in LAYOUTS if legality.problems(layout)]
+    assert set(all_pairs()) - shown == set(refused_pairs(legality))
