@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import sysconfig
 import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 
 import torch.distributed as dist
 
@@ -19,9 +21,12 @@ from trainer.resilience import PREEMPTED_EXIT_CODE
 from trainer.trainer import Preempted, TrainingDiverged
 
 CONFIG_EXIT_CODE = 2
-EXPECTED = (ValueError, OSError, CheckpointError, TrainingDiverged, dist.DistNetworkError, dist.DistStoreError)
-"""Failures whose message says it all: bad input, files, a run that diverged, a port that is taken. Anything else shows
-its traceback."""
+EXPECTED = (CheckpointError, TrainingDiverged, dist.DistNetworkError, dist.DistStoreError)
+"""Failures whose message says it all, as it does for ValueError and OSError that this project raises itself: bad input,
+files, a run that diverged, a port that is taken. Anything else shows its traceback."""
+_ROOT = Path(__file__).resolve().parent.parent
+_STDLIB = sysconfig.get_paths()["stdlib"]
+_PACKAGES = ("launch", "trainer", "parallel", "models", "kernels", "data")
 PATIENCE_SECONDS = 3.0
 _PATIENCE = timedelta(seconds=PATIENCE_SECONDS)
 _SPOKEN, _HEARD = "lattice/failed", "lattice/heard"
@@ -38,11 +43,10 @@ def exit_code_of(program: Callable[[list[str]], None], arguments: list[str]) -> 
     except Preempted as error:
         _say_once(f"{error}\n")
         code = PREEMPTED_EXIT_CODE
-    except EXPECTED as error:
-        _say_once(f"error: {error}\n" if not os.environ.get("LATTICE_TRACEBACK") else traceback.format_exc())
-        code = 1
-    except Exception:
-        _say_once(traceback.format_exc())
+    except Exception as error:
+        known = isinstance(error, EXPECTED) or (isinstance(error, (ValueError, OSError)) and _raised_here(error))
+        in_full = not known or os.environ.get("LATTICE_TRACEBACK")
+        _say_once(traceback.format_exc() if in_full else f"error: {error}\n")
         code = 1
     except KeyboardInterrupt:
         _say_once("interrupted\n")
@@ -52,6 +56,14 @@ def exit_code_of(program: Callable[[list[str]], None], arguments: list[str]) -> 
     sys.stdout.flush()
     sys.stderr.flush()
     return code
+
+
+def _raised_here(error: Exception) -> bool:
+    """Whether this project raised it, itself or through Python's own modules (a file that cannot be opened), and not a
+    library, whose message may mean nothing to a user."""
+    places = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
+    outside = [p for p in places if "site-packages" in p.parts or not p.is_relative_to(_STDLIB)]
+    return bool(outside) and any(outside[-1].is_relative_to(_ROOT / package) for package in _PACKAGES)
 
 
 def _say_once(message: str) -> None:

@@ -18,6 +18,7 @@ import logging
 import re
 import shutil
 import threading
+from collections import deque
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -79,6 +80,7 @@ class CheckpointManager:
         self._arena = HostArena(device)
         self._thread: threading.Thread | None = None
         self._error: CheckpointError | None = None
+        self._committed: deque[int] = deque()  # filled by the writer thread
         self._ranks.on_first(lambda: _tidy(directory))
 
     @property
@@ -115,6 +117,10 @@ class CheckpointManager:
         error, self._error = self._error, None
         if error is not None:
             raise error
+
+    def committed(self) -> list[int]:
+        """Steps whose checkpoints were completed since the last call. Not collective; empty but on rank 0."""
+        return [self._committed.popleft() for _ in range(len(self._committed))]
 
     def newest_good(self) -> Path | None:
         """The newest checkpoint without damage; None when there is none. Newer, damaged ones are logged by name."""
@@ -185,6 +191,7 @@ class CheckpointManager:
         sync_folder(self._directory)
         shutil.rmtree(replaced, ignore_errors=True)
         logger.info("saved %s", target)
+        self._committed.append(step)
         for old in _expired(_steps(self._directory), step, self._config):
             _delete(self._directory / f"step_{old}")
 

@@ -35,6 +35,7 @@ class LoopConfig:
     eval_batches: int = 8  # global batches of a validation
     sample_tokens: int = 0  # length of the text sampled when the run ends; 0: none
     sample_prompt: str = "def "
+    deterministic: bool = False  # on CUDA, two runs give the same bits, more slowly; on the CPU they always do
     timeout_seconds: float = 600.0  # a collective that waits longer ends the run
 
 

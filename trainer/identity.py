@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from data.config import DataConfig, parts
 from models.config import ModelConfig
 from models.registry import RUN_TIME_FIELDS
 from trainer.checkpoint import read_extra
@@ -42,3 +43,35 @@ def check_same_model(path: Path, config: ModelConfig) -> None:
         raise ConfigError(
             [f"checkpoint {path} is of another model: {', '.join(different)}; use its model, or another run.dir"]
         )
+
+
+def check_tokenizer_is_known(path: Path, data: DataConfig) -> None:
+    """Raise ConfigError if weights from elsewhere (launch/convert.py import) would meet a tokenizer trained here.
+
+    Its ids would fit the model and mean something else: nothing would look wrong but the loss.
+    """
+    from_text = any(part.source != "tokens" for part in parts(data))
+    if read_extra(path).get("weights_only", False) and from_text and data.tokenizer.path is None:
+        raise ConfigError(
+            [
+                f"data.tokenizer.path is missing: {path} has weights from elsewhere, which belong to a tokenizer; give "
+                "its tokenizer.json, or the folder the weights were imported from"
+            ]
+        )
+
+
+def changed_settings(before: dict[str, Any], config: TrainConfig) -> list[str]:
+    """The settings that differ from those a checkpoint was made with, as `group.field=new (was old)`."""
+    old, new = _flat(before), _flat(asdict(config))
+    return [
+        f"{name}={new.get(name)} (was {old.get(name)})"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name) and not name.startswith(("run.", "checkpoint.resume"))
+    ]
+
+
+def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat

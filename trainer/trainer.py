@@ -26,7 +26,8 @@ from trainer.agreement import check_same_on_all_ranks
 from trainer.build import attention_used, build_state, implementations
 from trainer.checkpoint import CheckpointManager, read_extra
 from trainer.config import ConfigError, TrainConfig, configuration_errors
-from trainer.identity import check_same_model, model_identity, run_identity
+from trainer.determinism import make_deterministic
+from trainer.identity import changed_settings, check_same_model, check_tokenizer_is_known, model_identity, run_identity
 from trainer.metrics import MetricLogger
 from trainer.pipelined import PipelinedPasses
 from trainer.resilience import PreemptionGuard
@@ -71,6 +72,7 @@ class Trainer:
         with configuration_errors():
             self.device = pick_device(config.train.device)
             attention_used(config, self.device)
+        make_deterministic(config.train.deterministic, self.device)
         init_distributed(self.device, config.train.timeout_seconds)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.is_main = self.rank == 0
@@ -85,6 +87,7 @@ class Trainer:
         self.resume_from = find_start(config, self.checkpoints.group)
         if self.resume_from is not None:
             check_same_model(self.resume_from, config.model)
+            check_tokenizer_is_known(self.resume_from, config.data)
         self.train_data, self.validation_data = self._build_data()
         tokenizer = self.train_data.tokenizer
         check_same_on_all_ranks(
@@ -96,6 +99,7 @@ class Trainer:
         self.skipped_steps = 0
         self._skipped_before = 0  # in the steps judged so far
         self._skipped_in_a_row = 0
+        self._changed: list[str] = []  # settings, since the checkpoint
         self._load()
         enter_run_dir(config, self.resume_from, self.lock)
         self.metrics = MetricLogger(
@@ -162,6 +166,7 @@ class Trainer:
                 self.tokens = extra["tokens"]
                 self.skipped_steps = self._skipped_before = extra["skipped_steps"]
                 self._skipped_in_a_row = extra["skipped_in_a_row"]
+                self._changed = changed_settings(extra["config"], self.config)
         elif self.config.model.path is not None:
             load_hf_weights(self.config.model.path, weights, self.config.model, whole_model=self.dims.pp == 1)
         else:
@@ -197,6 +202,8 @@ class Trainer:
             + (f"; resumed from {self.resume_from} at step {self.state.step}" if self.resume_from else ""),
             step=self.state.step,
         )
+        if self._changed:
+            self.metrics.event("changed", f"since the checkpoint: {', '.join(self._changed)}", step=self.state.step)
 
     # ---- training
 
@@ -242,9 +249,11 @@ class Trainer:
             if preempted:
                 self.metrics.event("preempted", f"saved at step {state.step}; start again to continue", step=state.step)
                 raise Preempted(f"preempted at step {state.step}; the state is in {self.run_dir}/checkpoints")
+            self._report_checkpoints()
             if state.step % GC_INTERVAL == 0:
                 gc.collect(1)
         self.checkpoints.wait()
+        self._report_checkpoints()
         if isinstance(state.passes, PipelinedPasses) and config.parallel.pp_trace:
             state.passes.write_trace(self.run_dir)
         return {"step": state.step, "loss": loss, "validation_loss": self._validation_loss, "sample": self._sample()}
@@ -334,8 +343,13 @@ class Trainer:
             "config": asdict(self.config),
         }
         self.checkpoints.save(state.step, self.state.state_tensors(), extra, blocking=blocking)
-        self.metrics.event("checkpoint", f"checkpoint of step {state.step}", step=state.step)
+        self._report_checkpoints()
         self.clock.start()
+
+    def _report_checkpoints(self) -> None:
+        """An event for every checkpoint that has become complete: from then on a crash loses nothing before it."""
+        for step in self.checkpoints.committed():
+            self.metrics.event("checkpoint", f"checkpoint of step {step}", step=step)
 
     def _all_gather(self, value: Any) -> list[Any]:
         """One object of every data-parallel rank, in rank order."""

@@ -35,6 +35,9 @@ def finalize(config: TrainConfig, *, world_size: int) -> TrainConfig:
     Needs no process group and no device. Raises ConfigError with every problem found.
     """
     model = config.model
+    if model.path is not None:
+        model = replace(model, path=str(Path(model.path).expanduser()))
+        config = replace(config, model=model)
     found = model_problems(model, seq_len=config.train.seq_len)
     if not found:
         try:

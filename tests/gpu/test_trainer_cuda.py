@@ -134,6 +134,32 @@ def one_gpu(reference: tuple[TrainConfig, Any], tmp_path_factory: pytest.TempPat
     )
 
 
+DETERMINISTIC: dict[str, dict[str, Any]] = {
+    "plain": {"parallel__zero_stage": 1},
+    "documents": {"data__mask_documents": True, "model__attention": "auto"},
+    "compiled": {"train__compile": True, "data__mask_documents": True, "model__attention": "auto"},
+}
+
+
+def test_two_deterministic_runs_are_bitwise_equal(
+    reference: tuple[TrainConfig, Any], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """A gradient that atomics add up in the order of the moment."""
+    folder = tmp_path_factory.mktemp("deterministic")
+    always = {"train__device": "cuda", "train__deterministic": True, "precision__compute": "bf16"}
+    configs = {
+        f"{name}-{i}": changed(reference[0], folder / f"{name}-{i}-run", **always, **changes)
+        for name, changes in DETERMINISTIC.items()
+        for i in range(2)
+    }
+    outcomes = _Outcomes(1, configs, folder)
+    for name in DETERMINISTIC:
+        one, two = outcomes[f"{name}-0"], outcomes[f"{name}-1"]
+        assert one.losses == two.losses
+        assert one.grad_norms == two.grad_norms
+        assert all(torch.equal(one.weights[n], two.weights[n]) for n in one.weights)
+
+
 @pytest.mark.parametrize("name", ONE_GPU)
 def test_one_gpu_trains_like_the_cpu(
     ranks: RankPool, reference: tuple[TrainConfig, Any], one_gpu: _Outcomes, tmp_path: Path, name: str

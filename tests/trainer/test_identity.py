@@ -1,0 +1,31 @@
+"""What a continued run is told about what changed."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from data.config import DataConfig
+from trainer.config import ConfigError, TrainConfig
+from trainer.identity import changed_settings, check_tokenizer_is_known
+
+
+def test_settings_that_changed_since_the_checkpoint_are_named() -> None:
+    """A run continued with another learning rate, and nobody knows from which step on."""
+    before = asdict(TrainConfig())
+    config = TrainConfig()
+    config.optim.lr = 0.5
+    config.train.steps = 7
+    config.run.dir = "elsewhere"
+    assert changed_settings(before, config) == ["optim.lr=0.5 (was 0.0003)", "train.steps=7 (was 100)"]
+
+
+def test_imported_weights_do_not_meet_a_tokenizer_trained_here(tmp_path: Path) -> None:
+    """Token numbers that fit the model and mean other text."""
+    (tmp_path / "extra.json").write_text(json.dumps({"weights_only": True}))
+    with pytest.raises(ConfigError, match=r"data\.tokenizer\.path is missing"):
+        check_tokenizer_is_known(tmp_path, DataConfig(source="text", path="x"))
+    check_tokenizer_is_known(tmp_path, DataConfig(source="tokens", path="x.npy"))
