@@ -1,5 +1,6 @@
 # make install   the environment, in .venv            make train   train on real text, on whatever this machine has
 # make test      the tests (CPU, gloo)                make check   lint and types
+# make parity    every layout against one process, an hour on two cores; writes docs/COMPOSES.md
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -16,7 +17,7 @@ RUN ?= runs/$(EXP)-$(shell date +%Y%m%d-%H%M%S)
 BATCH := $(if $(filter stdlib_gpu,$(EXP)),train.global_batch_size=$(shell n=$(NPROC); echo $$(( 8 * n * ((8 + n - 1) / n) ))))
 ARGS ?=
 
-.PHONY: install train test check lint types clean
+.PHONY: install train test parity check lint types clean
 
 install: $(STAMP)
 
@@ -31,6 +32,9 @@ train: install
 
 test: install
 	$(BIN)/python -m pytest $(ARGS)
+
+parity: install
+	$(BIN)/python -m tests.parity.compose $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .

@@ -1,0 +1,171 @@
+"""`make parity`: train the cross product of the axes, compare each layout with one process, write docs/COMPOSES.md.
+
+The product is of pipeline, tensor, context and expert parallelism and the ZeRO stages; the other features take turns.
+A run takes about an hour on two cores; --only N trains every Nth layout, --write-only keeps the measurements there are.
+Exits 1 if a layout deviates.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from data.config import DataConfig
+from tests.parity.compare import GRADIENT, LOSS, WEIGHTS, Comparison
+from tests.parity.harness import text_corpus
+from tests.parity.lattice import (
+    FEATURES,
+    STEPS,
+    WORLD_SIZE,
+    Layout,
+    Legality,
+    Pair,
+    base_config,
+    name_of,
+    read_layouts,
+    refused_pairs,
+)
+from tests.pool import RankError, RankPool
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "docs" / "COMPOSES.md"
+MEASURED = ROOT / "docs" / "composes.json"
+CROSSED = ("pipeline", "tensor", "context", "expert", "zero")
+
+
+def cross_product(legality: Legality) -> tuple[list[Layout], int]:
+    """Every legal combination of CROSSED; the others take turns. Also how many combinations are refused.
+
+    Where a turn is refused (compile with split backward), the next one is taken.
+    """
+    turns = itertools.cycle(list(itertools.product(*(FEATURES[name] for name in FEATURES if name not in CROSSED))))
+    rest = [name for name in FEATURES if name not in CROSSED]
+    layouts, refused = [], 0
+    for values in itertools.product(*(FEATURES[name] for name in CROSSED)):
+        crossed = dict(zip(CROSSED, values, strict=True))
+        # A prime stride, so that neighbours in the product do not get neighbouring turns.
+        candidates = (dict(zip(rest, next(itertools.islice(turns, 16, None)), strict=True)) for _ in range(40))
+        complete = ({name: (crossed | turn)[name] for name in FEATURES} for turn in candidates)
+        legal = next((layout for layout in complete if not legality.problems(layout)), None)
+        if legal is None:
+            refused += 1
+        else:
+            layouts.append(legal)
+    return layouts, refused
+
+
+def measure(layouts: list[Layout]) -> list[dict[str, Any]]:
+    """Train and compare each layout; one record each."""
+    ranks = RankPool()
+    records = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        comparison = Comparison(ranks, base_config(folder, text_corpus(folder)), folder)
+        for index, layout in enumerate(layouts):
+            started = time.monotonic()
+            record: dict[str, Any] = {"layout": layout}
+            try:
+                deviation = comparison.deviation(layout)
+                record |= asdict(deviation) | {"problems": deviation.problems()}
+            except RankError as error:
+                record["problems"] = [str(error).strip().splitlines()[-1]]
+            records.append(record)
+            verdict = "; ".join(record["problems"]) or "ok"
+            seconds = time.monotonic() - started
+            print(f"{index + 1}/{len(layouts)} {name_of(layout)}: {verdict} ({seconds:.1f} s)", flush=True)
+    ranks.close()
+    return records
+
+
+def page(records: list[dict[str, Any]], num_refused: int, refused: dict[Pair, str]) -> str:
+    """docs/COMPOSES.md."""
+    good = [r for r in records if not r["problems"]]
+    lines = [
+        "# What composes",
+        "",
+        "Written by `make parity` (tests/parity/compose.py). A layout composes if it trains the model that one process "
+        f"trains: {STEPS} steps in fp32 on {WORLD_SIZE} ranks, losses to {LOSS:.0e} relative, first gradients to "
+        f"{GRADIENT:.0e} of their tensor's maximum, final weights within {WEIGHTS:g} times what other splits into "
+        "micro-batches do in one process.",
+        "",
+        f"The cross product of {', '.join(CROSSED[:-1])} and {CROSSED[-1]} has {len(records)} legal layouts on "
+        f"{WORLD_SIZE} ranks ({num_refused} combinations are refused, most because their degrees do not fit); the "
+        f"other features take turns in them. **{len(good)} of {len(records)} train the same model**"
+        + (f"; largest deviations: {_largest(good)}." if good else "."),
+        "",
+        f"{len(read_layouts())} layouts that show every pair below are tests in CI: "
+        "`pytest tests/parity/test_lattice.py`.",
+        "",
+        "## Pairs of features",
+        "",
+        "Each row is a value of a feature, each column another feature: `all` of its values compose, or all but those "
+        "named, which are refused for the reason of that number.",
+        "",
+    ]
+    reasons: list[str] = []
+    lines += _matrix(refused, reasons)
+    lines += ["", "## Refused, and why", ""]
+    lines += [f"{number}. {reason}" for number, reason in enumerate(reasons, 1)]
+    bad = [r for r in records if r["problems"]]
+    if bad:
+        lines += ["", "## Layouts that deviate", ""]
+        lines += [f"- `{name_of(r['layout'])}`: {'; '.join(r['problems'])}" for r in bad]
+    lines += ["", "## Layouts in CI", "", "| " + " | ".join(FEATURES) + " |", "|---" * len(FEATURES) + "|"]
+    lines += ["| " + " | ".join(layout.values()) + " |" for layout in read_layouts()]
+    return "\n".join(lines) + "\n"
+
+
+def _largest(records: list[dict[str, Any]]) -> str:
+    loss, gradient, weights = (max(r[name] for r in records) for name in ("loss", "gradient", "weights"))
+    return f"loss {loss:.1e}, gradient {gradient:.1e}, weights {weights:.2f} times"
+
+
+def _matrix(refused: dict[Pair, str], reasons: list[str]) -> list[str]:
+    either = refused | {(second, first): why for (first, second), why in refused.items()}
+    lines = ["| | " + " | ".join(FEATURES) + " |", "|---" * (len(FEATURES) + 1) + "|"]
+    for feature, values in FEATURES.items():
+        for value in values:
+            cells = []
+            for other, others in FEATURES.items():
+                without = []
+                for second in others:
+                    why = either.get(((feature, value), (other, second)))
+                    if why is not None:
+                        if why not in reasons:
+                            reasons.append(why)
+                        without.append(f"{second} ({reasons.index(why) + 1})")
+                cells.append("" if other == feature else "all but " + ", ".join(without) if without else "all")
+            lines.append(f"| **{feature}** {value} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", type=int, default=1, metavar="N", help="every Nth layout of the product")
+    parser.add_argument("--write-only", action="store_true", help="write the page from docs/composes.json")
+    options = parser.parse_args()
+    legality = Legality(base_config(Path("unused"), DataConfig(source="text", path=__file__)))
+    layouts, num_refused = cross_product(legality)
+    if options.write_only:
+        records = json.loads(MEASURED.read_text())
+        for record in records:
+            record["layout"] = dict(zip(FEATURES, record["layout"], strict=True))
+    else:
+        records = measure(layouts[:: options.only])
+        compact = [json.dumps(r | {"layout": list(r["layout"].values())}) for r in records]
+        MEASURED.write_text("[\n" + ",\n".join(compact) + "\n]\n")
+    PAGE.write_text(page(records, num_refused, refused_pairs(legality)))
+    bad = [name_of(r["layout"]) for r in records if r["problems"]]
+    print(f"{len(records)} layouts, {len(bad)} deviate; {PAGE.relative_to(ROOT)}")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
