@@ -105,12 +105,6 @@ def problems(config: ParallelConfig, world_size: int) -> list[str]:
         )
     if config.zero_stage not in (0, 1, 2, 3):
         found.append(f"parallel.zero_stage={config.zero_stage} is not a ZeRO stage; use 0, 1, 2 or 3")
-    if config.pp > 1 and config.zero_stage in (2, 3) and config.pp_schedule in SPLIT_BACKWARD:
-        found.append(
-            f"parallel.zero_stage={config.zero_stage} does not work with parallel.pp_schedule={config.pp_schedule}: "
-            "fully_shard reduces gradients as autograd delivers them, and split backward computes weight gradients "
-            "after it; use zero_stage 0 or 1, or gpipe, 1f1b or interleaved_1f1b"
-        )
     if config.pp > 1 and config.tp > 1 and config.pp_schedule in SPLIT_BACKWARD:
         found.append(
             f"parallel.pp_schedule={config.pp_schedule} puts weight gradients off, and layers of parallel.tp="

@@ -99,8 +99,10 @@ def _shard_fully(
     from the head's weight inside the root's forward see one gathered tensor.
     """
     model.to(precision.master_dtype)
+    replicated = mesh.state["dp_replicate"].size() > 1
+    pipelined = mesh.state["pp"].size() > 1
     options: dict[str, Any] = {
-        "mesh": mesh.state["dp_replicate", "shard"] if mesh.state["dp_replicate"].size() > 1 else mesh.state["shard"],
+        "mesh": mesh.state["dp_replicate", "shard"] if replicated and not pipelined else mesh.state["shard"],
         # Inputs stay as they are: casting them would round the fp32 rotary tables that every block is given.
         "mp_policy": MixedPrecisionPolicy(
             param_dtype=precision.compute_dtype, reduce_dtype=precision.reduce_dtype, cast_forward_inputs=False
@@ -122,7 +124,13 @@ def _shard_fully(
             module.set_force_sum_reduction_for_comms(True)
     model.to_empty(device=torch.device("cpu") if config.cpu_offload else device)
     assert isinstance(model, FSDPModule)
-    return FullyShardedDataParallel(model, zero_stage=config.zero_stage)
+    return FullyShardedDataParallel(
+        model,
+        zero_stage=config.zero_stage,
+        shards=mesh.state["shard"],
+        replicas=mesh.state["dp_replicate"] if replicated and pipelined else None,
+        reduce_dtype=precision.reduce_dtype,
+    )
 
 
 def _other_dim(parameter: nn.Parameter, shard_size: int) -> Shard | None:

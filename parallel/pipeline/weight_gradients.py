@@ -22,8 +22,11 @@ from torch import Tensor, nn
 Key = tuple[int, int]
 """Stage and micro-batch."""
 
-Deliver = Callable[[Tensor, Tensor], None]
-"""Takes a parameter and a finished gradient of its shape, to be added to what the parameter has."""
+Deliver = Callable[[str, Tensor], None]
+"""Takes a finished gradient of what this rank computes with of a parameter, by name, to be added to what it has."""
+
+Compute = Callable[[], Iterator[tuple[str, Tensor]]]
+"""Names of parameters and their gradients, each computed when it is asked for, so that not all are held at once."""
 
 
 class WeightGradients:
@@ -32,7 +35,7 @@ class WeightGradients:
     def __init__(self) -> None:
         self.deliver: Deliver | None = None  # filled by trainer/pipelined.py
         self._collecting: Key | None = None
-        self._waiting: dict[Key, list[tuple[nn.Linear, Tensor, Tensor]]] = {}
+        self._waiting: dict[Key, list[Compute]] = {}
 
     @contextmanager
     def collect(self, key: Key) -> Iterator[None]:
@@ -43,60 +46,66 @@ class WeightGradients:
         finally:
             self._collecting = None
 
-    def add(self, layer: nn.Linear, inputs: Tensor, grad_output: Tensor) -> None:
-        """inputs [..., in], grad_output [..., out]."""
+    def add(self, compute: Compute) -> None:
         if self._collecting is None:
-            self._compute(layer, inputs, grad_output)
+            self._deliver(compute)
         else:
-            self._waiting[self._collecting].append((layer, inputs, grad_output))
+            self._waiting[self._collecting].append(compute)
 
     def run(self, key: Key) -> None:
         """Compute what was put off under this key, and free what it needed."""
-        for layer, inputs, grad_output in self._waiting.pop(key):
-            self._compute(layer, inputs, grad_output)
+        for compute in self._waiting.pop(key):
+            self._deliver(compute)
 
     @torch.no_grad()
-    def _compute(self, layer: nn.Linear, inputs: Tensor, grad_output: Tensor) -> None:
+    def _deliver(self, compute: Compute) -> None:
         assert self.deliver is not None
-        flat = grad_output.flatten(0, -2)
-        for parameter, compute in (
-            (layer.weight, lambda: flat.T @ inputs.flatten(0, -2)),
-            (layer.bias, lambda: flat.sum(0)),
-        ):
-            if parameter is not None and parameter.requires_grad:
-                self.deliver(parameter, compute())
+        for name, grad in compute():
+            self.deliver(name, grad)
+
+
+def _of_linear(layer: nn.Linear, name: str, inputs: Tensor, grad_output: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """inputs [..., in], grad_output [..., out]."""
+    flat = grad_output.flatten(0, -2)
+    if layer.weight.requires_grad:
+        yield f"{name}.weight", flat.T @ inputs.flatten(0, -2)
+    if layer.bias is not None and layer.bias.requires_grad:
+        yield f"{name}.bias", flat.sum(0)
 
 
 class _DeferringLinear(torch.autograd.Function):
     """y = x W^T + b, of which autograd sees x alone: weight and bias get their gradients from the store."""
 
     @staticmethod
-    def forward(ctx: Any, inputs: Tensor, layer: nn.Linear, store: WeightGradients) -> Tensor:
+    def forward(ctx: Any, inputs: Tensor, layer: nn.Linear, name: str, store: WeightGradients) -> Tensor:
         ctx.save_for_backward(inputs)
-        ctx.layer, ctx.store = layer, store
+        ctx.layer, ctx.name, ctx.store = layer, name, store
         return F.linear(inputs, layer.weight, layer.bias)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         (inputs,) = ctx.saved_tensors
-        ctx.store.add(ctx.layer, inputs, grad_output)
-        return grad_output @ ctx.layer.weight, None, None
+        grad_input = grad_output @ ctx.layer.weight  # what the layer has now: fully_shard gathers it for backward
+        ctx.store.add(partial(_of_linear, ctx.layer, ctx.name, inputs, grad_output))
+        return grad_input, None, None, None
 
 
 def defer_weight_gradients(blocks: nn.Module) -> WeightGradients:
     """Make every nn.Linear in `blocks` put its weight gradient off on demand, in place; the store they share.
 
-    Their inputs must need a gradient, as those inside a block do. Raises TypeError for a weight matrix in another kind
-    of layer, which would be computed in the input pass and make the schedule's plan wrong.
+    The store names parameters as a model does that has these as its `blocks`. Inputs must need a gradient, as those
+    inside a block do. Raises TypeError for a weight matrix in another kind of layer, which would be computed in the
+    input pass and make the schedule's plan wrong.
     """
     store = WeightGradients()
 
-    def forward(inputs: Tensor, *, layer: nn.Linear) -> Tensor:
-        return _DeferringLinear.apply(inputs, layer, store)
+    def forward(inputs: Tensor, *, layer: nn.Linear, name: str) -> Tensor:
+        return _DeferringLinear.apply(inputs, layer, name, store)
 
-    for name, module in blocks.named_modules():
+    for short, module in blocks.named_modules():
+        name = f"blocks.{short}"
         if type(module) is nn.Linear:
-            module.forward = partial(forward, layer=module)  # type: ignore[method-assign]
+            module.forward = partial(forward, layer=module, name=name)  # type: ignore[method-assign]
         elif any(parameter.ndim > 1 for parameter in module.parameters(recurse=False)):
-            raise TypeError(f"blocks.{name} ({type(module).__name__}) has weights whose gradient cannot be put off")
+            raise TypeError(f"{name} ({type(module).__name__}) has weights whose gradient cannot be put off")
     return store

@@ -111,6 +111,12 @@ LAYOUTS = [
     ("plain", 4, 4, "1f1b", 3, 2),
     ("tied", 4, 2, "interleaved_1f1b", 3, 2),
     ("plain", 4, 2, "interleaved_1f1b", 2, 1),
+    ("plain", 4, 2, "zero_bubble", 2, 2),
+    ("tied", 4, 2, "zero_bubble", 3, 1),
+    ("tied", 4, 2, "zbv", 2, 2),
+    ("biased", 4, 2, "zbv", 3, 2),
+    ("dropout", 4, 2, "dualpipev", 2, 1),
+    ("tied", 4, 2, "dualpipev", 3, 2),
 ]
 
 
@@ -140,11 +146,32 @@ def test_every_schedule_trains_the_same_model(
 
 
 @pytest.mark.parametrize(
+    ("variant", "schedule", "stage"),
+    [("plain", "1f1b", 2), ("tied", "interleaved_1f1b", 3), ("tied", "zero_bubble", 2), ("tied", "zbv", 3),
+     ("plain", "dualpipev", 3)],
+)  # fmt: skip
+def test_replicas_of_sharded_stages_train_the_same_model(
+    ranks: RankPool, one_process: _OneProcess, tmp_path: Path, variant: str, schedule: str, stage: int
+) -> None:
+    """Replicas that drift apart, or whose sum forgets what came before the last backward or after it."""
+    whole, reference, sensitivity = one_process.of(variant)
+    changes = {"parallel__dp_replicate": 2, "parallel__zero_stage": stage, "train__micro_batch_size": 1}
+    config = changed(whole, tmp_path / "run", parallel__pp=2, parallel__pp_schedule=schedule, **changes)
+    _assert_same_model(run_on(ranks, 8, config), reference, sensitivity)
+
+
+@pytest.mark.parametrize(
     ("variant", "schedule", "changes"),
     [
         ("dropout", "1f1b", {"model__activation_checkpoint": "full"}),
         ("dropout", "zero_bubble", {"model__activation_checkpoint": "full"}),
         ("dropout", "1f1b", {"train__compile": True, "train__compile_backend": "aot_eager"}),
+        (
+            "dropout",
+            "zbv",
+            {"model__activation_checkpoint": "full", "parallel__zero_stage": 3, "train__micro_batch_size": 2},
+        ),
+        ("tied", "dualpipev", {"parallel__cpu_offload": True, "parallel__zero_stage": 3, "train__micro_batch_size": 2}),
         ("tied", "1f1b", {"parallel__pp_split": [7, 2]}),
         ("tied", "interleaved_1f1b", {"parallel__pp_split": [1, 3, 2, 1, 1, 1], "parallel__pp_stages_per_rank": 3}),
     ],
@@ -159,11 +186,10 @@ def test_what_is_applied_to_stages_changes_nothing(
         tmp_path / "run",
         parallel__pp=2,
         parallel__pp_schedule=schedule,
-        parallel__zero_stage=1,
-        train__micro_batch_size=4,
-        **changes,
+        **{"parallel__zero_stage": 1, "train__micro_batch_size": 4} | changes,
     )
-    _assert_same_model(run_on(ranks, 2, config, timeout=240), reference, sensitivity)
+    world_size = 4 if config.parallel.zero_stage == 3 else 2
+    _assert_same_model(run_on(ranks, world_size, config, timeout=240), reference, sensitivity)
 
 
 @pytest.mark.parametrize("fault", sorted(FAULTS))
@@ -277,7 +303,6 @@ def test_the_trace_shows_plan_and_execution(ranks: RankPool, one_process: _OnePr
     ("changes", "expected"),
     [
         ({"parallel__pp_schedule": "2f2b"}, "parallel.pp_schedule=2f2b is not a schedule; use gpipe"),
-        ({"parallel__zero_stage": 2, "parallel__pp_schedule": "zbv"}, "use zero_stage 0 or 1, or gpipe"),
         ({"parallel__pp_split": [4, 4]}, "add up to model.num_layers=9; such as [4, 5]"),
         ({"model__num_layers": 3, "parallel__pp_schedule": "zbv"}, "model.num_layers=3 does not fill them"),
         ({"parallel__pp_stages_per_rank": 0}, "parallel.pp_stages_per_rank=0 must be at least 1"),
