@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from parallel.pipeline.schedules import SPLIT_BACKWARD
-
 CP_METHODS = ("ring", "ulysses", "allgather")
 
 
@@ -105,11 +103,6 @@ def problems(config: ParallelConfig, world_size: int) -> list[str]:
         )
     if config.zero_stage not in (0, 1, 2, 3):
         found.append(f"parallel.zero_stage={config.zero_stage} is not a ZeRO stage; use 0, 1, 2 or 3")
-    if config.pp > 1 and config.tp > 1 and config.pp_schedule in SPLIT_BACKWARD:
-        found.append(
-            f"parallel.pp_schedule={config.pp_schedule} puts weight gradients off, and layers of parallel.tp="
-            f"{config.tp} compute them while their input gradient travels; use gpipe, 1f1b or interleaved_1f1b, or tp=1"
-        )
     if config.cpu_offload and config.zero_stage in (0, 1):
         found.append(
             f"parallel.cpu_offload=true does not work with parallel.zero_stage={config.zero_stage}, which keeps whole "

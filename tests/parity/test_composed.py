@@ -18,12 +18,21 @@ from tests.parity.harness import (
 )
 from tests.pool import RankPool
 
-STEPS = 3
+SHAPE: dict[str, Any] = {
+    "train__steps": 3,
+    "train__micro_batch_size": 2,
+    "model__hidden_size": 32,
+    "model__num_heads": 8,
+    "model__num_kv_heads": 4,
+    "model__intermediate_size": 48,
+}
 
 # What the model is; each is trained by one process once.
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {"data__mask_documents": True},
     "tied": {"model__tie_embeddings": True, "model__dropout": 0.1},
+    # Two ranks of the tensor axis use the one key/value head; enough layers for two stages per rank.
+    "one_kv": {"model__num_kv_heads": 1, "model__qkv_bias": True, "model__num_layers": 4, "data__mask_documents": True},
 }
 
 # (model, ranks, changes)
@@ -43,6 +52,19 @@ LAYOUTS: list[tuple[str, int, dict[str, Any]]] = [
     ("tied", 8, {"parallel__tp": 2, "parallel__pp": 2, "parallel__zero_stage": 3}),
     ("tied", 8, {"parallel__tp": 2, "parallel__sequence_parallel": True, "parallel__dp_replicate": 2,
                  "parallel__zero_stage": 3, "model__activation_checkpoint": "full"}),
+    # Weight gradients put off.
+    ("tied", 4, {"parallel__tp": 2, "parallel__pp": 2, "parallel__zero_stage": 0,
+                 "parallel__pp_schedule": "zero_bubble"}),
+    ("one_kv", 4, {"parallel__tp": 2, "parallel__pp": 2, "parallel__sequence_parallel": True,
+                   "parallel__zero_stage": 0, "parallel__pp_schedule": "zbv"}),
+    ("one_kv", 8, {"parallel__tp": 2, "parallel__pp": 2, "parallel__zero_stage": 1,
+                   "parallel__pp_schedule": "dualpipev", "model__activation_checkpoint": "full"}),
+    ("one_kv", 8, {"parallel__tp": 2, "parallel__pp": 2, "parallel__sequence_parallel": True,
+                   "parallel__zero_stage": 2, "parallel__pp_schedule": "zero_bubble"}),
+    ("one_kv", 8, {"parallel__tp": 2, "parallel__pp": 2, "parallel__sequence_parallel": True,
+                   "parallel__zero_stage": 3, "parallel__pp_schedule": "zbv"}),
+    ("tied", 8, {"parallel__cp": 2, "parallel__pp": 2, "parallel__tp": 2, "parallel__zero_stage": 3,
+                 "parallel__pp_schedule": "zero_bubble"}),
 ]  # fmt: skip
 
 
@@ -52,17 +74,7 @@ def one_process(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> di
     corpus = text_corpus(folder)
     made = {}
     for name, changes in MODELS.items():
-        config = tiny_config(
-            folder / name,
-            corpus,
-            train__steps=STEPS,
-            train__micro_batch_size=2,
-            model__hidden_size=32,
-            model__num_heads=8,
-            model__num_kv_heads=4,
-            model__intermediate_size=48,
-            **changes,
-        )
+        config = tiny_config(folder / name, corpus, **SHAPE | changes)
         reference = run_on(ranks, 1, config)
         other = run_on(ranks, 1, changed(config, folder / f"{name}-split", train__micro_batch_size=1))
         made[name] = (config, reference, weight_deviation(other, reference))
