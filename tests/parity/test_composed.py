@@ -65,6 +65,9 @@ LAYOUTS: list[tuple[str, int, dict[str, Any]]] = [
                    "parallel__zero_stage": 3, "parallel__pp_schedule": "zbv"}),
     ("tied", 8, {"parallel__cp": 2, "parallel__pp": 2, "parallel__tp": 2, "parallel__zero_stage": 3,
                  "parallel__pp_schedule": "zero_bubble"}),
+    # Micro-batches of 3, 3 and 2 sequences.
+    ("llama", 8, {"parallel__cp": 2, "parallel__pp": 2, "parallel__tp": 2, "parallel__sequence_parallel": True,
+                  "parallel__zero_stage": 1, "train__micro_batch_size": 3}),
 ]  # fmt: skip
 
 
@@ -92,7 +95,7 @@ def test_axes_together_train_the_same_model(
 ) -> None:
     """A gradient summed over one axis twice, a mask or dropout draw that knows one axis but not the other."""
     config, reference, sensitivity = one_process[model]
-    outcome = run_on(ranks, world_size, changed(config, tmp_path / "run", train__micro_batch_size=1, **changes))
+    outcome = run_on(ranks, world_size, changed(config, tmp_path / "run", **{"train__micro_batch_size": 1} | changes))
     assert loss_deviation(outcome, reference) <= 1e-6
     assert gradient_deviation(outcome, reference) <= 1e-5
     assert weight_deviation(outcome, reference) <= 10 * sensitivity

@@ -97,6 +97,10 @@ LAYOUTS = [
     ("tied", 4, 1, 1, 1),
     ("tied", 4, 1, 2, 2),
     ("tied", 4, 3, 2, 1),
+    # Micro-batches of 3, 3 and 2 sequences, and of 3 and 1.
+    ("masked", 1, 0, 1, 3),
+    ("plain", 2, 1, 1, 3),
+    ("dropout", 2, 3, 1, 3),
 ]
 
 
@@ -130,7 +134,7 @@ def test_every_layout_trains_the_same_model(
         (2, 1, {"model__activation_checkpoint": "selective"}),
         (2, 2, {"model__activation_checkpoint": "offload"}),
         (2, 3, {"parallel__cpu_offload": True}),
-        (1, 0, {"train__compile": True, "train__compile_backend": "aot_eager"}),
+        (1, 0, {"train__compile": True, "train__compile_backend": "aot_eager", "train__micro_batch_size": 3}),
         (2, 3, {"train__compile": True, "train__compile_backend": "aot_eager"}),
         (2, 1, {
             "train__compile": True, "train__compile_backend": "aot_eager", "model__activation_checkpoint": "selective",
@@ -145,7 +149,8 @@ def test_what_is_applied_from_outside_changes_nothing(
 ) -> None:
     """Recomputation that draws another dropout mask, an offload that returns late, a graph that drops a gradient."""
     whole, reference, sensitivity = one_process.of("dropout")
-    config = changed(whole, tmp_path / "run", parallel__zero_stage=stage, train__micro_batch_size=2, **changes)
+    changes = {"parallel__zero_stage": stage, "train__micro_batch_size": 2} | changes
+    config = changed(whole, tmp_path / "run", **changes)
     _assert_same_model(run_on(ranks, world_size, config, timeout=240), reference, sensitivity)
 
 

@@ -117,6 +117,10 @@ LAYOUTS = [
     ("biased", 4, 2, "zbv", 3, 2),
     ("dropout", 4, 2, "dualpipev", 2, 1),
     ("tied", 4, 2, "dualpipev", 3, 2),
+    # Micro-batches of 4 and 2 sequences, and of 5, 5 and 2.
+    ("dropout", 4, 2, "1f1b", 1, 4),
+    ("tied", 4, 2, "zbv", 3, 4),
+    ("masked", 2, 2, "interleaved_1f1b", 0, 5),
 ]
 
 
@@ -255,17 +259,16 @@ def test_a_pipeline_starts_from_what_a_pipeline_exported(
     assert gradient_deviation(outcomes[1], outcomes[0]) <= 1e-5
 
 
-@pytest.mark.parametrize("schedule", ["1f1b", "zbv"])
+@pytest.mark.parametrize(("schedule", "micro_batch_size"), [("1f1b", 2), ("zbv", 4)])
 def test_validation_and_sample_do_not_depend_on_the_layout(
-    ranks: RankPool, one_process: _OneProcess, tmp_path: Path, schedule: str
+    ranks: RankPool, one_process: _OneProcess, tmp_path: Path, schedule: str, micro_batch_size: int
 ) -> None:
     """A validation loss of one stage, of one micro-batch, or a sample that ranks draw differently."""
     whole, _, _ = one_process.of("tied")
     ask = {"train__eval_interval": 2, "train__eval_batches": 2, "train__sample_tokens": 6}
+    layout = LAYOUT | {"parallel__pp_schedule": schedule, "train__micro_batch_size": micro_batch_size}
     plain = ranks.run(1, run_and_answer, changed(whole, tmp_path / "plain", **ask))[0]
-    piped = ranks.run(
-        4, run_and_answer, changed(whole, tmp_path / "piped", **LAYOUT, **ask, parallel__pp_schedule=schedule)
-    )
+    piped = ranks.run(4, run_and_answer, changed(whole, tmp_path / "piped", **layout, **ask))
     assert all(answer["sample"] == plain["sample"] for answer in piped)
     assert all(answer["validation_loss"] == pytest.approx(plain["validation_loss"], rel=1e-6) for answer in piped)
 
