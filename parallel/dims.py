@@ -23,7 +23,9 @@ class ParallelConfig:
     pp_schedule: str = "1f1b"  # gpipe, 1f1b, interleaved_1f1b, zero_bubble, zbv, dualpipev
     pp_stages_per_rank: int = 2  # interleaved_1f1b: pieces of the model each pipeline rank holds
     pp_split: list[int] | None = None  # layers of each stage, first to last; None: balanced by cost
-    pp_trace: bool = False  # time every action of the last step (slows the step) and write run.dir/pipeline_trace.json
+    pp_trace: bool = (
+        False  # time every action (slows steps); of the last step pipeline_trace.json, pipeline_timeline.png
+    )
     cp: int = 1  # processes the tokens of a sequence are split over
     cp_method: str = "ring"  # one of CP_METHODS
     cp_ulysses: int = 1  # ring or allgather between groups of this many of cp's processes, Ulysses inside them

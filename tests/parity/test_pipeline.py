@@ -300,6 +300,7 @@ def test_the_trace_shows_plan_and_execution(ranks: RankPool, one_process: _OnePr
     assert shown[0] == shown[1]
     assert len(shown[0]) == 2 * 3 * 3  # ranks, micro-batches, F I W
     assert all(e["dur"] > 0 for e in events if e["ph"] == "X")
+    assert (tmp_path / "run" / "pipeline_timeline.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(
@@ -311,6 +312,7 @@ def test_the_trace_shows_plan_and_execution(ranks: RankPool, one_process: _OnePr
         ({"parallel__pp_stages_per_rank": 0}, "parallel.pp_stages_per_rank=0 must be at least 1"),
         ({"train__compile": True, "parallel__pp_schedule": "zbv"}, "train.compile=true does not work"),
         ({"parallel__pp": 1, "parallel__pp_split": [9]}, "parallel.pp_split is set, and parallel.pp=1"),
+        ({"parallel__pp": 1, "parallel__pp_trace": True}, "parallel.pp_trace=true and parallel.pp=1 has no pipeline"),
     ],
 )
 def test_what_cannot_be_is_refused_with_its_reason(
