@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch._dynamo
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
@@ -45,13 +46,20 @@ def parallelize(
 ) -> DataParallel:
     """Apply the layout to `model` (on meta, with a ModuleList `blocks`), in place; the interface to its state."""
     # Recomputation inside a graph with tensor-parallel parameters fails: AOTAutograd (2.11, 2.13) then tries to save
-    # their device mesh for backward. Around the graph it works; what the graph saves is dropped and made again.
-    around = mesh.state["tp"].size() > 1 and blocks.activation_checkpoint.mode in ("full", "offload")
+    # their device mesh for backward. Around the graph it works; what the graph saves is dropped and made again. The
+    # same where attention over cp parts the graph in two: what contains both would not be compiled at all.
+    in_parts = mesh.batch["cp"].size() > 1
+    around = (mesh.state["tp"].size() > 1 or in_parts) and blocks.activation_checkpoint.mode in ("full", "offload")
+    if blocks.compile_backend is not None:
+        # Blocks of one kind share their graphs, but a constant of a layer (the site of its dropout, a window) makes one
+        # of its own. Beyond the limit, 8, one graph is an error and several fall back to eager code.
+        limit = 8 * len(list(model.blocks.children()))  # type: ignore[union-attr]
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, limit)
     for block in model.blocks:  # type: ignore[union-attr]
         if not around:
             apply_activation_checkpoint(block, blocks.activation_checkpoint)
         if blocks.compile_backend is not None:
-            compile_block(block, backend=blocks.compile_backend)
+            compile_block(block, backend=blocks.compile_backend, in_parts=in_parts)
         if around:
             apply_activation_checkpoint(block, blocks.activation_checkpoint)
         if blocks.activation_checkpoint.mode == "offload":
@@ -71,9 +79,12 @@ def parallelize(
     )
 
 
-def compile_block(block: nn.Module, *, backend: str) -> None:
-    """Compile block.forward to one graph. Hooks on the block stay outside the graph, parameter names as they are."""
-    block.forward = torch.compile(block.forward, backend=backend, fullgraph=True)
+def compile_block(block: nn.Module, *, backend: str, in_parts: bool = False) -> None:
+    """Compile block.forward to one graph, or to those before and behind what stays eager in it (`in_parts`).
+
+    Hooks on the block stay outside the graph, parameter names as they are.
+    """
+    block.forward = torch.compile(block.forward, backend=backend, fullgraph=not in_parts)
 
 
 def forward_units(model: nn.Module) -> list[tuple[nn.Module, list[str]]]:

@@ -172,6 +172,45 @@ def test_every_split_of_a_sequence_trains_the_same_model(
 
 
 @pytest.mark.parametrize(
+    ("variant", "method", "changes"),
+    [
+        ("masked", "ring", {}),
+        ("dropout", "ulysses", {"parallel__zero_stage": 3, "model__activation_checkpoint": "full"}),
+        ("window", "allgather", {"parallel__zero_stage": 1}),
+    ],
+)
+def test_compiled_blocks_around_attention_train_the_same_model(
+    ranks: RankPool, one_process: _OneProcess, tmp_path: Path, variant: str, method: str, changes: dict[str, Any]
+) -> None:
+    """A graph that swallows a message, keeps the positions of the first batch, or is not compiled after all."""
+    config, reference = one_process.of(variant)
+    layout = {"parallel__cp": 2, "parallel__cp_method": method, "train__micro_batch_size": 4}
+    layout |= {"train__compile": True, "train__compile_backend": "aot_eager"}
+    outcome, graphs = ranks.run(2, _run_and_count_graphs, changed(config, tmp_path / "run", **layout | changes))[0]
+    _assert_same_model(outcome, reference)
+    assert graphs >= 4  # before and behind attention, with gradients and, in validation, without
+
+
+@pytest.mark.parametrize("cp", [1, 2])
+def test_every_one_of_many_layers_is_compiled(
+    ranks: RankPool, one_process: _OneProcess, tmp_path: Path, cp: int
+) -> None:
+    """More layers with dropout than torch compiles variants of a function: an error, or the rest eager."""
+    config, _ = one_process.of("dropout")
+    layers = {"model__num_layers": 9, "train__steps": 1, "schedule__warmup_steps": 0, "train__eval_interval": 0}
+    layers |= {"parallel__cp": cp, "train__compile": True, "train__compile_backend": "eager"}
+    _, graphs = ranks.run(cp, _run_and_count_graphs, changed(config, tmp_path / "run", **layers))[0]
+    assert graphs >= {1: 9, 2: 9 + 4}[cp]  # one per layer; around attention four more that layers share
+
+
+def _run_and_count_graphs(config: TrainConfig) -> tuple[Outcome | None, int]:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    outcome = run_here(config)
+    return outcome, torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.parametrize(
     ("method", "attention"), [("ring", "reference"), ("ulysses", "sdpa"), ("allgather", "reference")]
 )
 def test_a_checkpoint_moves_between_splits_and_a_sample_is_the_same(
