@@ -7,15 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.parity.harness import (
-    changed,
-    gradient_deviation,
-    loss_deviation,
-    run_on,
-    text_corpus,
-    tiny_config,
-    weight_deviation,
-)
+from tests.parity.harness import References, assert_same_model, changed, run_on, text_corpus
 from tests.pool import RankPool
 
 SHAPE: dict[str, Any] = {
@@ -72,30 +64,17 @@ LAYOUTS: list[tuple[str, int, dict[str, Any]]] = [
 
 
 @pytest.fixture(scope="module")
-def one_process(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def references(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> References:
     folder = tmp_path_factory.mktemp("composed")
-    corpus = text_corpus(folder)
-    made = {}
-    for name, changes in MODELS.items():
-        config = tiny_config(folder / name, corpus, **SHAPE | changes)
-        reference = run_on(ranks, 1, config)
-        other = run_on(ranks, 1, changed(config, folder / f"{name}-split", train__micro_batch_size=1))
-        made[name] = (config, reference, weight_deviation(other, reference))
-    return made
+    variants = {name: SHAPE | changes for name, changes in MODELS.items()}
+    return References(ranks, text_corpus(folder), folder, variants, splits=(1, 8), feature_parts=(2, 4))
 
 
 @pytest.mark.parametrize(("model", "world_size", "changes"), LAYOUTS)
 def test_axes_together_train_the_same_model(
-    ranks: RankPool,
-    one_process: dict[str, Any],
-    tmp_path: Path,
-    model: str,
-    world_size: int,
-    changes: dict[str, Any],
+    ranks: RankPool, references: References, tmp_path: Path, model: str, world_size: int, changes: dict[str, Any]
 ) -> None:
     """A gradient summed over one axis twice, a mask or dropout draw that knows one axis but not the other."""
-    config, reference, sensitivity = one_process[model]
-    outcome = run_on(ranks, world_size, changed(config, tmp_path / "run", **{"train__micro_batch_size": 1} | changes))
-    assert loss_deviation(outcome, reference) <= 1e-6
-    assert gradient_deviation(outcome, reference) <= 1e-5
-    assert weight_deviation(outcome, reference) <= 10 * sensitivity
+    reference = references.of(model)
+    config = changed(reference.config, tmp_path / "run", **{"train__micro_batch_size": 1} | changes)
+    assert_same_model(run_on(ranks, world_size, config), reference)
