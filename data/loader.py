@@ -2,7 +2,8 @@
 
 The run's samples are numbered 0, 1, 2, ... whatever the layout. With G samples in a global batch, step s (from 1) takes
 samples (s-1) G .. s G - 1; of these rank r of R takes the contiguous slice r G/R .. (r+1) G/R - 1, in micro-batches of
-consecutive samples. So the position of a run is one number, the samples consumed, and any rank can go on from it.
+consecutive samples, of which the last may be smaller. So the position of a run is one number, the samples consumed, and
+any rank can go on from it.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ Cursors = dict[str, list[int]]
 
 @dataclass(frozen=True)
 class Slice:
-    """Which samples of a global batch are whose."""
+    """Which samples of a global batch are whose. The last micro-batch of a rank holds what is left."""
 
     global_batch_size: int
     micro_batch_size: int
@@ -28,12 +28,13 @@ class Slice:
     world_size: int
 
     def __post_init__(self) -> None:
-        if self.global_batch_size % (self.world_size * self.micro_batch_size) or self.global_batch_size < 1:
+        if self.global_batch_size % self.world_size or self.global_batch_size < 1:
             raise DataError(
                 f"train.global_batch_size={self.global_batch_size} is not a multiple of {self.world_size} "
-                f"data-parallel ranks x train.micro_batch_size={self.micro_batch_size}; use a multiple of "
-                f"{self.world_size * self.micro_batch_size}"
+                f"data-parallel ranks; use a multiple of {self.world_size}"
             )
+        if self.micro_batch_size < 1:
+            raise DataError(f"train.micro_batch_size={self.micro_batch_size} must be at least 1")
 
     @property
     def begin(self) -> int:
@@ -46,14 +47,12 @@ class Slice:
 
     @property
     def num_micro_batches(self) -> int:
-        return (self.end - self.begin) // self.micro_batch_size
+        return -(-(self.end - self.begin) // self.micro_batch_size)
 
     def numbers(self, first: int) -> list[list[int]]:
         """The sample numbers of each micro-batch of the step whose first sample is `first`."""
-        return [
-            list(range(low, low + self.micro_batch_size))
-            for low in range(first + self.begin, first + self.end, self.micro_batch_size)
-        ]
+        mine = list(range(first + self.begin, first + self.end))
+        return [mine[low : low + self.micro_batch_size] for low in range(0, len(mine), self.micro_batch_size)]
 
 
 class Reader(ABC):

@@ -16,12 +16,16 @@ global batch (trainer/loss.py).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import groupby
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
@@ -51,8 +55,11 @@ class DataParallel(ABC):
         """After `start_pipeline`: these parameters have had their last contribution, and may be reduced."""
 
     @abstractmethod
-    def add_gradient(self, parameter: torch.Tensor, grad: torch.Tensor) -> None:
-        """Take a gradient that autograd does not deliver, because its computation was put off."""
+    def add_gradient(self, name: str, grad: torch.Tensor) -> None:
+        """Take this rank's gradient of what it computes with of a parameter, where autograd does not deliver it.
+
+        Every rank that shares the parameter's state adds the same ones in the same order.
+        """
 
     @abstractmethod
     def finish_backward(self) -> None:
@@ -69,13 +76,30 @@ class FullyShardedDataParallel(DataParallel):
     Stage 2 keeps parameters gathered from the first forward to the last backward of a step, stage 3 gathers each
     block anew. Gradients are reduce-scattered after every micro-batch, so no rank ever holds whole ones, and are
     summed over replicas after the last.
+
+    fully_shard reduces what autograd delivers; what `add_gradient` brings is cut and reduced here in the same way. In a
+    pipeline the sum over replicas is taken here too: fully_shard would take it in one backward for all, and until then
+    keep sums of the parameters that every backward reaches, while two stages on one rank reach different ones.
     """
 
-    def __init__(self, model: FSDPModule, *, zero_stage: int) -> None:
+    def __init__(
+        self,
+        model: FSDPModule,
+        *,
+        zero_stage: int,
+        shards: DeviceMesh,
+        replicas: DeviceMesh | None,
+        reduce_dtype: torch.dtype,
+    ) -> None:
+        """replicas: those that fully_shard does not know of."""
         assert isinstance(model, nn.Module)
         self.model = model
         self.keep_gathered = zero_stage == 2
+        self.shards, self.replicas = shards, replicas
+        self.reduce_dtype = reduce_dtype
         self.masters = dict(model.named_parameters())
+        self._arriving: deque[_ScatteredGradient] = deque()
+        self._summing: list[tuple[list[torch.Tensor], torch.Tensor, dist.Work]] = []  # shards, their copy on its way
 
     def start_microbatch(self, *, last: bool) -> None:
         # Between replicas (HSDP: between nodes) gradients travel once per step; fully_shard keeps the sums till then.
@@ -84,19 +108,65 @@ class FullyShardedDataParallel(DataParallel):
             self.model.set_reshard_after_backward(last)
 
     def start_pipeline(self) -> None:
-        self.model.set_requires_all_reduce(True)  # which backward is a parameter's last depends on its stage
         if self.keep_gathered:
             self.model.set_reshard_after_backward(False)
 
     def gradients_complete(self, names: Iterable[str]) -> None:
-        """Nothing: every backward has reduced its own."""
+        if self.replicas is None:
+            return
+        self._receive()
+        for _, unit in groupby(names, key=lambda name: name.split(".")[:2]):  # the weights of a block travel together
+            self._sum_over_replicas(list(unit))
 
-    def add_gradient(self, parameter: torch.Tensor, grad: torch.Tensor) -> None:
-        raise RuntimeError(
-            "fully_shard reduces what autograd delivers; split backward needs parallel.zero_stage=0 or 1"
-        )
+    @torch.no_grad()
+    def add_gradient(self, name: str, grad: torch.Tensor) -> None:
+        rows = grad.movedim(_cut_dim(self.masters[name]), 0)
+        num_ranks = self.shards.size()
+        buffer = rows.new_empty(-(-len(rows) // num_ranks) * num_ranks, *rows.shape[1:], dtype=self.reduce_dtype)
+        buffer[: len(rows)] = rows
+        buffer[len(rows) :] = 0  # what makes the cut even
+        buffer = buffer.view(num_ranks, -1)
+        rank, group = self.shards.get_local_rank(), self.shards.get_group()
+        work = reduce_scatter_rows(buffer, rank=rank, group=group, async_op=True)
+        # It travels while the next one is computed; waiting before that one leaves keeps two whole gradients at most.
+        self._receive()
+        self._arriving.append(_ScatteredGradient(name, buffer[rank], work))
 
+    @torch.no_grad()
+    def _receive(self) -> None:
+        """Add what was reduced to the masters' gradients."""
+        while self._arriving:
+            name, row, work = self._arriving.popleft()
+            assert work is not None
+            work.wait()
+            master = self.masters[name]
+            local, dim = local_tensor(master), _cut_dim(master)
+            grad = row[: local.numel()].view(local.movedim(dim, 0).shape).movedim(0, dim)
+            if master.grad is None:
+                master.grad = torch.zeros_like(master)
+            local_tensor(master.grad).add_(grad.to(local.device))  # offloaded: in host memory
+
+    @torch.no_grad()
+    def _sum_over_replicas(self, names: list[str]) -> None:
+        """Start it; `finish_backward` ends it."""
+        assert self.replicas is not None
+        # What never arrived is named by finish_backward.
+        grads = [local_tensor(grad) for name in names if (grad := self.masters[name].grad) is not None]
+        if not sum(grad.numel() for grad in grads):
+            return
+        together = torch.cat([grad.flatten() for grad in grads]).to(self.replicas.device_type, self.reduce_dtype)
+        work = dist.all_reduce(together, group=self.replicas.get_group(), async_op=True)
+        assert work is not None
+        self._summing.append((grads, together, work))
+
+    @torch.no_grad()
     def finish_backward(self) -> None:
+        self._receive()
+        for grads, together, work in self._summing:
+            work.wait()
+            for grad, total in zip(grads, together.split([grad.numel() for grad in grads]), strict=True):
+                grad.copy_(total.view_as(grad))
+        self._summing.clear()
         for name, master in self.masters.items():
             if master.grad is None:
                 raise RuntimeError(f"parameter {name} received no gradient: it takes no part in the forward")
@@ -108,6 +178,22 @@ class FullyShardedDataParallel(DataParallel):
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
+
+
+class _ScatteredGradient(NamedTuple):
+    """A gradient on its way to the ranks that hold its shards."""
+
+    name: str
+    row: torch.Tensor  # of this rank, when it has come; then maybe padding
+    work: dist.Work | None
+
+
+def _cut_dim(master: torch.Tensor) -> int:
+    """The dim that fully_shard cuts, into pieces as torch.chunk does (of what tensor parallelism has left)."""
+    assert isinstance(master, DTensor)
+    placement = master.placements[(master.device_mesh.mesh_dim_names or ()).index("shard")]
+    assert isinstance(placement, (Shard, _StridedShard))
+    return placement.dim
 
 
 class _Bucket:
@@ -176,7 +262,6 @@ class BucketedDataParallel(DataParallel):
             for layout in layouts
         ]
         self._bucket_of = {slot.name: (b, slot) for b in self.buckets for slot in b.layout.slots}
-        self._name_of: dict[torch.Tensor, str] = {parameter: name for name, parameter in self.params.items()}
         self._next_launch = 0
         self._last_microbatch = False
         self._make_masters(master_dtype)
@@ -247,8 +332,7 @@ class BucketedDataParallel(DataParallel):
                 bucket.missing.discard(name)
         self._launch_ready()
 
-    def add_gradient(self, parameter: torch.Tensor, grad: torch.Tensor) -> None:
-        name = self._name_of[parameter]
+    def add_gradient(self, name: str, grad: torch.Tensor) -> None:
         bucket, slot = self._bucket_of[name]
         slot.copy_in(bucket.gradients, grad, accumulate=name in bucket.filled)
         bucket.filled.add(name)
@@ -259,7 +343,7 @@ class BucketedDataParallel(DataParallel):
     def _gradient_hook(self, name: str):  # type: ignore[no-untyped-def]
         def hook(parameter: torch.Tensor) -> None:
             assert parameter.grad is not None
-            self.add_gradient(self.params[name], local_tensor(parameter.grad))
+            self.add_gradient(name, local_tensor(parameter.grad))
             parameter.grad = None
 
         return hook

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from parallel.pipeline.schedules import SPLIT_BACKWARD
-
 CP_METHODS = ("ring", "ulysses", "allgather")
 
 
@@ -25,7 +23,9 @@ class ParallelConfig:
     pp_schedule: str = "1f1b"  # gpipe, 1f1b, interleaved_1f1b, zero_bubble, zbv, dualpipev
     pp_stages_per_rank: int = 2  # interleaved_1f1b: pieces of the model each pipeline rank holds
     pp_split: list[int] | None = None  # layers of each stage, first to last; None: balanced by cost
-    pp_trace: bool = False  # time every action of the last step (slows the step) and write run.dir/pipeline_trace.json
+    pp_trace: bool = (
+        False  # time every action (slows steps); of the last step pipeline_trace.json, pipeline_timeline.png
+    )
     cp: int = 1  # processes the tokens of a sequence are split over
     cp_method: str = "ring"  # one of CP_METHODS
     cp_ulysses: int = 1  # ring or allgather between groups of this many of cp's processes, Ulysses inside them
@@ -105,17 +105,6 @@ def problems(config: ParallelConfig, world_size: int) -> list[str]:
         )
     if config.zero_stage not in (0, 1, 2, 3):
         found.append(f"parallel.zero_stage={config.zero_stage} is not a ZeRO stage; use 0, 1, 2 or 3")
-    if config.pp > 1 and config.zero_stage in (2, 3) and config.pp_schedule in SPLIT_BACKWARD:
-        found.append(
-            f"parallel.zero_stage={config.zero_stage} does not work with parallel.pp_schedule={config.pp_schedule}: "
-            "fully_shard reduces gradients as autograd delivers them, and split backward computes weight gradients "
-            "after it; use zero_stage 0 or 1, or gpipe, 1f1b or interleaved_1f1b"
-        )
-    if config.pp > 1 and config.tp > 1 and config.pp_schedule in SPLIT_BACKWARD:
-        found.append(
-            f"parallel.pp_schedule={config.pp_schedule} puts weight gradients off, and layers of parallel.tp="
-            f"{config.tp} compute them while their input gradient travels; use gpipe, 1f1b or interleaved_1f1b, or tp=1"
-        )
     if config.cpu_offload and config.zero_stage in (0, 1):
         found.append(
             f"parallel.cpu_offload=true does not work with parallel.zero_stage={config.zero_stage}, which keeps whole "

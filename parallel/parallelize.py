@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch._dynamo
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
@@ -45,13 +46,20 @@ def parallelize(
 ) -> DataParallel:
     """Apply the layout to `model` (on meta, with a ModuleList `blocks`), in place; the interface to its state."""
     # Recomputation inside a graph with tensor-parallel parameters fails: AOTAutograd (2.11, 2.13) then tries to save
-    # their device mesh for backward. Around the graph it works; what the graph saves is dropped and made again.
-    around = mesh.state["tp"].size() > 1 and blocks.activation_checkpoint.mode in ("full", "offload")
+    # their device mesh for backward. Around the graph it works; what the graph saves is dropped and made again. The
+    # same where attention over cp parts the graph in two: what contains both would not be compiled at all.
+    in_parts = mesh.batch["cp"].size() > 1
+    around = (mesh.state["tp"].size() > 1 or in_parts) and blocks.activation_checkpoint.mode in ("full", "offload")
+    if blocks.compile_backend is not None:
+        # Blocks of one kind share their graphs, but a constant of a layer (the site of its dropout, a window) makes one
+        # of its own. Beyond the limit, 8, one graph is an error and several fall back to eager code.
+        limit = 8 * len(list(model.blocks.children()))  # type: ignore[union-attr]
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, limit)
     for block in model.blocks:  # type: ignore[union-attr]
         if not around:
             apply_activation_checkpoint(block, blocks.activation_checkpoint)
         if blocks.compile_backend is not None:
-            compile_block(block, backend=blocks.compile_backend)
+            compile_block(block, backend=blocks.compile_backend, in_parts=in_parts)
         if around:
             apply_activation_checkpoint(block, blocks.activation_checkpoint)
         if blocks.activation_checkpoint.mode == "offload":
@@ -71,9 +79,12 @@ def parallelize(
     )
 
 
-def compile_block(block: nn.Module, *, backend: str) -> None:
-    """Compile block.forward to one graph. Hooks on the block stay outside the graph, parameter names as they are."""
-    block.forward = torch.compile(block.forward, backend=backend, fullgraph=True)
+def compile_block(block: nn.Module, *, backend: str, in_parts: bool = False) -> None:
+    """Compile block.forward to one graph, or to those before and behind what stays eager in it (`in_parts`).
+
+    Hooks on the block stay outside the graph, parameter names as they are.
+    """
+    block.forward = torch.compile(block.forward, backend=backend, fullgraph=not in_parts)
 
 
 def forward_units(model: nn.Module) -> list[tuple[nn.Module, list[str]]]:
@@ -99,8 +110,10 @@ def _shard_fully(
     from the head's weight inside the root's forward see one gathered tensor.
     """
     model.to(precision.master_dtype)
+    replicated = mesh.state["dp_replicate"].size() > 1
+    pipelined = mesh.state["pp"].size() > 1
     options: dict[str, Any] = {
-        "mesh": mesh.state["dp_replicate", "shard"] if mesh.state["dp_replicate"].size() > 1 else mesh.state["shard"],
+        "mesh": mesh.state["dp_replicate", "shard"] if replicated and not pipelined else mesh.state["shard"],
         # Inputs stay as they are: casting them would round the fp32 rotary tables that every block is given.
         "mp_policy": MixedPrecisionPolicy(
             param_dtype=precision.compute_dtype, reduce_dtype=precision.reduce_dtype, cast_forward_inputs=False
@@ -122,7 +135,13 @@ def _shard_fully(
             module.set_force_sum_reduction_for_comms(True)
     model.to_empty(device=torch.device("cpu") if config.cpu_offload else device)
     assert isinstance(model, FSDPModule)
-    return FullyShardedDataParallel(model, zero_stage=config.zero_stage)
+    return FullyShardedDataParallel(
+        model,
+        zero_stage=config.zero_stage,
+        shards=mesh.state["shard"],
+        replicas=mesh.state["dp_replicate"] if replicated and pipelined else None,
+        reduce_dtype=precision.reduce_dtype,
+    )
 
 
 def _other_dim(parameter: nn.Parameter, shard_size: int) -> Shard | None:

@@ -128,6 +128,25 @@ class ColumnParallelLinear(nn.Module):
             return local_shard(parameter, grad="sharded")
         return local_shard(parameter, grad="partial")[self.rows[0] : self.rows[1]]
 
+    def gradient(self, of_rows: Tensor) -> Tensor:
+        """The gradient of what this rank holds of a parameter, from that of its `local` rows: what autograd makes of
+        it by itself. Shared parameters: the sum over the axis."""
+        if not self.shared:
+            return of_rows
+        summand = of_rows.new_zeros(self.weight.shape[0], *of_rows.shape[1:])
+        summand[self.rows[0] : self.rows[1]] = of_rows
+        return wait(start_all_reduce(summand, self.axis))
+
+    def together(self, x: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor, ...]:
+        """`project`; split backward replaces it (parallel/pipeline/weight_gradients.py)."""
+        weights: list[Tensor] = []
+        biases: list[Tensor | None] = []
+        for layer in layers:
+            assert isinstance(layer, ColumnParallelLinear)
+            weights.append(layer.local(layer.weight))
+            biases.append(None if layer.bias is None else layer.local(layer.bias))
+        return _Columns.apply(x, self.axis, self.sequence_parallel, *weights, *biases)
+
 
 def project(x: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor, ...]:
     """What several layers make of one input: column-parallel ones with one collective for all, or plain ones.
@@ -135,15 +154,22 @@ def project(x: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor, ...]:
     x [B, T, I], or [B, T/R, I] with sequence parallelism, to [B, T, O/R] per layer.
     """
     first = layers[0]
-    if not isinstance(first, ColumnParallelLinear):
-        return tuple(layer(x) for layer in layers)
-    weights: list[Tensor] = []
-    biases: list[Tensor | None] = []
-    for layer in layers:
-        assert isinstance(layer, ColumnParallelLinear)
-        weights.append(layer.local(layer.weight))
-        biases.append(None if layer.bias is None else layer.local(layer.bias))
-    return _Columns.apply(x, first.axis, first.sequence_parallel, *weights, *biases)
+    return first.together(x, layers) if isinstance(first, ColumnParallelLinear) else tuple(layer(x) for layer in layers)
+
+
+def whole_input(x: Tensor, axis: Axis, *, sequence_parallel: bool) -> Tensor:
+    """What column-parallel layers multiply: x, or with sequence parallelism the slices [B, T/R, I] of all ranks."""
+    return _gather(x, axis, SEQUENCE_DIM) if sequence_parallel else x
+
+
+def start_input_gradient(
+    grads: Sequence[Tensor], weights: Sequence[Tensor], axis: Axis, *, sequence_parallel: bool
+) -> Tensor:
+    """The gradient of x by the outputs y_i = x W_i^T of all ranks, on its way; take it with `wait`."""
+    d_x = grads[0] @ weights[0]
+    for grad, weight in zip(grads[1:], weights[1:], strict=True):
+        d_x = d_x + grad @ weight
+    return start_reduce_scatter(d_x, axis, dim=SEQUENCE_DIM) if sequence_parallel else start_all_reduce(d_x, axis)
 
 
 class _Columns(torch.autograd.Function):
@@ -153,7 +179,7 @@ class _Columns(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, axis: Axis, sequence_parallel: bool, *parameters: Any) -> tuple[Tensor, ...]:
         num = len(parameters) // 2  # weights, then a bias or None for each
         weights, biases = parameters[:num], parameters[num:]
-        whole = _gather(x, axis, SEQUENCE_DIM) if sequence_parallel else x
+        whole = whole_input(x, axis, sequence_parallel=sequence_parallel)
         ctx.axis, ctx.sequence_parallel = axis, sequence_parallel
         ctx.has_bias = [bias is not None for bias in biases]
         ctx.save_for_backward(whole, *weights)
@@ -162,13 +188,7 @@ class _Columns(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         whole, *weights = ctx.saved_tensors
-        d_x = grads[0] @ weights[0]
-        for grad, weight in zip(grads[1:], weights[1:], strict=True):
-            d_x = d_x + grad @ weight
-        if ctx.sequence_parallel:
-            pending = start_reduce_scatter(d_x, ctx.axis, dim=SEQUENCE_DIM)
-        else:
-            pending = start_all_reduce(d_x, ctx.axis)
+        pending = start_input_gradient(grads, weights, ctx.axis, sequence_parallel=ctx.sequence_parallel)
         rows = whole.flatten(0, -2)
         flat = [grad.flatten(0, -2) for grad in grads]
         d_weights = [grad.t() @ rows for grad in flat]
@@ -192,11 +212,14 @@ class RowParallelLinear(nn.Module):
         self.bias = empty_parameter(out_features, mesh=groups.tp, placement=Replicate()) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        summand = F.linear(x, local_shard(self.weight, grad="sharded"))
-        y = leave(summand, self.axis, sequence_parallel=self.sequence_parallel)
+        y = leave(self.summand(x), self.axis, sequence_parallel=self.sequence_parallel)
         if self.bias is None:
             return y
         return y + local_shard(self.bias, grad="partial" if self.sequence_parallel else "replicated")
+
+    def summand(self, x: Tensor) -> Tensor:
+        """This rank's part of x W^T; split backward replaces it (parallel/pipeline/weight_gradients.py)."""
+        return F.linear(x, local_shard(self.weight, grad="sharded"))
 
 
 class VocabParallelEmbedding(nn.Module):

@@ -23,7 +23,7 @@ class LoopConfig:
     steps: int = 100
     seq_len: int = 1024  # tokens of a sequence
     global_batch_size: int = 8  # sequences of a step, over all ranks
-    micro_batch_size: int = 1  # sequences per rank per micro-batch
+    micro_batch_size: int = 1  # sequences per rank per micro-batch; the last one of a step has what is left
     seed: int = 0
     grad_clip: float = 1.0  # largest global gradient norm; 0: no clipping
     compile: bool = False  # torch.compile each block

@@ -21,6 +21,7 @@ from parallel.pipeline.layout import PipelineLayout, make_layout
 from parallel.pipeline.program import Step, make_programs
 from parallel.pipeline.schedules import Schedule
 from parallel.pipeline.simulate import simulate
+from parallel.pipeline.timeline import draw
 from parallel.pipeline.trace import chrome_trace
 from parallel.pipeline.weight_gradients import WeightGradients
 from trainer.gradients import local_shard_of
@@ -142,12 +143,16 @@ class PipelinedPasses:
         return logits
 
     def write_trace(self, run_dir: Path) -> None:
-        """pipeline_trace.json: planned and executed time line of the newest step. Collective; global rank 0 writes."""
+        """pipeline_trace.json and pipeline_timeline.png: planned and executed time line of the newest step.
+
+        Collective; global rank 0 writes.
+        """
         assert self._traced is not None
         executed: list[list] = [[] for _ in range(self.layout.num_ranks)]
         dist.all_gather_object(executed, self.executor.executed, group=self.group)
         if dist.get_rank() == 0:  # of its own pipeline, where there are several beside each other
             (run_dir / "pipeline_trace.json").write_text(json.dumps(chrome_trace(simulate(self._traced), executed)))
+            draw(self._traced, executed).savefig(run_dir / "pipeline_timeline.png")
 
     def _program(self, schedule: Schedule) -> tuple[Step, ...]:
         if schedule not in self._programs:

@@ -47,10 +47,10 @@ def problems(config: TrainConfig, model: ModelConfig) -> list[str]:
         on_context(model.attention, method)
     except ValueError as error:
         found.append(str(error))
-    if config.train.compile:
+    if config.train.compile and model.activation_checkpoint == "selective":
         found.append(
-            f"train.compile=true does not work with parallel.cp={cp}: a block with messages between ranks is not one "
-            "graph; use train.compile=false"
+            "model.activation_checkpoint=selective with train.compile=true picks operations of one graph, which "
+            f"attention over parallel.cp={cp} parts in two; use none, full or offload, or train.compile=false"
         )
     return found if model.num_kv_heads is None else found + _head_problems(config.parallel, model)
 

@@ -176,12 +176,12 @@ def _cross_problems(config: TrainConfig, world_size: int) -> list[str]:
     if dims_problems(config.parallel, world_size) or train.micro_batch_size < 1 or train.global_batch_size < 1:
         return found  # the layout is unknown; its own problem has been named
     dp = ParallelDims.resolve(config.parallel, world_size).dp
-    together = dp * train.micro_batch_size
-    if train.global_batch_size % together:
-        nearest = max(together, round(train.global_batch_size / together) * together)
+    if train.global_batch_size % dp:
+        below = train.global_batch_size // dp * dp
+        nearest = f"{below} or {below + dp}" if below else f"{dp}"
         found.append(
-            f"train.global_batch_size={train.global_batch_size} does not divide into {dp} data-parallel ranks x "
-            f"train.micro_batch_size={train.micro_batch_size}; use a multiple of {together}, such as {nearest}"
+            f"train.global_batch_size={train.global_batch_size} does not divide into {dp} data-parallel ranks; use a "
+            f"multiple of {dp}, such as {nearest}"
         )
     if train.compile and config.parallel.pp > 1 and config.parallel.pp_schedule in SPLIT_BACKWARD:
         found.append(

@@ -48,11 +48,15 @@ class ContextAttention:
     def __init__(self, groups: ModelParallel) -> None:
         self.ring, self.ulysses, self.method = groups.cp_ring, groups.cp_ulysses, groups.cp_method
 
+    @torch.compiler.disable(reason="messages between ranks")
     def by_heads(self, q: Tensor, k: Tensor, v: Tensor, attend: Callable[..., Tensor]) -> Tensor:
         """attend with all tokens of cp_ulysses and a share of the heads. q [B, T, H, K], k, v [B, T, G, K].
 
         attend(q [B, UT, H/U, K], k, v, first_head=the number of its first head) returns [B, UT, H/U, K]; its tokens are
         a zigzag part of the sequence over cp_ring, or all of it where there is none. Returns [B, T, H, K].
+
+        All of this stays out of compiled graphs, which it parts in two: messages of a ring are started and waited for
+        in an order that a graph does not promise, and one graph of all pairs of chunks would be compiled per rank.
         """
         if self.ulysses is None:
             return attend(q, k, v, first_head=0)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from parallel.dims import ParallelConfig
 from parallel.pipeline.schedules import SCHEDULES, Schedule, forward_only, make_schedule, placement, stages_per_rank
 from parallel.pipeline.stages import Stage, balance, make_stages
+from parallel.pipeline.timeline import problems as timeline_problems
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,15 @@ def make_layout(config: ParallelConfig, layer_costs: Sequence[float], *, head_co
 
 def problems(config: ParallelConfig, num_layers: int) -> list[str]:
     """Every reason why these layers cannot be split as asked, one line each."""
+    found = timeline_problems() if config.pp_trace else []
     if config.pp == 1:
-        return [] if config.pp_split is None else ["parallel.pp_split is set, and parallel.pp=1; leave it out"]
+        found += ["parallel.pp_trace=true and parallel.pp=1 has no pipeline to trace; use false"] * config.pp_trace
+        return found + ["parallel.pp_split is set, and parallel.pp=1; leave it out"] * (config.pp_split is not None)
+    return found + _stage_problems(config, num_layers)
+
+
+def _stage_problems(config: ParallelConfig, num_layers: int) -> list[str]:
+    """Of a real pipeline."""
     if config.pp_schedule not in SCHEDULES:
         return [f"parallel.pp_schedule={config.pp_schedule} is not a schedule; use {', '.join(SCHEDULES)}"]
     if config.pp_stages_per_rank < 1:

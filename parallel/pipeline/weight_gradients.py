@@ -10,7 +10,7 @@ The store is a side effect of backward, which torch.compile cannot see: blocks a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -19,11 +19,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from parallel.collectives import wait
+from parallel.tensor import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    local_shard,
+    start_input_gradient,
+    whole_input,
+)
+
 Key = tuple[int, int]
 """Stage and micro-batch."""
 
-Deliver = Callable[[Tensor, Tensor], None]
-"""Takes a parameter and a finished gradient of its shape, to be added to what the parameter has."""
+Deliver = Callable[[str, Tensor], None]
+"""Takes a finished gradient of what this rank computes with of a parameter, by name, to be added to what it has."""
+
+Compute = Callable[[], Iterator[tuple[str, Tensor]]]
+"""Names of parameters and their gradients, each computed when it is asked for, so that not all are held at once."""
 
 
 class WeightGradients:
@@ -32,7 +44,7 @@ class WeightGradients:
     def __init__(self) -> None:
         self.deliver: Deliver | None = None  # filled by trainer/pipelined.py
         self._collecting: Key | None = None
-        self._waiting: dict[Key, list[tuple[nn.Linear, Tensor, Tensor]]] = {}
+        self._waiting: dict[Key, list[Compute]] = {}
 
     @contextmanager
     def collect(self, key: Key) -> Iterator[None]:
@@ -43,60 +55,120 @@ class WeightGradients:
         finally:
             self._collecting = None
 
-    def add(self, layer: nn.Linear, inputs: Tensor, grad_output: Tensor) -> None:
-        """inputs [..., in], grad_output [..., out]."""
+    def add(self, compute: Compute) -> None:
         if self._collecting is None:
-            self._compute(layer, inputs, grad_output)
+            self._deliver(compute)
         else:
-            self._waiting[self._collecting].append((layer, inputs, grad_output))
+            self._waiting[self._collecting].append(compute)
 
     def run(self, key: Key) -> None:
         """Compute what was put off under this key, and free what it needed."""
-        for layer, inputs, grad_output in self._waiting.pop(key):
-            self._compute(layer, inputs, grad_output)
+        for compute in self._waiting.pop(key):
+            self._deliver(compute)
 
     @torch.no_grad()
-    def _compute(self, layer: nn.Linear, inputs: Tensor, grad_output: Tensor) -> None:
+    def _deliver(self, compute: Compute) -> None:
         assert self.deliver is not None
-        flat = grad_output.flatten(0, -2)
-        for parameter, compute in (
-            (layer.weight, lambda: flat.T @ inputs.flatten(0, -2)),
-            (layer.bias, lambda: flat.sum(0)),
-        ):
-            if parameter is not None and parameter.requires_grad:
-                self.deliver(parameter, compute())
+        for name, grad in compute():
+            self.deliver(name, grad)
+
+
+Linear = nn.Linear | RowParallelLinear
+
+
+def _operands(layer: Linear) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias as this rank multiplies with them. A row-parallel layer adds its bias itself, after its sum."""
+    if isinstance(layer, RowParallelLinear):
+        return local_shard(layer.weight, grad="sharded"), None
+    return layer.weight, layer.bias
 
 
 class _DeferringLinear(torch.autograd.Function):
     """y = x W^T + b, of which autograd sees x alone: weight and bias get their gradients from the store."""
 
     @staticmethod
-    def forward(ctx: Any, inputs: Tensor, layer: nn.Linear, store: WeightGradients) -> Tensor:
+    def forward(ctx: Any, inputs: Tensor, layer: Linear, name: str, store: WeightGradients) -> Tensor:
         ctx.save_for_backward(inputs)
-        ctx.layer, ctx.store = layer, store
-        return F.linear(inputs, layer.weight, layer.bias)
+        ctx.layer, ctx.name, ctx.store = layer, name, store
+        return F.linear(inputs, *_operands(layer))
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         (inputs,) = ctx.saved_tensors
-        ctx.store.add(ctx.layer, inputs, grad_output)
-        return grad_output @ ctx.layer.weight, None, None
+        weight, _ = _operands(ctx.layer)  # what the layer has now: fully_shard gathers it for backward
+        ctx.store.add(partial(_linear_gradients, ctx.layer, ctx.name, inputs, grad_output))
+        return grad_output @ weight, None, None, None
+
+
+def _linear_gradients(layer: Linear, name: str, inputs: Tensor, grad_output: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Of weight [out, in] and bias [out]; inputs [..., in], grad_output [..., out]."""
+    flat = grad_output.flatten(0, -2)
+    if layer.weight.requires_grad:
+        yield f"{name}.weight", flat.T @ inputs.flatten(0, -2)
+    if isinstance(layer, nn.Linear) and layer.bias is not None and layer.bias.requires_grad:
+        yield f"{name}.bias", flat.sum(0)
+
+
+class _DeferringColumns(torch.autograd.Function):
+    """`parallel.tensor.project` of column-parallel layers, of which autograd sees x alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layers: Sequence[ColumnParallelLinear], names: Sequence[str], store: Any) -> Any:
+        first = layers[0]
+        whole = whole_input(x, first.axis, sequence_parallel=first.sequence_parallel)
+        ctx.save_for_backward(whole)
+        ctx.layers, ctx.names, ctx.store = layers, names, store
+        return tuple(
+            F.linear(whole, layer.local(layer.weight), None if layer.bias is None else layer.local(layer.bias))
+            for layer in layers
+        )
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (whole,) = ctx.saved_tensors
+        first = ctx.layers[0]
+        weights = [layer.local(layer.weight) for layer in ctx.layers]
+        pending = start_input_gradient(grads, weights, first.axis, sequence_parallel=first.sequence_parallel)
+        ctx.store.add(partial(_column_gradients, ctx.layers, ctx.names, whole, grads))
+        return wait(pending), None, None, None
+
+
+def _column_gradients(
+    layers: Sequence[ColumnParallelLinear], names: Sequence[str], whole: Tensor, grads: Sequence[Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    """Collective over tp where layers share rows; the ranks of the axis run the same schedule."""
+    rows = whole.flatten(0, -2)
+    for layer, name, grad in zip(layers, names, grads, strict=True):
+        flat = grad.flatten(0, -2)
+        if layer.weight.requires_grad:
+            yield f"{name}.weight", layer.gradient(flat.T @ rows)
+        if layer.bias is not None and layer.bias.requires_grad:
+            yield f"{name}.bias", layer.gradient(flat.sum(0))
 
 
 def defer_weight_gradients(blocks: nn.Module) -> WeightGradients:
-    """Make every nn.Linear in `blocks` put its weight gradient off on demand, in place; the store they share.
+    """Make every linear layer in `blocks` put its weight gradient off on demand, in place; the store they share.
 
-    Their inputs must need a gradient, as those inside a block do. Raises TypeError for a weight matrix in another kind
-    of layer, which would be computed in the input pass and make the schedule's plan wrong.
+    The store names parameters as a model does that has these as its `blocks`. Inputs must need a gradient, as those
+    inside a block do. Raises TypeError for a weight matrix in another kind of layer, which would be computed in the
+    input pass and make the schedule's plan wrong.
     """
     store = WeightGradients()
+    names = {module: f"blocks.{name}" for name, module in blocks.named_modules()}
 
-    def forward(inputs: Tensor, *, layer: nn.Linear) -> Tensor:
-        return _DeferringLinear.apply(inputs, layer, store)
+    def linear(x: Tensor, *, layer: Linear) -> Tensor:
+        return _DeferringLinear.apply(x, layer, names[layer], store)
 
-    for name, module in blocks.named_modules():
+    def columns(x: Tensor, layers: Sequence[ColumnParallelLinear]) -> tuple[Tensor, ...]:
+        return _DeferringColumns.apply(x, layers, [names[layer] for layer in layers], store)
+
+    for module, name in names.items():
         if type(module) is nn.Linear:
-            module.forward = partial(forward, layer=module)  # type: ignore[method-assign]
+            module.forward = partial(linear, layer=module)  # type: ignore[method-assign]
+        elif isinstance(module, RowParallelLinear):
+            module.summand = partial(linear, layer=module)  # type: ignore[method-assign]
+        elif isinstance(module, ColumnParallelLinear):
+            module.together = columns  # type: ignore[method-assign, assignment]
         elif any(parameter.ndim > 1 for parameter in module.parameters(recurse=False)):
-            raise TypeError(f"blocks.{name} ({type(module).__name__}) has weights whose gradient cannot be put off")
+            raise TypeError(f"{name} ({type(module).__name__}) has weights whose gradient cannot be put off")
     return store

@@ -54,7 +54,7 @@ def test_a_run_stopped_anywhere_goes_on_as_if_it_had_not_on_any_layout(source, t
     whole, end = run(config, 24)
     assert [number for number, _, _ in whole] == list(range(24 * 8))
     for (before, after), stop in zip(
-        itertools.permutations([(1, 2), (2, 1), (2, 4), (4, 2)], 2),
+        itertools.permutations([(1, 3), (2, 1), (2, 4), (4, 2)], 2),
         [0, 1, 2, 3, 5, 8, 13, 21, 22, 23, 24, 11],
         strict=True,
     ):
@@ -113,8 +113,17 @@ def test_every_sequence_of_a_batch_has_one_rank_and_micro_batch():
         numbers = [n for one in slices for batch in one.numbers(100) for n in batch]
         assert numbers == list(range(100, 100 + slices[0].global_batch_size))
         assert all(len(batch) == micro for one in slices for batch in one.numbers(0))
-    with pytest.raises(DataError, match=r"train.global_batch_size=10 is not a multiple of 2 .*; use a multiple of 4"):
-        Slice(10, 2, 0, 2)
+    with pytest.raises(DataError, match=r"train.global_batch_size=9 is not a multiple of 2 .*; use a multiple of 2"):
+        Slice(9, 2, 0, 2)
+
+
+def test_the_last_micro_batch_of_a_rank_holds_what_is_left():
+    """Sequences dropped, read by two ranks, or pushed into the next step because they fill no micro-batch."""
+    slices = [Slice(14, 3, rank, 2) for rank in range(2)]
+    assert slices[0].numbers(28) == [[28, 29, 30], [31, 32, 33], [34]]
+    assert slices[1].numbers(28) == [[35, 36, 37], [38, 39, 40], [41]]
+    assert [one.num_micro_batches for one in slices] == [3, 3]
+    assert Slice(4, 9, 1, 2).numbers(0) == [[2, 3]]
 
 
 def test_validation_is_the_same_at_every_call_on_every_layout_and_disjoint_from_training(tmp_path, folder):

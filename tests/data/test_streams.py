@@ -67,7 +67,7 @@ def test_a_stream_stopped_anywhere_goes_on_as_if_it_had_not_on_any_layout(num_fi
     """A document repeated or skipped on resuming with other ranks; also when two ranks share a stream."""
     config = stream_config(tmp_path, num_files, validation_fraction=0.1, mask_documents=True)
     whole, end = run(config, 30)
-    layouts = [(1, 2), (2, 1), (4, 2), (8, 1)]
+    layouts = [(1, 3), (2, 1), (4, 2), (8, 1)]
     for (before, after), stop in zip(
         itertools.permutations(layouts, 2), [0, 1, 2, 3, 5, 8, 13, 21, 29, 30, 11, 17], strict=True
     ):

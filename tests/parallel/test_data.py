@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -62,11 +63,11 @@ def _data() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _build(
-    stage: int, dp_replicate: int, *, precision: PrecisionConfig | None = None, bucket_mb: float = 0.002
+    stage: int, dp_replicate: int, *, precision: PrecisionConfig | None = None, bucket_mb: float = 0.002, **axes: Any
 ) -> tuple[nn.Module, DataParallel]:
     """A model in the given layout with `_weights`; buckets of ~2 KiB, so that there are several."""
     precision = precision or PrecisionConfig()
-    config = ParallelConfig(dp_replicate=dp_replicate, zero_stage=stage, bucket_mb=bucket_mb)
+    config = ParallelConfig(dp_replicate=dp_replicate, zero_stage=stage, bucket_mb=bucket_mb, **axes)
     mesh = build_mesh(ParallelDims.resolve(config, dist.get_world_size()), "cpu")
     with torch.device("meta"):
         model = _Model()
@@ -307,3 +308,50 @@ def test_gradients_cross_replicas_once_per_step(ranks: RankPool, stage: int) -> 
     """Two micro-batches. An all-reduce for each of them is traffic between nodes, the slowest there is."""
     all_reduces = ranks.run(4, _collectives, stage, 2)[0]["allreduce"]
     assert all_reduces == (1 if stage == 1 else NUM_BLOCKS + 1)
+
+
+def _delivered(stage: int, dp_replicate: int, axes: dict[str, Any]) -> tuple[float, Counter[str]]:
+    """Bring two gradients of every parameter, in another order than the model's, as split backward does. The largest
+    relative error of their sum over the ranks of a pipeline stage, and the collectives issued."""
+    _, data_parallel = _build(stage, dp_replicate, **axes)
+    shapes = {name: value.shape for name, value in reversed(_weights().items())}
+    peers = dist.get_world_size() // axes.get("pp", 1)
+    mine = dist.get_rank() % peers
+    generator = torch.Generator().manual_seed(5)
+    brought = [{name: torch.randn(peers, *shape, generator=generator) for name, shape in shapes.items()} for _ in "ab"]
+    data_parallel.start_pipeline()
+    with _CollectiveCounter() as counter:
+        for gradients in brought:
+            for name, of_ranks in gradients.items():
+                data_parallel.add_gradient(name, of_ranks[mine])
+        data_parallel.gradients_complete(sorted(shapes))
+        data_parallel.finish_backward()
+    errors = []
+    for name, master in data_parallel.masters.items():
+        assert master.grad is not None
+        total = sum(gradients[name].sum(0) for gradients in brought)
+        errors.append(((_full(master.grad) - total).abs().max() / total.abs().max()).item())
+    return max(errors), counter.counts
+
+
+@pytest.mark.parametrize(
+    ("stage", "world_size", "dp_replicate", "axes"),
+    [
+        (0, 2, 2, {}),
+        (1, 4, 2, {}),
+        (2, 2, 1, {}),
+        (3, 4, 1, {}),
+        (3, 8, 2, {"pp": 2}),
+        (2, 4, 2, {"pp": 2, "dp_shard": 1}),
+        (3, 2, 1, {"cpu_offload": True}),
+    ],
+)
+def test_gradients_that_autograd_does_not_deliver_are_summed_like_others(
+    ranks: RankPool, stage: int, world_size: int, dp_replicate: int, axes: dict[str, Any]
+) -> None:
+    """Rows of an uneven cut on the wrong rank; a sum of one micro-batch, of one replica, or of a replica twice."""
+    for error, counts in ranks.run(world_size, _delivered, stage, dp_replicate, axes):
+        assert error <= 1e-6
+        if stage >= 2:  # each at once, so that no rank holds whole gradients; replicas once per block, table, norm
+            assert counts["reducescatterbase"] == 2 * len(_weights())
+            assert counts["allreduce"] == (NUM_BLOCKS + 3 if dp_replicate > 1 else 0)

@@ -24,10 +24,6 @@ def test_what_is_left_goes_to_dp_shard() -> None:
         (ParallelConfig(dp_shard=0), "parallel.dp_shard=0 must be at least 1"),
         (ParallelConfig(zero_stage=4), "parallel.zero_stage=4"),
         (ParallelConfig(tp=3), "parallel.tp=3 does not divide the 8 processes; use one of 1, 2, 4, 8"),
-        (
-            ParallelConfig(pp=2, zero_stage=3, pp_schedule="zbv"),
-            "parallel.zero_stage=3 does not work with parallel.pp_schedule=zbv",
-        ),
         (ParallelConfig(pp=3, zero_stage=1), "parallel.pp=3 does not divide the 8 processes; use one of 1, 2, 4, 8"),
         (ParallelConfig(zero_stage=1, cpu_offload=True), "parallel.cpu_offload=true"),
         (ParallelConfig(bucket_mb=0.0), "parallel.bucket_mb=0.0"),

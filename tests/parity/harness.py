@@ -1,17 +1,37 @@
-"""Runs the real trainer on pool ranks and brings back what must not depend on the layout."""
+"""Runs the real trainer on pool ranks and brings back what must not depend on the layout.
+
+A layout may differ from one process in the order of sums and in nothing else. So every loss is held to 1e-6 and every
+gradient of the first step to 1e-5 of its tensor's maximum, which rounding stays far below and no real error does. Final
+weights have no such number: Adam turns the rounding of a gradient near zero into a step of lr. They are held to
+TWICE the sensitivity of the run, which is measured: the largest deviation among runs of one process that differ in the
+order of sums as layouts do,
+
+    in the micro-batches (sums over tokens, grouped otherwise),
+    in the order of the samples of a global batch (the same sums, begun elsewhere),
+    and, where an axis cuts what is computed of a token, in the sums over features, taken in 2 and in 4 parts.
+
+The last counts for most: one weight whose gradient is 1e-8 of its tensor's largest decides the maximum, and the sums
+over features move it several times as far as those over tokens.
+"""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.nn import functional
 
 from data.config import DataConfig, TokenizerConfig
+from data.reader import Slice
 from models.config import ModelConfig
 from parallel.dims import ParallelConfig
 from parallel.regions import local_region
@@ -179,3 +199,107 @@ def changed(config: TrainConfig, run_dir: Path, **changes: Any) -> TrainConfig:
         assert hasattr(getattr(copied, group), name), key
         setattr(getattr(copied, group), name, value)
     return replace(copied, run=RunConfig(dir=str(run_dir)))
+
+
+# ---- one process, and what rounding does to it
+
+
+class Reference(NamedTuple):
+    """What one process makes of a model."""
+
+    config: TrainConfig
+    outcome: Outcome
+    sensitivity: float  # weight_deviation between runs of one process that differ in the order of sums
+
+
+class References:
+    """References by variant, each made when it is first asked for."""
+
+    def __init__(
+        self,
+        ranks: RankPool,
+        corpus: DataConfig,
+        folder: Path,
+        variants: Mapping[str, Mapping[str, Any]],
+        *,
+        splits: Sequence[int],
+        feature_parts: Sequence[int] = (),
+        comparable: Callable[[Outcome], Outcome] = lambda outcome: outcome,
+    ) -> None:
+        """variants: changes of `tiny_config`. splits: other micro_batch_sizes. feature_parts: in how many
+        parts to try sums over features. comparable: leaves out of an outcome what is nothing but rounding.
+        """
+        self.ranks, self.corpus, self.folder, self.variants = ranks, corpus, folder, variants
+        self.splits, self.feature_parts, self.comparable = splits, feature_parts, comparable
+        self.made: dict[str, Reference] = {}
+
+    def of(self, variant: str) -> Reference:
+        if variant not in self.made:
+            self.made[variant] = self._make(variant)
+        return self.made[variant]
+
+    def _make(self, variant: str) -> Reference:
+        config = tiny_config(self.folder / variant, self.corpus, **self.variants[variant])
+        outcome = self.comparable(run_on(self.ranks, 1, config))
+        sensitivity = 0.0
+        perturbed: list[tuple[str, dict[str, Any], int]] = [
+            *((f"split-{m}", {"train__micro_batch_size": m}, 0) for m in self.splits),
+            *((f"parts-{n}", {}, n) for n in self.feature_parts),
+        ]
+        for name, changes, parts in [*perturbed, ("turned", {"train__micro_batch_size": 1}, -1)]:
+            other = changed(config, self.folder / f"{variant}-{name}", **changes)
+            other_outcome = self.comparable(self.ranks.run(1, _run_in_another_order, other, parts)[0])
+            # A perturbation that is more than rounding would make room for errors.
+            assert loss_deviation(other_outcome, outcome) <= 1e-6, name
+            assert gradient_deviation(other_outcome, outcome) <= 1e-5, name
+            sensitivity = max(sensitivity, weight_deviation(other_outcome, outcome))
+        return Reference(config, outcome, sensitivity)
+
+
+def assert_same_model(outcome: Outcome, reference: Reference) -> None:
+    """Within the tolerances at the top of this file."""
+    assert loss_deviation(outcome, reference.outcome) <= 1e-6
+    assert gradient_deviation(outcome, reference.outcome) <= 1e-5
+    assert weight_deviation(outcome, reference.outcome) <= 2 * reference.sensitivity
+
+
+def _run_in_another_order(config: TrainConfig, parts: int) -> Outcome | None:
+    """parts > 0: of sums over features; -1: the samples of a global batch from its last to its first."""
+    if not parts:
+        return run_here(config)
+    with _features_in_parts(parts) if parts > 0 else _samples_turned_round():
+        return run_here(config)
+
+
+def _samples_turned_round() -> AbstractContextManager[Any]:
+    numbers = Slice.numbers
+
+    def turned(part: Slice, first: int) -> list[list[int]]:
+        return [group[::-1] for group in reversed(numbers(part, first))]
+
+    return mock.patch.object(Slice, "numbers", turned)
+
+
+def _features_in_parts(parts: int) -> AbstractContextManager[Any]:
+    """Matrix products summed as under tensor parallelism: in parts over features in, backward over those out."""
+
+    def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return _InParts.apply(x, weight, bias, parts)
+
+    return mock.patch.object(functional, "linear", linear)
+
+
+class _InParts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, parts: int) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.parts, ctx.biased = parts, bias is not None
+        y = sum(a @ w.T for a, w in zip(x.chunk(parts, -1), weight.chunk(parts, 1), strict=True))
+        return y if bias is None else y + bias
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        grad_x = sum(g @ w for g, w in zip(grad.chunk(ctx.parts, -1), weight.chunk(ctx.parts, 0), strict=True))
+        rows = grad.flatten(0, -2)
+        return grad_x, rows.T @ x.flatten(0, -2), rows.sum(0) if ctx.biased else None, None

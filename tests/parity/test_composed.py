@@ -7,23 +7,24 @@ from typing import Any
 
 import pytest
 
-from tests.parity.harness import (
-    changed,
-    gradient_deviation,
-    loss_deviation,
-    run_on,
-    text_corpus,
-    tiny_config,
-    weight_deviation,
-)
+from tests.parity.harness import References, assert_same_model, changed, run_on, text_corpus
 from tests.pool import RankPool
 
-STEPS = 3
+SHAPE: dict[str, Any] = {
+    "train__steps": 3,
+    "train__micro_batch_size": 2,
+    "model__hidden_size": 32,
+    "model__num_heads": 8,
+    "model__num_kv_heads": 4,
+    "model__intermediate_size": 48,
+}
 
 # What the model is; each is trained by one process once.
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {"data__mask_documents": True},
     "tied": {"model__tie_embeddings": True, "model__dropout": 0.1},
+    # Two ranks of the tensor axis use the one key/value head; enough layers for two stages per rank.
+    "one_kv": {"model__num_kv_heads": 1, "model__qkv_bias": True, "model__num_layers": 4, "data__mask_documents": True},
 }
 
 # (model, ranks, changes)
@@ -43,44 +44,37 @@ LAYOUTS: list[tuple[str, int, dict[str, Any]]] = [
     ("tied", 8, {"parallel__tp": 2, "parallel__pp": 2, "parallel__zero_stage": 3}),
     ("tied", 8, {"parallel__tp": 2, "parallel__sequence_parallel": True, "parallel__dp_replicate": 2,
                  "parallel__zero_stage": 3, "model__activation_checkpoint": "full"}),
+    # Weight gradients put off.
+    ("tied", 4, {"parallel__tp": 2, "parallel__pp": 2, "parallel__zero_stage": 0,
+                 "parallel__pp_schedule": "zero_bubble"}),
+    ("one_kv", 4, {"parallel__tp": 2, "parallel__pp": 2, "parallel__sequence_parallel": True,
+                   "parallel__zero_stage": 0, "parallel__pp_schedule": "zbv"}),
+    ("one_kv", 8, {"parallel__tp": 2, "parallel__pp": 2, "parallel__zero_stage": 1,
+                   "parallel__pp_schedule": "dualpipev", "model__activation_checkpoint": "full"}),
+    ("one_kv", 8, {"parallel__tp": 2, "parallel__pp": 2, "parallel__sequence_parallel": True,
+                   "parallel__zero_stage": 2, "parallel__pp_schedule": "zero_bubble"}),
+    ("one_kv", 8, {"parallel__tp": 2, "parallel__pp": 2, "parallel__sequence_parallel": True,
+                   "parallel__zero_stage": 3, "parallel__pp_schedule": "zbv"}),
+    ("tied", 8, {"parallel__cp": 2, "parallel__pp": 2, "parallel__tp": 2, "parallel__zero_stage": 3,
+                 "parallel__pp_schedule": "zero_bubble"}),
+    # Micro-batches of 3, 3 and 2 sequences.
+    ("llama", 8, {"parallel__cp": 2, "parallel__pp": 2, "parallel__tp": 2, "parallel__sequence_parallel": True,
+                  "parallel__zero_stage": 1, "train__micro_batch_size": 3}),
 ]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def one_process(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def references(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> References:
     folder = tmp_path_factory.mktemp("composed")
-    corpus = text_corpus(folder)
-    made = {}
-    for name, changes in MODELS.items():
-        config = tiny_config(
-            folder / name,
-            corpus,
-            train__steps=STEPS,
-            train__micro_batch_size=2,
-            model__hidden_size=32,
-            model__num_heads=8,
-            model__num_kv_heads=4,
-            model__intermediate_size=48,
-            **changes,
-        )
-        reference = run_on(ranks, 1, config)
-        other = run_on(ranks, 1, changed(config, folder / f"{name}-split", train__micro_batch_size=1))
-        made[name] = (config, reference, weight_deviation(other, reference))
-    return made
+    variants = {name: SHAPE | changes for name, changes in MODELS.items()}
+    return References(ranks, text_corpus(folder), folder, variants, splits=(1, 8), feature_parts=(2, 4))
 
 
 @pytest.mark.parametrize(("model", "world_size", "changes"), LAYOUTS)
 def test_axes_together_train_the_same_model(
-    ranks: RankPool,
-    one_process: dict[str, Any],
-    tmp_path: Path,
-    model: str,
-    world_size: int,
-    changes: dict[str, Any],
+    ranks: RankPool, references: References, tmp_path: Path, model: str, world_size: int, changes: dict[str, Any]
 ) -> None:
     """A gradient summed over one axis twice, a mask or dropout draw that knows one axis but not the other."""
-    config, reference, sensitivity = one_process[model]
-    outcome = run_on(ranks, world_size, changed(config, tmp_path / "run", train__micro_batch_size=1, **changes))
-    assert loss_deviation(outcome, reference) <= 1e-6
-    assert gradient_deviation(outcome, reference) <= 1e-5
-    assert weight_deviation(outcome, reference) <= 10 * sensitivity
+    reference = references.of(model)
+    config = changed(reference.config, tmp_path / "run", **{"train__micro_batch_size": 1} | changes)
+    assert_same_model(run_on(ranks, world_size, config), reference)

@@ -1,7 +1,4 @@
-"""Sequences split over ranks against one process, through the real trainer: first steps in fp32.
-
-What differs is only the order of sums, so the tolerances are those of test_data_parallel.py.
-"""
+"""Sequences split over ranks against one process, through the real trainer: first steps in fp32."""
 
 from __future__ import annotations
 
@@ -21,14 +18,14 @@ from kernels.attention.blockwise import BlockAttention
 from parallel import context
 from tests.parity.harness import (
     Outcome,
+    Reference,
+    References,
+    assert_same_model,
     changed,
     gradient_deviation,
-    loss_deviation,
     run_here,
     run_on,
     text_corpus,
-    tiny_config,
-    weight_deviation,
 )
 from tests.pool import RankPool
 from trainer.config import TrainConfig
@@ -72,39 +69,17 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
     return text_corpus(tmp_path_factory.mktemp("context"))
 
 
-class _OneProcess:
-    """One run of one process for each variant, its whole batch at once."""
-
-    def __init__(self, ranks: RankPool, corpus: DataConfig, folder: Path) -> None:
-        self.ranks, self.corpus, self.folder = ranks, corpus, folder
-        self.made: dict[str, tuple[TrainConfig, Outcome]] = {}
-
-    def of(self, variant: str) -> tuple[TrainConfig, Outcome]:
-        if variant not in self.made:
-            config = tiny_config(
-                self.folder / variant,
-                self.corpus,
-                train__steps=STEPS,
-                train__micro_batch_size=8,
-                train__eval_interval=2,
-                train__eval_batches=1,
-                **VARIANTS[variant],
-            )
-            self.made[variant] = (config, run_on(self.ranks, 1, config))
-        return self.made[variant]
-
-
 @pytest.fixture(scope="module")
-def one_process(ranks: RankPool, corpus: DataConfig, tmp_path_factory: pytest.TempPathFactory) -> _OneProcess:
-    return _OneProcess(ranks, corpus, tmp_path_factory.mktemp("one-process"))
+def references(ranks: RankPool, corpus: DataConfig, tmp_path_factory: pytest.TempPathFactory) -> References:
+    run = {"train__steps": STEPS, "train__micro_batch_size": 8, "train__eval_interval": 2, "train__eval_batches": 1}
+    variants = {name: run | changes for name, changes in VARIANTS.items()}
+    folder = tmp_path_factory.mktemp("one-process")
+    return References(ranks, corpus, folder, variants, splits=(1, 4), feature_parts=(2, 4))
 
 
-def _assert_same_model(outcome: Outcome, reference: Outcome) -> None:
-    assert len(outcome.losses) == STEPS
-    assert loss_deviation(outcome, reference) <= 1e-6
-    assert gradient_deviation(outcome, reference) <= 1e-5
-    assert weight_deviation(outcome, reference) <= 1e-4  # of Adam after three steps: rounding near zero gradients
-    for ours, theirs in zip(outcome.metrics, reference.metrics, strict=True):
+def _assert_same_model(outcome: Outcome, reference: Reference) -> None:
+    assert_same_model(outcome, reference)
+    for ours, theirs in zip(outcome.metrics, reference.outcome.metrics, strict=True):
         assert ours["valid_tokens"] == theirs["valid_tokens"]
         assert ours.keys() == theirs.keys()
         if "validation_loss" in theirs:
@@ -145,7 +120,7 @@ LAYOUTS: list[tuple[str, int, str, int, int, int, dict[str, Any]]] = [
 @pytest.mark.parametrize(("variant", "world_size", "method", "cp", "stage", "dp_replicate", "changes"), LAYOUTS)
 def test_every_split_of_a_sequence_trains_the_same_model(
     ranks: RankPool,
-    one_process: _OneProcess,
+    references: References,
     tmp_path: Path,
     variant: str,
     world_size: int,
@@ -157,7 +132,7 @@ def test_every_split_of_a_sequence_trains_the_same_model(
 ) -> None:
     """A mask, position or dropout mask that takes a token's place on its rank for its place in the sequence; a gradient
     of keys that does not come home; a loss that is averaged over ranks; validation that sees a part only."""
-    config, reference = one_process.of(variant)
+    reference = references.of(variant)
     layout = {
         "parallel__cp": cp,
         "parallel__cp_method": method,
@@ -165,30 +140,69 @@ def test_every_split_of_a_sequence_trains_the_same_model(
         "parallel__dp_replicate": dp_replicate,
         "train__micro_batch_size": 2,
     }
-    outcome = run_on(ranks, world_size, changed(config, tmp_path / "run", **(layout | changes)))
+    outcome = run_on(ranks, world_size, changed(reference.config, tmp_path / "run", **(layout | changes)))
     _assert_same_model(outcome, reference)
     kernels = json.loads((tmp_path / "run" / "run.json").read_text())["kernels"]
     assert kernels["context_parallel"].startswith(f"{method}(")
 
 
 @pytest.mark.parametrize(
+    ("variant", "method", "changes"),
+    [
+        ("masked", "ring", {}),
+        ("dropout", "ulysses", {"parallel__zero_stage": 3, "model__activation_checkpoint": "full"}),
+        ("window", "allgather", {"parallel__zero_stage": 1}),
+    ],
+)
+def test_compiled_blocks_around_attention_train_the_same_model(
+    ranks: RankPool, references: References, tmp_path: Path, variant: str, method: str, changes: dict[str, Any]
+) -> None:
+    """A graph that swallows a message, keeps the positions of the first batch, or is not compiled after all."""
+    reference = references.of(variant)
+    layout = {"parallel__cp": 2, "parallel__cp_method": method, "train__micro_batch_size": 4}
+    layout |= {"train__compile": True, "train__compile_backend": "aot_eager"}
+    outcome, graphs = ranks.run(
+        2, _run_and_count_graphs, changed(reference.config, tmp_path / "run", **layout | changes)
+    )[0]
+    _assert_same_model(outcome, reference)
+    assert graphs >= 4  # before and behind attention, with gradients and, in validation, without
+
+
+@pytest.mark.parametrize("cp", [1, 2])
+def test_every_one_of_many_layers_is_compiled(ranks: RankPool, references: References, tmp_path: Path, cp: int) -> None:
+    """More layers with dropout than torch compiles variants of a function: an error, or the rest eager."""
+    config = references.of("dropout").config
+    layers = {"model__num_layers": 9, "train__steps": 1, "schedule__warmup_steps": 0, "train__eval_interval": 0}
+    layers |= {"parallel__cp": cp, "train__compile": True, "train__compile_backend": "eager"}
+    _, graphs = ranks.run(cp, _run_and_count_graphs, changed(config, tmp_path / "run", **layers))[0]
+    assert graphs >= {1: 9, 2: 9 + 4}[cp]  # one per layer; around attention four more that layers share
+
+
+def _run_and_count_graphs(config: TrainConfig) -> tuple[Outcome | None, int]:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    outcome = run_here(config)
+    return outcome, torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.parametrize(
     ("method", "attention"), [("ring", "reference"), ("ulysses", "sdpa"), ("allgather", "reference")]
 )
 def test_a_checkpoint_moves_between_splits_and_a_sample_is_the_same(
-    ranks: RankPool, one_process: _OneProcess, tmp_path: Path, method: str, attention: str
+    ranks: RankPool, references: References, tmp_path: Path, method: str, attention: str
 ) -> None:
     """A cursor that counts ranks instead of samples, state sharded over the wrong ranks, a sample that needs others."""
-    config, reference = one_process.of("masked")
+    reference = references.of("masked")
     split = {"parallel__cp": 2, "parallel__cp_method": method, "parallel__zero_stage": 3, "checkpoint__interval": 2}
-    run_on(ranks, 4, changed(config, tmp_path / "first", train__micro_batch_size=2, **split))
+    run_on(ranks, 4, changed(reference.config, tmp_path / "first", train__micro_batch_size=2, **split))
     start = str(tmp_path / "first" / "checkpoints" / "step_2")
     for name, world_size, layout in (("whole", 1, {}), ("other", 2, split | {"parallel__zero_stage": 1})):
         rest = run_on(
             ranks,
             world_size,
-            changed(config, tmp_path / name, checkpoint__resume=start, train__sample_tokens=3, **layout),
+            changed(reference.config, tmp_path / name, checkpoint__resume=start, train__sample_tokens=3, **layout),
         )
-        assert rest.losses == pytest.approx(reference.losses[2:], rel=1e-6)
+        assert rest.losses == pytest.approx(reference.outcome.losses[2:], rel=1e-6)
     told = [json.loads((tmp_path / name / "run.json").read_text())["kernels"] for name in ("whole", "other")]
     assert [t["context_parallel"] for t in told] == ["none", f"{method}(2)"]
     assert told[1]["attention"] == attention
@@ -233,7 +247,7 @@ def _run_broken(config: TrainConfig, where: str | type, name: str, fault: Callab
 )
 def test_the_comparison_notices_a_fault(
     ranks: RankPool,
-    one_process: _OneProcess,
+    references: References,
     tmp_path: Path,
     variant: str,
     method: str,
@@ -242,10 +256,10 @@ def test_the_comparison_notices_a_fault(
     fault: Callable[..., Any],
 ) -> None:
     """Negative control: a mask one chunk off, keys in another order, a sum left out, parts that are not zigzag."""
-    config, reference = one_process.of(variant)
+    reference = references.of(variant)
     split = {"parallel__cp": 2, "parallel__cp_method": method, "train__micro_batch_size": 4}
-    outcome = ranks.run(2, _run_broken, changed(config, tmp_path / "run", **split), where, name, fault)[0]
+    outcome = ranks.run(2, _run_broken, changed(reference.config, tmp_path / "run", **split), where, name, fault)[0]
     assert outcome is not None
-    assert outcome.losses[0] != pytest.approx(reference.losses[0], rel=1e-6) or (
-        gradient_deviation(outcome, reference) > 1e-3
+    assert outcome.losses[0] != pytest.approx(reference.outcome.losses[0], rel=1e-6) or (
+        gradient_deviation(outcome, reference.outcome) > 1e-3
     )

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from parallel.pipeline.executor import PipelineExecutor
 from parallel.pipeline.program import make_programs
 from parallel.pipeline.schedules import SCHEDULES, SPLIT_BACKWARD, make_schedule
-from parallel.pipeline.weight_gradients import defer_weight_gradients
+from parallel.pipeline.weight_gradients import Deliver, defer_weight_gradients
 from tests.pool import RankPool
 
 WIDTH = 5
@@ -45,8 +45,12 @@ class _Work:
         self.done.append(stage)
 
 
-def _add(parameter: Tensor, grad: Tensor) -> None:
-    parameter.grad = grad if parameter.grad is None else parameter.grad + grad
+def _adding_to(layers: nn.Module) -> Deliver:
+    def add(name: str, grad: Tensor) -> None:
+        parameter = layers.get_parameter(name.removeprefix("blocks."))
+        parameter.grad = grad if parameter.grad is None else parameter.grad + grad
+
+    return add
 
 
 def run_schedule(name: str) -> None:
@@ -57,7 +61,7 @@ def run_schedule(name: str) -> None:
     store = None
     if name in SPLIT_BACKWARD:
         store = defer_weight_gradients(layers)
-        store.deliver = _add
+        store.deliver = _adding_to(layers)
     executor = PipelineExecutor(
         dist.group.WORLD, device=torch.device("cpu"), dtype=torch.float64, weight_gradients=store
     )

@@ -1,0 +1,91 @@
+"""A picture of a pipelined step: what the schedule planned, and below it what ran."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from parallel.pipeline.executor import Executed
+from parallel.pipeline.schedules import Kind, Schedule
+from parallel.pipeline.simulate import Span, Timeline, simulate
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLORS = {Kind.FORWARD: "#4c78a8", Kind.BACKWARD: "#59a14f", Kind.INPUT: "#76b7b2", Kind.WEIGHT: "#edc948"}
+NAMES = {
+    Kind.FORWARD: "F: forward",
+    Kind.BACKWARD: "B: backward",
+    Kind.INPUT: "I: gradients of inputs",
+    Kind.WEIGHT: "W: gradients of weights",
+}
+WIDTH, ROW = 14.0, 0.45  # inches: of a time line, and height of a rank
+DIGIT = 0.09  # inches that a digit takes
+
+
+def problems() -> list[str]:
+    """Why nothing can be drawn here, for whoever asks for parallel.pp_trace."""
+    if find_spec("matplotlib") is not None:
+        return []
+    return [
+        "parallel.pp_trace=true draws pipeline_timeline.png with matplotlib, which is not installed; install it with "
+        "pip install -e '.[plot]' in the folder of pyproject.toml, or use pp_trace=false"
+    ]
+
+
+def draw(schedule: Schedule, executed: Sequence[Sequence[Executed]]) -> Figure:
+    """Two time lines with a row per rank; bars are numbered by micro-batch, a rank's later stages are paler.
+
+    executed: what each rank did, with clocks as in `trace.chrome_trace`.
+    """
+    from matplotlib.figure import Figure  # here, because most runs draw nothing
+    from matplotlib.patches import Patch
+
+    planned, ran = simulate(schedule), _timeline_of(executed)
+    figure = Figure(figsize=(WIDTH + 3, 2 * (ROW * planned.num_ranks + 1)), layout="constrained")
+    figure.suptitle(f"{schedule.name}: {planned.num_ranks} ranks, {schedule.num_microbatches} micro-batches")
+    above, below = figure.subplots(2, 1)
+    for axes, timeline, what, unit in (
+        (above, planned, "planned", "forwards of a stage (F = I = W)"),
+        (below, ran, "executed", "milliseconds"),
+    ):
+        _draw_rows(axes, timeline, schedule.owner)
+        axes.set_title(f"{what}: {timeline.bubble:.0%} idle")
+        axes.set_xlabel(unit)
+    kinds = [kind for kind in Kind if any(span.action.kind is kind for span in planned.spans)]
+    figure.legend(handles=[Patch(color=COLORS[kind], label=NAMES[kind]) for kind in kinds], loc="outside right upper")
+    return figure
+
+
+def _timeline_of(executed: Sequence[Sequence[Executed]]) -> Timeline:
+    """In milliseconds from the first start."""
+    first = min(e.start for rank in executed for e in rank)
+    spans = [
+        Span(rank, e.action, (e.start - first) * 1e3, (e.end - first) * 1e3)
+        for rank, actions in enumerate(executed)
+        for e in actions
+    ]
+    return Timeline(tuple(sorted(spans, key=lambda span: span.end)), len(executed))
+
+
+def _draw_rows(axes: Axes, timeline: Timeline, owner: Sequence[int]) -> None:
+    from matplotlib.patches import Rectangle
+
+    on_rank = [[stage for stage, rank in enumerate(owner) if rank == row] for row in range(timeline.num_ranks)]
+    for span in timeline.spans:
+        length = span.end - span.start
+        stages = on_rank[span.rank]
+        alpha = 1 - 0.5 * stages.index(span.action.stage) / max(1, len(stages) - 1)
+        color = COLORS[span.action.kind]
+        axes.add_patch(
+            Rectangle(
+                (span.start, span.rank - 0.45), length, 0.9, facecolor=color, alpha=alpha, edgecolor="white", lw=0.5
+            )
+        )
+        number = str(span.action.microbatch)
+        if WIDTH * length / timeline.makespan >= DIGIT * len(number):
+            axes.text(span.start + length / 2, span.rank, number, ha="center", va="center", fontsize=8)
+    axes.set(xlim=(0, timeline.makespan), ylim=(timeline.num_ranks - 0.5, -0.5))
+    axes.set_yticks(range(timeline.num_ranks), [f"pp rank {rank}" for rank in range(timeline.num_ranks)])
