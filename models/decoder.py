@@ -31,7 +31,7 @@ class Block(nn.Module):
         self.attention_norm = make_norm(config, groups)
         self.attention: Attention | LatentAttention
         if config.mla.kv_rank:
-            self.attention = LatentAttention(config, layer, seed)
+            self.attention = LatentAttention(config, layer, seed, groups)
         else:
             self.attention = Attention(config, layer, seed, groups)
         self.mlp_norm = make_norm(config, groups)

@@ -1,7 +1,7 @@
 """Attention over a sequence whose tokens are spread over the cp axis: which kernel runs under which method.
 
-B batch, T tokens here, S tokens of the sequence, H query heads, G key/value heads, K head_dim; R ranks of cp_ring,
-U of cp_ulysses, S = R U T.
+B batch, T tokens here, S tokens of the sequence, H query heads, G key/value heads, K features of a head's query and
+key, V of its value; R ranks of cp_ring, U of cp_ulysses, S = R U T.
 """
 
 from __future__ import annotations
@@ -49,10 +49,11 @@ class ContextAttention:
         self.ring, self.ulysses, self.method = groups.cp_ring, groups.cp_ulysses, groups.cp_method
 
     def by_heads(self, q: Tensor, k: Tensor, v: Tensor, attend: Callable[..., Tensor]) -> Tensor:
-        """attend with all tokens of cp_ulysses and a share of the heads. q [B, T, H, K], k, v [B, T, G, K].
+        """attend with all tokens of cp_ulysses and a share of the heads.
 
-        attend(q [B, UT, H/U, K], k, v, first_head=the number of its first head) returns [B, UT, H/U, K]; its tokens are
-        a zigzag part of the sequence over cp_ring, or all of it where there is none. Returns [B, T, H, K].
+        q [B, T, H, K], k [B, T, G, K], v [B, T, G, V].
+        attend(q [B, UT, H/U, K], k, v, first_head=the number of its first head) returns [B, UT, H/U, V]; its tokens are
+        a zigzag part of the sequence over cp_ring, or all of it where there is none. Returns [B, T, H, V].
         """
         if self.ulysses is None:
             return attend(q, k, v, first_head=0)
@@ -63,11 +64,15 @@ class ContextAttention:
         return gather_heads(attend(q, k, v, first_head=first_head), group)
 
     def by_tokens(self, q: Tensor, k: Tensor, v: Tensor, blocks: BlockAttention) -> Tensor:
-        """Attention of q [B, S/R, H, K] over the k, v [B, S/R, G, K] of all ranks of cp_ring. Returns q's shape."""
+        """Attention of q [B, S/R, H, K] over the k [B, S/R, G, K], v [B, S/R, G, V] of all ranks of cp_ring.
+
+        Returns [B, S/R, H, V].
+        """
         assert self.ring is not None
         if self.method == "ring":
             return ring_attention(q, k, v, group=self.ring.get_group(), blocks=blocks)
-        k, v = gather_sequence(torch.stack((k, v), dim=2), self.ring.get_group()).unbind(2)
+        features = (k.shape[3], v.shape[3])
+        k, v = gather_sequence(torch.cat((k, v), dim=-1), self.ring.get_group()).split(features, dim=-1)
         length = q.shape[1] // 2
         chunks = chunks_of(self.ring.get_local_rank(), self.ring.size())
         outputs = []

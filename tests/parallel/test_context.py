@@ -50,17 +50,17 @@ def whole(q: Tensor, k: Tensor, v: Tensor, *, window: Any = None, documents: Any
     return torch.einsum("bhqs,bshk->bqhk", scores.masked_fill(~seen, -math.inf).softmax(-1), v)
 
 
-def inputs(kv_heads: int = G) -> tuple[list[Tensor], Tensor]:
+def inputs(kv_heads: int = G, value_dim: int = K) -> tuple[list[Tensor], Tensor]:
     """q, k, v of whole sequences, and a gradient of the output."""
     generator = torch.Generator().manual_seed(0)
-    shapes = [(B, S, H, K), (B, S, kv_heads, K), (B, S, kv_heads, K), (B, S, H, K)]
+    shapes = [(B, S, H, K), (B, S, kv_heads, K), (B, S, kv_heads, value_dim), (B, S, H, value_dim)]
     q, k, v, grad = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
     return [q, k, v], grad
 
 
-def expected(mask: dict[str, Any], kv_heads: int = G) -> list[Tensor]:
+def expected(mask: dict[str, Any], kv_heads: int = G, value_dim: int = K) -> list[Tensor]:
     """Output and the gradients of q, k and v."""
-    qkv, grad = inputs(kv_heads)
+    qkv, grad = inputs(kv_heads, value_dim)
     qkv = [x.requires_grad_() for x in qkv]
     output = whole(*qkv, **mask)
     return [output.detach(), *torch.autograd.grad(output, qkv, grad)]
@@ -84,10 +84,10 @@ def attend(method: str, mask: dict[str, Any], q: Tensor, k: Tensor, v: Tensor) -
     return across.by_heads(q, k, v, local)
 
 
-def on_parts(method: str, mask: dict[str, Any], kv_heads: int = G) -> list[Tensor]:
+def on_parts(method: str, mask: dict[str, Any], kv_heads: int = G, value_dim: int = K) -> list[Tensor]:
     """Output and gradients of this rank's tokens."""
     here = zigzag_indices(S, rank=dist.get_rank(), size=dist.get_world_size())
-    qkv, grad = inputs(kv_heads)
+    qkv, grad = inputs(kv_heads, value_dim)
     qkv = [x[:, here].requires_grad_() for x in qkv]
     output = attend(method, mask, *qkv)
     return [output.detach(), *torch.autograd.grad(output, qkv, grad[:, here])]
@@ -118,6 +118,14 @@ def test_attention_on_parts_is_attention_on_the_whole(
     """A block skipped, masked by its place on the rank or weighted twice; a gradient that does not come home."""
     results = ranks.run(size, on_parts, method, MASKS[mask], kv_heads)
     assert worst(results, expected(MASKS[mask], kv_heads)) < 1e-13
+
+
+@pytest.mark.parametrize("value_dim", [3, 9])
+@pytest.mark.parametrize("method", INNER)
+def test_values_may_have_another_size_than_keys(ranks: RankPool, method: str, value_dim: int) -> None:
+    """Values cut or padded to the size of keys when both travel in one message (latent attention)."""
+    results = ranks.run(4, on_parts, method, MASKS["all"], G, value_dim)
+    assert worst(results, expected(MASKS["all"], G, value_dim)) < 1e-13
 
 
 def in_bf16(method: str) -> tuple[float, set[torch.dtype]]:
