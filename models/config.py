@@ -93,6 +93,7 @@ class ModelConfig:
     attention_bias: bool = False  # bias of the attention output projection
     mlp_bias: bool = False
     qk_norm: bool = False  # RMSNorm over head_dim of queries and keys (Qwen3)
+    attention_sinks: bool = False  # a learned logit per head in every softmax, without a value (gpt-oss)
     sliding_window: int | None = None  # a query sees this many last keys, itself included
     sliding_window_layers: list[int] | None = None  # layers that use the window; None: all
     mla: MLAConfig = field(default_factory=MLAConfig)
@@ -221,6 +222,11 @@ def _run_time_problems(config: ModelConfig) -> list[str]:
         found.append(
             f"model.attention_dropout={config.attention_dropout} does not work with model.attention="
             f"{config.attention}, which never forms the probabilities; use attention=reference or attention_dropout=0"
+        )
+    if config.attention_sinks and config.attention == "sdpa":
+        found.append(
+            "model.attention_sinks=true does not work with model.attention=sdpa, which does not return the log-sum-exp "
+            "that sinks need; use attention=auto, reference or (on CUDA) flex"
         )
     return found
 

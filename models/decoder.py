@@ -199,7 +199,7 @@ class Decoder(nn.Module):
         return self.positions(positions, seq_len, None)
 
     def initializers(self) -> dict[str, Initializer]:
-        """How each parameter starts, by name: normal(init_std), biases 0, norm weights 1.
+        """How each parameter starts, by name: normal(init_std), biases and sinks 0, norm weights 1.
 
         The output projections of the 2 * num_layers residual branches get init_std / sqrt(2 * num_layers), so that the
         variance of the residual stream does not grow with depth (GPT-2, section 2.3).
@@ -208,7 +208,7 @@ class Decoder(nn.Module):
         residual_std = std / math.sqrt(2 * self.config.num_layers)
 
         def of(name: str) -> Initializer:
-            if name.endswith(".bias"):
+            if name.endswith((".bias", "attention.sinks")):
                 return Constant(0.0)
             if name.endswith("norm.weight"):
                 return Constant(1.0)

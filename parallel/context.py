@@ -217,7 +217,15 @@ class _RingAttention(torch.autograd.Function):
     """Saves q, k, v, the output and the log-sum-exp of this rank alone; backward sends keys and values round again."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, group: dist.ProcessGroup, blocks: BlockAttention) -> Tensor:
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sinks: Tensor | None,
+        group: dist.ProcessGroup,
+        blocks: BlockAttention,
+    ) -> Tensor:
         rank, size, length = group.rank(), group.size(), q.shape[1] // 2
         wide = _wide(q.dtype)
         output = torch.zeros(*q.shape[:3], v.shape[3], dtype=wide, device=q.device)
@@ -232,15 +240,19 @@ class _RingAttention(torch.autograd.Function):
                 output[:, own], lse[..., own] = blocks.merge(output[:, own], lse[..., own], block_output, block_lse)
             if hop is not None:
                 kv = hop.wait()
+        if sinks is not None:  # one more key, which every query sees and whose value is 0
+            total = torch.logaddexp(lse, sinks.to(wide)[:, None])
+            output *= torch.exp(lse - total).transpose(1, 2)[..., None]
+            lse = total
         output = output.to(q.dtype)
-        ctx.save_for_backward(q, k, v, output, lse)
+        ctx.save_for_backward(q, k, v, sinks, output, lse)
         ctx.group, ctx.blocks = group, blocks
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, output, lse = ctx.saved_tensors
+        q, k, v, sinks, output, lse = ctx.saved_tensors
         group, blocks = ctx.group, ctx.blocks
         rank, size, length = group.rank(), group.size(), q.shape[1] // 2
         delta = (grad.to(lse.dtype) * output).sum(dim=-1).transpose(1, 2)  # [B, H, T]
@@ -274,13 +286,26 @@ class _RingAttention(torch.autograd.Function):
                 kv = kv_hop.wait()
         assert grad_hop is not None
         grad_k, grad_v = grad_hop.wait().split(features, dim=-1)
-        return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype), None, None
+        grad_sinks = None
+        if sinks is not None:  # dscore = P (dP - delta) of a key with dP = 0
+            probabilities = torch.exp(sinks.to(lse.dtype)[:, None] - lse)
+            grad_sinks = -(probabilities * delta).sum(dim=(0, 2)).to(sinks.dtype)
+        return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype), grad_sinks, None, None
 
 
-def ring_attention(q: Tensor, k: Tensor, v: Tensor, *, group: dist.ProcessGroup, blocks: BlockAttention) -> Tensor:
+def ring_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    group: dist.ProcessGroup,
+    blocks: BlockAttention,
+    sinks: Tensor | None = None,
+) -> Tensor:
     """Attention of this rank's q [B, T, H, K] over the k [B, T, G, K], v [B, T, G, V] of all ranks, in zigzag order.
 
     Each rank sends n-1 messages forward (keys with values) and 2n-1 backward (those again, and n with their gradients,
-    in fp32). The next message is under way while a block is computed (2310.01889). Returns [B, T, H, V].
+    in fp32). The next message is under way while a block is computed (2310.01889). sinks [H]: logits of each softmax
+    that have no value; a rank's gradient of them is that of its own queries. Returns [B, T, H, V].
     """
-    return _RingAttention.apply(q, k, v, group, blocks)
+    return _RingAttention.apply(q, k, v, sinks, group, blocks)

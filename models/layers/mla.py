@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from models.config import ModelConfig
 from models.layers import rope
-from models.layers.attention import Attention, Context
+from models.layers.attention import Attention, Context, make_sinks
 from models.layers.context_attention import ContextAttention
 from models.layers.dropout import Dropout
 from models.layers.linear import column_linear, replicated_linear, row_linear
@@ -49,6 +49,7 @@ class LatentAttention(Attention):
         self.sequence_parallel = groups.sequence_parallel
         self.num_heads = H
         self.first_head = 0 if self.axis is None else self.axis.rank * (H // self.axis.size)
+        self.sinks = make_sinks(config, groups)
         self.mla, self.head_dim, self.window = mla, mla.nope_dim + mla.rope_dim, config.window_of(layer)
         bias = config.attention_bias
         if mla.q_rank is None:
