@@ -116,7 +116,7 @@ def build_context(
             return flex.build_block_mask(seq_len, device, window=window, documents=documents)
         return None  # the reference makes its own
 
-    windows = {config.window_of(layer) for layer in range(config.num_layers)}
+    windows = {config.window_of(layer) for layer in range(config.num_blocks)}
     return Context(
         implementation=implementation,
         cos=cos,
