@@ -1,4 +1,4 @@
-"""Multi-token prediction: the trainer against the formula, written out in fp64, and every layout against one process."""
+"""Multi-token prediction: the trainer against the formula in fp64, and every layout against one process."""
 
 from __future__ import annotations
 
