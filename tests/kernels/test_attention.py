@@ -181,7 +181,7 @@ def test_sinks_are_those_of_gpt_oss(heads: int, kv_heads: int, window: int | Non
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_flex_has_the_same_sinks(monkeypatch: pytest.MonkeyPatch) -> None:
     """A log-sum-exp of another base, or of heads in another order."""
-    monkeypatch.setattr(flex, "require_cuda", lambda device: None)
+    monkeypatch.setattr(flex, "obstacle", lambda *args: None)
     monkeypatch.setattr(flex, "_compiled", lambda: flex_attention)
     q, k, v = (x.detach() for x in inputs(6, 2))
     sinks = torch.linspace(-2.0, 3.0, 6)
