@@ -59,7 +59,6 @@ def _cp(cp: int, method: str, *, tp: int = 1, zero: int = 0, ulysses: int = 1) -
 
 SP = {"parallel__sequence_parallel": True}
 LAYOUTS: list[tuple[str, int, dict[str, Any]]] = [
-    ("window", 4, {"parallel__tp": 4, "parallel__zero_stage": 0}),
     ("window", 4, {"parallel__tp": 2, "parallel__zero_stage": 3, **SP}),
     ("window", 4, {"parallel__tp": 2, "parallel__zero_stage": 1, **SP, "model__activation_checkpoint": "full"}),
     ("window", 2, _cp(2, "ring")),
@@ -67,7 +66,6 @@ LAYOUTS: list[tuple[str, int, dict[str, Any]]] = [
     ("window", 2, _cp(2, "allgather", zero=3)),
     ("window", 4, _cp(2, "ulysses", tp=2)),
     ("dropout", 4, _cp(4, "ring", zero=2, ulysses=2)),
-    ("dropout", 4, _cp(4, "allgather", ulysses=2)),
     ("dropout", 4, _cp(2, "ring", tp=2, zero=1)),
     ("latent", 4, _cp(2, "ring", tp=2) | SP),
     ("latent", 2, _cp(2, "ulysses")),
@@ -83,7 +81,8 @@ def one_process(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> di
         config = tiny_config(
             folder / name,
             corpus,
-            train__steps=3,
+            train__steps=2,
+            schedule__warmup_steps=1,
             train__micro_batch_size=2,
             model__attention_sinks=True,
             model__num_heads=4,

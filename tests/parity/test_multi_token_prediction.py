@@ -42,6 +42,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "model__sliding_window": 7,
         "model__sliding_window_layers": [1],
     },
+    "latent": {
+        "model__mtp": MTPConfig(depth=1),
+        "model__attention_sinks": True,
+        "model__num_kv_heads": None,
+        "model__mla": MLAConfig(kv_rank=10, q_rank=9, nope_dim=5, rope_dim=6, value_dim=7),
+        "data__mask_documents": True,
+    },
     "experts": {
         "model__family": "deepseek_v3",
         "model__mtp": MTPConfig(depth=1),
@@ -61,12 +68,13 @@ def configs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TrainConfig]:
         name: tiny_config(
             folder / name,
             corpus,
-            train__steps=3,
+            train__steps=2,
+            schedule__warmup_steps=1,
             train__micro_batch_size=2,
-            train__eval_interval=3,
+            train__eval_interval=2,
             train__eval_batches=1,
             model__num_heads=4,
-            model__head_dim=None if name == "experts" else 6,
+            model__head_dim=None if "model__mla" in changes else 6,
             model__intermediate_size=52,
             **changes,
         )
@@ -210,6 +218,7 @@ LAYOUTS: list[tuple[str, int, dict[str, Any]]] = [
     ("tied", 4, _layout(tp=2, sequence_parallel=True, zero_stage=2) | {"model__activation_checkpoint": "selective"}),
     ("tied", 4, _layout(pp=2, cp=2, zero_stage=1)),
     ("tied", 2, _layout(pp=2, zero_stage=3) | {"model__activation_checkpoint": "offload"}),
+    ("latent", 8, _layout(tp=2, sequence_parallel=True, cp=2, pp=2, zero_stage=1)),
     ("experts", 4, _layout(zero_stage=3)),
     ("experts", 2, _layout(zero_stage=1) | {"model__activation_checkpoint": "full"}),
 ]  # fmt: skip
