@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 
 IGNORE_INDEX = -100
 """Label of a position that carries no loss."""
@@ -20,6 +21,7 @@ class Batch:
     positions: torch.Tensor  # [B, T] int64; index in the sequence, or in the document under data.mask_documents
     documents: torch.Tensor | None  # [B, S] int32, ascending in a row; None: attention crosses documents
     samples: torch.Tensor  # [B] int64; number of each sample in the run, the key of its dropout; filled by the loader
+    ahead: tuple[tuple[torch.Tensor, torch.Tensor], ...] = ()  # tokens, labels [B, T]; filled by `look_ahead`, else ()
     indices: torch.Tensor | None = None  # [T] int64; where the tokens lie in the sequence; filled by `take`, else None
 
     def take(self, indices: torch.Tensor) -> Batch:
@@ -29,8 +31,25 @@ class Batch:
             tokens=self.tokens[:, indices],
             labels=self.labels[:, indices],
             positions=self.positions[:, indices],
+            ahead=tuple((tokens[:, indices], labels[:, indices]) for tokens, labels in self.ahead),
             indices=indices,
         )
+
+    def look_ahead(self, depth: int) -> Batch:
+        """With `ahead` for k = 1 .. depth: the tokens and labels k places later. Of whole sequences, so before `take`.
+
+        The last k positions have no later token: 0 stands there, and no label. A label in another document carries no
+        loss where documents are masked. depth is below T; 0: the batch as it is.
+        """
+        if depth == 0:
+            return self
+        ahead = []
+        for k in range(1, depth + 1):
+            tokens, labels = F.pad(self.tokens[:, k:], (0, k)), self.labels[:, k:]
+            if self.documents is not None:
+                labels = labels.masked_fill(self.documents[:, k:] != self.documents[:, :-k], IGNORE_INDEX)
+            ahead.append((tokens, F.pad(labels, (0, k), value=IGNORE_INDEX)))
+        return replace(self, ahead=tuple(ahead))
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on device; asynchronous from pinned memory."""
@@ -47,5 +66,6 @@ class Batch:
             positions=change(self.positions),
             documents=None if self.documents is None else change(self.documents),
             samples=change(self.samples),
+            ahead=tuple((change(tokens), change(labels)) for tokens, labels in self.ahead),
             indices=None if self.indices is None else change(self.indices),
         )

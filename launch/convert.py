@@ -43,6 +43,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     into.add_argument("source", metavar="HF_DIR", type=Path, help="config.json and safetensors")
     into.add_argument("out", metavar="OUT_DIR", type=Path, help="must be new or empty")
     into.add_argument("--dtype", choices=("bf16", "fp32"), default="fp32", help="the run's precision.master")
+    into.add_argument(
+        "--mtp-depth", type=int, default=0, help="layers for multi-token prediction to take along; default: none"
+    )
     return parser.parse_args(arguments)
 
 
@@ -59,7 +62,7 @@ def convert(arguments: list[str]) -> None:
             say(f"no tokenizer was written: {exported.no_tokenizer}")
     else:
         assert dtype is not None
-        import_folder(source, out, dtype=dtype)
+        import_folder(source, out, dtype=dtype, mtp_depth=command.mtp_depth)
         say(f"imported {source}; start from it with: launch/train.py ... checkpoint.resume={out}")
 
 

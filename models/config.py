@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from models.mla_config import MLAConfig, mla_problems
 from models.moe_config import MoEConfig, RoutingConfig, moe_problems
+from models.mtp_config import MTPConfig, mtp_problems
 
 FAMILY_NAMES = (
     "llama",
@@ -93,10 +94,12 @@ class ModelConfig:
     attention_bias: bool = False  # bias of the attention output projection
     mlp_bias: bool = False
     qk_norm: bool = False  # RMSNorm over head_dim of queries and keys (Qwen3)
+    attention_sinks: bool = False  # a learned logit per head in every softmax, without a value (gpt-oss)
     sliding_window: int | None = None  # a query sees this many last keys, itself included
     sliding_window_layers: list[int] | None = None  # layers that use the window; None: all
     mla: MLAConfig = field(default_factory=MLAConfig)
     moe: MoEConfig = field(default_factory=MoEConfig)
+    mtp: MTPConfig = field(default_factory=MTPConfig)
     tie_embeddings: bool = False
     norm_first: bool = True  # pre-norm; False: post-norm (OPT-350m)
     final_norm: bool = True
@@ -137,6 +140,7 @@ class ModelConfig:
             rope=self.rope.resolve() if self.positions == "rope" else RopeConfig(),
             mla=self.mla if self.mla.kv_rank else MLAConfig(),
             moe=self.moe.resolve(self.num_layers),
+            mtp=self.mtp if self.mtp.depth else MTPConfig(),
             sliding_window=window,
             sliding_window_layers=layers,
         )
@@ -154,6 +158,16 @@ class ModelConfig:
     def value_dim(self) -> int | None:
         """Features of a head's value (None before `resolve`)."""
         return self.mla.value_dim if self.mla.kv_rank else self.head_dim
+
+    @property
+    def num_blocks(self) -> int:
+        """Layers, and behind them the blocks of multi-token prediction, which are numbered on."""
+        return self.num_layers + self.mtp.depth
+
+    @property
+    def embeds_last(self) -> bool:
+        """Whether the end of the model needs the embedding table too: as its head, or to embed later tokens."""
+        return self.tie_embeddings or self.mtp.depth > 0
 
     def window_of(self, layer: int) -> int | None:
         """Sliding window of a layer in tokens; None: it attends to the whole sequence."""
@@ -194,6 +208,7 @@ def problems(config: ModelConfig, seq_len: int | None = None) -> list[str]:
     found += moe_problems(
         config.moe, config.routing, num_layers=config.num_layers, gated=config.gated_mlp, norm_first=config.norm_first
     )
+    found += mtp_problems(config.mtp, seq_len=seq_len)
     if seq_len is not None:
         found += _length_problems(config, seq_len)
     return found
@@ -221,6 +236,11 @@ def _run_time_problems(config: ModelConfig) -> list[str]:
         found.append(
             f"model.attention_dropout={config.attention_dropout} does not work with model.attention="
             f"{config.attention}, which never forms the probabilities; use attention=reference or attention_dropout=0"
+        )
+    if config.attention_sinks and config.attention == "sdpa":
+        found.append(
+            "model.attention_sinks=true does not work with model.attention=sdpa, which does not return the log-sum-exp "
+            "that sinks need; use attention=auto, reference or (on CUDA) flex"
         )
     return found
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from models.config import ModelConfig
@@ -15,6 +16,7 @@ from models.layers.embedding import LearnedPositions, LMHead, make_embedding
 from models.layers.mla import LatentAttention
 from models.layers.mlp import MLP
 from models.layers.moe import MoE
+from models.layers.mtp import LookAhead
 from models.layers.norm import make_norm
 from parallel.groups import NO_GROUPS, ModelParallel
 from parallel.pipeline.stages import Stage, make_stages
@@ -31,7 +33,7 @@ class Block(nn.Module):
         self.attention_norm = make_norm(config, groups)
         self.attention: Attention | LatentAttention
         if config.mla.kv_rank:
-            self.attention = LatentAttention(config, layer, seed)
+            self.attention = LatentAttention(config, layer, seed, groups)
         else:
             self.attention = Attention(config, layer, seed, groups)
         self.mlp_norm = make_norm(config, groups)
@@ -83,6 +85,41 @@ def _keep_report(block: MoEBlock, _args: tuple[Tensor, ...], output: tuple[Tenso
     return x
 
 
+class MTPBlock(Block):
+    """A block of multi-token prediction: from hidden states and the embeddings of later tokens to hidden states.
+
+    Its own final norm is its last step: what goes into the head is also what the next of these blocks starts from.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int, seed: int, groups: ModelParallel) -> None:
+        super().__init__(config, layer, seed, groups)
+        self.look_ahead = LookAhead(config, groups)
+        self.output_norm = make_norm(config, groups)
+
+    def forward(self, x: Tensor, embedded: Tensor, *, context: Context) -> Tensor:  # type: ignore[override]
+        """x and embedded [B, T, D] of the residual stream to [B, T, D]."""
+        return self.output_norm(super().forward(self.look_ahead(x, embedded), context=context))
+
+
+class MTPMoEBlock(MoEBlock):
+    """`MTPBlock` with a mixture of experts."""
+
+    def __init__(self, config: ModelConfig, layer: int, seed: int, groups: ModelParallel) -> None:
+        super().__init__(config, layer, seed, groups)
+        self.look_ahead = LookAhead(config, groups)
+        self.output_norm = make_norm(config, groups)
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, embedded: Tensor, *, context: Context
+    ) -> tuple[Tensor, Tensor]:
+        x, report = super().forward(self.look_ahead(x, embedded), context=context)
+        return self.output_norm(x), report
+
+
+Head = Callable[[Tensor, Tensor], Tensor]
+"""What is made of hidden states [B, T, D] and the weight of the output layer [V, D]."""
+
+
 class Decoder(nn.Module):
     """A causal language model. Filling its parameters, and buffers (biases of routers), after `to_empty` completes it.
 
@@ -104,7 +141,7 @@ class Decoder(nn.Module):
         self.groups = groups
         stages = make_stages([config.num_layers]) if stages is None else stages
         first, last = any(s.is_first for s in stages), any(s.is_last for s in stages)
-        embeds = first or (last and config.tie_embeddings)
+        embeds = first or (last and config.embeds_last)
         self.embedding = make_embedding(config, groups) if embeds else None
         learned = config.positions == "learned" and first
         self.positions = LearnedPositions(config, groups) if learned else None
@@ -112,6 +149,9 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList()  # named by layer, as in the whole model
         for layer in sorted(layer for stage in stages for layer in range(stage.start, stage.stop)):
             kind = MoEBlock if config.moe.in_layer(layer) else Block
+            self.blocks.add_module(str(layer), kind(config, layer, seed, groups))
+        for layer in range(config.num_layers, config.num_blocks) if last else ():
+            kind = MTPMoEBlock if config.moe.in_layer(layer) else MTPBlock
             self.blocks.add_module(str(layer), kind(config, layer, seed, groups))
         self.final_norm = (make_norm(config, groups) if config.final_norm else nn.Identity()) if last else None
         self.head = LMHead(config, groups) if last else None
@@ -125,7 +165,8 @@ class Decoder(nn.Module):
         samples: Tensor | None = None,
         indices: Tensor | None = None,
         aux_scale: Tensor | None = None,
-        head: Callable[[Tensor, Tensor], Tensor] | None = None,
+        head: Head | None = None,
+        ahead: Sequence[tuple[Tensor, Head]] = (),
         stage: Stage | None = None,
         hidden: Tensor | None = None,
     ) -> Tensor:
@@ -137,7 +178,9 @@ class Decoder(nn.Module):
         asked of other ranks, whatever groups there are. aux_scale 0-d is the gradient of the loss by routers' auxiliary
         losses (None: they have none). A fused loss comes in as `head`, so that it runs inside the forward of the root
         module, where FSDP has gathered the weight. With tensor parallelism a head gets all tokens and this rank's words
-        of the weight, [V/R, D]; without one the logits are of all words. stage: run only this one, from `hidden`
+        of the weight, [V/R, D]; without one the logits are of all words. ahead: run the blocks of multi-token
+        prediction, k from 1 on with the tokens [B, T] that lie k places later, and a head; the result is then a stack
+        of all heads' results, the first that of `head`. stage: run only this one, from `hidden`
         [B, T, D] unless it is the first, to hidden states unless it is the last; None: all layers. Raises ValueError
         for a sequence longer than the table of learned positions.
         """
@@ -162,7 +205,7 @@ class Decoder(nn.Module):
                 x = x + self._learned_positions(positions, seq_len, context.tokens)
             x = self.dropout(x, samples, context.tokens)
         for layer, block in self.blocks.named_children():
-            if stage is None or stage.start <= int(layer) < stage.stop:
+            if int(layer) < self.config.num_layers and (stage is None or stage.start <= int(layer) < stage.stop):
                 x = block(x, context=context)
         if stage is not None and not stage.is_last:
             return x
@@ -170,8 +213,11 @@ class Decoder(nn.Module):
         assert self.head is not None
         x = self.final_norm(x)
         table = self._table() if self.head.weight is None else self.head.weight
-        x, weight = self.head.inputs(x, table)
-        return self.head(x, weight) if head is None else head(x, weight)
+        results = [(head or self.head)(*self.head.inputs(x, table))]
+        for number, (later, its_head) in enumerate(ahead, start=self.config.num_layers):
+            x = self.blocks.get_submodule(str(number))(x, self._embed(later), context=context)
+            results.append(its_head(*self.head.inputs(x, table)))
+        return torch.stack(results) if ahead else results[0]
 
     def _embed(self, tokens: Tensor) -> Tensor:
         """[B, T] to [B, T, D] of the residual stream."""
@@ -199,7 +245,7 @@ class Decoder(nn.Module):
         return self.positions(positions, seq_len, None)
 
     def initializers(self) -> dict[str, Initializer]:
-        """How each parameter starts, by name: normal(init_std), biases 0, norm weights 1.
+        """How each parameter starts, by name: normal(init_std), biases and sinks 0, norm weights 1.
 
         The output projections of the 2 * num_layers residual branches get init_std / sqrt(2 * num_layers), so that the
         variance of the residual stream does not grow with depth (GPT-2, section 2.3).
@@ -208,7 +254,7 @@ class Decoder(nn.Module):
         residual_std = std / math.sqrt(2 * self.config.num_layers)
 
         def of(name: str) -> Initializer:
-            if name.endswith(".bias"):
+            if name.endswith((".bias", "attention.sinks")):
                 return Constant(0.0)
             if name.endswith("norm.weight"):
                 return Constant(1.0)

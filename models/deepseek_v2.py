@@ -71,7 +71,7 @@ def weights(config: ModelConfig) -> list[HFWeight]:
     """Names of all tensors of either version."""
     found = expert_weights(config, router="mlp.gate.weight", expert=lambda name: f"mlp.experts.{{}}.{name}_proj.weight")
     found = [weight for weight in found if ".attention." not in weight.ours]
-    for layer in range(config.num_layers):
+    for layer in range(config.num_blocks):
         found += _attention_weights(config, f"blocks.{layer}.attention", f"model.layers.{layer}.self_attn")
         if not config.moe.in_layer(layer):
             continue

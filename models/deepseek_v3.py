@@ -1,6 +1,7 @@
 """DeepSeek-V3 (2412.19437): V2 with experts chosen by sigmoid and balanced by a bias instead of a loss.
 
-The layers for multi-token prediction at the end of published files are left out, as transformers does.
+Published files end with layers for multi-token prediction. `model.mtp.depth` says how many of them a run wants; by
+default none, as in transformers.
 """
 
 from __future__ import annotations
@@ -9,8 +10,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from models.config import ModelConfig
-from models.deepseek_v2 import deepseek_fields, deepseek_to_hf, weights
-from models.family import Family, HFConfig
+from models.deepseek_v2 import deepseek_fields, deepseek_to_hf
+from models.deepseek_v2 import weights as deepseek_weights
+from models.family import Family, HFConfig, HFWeight
+from models.mtp_config import MTPConfig
 
 
 def from_hf(fields: Mapping[str, Any]) -> ModelConfig:
@@ -19,13 +22,13 @@ def from_hf(fields: Mapping[str, Any]) -> ModelConfig:
     source = HFConfig(defaults | dict(fields))
     source.expect("topk_method", "noaux_tc", "DeepSeek-V3 balances by a bias")
     source.expect("scoring_func", "sigmoid", "DeepSeek-V3 routes by sigmoid")
-    for name in ("num_nextn_predict_layers", "num_mtp_layers"):
-        source.take(name, 1)
+    source.take("num_mtp_layers", 1)
+    depth = source.take("num_nextn_predict_layers", 0) or 0
     common = deepseek_fields(source, max_seq_len=4096, first_dense=3)
     common["mla"].interleaved = source.take("rope_interleave", True)
     common["moe"].router = "sigmoid"
     common["moe"].normalize = source.take("norm_topk_prob", True)
-    config = ModelConfig(family="deepseek_v3", **common)
+    config = ModelConfig(family="deepseek_v3", **common, mtp=MTPConfig(depth=depth))
     source.finish()
     return config
 
@@ -33,7 +36,27 @@ def from_hf(fields: Mapping[str, Any]) -> ModelConfig:
 def to_hf(config: ModelConfig) -> dict[str, Any]:
     """config.json of a resolved DeepSeek-V3."""
     own = {"rope_interleave": config.mla.interleaved, "norm_topk_prob": config.moe.normalize}
-    return {**deepseek_to_hf(config), **own, "num_nextn_predict_layers": 0}
+    return {**deepseek_to_hf(config), **own, "num_nextn_predict_layers": config.mtp.depth}
+
+
+def weights(config: ModelConfig) -> list[HFWeight]:
+    """Names of all tensors."""
+    found = deepseek_weights(config)
+    for layer in range(config.num_layers, config.num_blocks):
+        ours, theirs = f"blocks.{layer}", f"model.layers.{layer}"
+        found += [
+            HFWeight(f"{ours}.look_ahead.embedding_norm.weight", f"{theirs}.enorm.weight"),
+            HFWeight(f"{ours}.look_ahead.hidden_norm.weight", f"{theirs}.hnorm.weight"),
+            HFWeight(f"{ours}.look_ahead.project.weight", f"{theirs}.eh_proj.weight"),
+            HFWeight(f"{ours}.output_norm.weight", f"{theirs}.shared_head.norm.weight"),
+            HFWeight("embedding.weight", f"{theirs}.embed_tokens.weight", copy=True),
+            HFWeight(
+                "embedding.weight" if config.tie_embeddings else "head.weight",
+                f"{theirs}.shared_head.head.weight",
+                copy=True,
+            ),
+        ]
+    return found
 
 
 DEEPSEEK_V3 = Family(
@@ -42,5 +65,4 @@ DEEPSEEK_V3 = Family(
     from_hf=from_hf,
     to_hf=to_hf,
     weights=weights,
-    ignored=r"model\.layers\.61\..*",
 )

@@ -157,6 +157,7 @@ class HFWeight:
     transpose: bool = False
     rows: tuple[int, int] | None = None
     stack: int | None = None  # number of the expert, of the first dim of ours
+    copy: bool = False  # ours has its own place already: written for readers that look for it here too, never read
 
 
 @dataclass(frozen=True)
@@ -167,6 +168,6 @@ class Family:
     architecture: str  # class of transformers
     from_hf: Callable[[Mapping[str, Any]], ModelConfig]
     to_hf: Callable[[ModelConfig], dict[str, Any]]
-    weights: Callable[[ModelConfig], Sequence[HFWeight]]  # every parameter once, in file order
+    weights: Callable[[ModelConfig], Sequence[HFWeight]]  # every parameter once (but for copies), in file order
     optional_prefix: str = ""  # some folders name tensors without it
     ignored: str = r"(?!)"  # regular expression of tensors in old files that are no parameters

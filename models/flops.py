@@ -23,15 +23,16 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> int:
     sent to), each 2 operations forward and 4 backward, and the scores and sums of attention in layer l as if every
     token saw all T others, as is customary, or the sliding window of that layer; 2 K stands for a head's query and
     value features, where they differ. Tables that are looked up and not multiplied are left out of N: learned
-    positions, and input embeddings that are not also the head.
+    positions, and input embeddings that are not also the head. Multi-token prediction uses the head once more for each
+    of its blocks.
     """
     assert config.head_dim is not None  # resolved
     assert config.value_dim is not None
     lookup = 0 if config.tie_embeddings else config.vocab_size * config.hidden_size
     if config.positions == "learned":
         lookup += config.max_seq_len * config.hidden_size
-    idle = sum(map(config.moe.in_layer, range(config.num_layers))) * (config.moe.num_experts - config.moe.top_k)
+    idle = sum(map(config.moe.in_layer, range(config.num_blocks))) * (config.moe.num_experts - config.moe.top_k)
     idle *= 3 * config.hidden_size * config.moe.intermediate_size
-    multiplied = num_parameters(config) - lookup - idle
-    seen = sum(min(seq_len, config.window_of(layer) or seq_len) for layer in range(config.num_layers))
+    multiplied = num_parameters(config) - lookup - idle + config.mtp.depth * config.vocab_size * config.hidden_size
+    seen = sum(min(seq_len, config.window_of(layer) or seq_len) for layer in range(config.num_blocks))
     return 6 * multiplied + 6 * config.num_heads * (config.head_dim + config.value_dim) * seen

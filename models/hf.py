@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ def load_hf_weights(
     file and tensor, before anything is written (but for damaged data).
     """
     folder = TensorFolder(Path(path))
-    weights = FAMILIES[config.family].weights(config)
+    weights = [weight for weight in FAMILIES[config.family].weights(config) if not weight.copy]
     ours = {weight.ours for weight in weights}
     if differing := ours ^ parameters.keys() if whole_model else parameters.keys() - ours:
         raise ValueError(f"parameters do not match model.family={config.family}: {', '.join(sorted(differing))}")
@@ -78,7 +78,9 @@ def _match_names(folder: TensorFolder, weights: Sequence[HFWeight], config: Mode
     missing = sorted(set(names.values()) - folder.file_of.keys())
     allowed = {HEAD} if config.tie_embeddings else set()
     left_over = sorted(
-        name for name in folder.file_of.keys() - set(names.values()) - allowed if not re.fullmatch(family.ignored, name)
+        name
+        for name in folder.file_of.keys() - set(names.values()) - allowed
+        if not re.fullmatch(family.ignored, name) and not _looks_ahead(name, folder.file_of)
     )
     found = []
     if missing:
@@ -89,6 +91,13 @@ def _match_names(folder: TensorFolder, weights: Sequence[HFWeight], config: Mode
     if found:
         raise ValueError(f"{folder.folder} does not fit its config.json: it {'; it '.join(found)}")
     return names
+
+
+def _looks_ahead(name: str, names: Container[str]) -> bool:
+    """Whether a tensor is of a layer for multi-token prediction: one model.mtp.depth leaves out, or its copy of table
+    or head. Such layers are numbered like others, and known by their projection of two hidden sizes."""
+    layer = re.match(r"model\.layers\.\d+\.", name)
+    return layer is not None and f"{layer[0]}eh_proj.weight" in names
 
 
 def _hf_shapes(weights: Sequence[HFWeight], ours: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:

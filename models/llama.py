@@ -66,7 +66,7 @@ def common_weights(config: ModelConfig) -> list[HFWeight]:
     qkv = ["weight", "bias"] if config.qkv_bias else ["weight"]
     o = ["weight", "bias"] if config.attention_bias else ["weight"]
     mlp = ["weight", "bias"] if config.mlp_bias else ["weight"]
-    for layer in range(config.num_layers):
+    for layer in range(config.num_blocks):
         ours, theirs = f"blocks.{layer}", f"model.layers.{layer}"
         found.append(HFWeight(f"{ours}.attention_norm.weight", f"{theirs}.input_layernorm.weight"))
         for name in "qkv":

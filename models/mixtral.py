@@ -19,7 +19,7 @@ def expert_weights(config: ModelConfig, *, router: str, expert: Callable[[str], 
     """
     dense = [weight for weight in common_weights(config) if not _replaced(weight.ours, config)]
     found = []
-    for layer in filter(config.moe.in_layer, range(config.num_layers)):
+    for layer in filter(config.moe.in_layer, range(config.num_blocks)):
         ours, theirs = f"blocks.{layer}.mlp", f"model.layers.{layer}"
         found.append(HFWeight(f"{ours}.router.weight", f"{theirs}.{router}"))
         for name in ("gate", "up", "down"):

@@ -17,6 +17,7 @@ from models.gpt2 import GPT2
 from models.llama import LLAMA
 from models.mistral import MISTRAL
 from models.mixtral import MIXTRAL
+from models.mtp_config import MTPConfig
 from models.opt import OPT
 from models.qwen2 import QWEN2
 from models.qwen3 import QWEN3
@@ -94,7 +95,18 @@ def _read_folder(config: ModelConfig, folder: Path) -> ModelConfig:
         shape = FAMILIES[model_type].from_hf(content)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{file}: {error}") from error
-    return replace(shape, **{name: getattr(config, name) for name in RUN_TIME_FIELDS})
+    if config.mtp.depth > shape.mtp.depth:
+        raise ValueError(
+            f"model.mtp.depth={config.mtp.depth}, but {file} speaks of {shape.mtp.depth} layers for multi-token "
+            f"prediction; use at most {shape.mtp.depth}"
+        )
+    return replace(shape, mtp=config.mtp, **{name: getattr(config, name) for name in RUN_TIME_FIELDS})
+
+
+def shape_of(config: ModelConfig) -> dict[str, Any]:
+    """The fields of a resolved config that say what weights mean, by name; others a run may change."""
+    what = replace(config, mtp=MTPConfig(depth=config.mtp.depth))
+    return {field.name: getattr(what, field.name) for field in fields(what) if field.name not in RUN_TIME_FIELDS}
 
 
 def hf_config(config: ModelConfig) -> dict[str, Any]:
@@ -104,15 +116,8 @@ def hf_config(config: ModelConfig) -> dict[str, Any]:
     """
     family = FAMILIES[config.family]
     written = {"architectures": [family.architecture], "model_type": family.name, **family.to_hf(config)}
-    back = family.from_hf(written).resolve()
-    lost = []
-    for name in _shape_fields():
-        if getattr(back, name) != getattr(config, name):
-            lost.append(f"model.{name}={getattr(config, name)}")
+    back = shape_of(family.from_hf(written).resolve())
+    lost = [f"model.{name}={value}" for name, value in shape_of(config).items() if back[name] != value]
     if lost:
         raise ValueError(f"the Hugging Face format of {family.name} cannot express {', '.join(lost)}")
     return written
-
-
-def _shape_fields() -> list[str]:
-    return [field.name for field in fields(ModelConfig) if field.name not in RUN_TIME_FIELDS]

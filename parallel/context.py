@@ -12,8 +12,9 @@ of the (2n)(2n+1)/2 pairs of chunks that see each other, every rank computes 2n+
 The zigzag parts of u neighbours among n make up, in zigzag order over the u, one zigzag part among n/u: every method
 cuts a sequence in the same way.
 
-B batch, T tokens on this rank, S = n T tokens of the sequence, H query heads, G key/value heads, K head_dim. What
-a rank holds is a shard: the gradient of what it gathered is summed over ranks on its way back, and nothing is divided.
+B batch, T tokens on this rank, S = n T tokens of the sequence, H query heads, G key/value heads, K features of a head's
+query and key, V of its value. What a rank holds is a shard: the gradient of what it gathered is summed over ranks on
+its way back, and nothing is divided.
 """
 
 from __future__ import annotations
@@ -216,34 +217,48 @@ class _RingAttention(torch.autograd.Function):
     """Saves q, k, v, the output and the log-sum-exp of this rank alone; backward sends keys and values round again."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, group: dist.ProcessGroup, blocks: BlockAttention) -> Tensor:
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sinks: Tensor | None,
+        group: dist.ProcessGroup,
+        blocks: BlockAttention,
+    ) -> Tensor:
         rank, size, length = group.rank(), group.size(), q.shape[1] // 2
         wide = _wide(q.dtype)
-        output = torch.zeros(q.shape, dtype=wide, device=q.device)
+        output = torch.zeros(*q.shape[:3], v.shape[3], dtype=wide, device=q.device)
         lse = torch.full((q.shape[0], q.shape[2], q.shape[1]), -math.inf, dtype=wide, device=q.device)
-        kv = torch.stack((k, v))  # one message instead of two
+        kv = torch.cat((k, v), dim=-1)  # one message instead of two
         for step in range(size):
             hop = _Hop(kv, group) if step < size - 1 else None
             source = (rank - step) % size
             for own, other, *starts in pairs(rank, source, size=size, length=length, blocks=blocks):
-                block_output, block_lse = blocks.forward(q[:, own], kv[0][:, other], kv[1][:, other], *starts)
+                keys, values = kv[:, other].split((k.shape[3], v.shape[3]), dim=-1)
+                block_output, block_lse = blocks.forward(q[:, own], keys, values, *starts)
                 output[:, own], lse[..., own] = blocks.merge(output[:, own], lse[..., own], block_output, block_lse)
             if hop is not None:
                 kv = hop.wait()
+        if sinks is not None:  # one more key, which every query sees and whose value is 0
+            total = torch.logaddexp(lse, sinks.to(wide)[:, None])
+            output *= torch.exp(lse - total).transpose(1, 2)[..., None]
+            lse = total
         output = output.to(q.dtype)
-        ctx.save_for_backward(q, k, v, output, lse)
+        ctx.save_for_backward(q, k, v, sinks, output, lse)
         ctx.group, ctx.blocks = group, blocks
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, output, lse = ctx.saved_tensors
+        q, k, v, sinks, output, lse = ctx.saved_tensors
         group, blocks = ctx.group, ctx.blocks
         rank, size, length = group.rank(), group.size(), q.shape[1] // 2
         delta = (grad.to(lse.dtype) * output).sum(dim=-1).transpose(1, 2)  # [B, H, T]
         grad_q = torch.zeros(q.shape, dtype=lse.dtype, device=q.device)
-        kv = torch.stack((k, v))
+        features = (k.shape[3], v.shape[3])
+        kv = torch.cat((k, v), dim=-1)
         kv_hop: _Hop | None = None
         grad_hop: _Hop | None = None
         for step in range(size):
@@ -251,33 +266,46 @@ class _RingAttention(torch.autograd.Function):
             source = (rank - step) % size
             grad_kv = torch.zeros(kv.shape, dtype=lse.dtype, device=q.device)
             for own, other, first_query, first_key in pairs(rank, source, size=size, length=length, blocks=blocks):
+                keys, values = kv[:, other].split(features, dim=-1)
                 dq, dk, dv = blocks.backward(
                     grad[:, own],
                     q[:, own],
-                    kv[0][:, other],
-                    kv[1][:, other],
+                    keys,
+                    values,
                     lse=lse[..., own],
                     delta=delta[..., own],
                     first_query=first_query,
                     first_key=first_key,
                 )
                 grad_q[:, own] += dq
-                grad_kv[0][:, other] += dk
-                grad_kv[1][:, other] += dv
+                grad_kv[:, other] += torch.cat((dk, dv), dim=-1)
             if grad_hop is not None:
                 grad_kv += grad_hop.wait()  # what the ranks before this one found for the same keys
             grad_hop = _Hop(grad_kv, group)  # after the last step: home, to the rank whose keys they are
             if kv_hop is not None:
                 kv = kv_hop.wait()
         assert grad_hop is not None
-        grad_k, grad_v = grad_hop.wait()
-        return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype), None, None
+        grad_k, grad_v = grad_hop.wait().split(features, dim=-1)
+        grad_sinks = None
+        if sinks is not None:  # dscore = P (dP - delta) of a key with dP = 0
+            probabilities = torch.exp(sinks.to(lse.dtype)[:, None] - lse)
+            grad_sinks = -(probabilities * delta).sum(dim=(0, 2)).to(sinks.dtype)
+        return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype), grad_sinks, None, None
 
 
-def ring_attention(q: Tensor, k: Tensor, v: Tensor, *, group: dist.ProcessGroup, blocks: BlockAttention) -> Tensor:
-    """Attention of this rank's q [B, T, H, K] over the k, v [B, T, G, K] of all ranks, in zigzag order (2310.01889).
+def ring_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    group: dist.ProcessGroup,
+    blocks: BlockAttention,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Attention of this rank's q [B, T, H, K] over the k [B, T, G, K], v [B, T, G, V] of all ranks, in zigzag order.
 
     Each rank sends n-1 messages forward (keys with values) and 2n-1 backward (those again, and n with their gradients,
-    in fp32). The next message is under way while a block is computed. Returns [B, T, H, K].
+    in fp32). The next message is under way while a block is computed (2310.01889). sinks [H]: logits of each softmax
+    that have no value; a rank's gradient of them is that of its own queries. Returns [B, T, H, V].
     """
-    return _RingAttention.apply(q, k, v, group, blocks)
+    return _RingAttention.apply(q, k, v, sinks, group, blocks)

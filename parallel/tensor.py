@@ -172,6 +172,13 @@ def start_input_gradient(
     return start_reduce_scatter(d_x, axis, dim=SEQUENCE_DIM) if sequence_parallel else start_all_reduce(d_x, axis)
 
 
+def project_entered(x: Tensor, layer: nn.Module) -> Tensor:
+    """What a column-parallel layer, or a plain one, makes of x [B, T, I] that `enter` has brought: [B, T, O/R]."""
+    if not isinstance(layer, ColumnParallelLinear):
+        return layer(x)
+    return F.linear(x, layer.local(layer.weight), None if layer.bias is None else layer.local(layer.bias))
+
+
 class _Columns(torch.autograd.Function):
     """y_i = x W_i^T + b_i. In backward the sum of dx over the axis travels while the weight gradients are computed."""
 
@@ -194,6 +201,21 @@ class _Columns(torch.autograd.Function):
         d_weights = [grad.t() @ rows for grad in flat]
         d_biases = [grad.sum(0) if has else None for grad, has in zip(flat, ctx.has_bias, strict=True)]
         return wait(pending), None, None, *d_weights, *d_biases
+
+
+class ReplicatedLinear(nn.Module):
+    """y = x W^T + b, W [O, I] whole on every rank. With sequence parallelism each rank maps its own tokens."""
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool, groups: ModelParallel) -> None:
+        super().__init__()
+        assert groups.tp is not None
+        self.grad: Gradient = "partial" if groups.sequence_parallel else "replicated"
+        self.weight = empty_parameter(out_features, in_features, mesh=groups.tp, placement=Replicate())
+        self.bias = empty_parameter(out_features, mesh=groups.tp, placement=Replicate()) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else local_shard(self.bias, grad=self.grad)
+        return F.linear(x, local_shard(self.weight, grad=self.grad), bias)
 
 
 class RowParallelLinear(nn.Module):

@@ -14,7 +14,7 @@ from parallel.parallelize import BlockOptions, parallelize
 from parallel.pipeline.schedules import SPLIT_BACKWARD
 from parallel.pipeline.weight_gradients import defer_weight_gradients
 from trainer.config import TrainConfig
-from trainer.loss import vocabulary_shard
+from trainer.loss import loss_weights, vocabulary_shard
 from trainer.loss_scale import LossScale
 from trainer.optim import build_optimizer
 from trainer.pipelined import PipelinedPasses, pipeline_layout
@@ -75,6 +75,7 @@ def build_state(config: TrainConfig, dims: ParallelDims, mesh: Meshes, device: t
         device=device,
         grad_clip=config.train.grad_clip,
         compile_loss=config.train.compile,
+        loss_weights=loss_weights(config.model.mtp, device) if config.model.mtp.depth else None,
         vocabulary=vocabulary_shard(config.model.vocab_size, groups),
         routing=routing,
         passes=passes,

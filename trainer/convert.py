@@ -18,6 +18,7 @@ from data.config import DataConfig, DataError, TokenizerConfig
 from data.tokenizer import Tokenizer, load_tokenizer
 from models.config import ModelConfig
 from models.hf import export_hf_weights, load_hf_weights
+from models.mtp_config import MTPConfig
 from models.registry import build_model, resolve_model
 from trainer.agreement import CheckpointError, Ranks
 from trainer.checkpoint import CheckpointManager, TensorReader, find_checkpoint, read_extra
@@ -74,18 +75,19 @@ def export_checkpoint(
     return Exported(checkpoint, tokenizer.missing)
 
 
-def import_folder(source: Path, out: Path, *, dtype: torch.dtype = torch.float32) -> Path:
+def import_folder(source: Path, out: Path, *, dtype: torch.dtype = torch.float32, mtp_depth: int = 0) -> Path:
     """Write the weights of a Hugging Face folder as a checkpoint that a run can start from; returns it (out/step_0).
 
     It holds the weights alone: a run with checkpoint.resume=OUT starts at step 0 with an optimizer of its own. dtype:
-    of the weights, that of the run's precision.master. Needs a process group and is collective over it; each rank reads
+    of the weights, that of the run's precision.master. mtp_depth: model.mtp.depth of the run, at most what the folder
+    has. Needs a process group and is collective over it; each rank reads
     and writes its share. Raises ConfigError for a folder that is absent or of no supported family and when out holds
     something, ValueError for tensors that are missing, left over, damaged or of another shape.
     """
     ranks = Ranks()
     _refuse_occupied(out, ranks)
     try:
-        config = resolve_model(ModelConfig(family="hf", path=str(source)))
+        config = resolve_model(ModelConfig(family="hf", path=str(source), mtp=MTPConfig(depth=mtp_depth)))
     except ValueError as error:
         raise ConfigError([str(error).replace("model.path=", "HF_DIR=", 1)]) from None
     weights = _sharded_zeros(config, dtype)

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from data.config import DataConfig, parts
 from models.config import ModelConfig
-from models.registry import RUN_TIME_FIELDS
+from models.registry import shape_of
 from trainer.checkpoint import read_extra
 from trainer.config import ConfigError, TrainConfig
 
 
 def model_identity(config: ModelConfig) -> dict[str, Any]:
     """The fields of a resolved model that say what its weights mean; others may change between runs."""
-    return {name: value for name, value in asdict(config).items() if name not in (*RUN_TIME_FIELDS, "init_std")}
+    shape = shape_of(config)
+    whole = asdict(replace(config, **shape))
+    return {name: whole[name] for name in shape if name != "init_std"}
 
 
 def run_identity(config: TrainConfig) -> dict[str, Any]:

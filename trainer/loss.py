@@ -16,18 +16,27 @@ then runs backward from S_p / N for every p, and gradients are *summed*, over mi
 Averages do not compose like this. The mean over parts of S_p / n_p weights a token by 1 / n_p: a token in a part with
 few valid ones counts more, and the loss depends on the layout unless all n_p are equal, which packing, masked prompts
 and the ends of documents rule out.
+
+Multi-token prediction (DeepSeek-V3, 2412.19437, eq. 24 and 25) has a loss L_k of the same kind for each of its D
+blocks, over the N_k tokens that have a label k places further on, and what is minimised is
+
+    L + (w / D) sum_k L_k
+
+(the paper divides a sequence's sum by its length, T; N_k is T - k for each without documents or ignored labels.)
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from data.batch import IGNORE_INDEX
+from data.batch import IGNORE_INDEX, Batch
 from kernels.linear_cross_entropy import (
     VocabularyShard,
     linear_cross_entropy,
     vocab_parallel_linear_cross_entropy,
 )
+from models.mtp_config import MTPConfig
 from parallel.groups import ModelParallel
 from parallel.tensor import chunk_bounds
 
@@ -59,6 +68,16 @@ def vocabulary_shard(vocab_size: int, groups: ModelParallel) -> VocabularyShard 
         return None
     first, _ = chunk_bounds(vocab_size, groups.tp.size(), groups.tp.get_local_rank())
     return VocabularyShard(group=groups.tp.get_group(), first=first)
+
+
+def loss_weights(mtp: MTPConfig, device: torch.device) -> Tensor:
+    """What the training loss multiplies L, L_1, ... L_D with: fp32 [1 + D]."""
+    return torch.tensor([1.0] + [mtp.loss_weight / mtp.depth] * mtp.depth, device=device)
+
+
+def count_all_valid(batch: Batch) -> Tensor:
+    """n_p of L, L_1, ... L_D: [1 + D], as `count_valid`."""
+    return torch.stack([count_valid(labels) for labels in (batch.labels, *(labels for _, labels in batch.ahead))])
 
 
 def count_valid(labels: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from data.batch import Batch
 from models.config import ModelConfig
 from models.flops import num_parameters
+from models.mtp_config import MTPConfig
 from parallel.data import DataParallel
 from parallel.dims import ParallelConfig
 from parallel.mesh import Meshes
@@ -28,19 +30,21 @@ from trainer.gradients import local_shard_of
 from trainer.step import TrainState, forward_loss_sum, logits_head
 
 TIED = "embedding.weight"
-"""What first and last stage both hold when embeddings are tied."""
+"""What first and last stage both hold when embeddings are tied, or multi-token prediction embeds later tokens."""
 
 
 def pipeline_layout(config: ParallelConfig, model: ModelConfig, *, seq_len: int) -> PipelineLayout | None:
     """Stages balanced by multiplications per token; None without a pipeline."""
     if config.pp == 1:
         return None
-    assert model.head_dim is not None  # resolved
+    depth, model = model.mtp.depth, replace(model, mtp=MTPConfig())
     head = model.vocab_size * model.hidden_size
     tables = head if model.tie_embeddings else 2 * head
     tables += model.max_seq_len * model.hidden_size if model.positions == "learned" else 0
+    assert model.head_dim is not None  # resolved
     block = (num_parameters(model) - tables) / model.num_layers + model.num_heads * model.head_dim * seq_len
-    return make_layout(config, [block] * model.num_layers, head_cost=head)
+    ahead = depth * (block + 2 * model.hidden_size**2 + head)
+    return make_layout(config, [block] * model.num_layers, head_cost=head + ahead)
 
 
 class _ModelWork:
@@ -98,9 +102,11 @@ class PipelinedPasses:
         )
         self._programs: dict[Schedule, tuple[Step, ...]] = {}
         self._traced: Schedule | None = None
-        self._users = _stages_of_parameters(list(data_parallel.masters), layout, self.rank)
+        self._users = _stages_of_parameters(
+            list(data_parallel.masters), layout, self.rank, embeds_last=model.embeds_last
+        )
         ends = (layout.owner[0], layout.owner[-1])
-        self.tied_group = _group_of_ends(mesh, ends) if model.tie_embeddings and ends[0] != ends[1] else None
+        self.tied_group = _group_of_ends(mesh, ends) if model.embeds_last and ends[0] != ends[1] else None
         self.copies = frozenset({TIED}) if self.tied_group is not None and self.rank == ends[1] else frozenset()
 
     def backward(self, state: TrainState, microbatches: list[Batch], per_token: Tensor) -> Tensor:
@@ -118,12 +124,13 @@ class PipelinedPasses:
         self._traced = schedule
         self.data_parallel.finish_backward()
         self._sum_tied()
-        return self._total(losses, state.device)
+        return self._total(losses, torch.zeros_like(per_token, dtype=torch.float64))
 
     def loss_sum(self, state: TrainState, microbatches: list[Batch]) -> Tensor:
         program = self._program(self.layout.evaluation(len(microbatches)))
         work = self._work(microbatches, self._loss_of_stage(state, microbatches))
-        return self._total(self.executor.run(program, work, seed=None), state.device)
+        total = torch.zeros(1, dtype=torch.float64, device=state.device)
+        return self._total(self.executor.run(program, work, seed=None), total)[0]
 
     def logits(self, state: TrainState, tokens: Tensor, position: int) -> Tensor:
         def forward(stage: int, microbatch: int, hidden: Tensor | None) -> Tensor:
@@ -180,9 +187,8 @@ class PipelinedPasses:
 
         return forward
 
-    def _total(self, losses: dict[int, Tensor], device: torch.device) -> Tensor:
-        """Sum over micro-batches, on every rank of the pipeline, 0-d fp64."""
-        total = torch.zeros((), dtype=torch.float64, device=device)
+    def _total(self, losses: dict[int, Tensor], total: Tensor) -> Tensor:
+        """`total` [1 + D], zeros in fp64, with the sums over micro-batches added, on every rank of the pipeline."""
         for microbatch in sorted(losses):  # the order of a plain step
             total += losses[microbatch]
         dist.all_reduce(total, group=self.group)
@@ -197,19 +203,25 @@ class PipelinedPasses:
         dist.all_reduce(local_shard_of(grad), group=self.tied_group)
 
 
-def _stages_of_parameters(names: Sequence[str], layout: PipelineLayout, rank: int) -> dict[str, frozenset[int]]:
-    """Which stages of a rank add to the gradient of each of its parameters."""
+def _stages_of_parameters(
+    names: Sequence[str], layout: PipelineLayout, rank: int, *, embeds_last: bool
+) -> dict[str, frozenset[int]]:
+    """Which stages of a rank add to the gradient of each of its parameters.
+
+    Blocks behind the last layer, of multi-token prediction, are the last stage's. embeds_last: see ModelConfig.
+    """
     mine = layout.of_rank(rank)
     first = {stage.index for stage in mine if stage.is_first}
     last = {stage.index for stage in mine if stage.is_last}
     users: dict[str, frozenset[int]] = {}
-    tied = not any(name.startswith("head.") for name in names)
+    num_layers = layout.stages[-1].stop
     for name in names:
         prefix, *rest = name.split(".")
         if prefix == "blocks":
-            users[name] = frozenset(stage.index for stage in mine if stage.start <= int(rest[0]) < stage.stop)
+            layer = min(int(rest[0]), num_layers - 1)
+            users[name] = frozenset(stage.index for stage in mine if stage.start <= layer < stage.stop)
         elif name == TIED:
-            users[name] = frozenset(first | last if tied else first)
+            users[name] = frozenset(first | last if embeds_last else first)
         else:
             users[name] = frozenset(first if prefix == "positions" else last)
     return users

@@ -44,7 +44,7 @@ def problems(config: TrainConfig, model: ModelConfig) -> list[str]:
             f"such as {nearest}"
         )
     try:
-        on_context(model.attention, method)
+        on_context(model.attention, method, sinks=model.attention_sinks)
     except ValueError as error:
         found.append(str(error))
     if config.train.compile and model.activation_checkpoint == "selective":

@@ -18,10 +18,10 @@ from torch import nn
 
 from data.batch import Batch
 from kernels.linear_cross_entropy import VocabularyShard
-from models.decoder import Decoder
+from models.decoder import Decoder, Head
 from parallel.data import DataParallel
 from parallel.pipeline.stages import Stage
-from trainer.loss import count_valid, token_loss_sum
+from trainer.loss import count_all_valid, count_valid, token_loss_sum
 from trainer.loss_scale import LossScale
 from trainer.optim import Optimizer, clip_coefficient, global_grad_norm
 from trainer.routing import RoutingMonitor
@@ -33,12 +33,13 @@ class Passes(Protocol):
     def backward(self, state: TrainState, microbatches: list[Batch], per_token: torch.Tensor) -> torch.Tensor:
         """Leave in every master's `.grad` that of per_token * token losses, summed over micro-batches and ranks.
 
-        per_token: 0-d fp32. Returns the sum of the token losses of these micro-batches, 0-d fp64.
+        per_token: fp32 [1 + D], for the next token and each of D further ones (`Batch.ahead`). Returns the sums of the
+        token losses of these micro-batches, fp64 [1 + D].
         """
         ...
 
     def loss_sum(self, state: TrainState, microbatches: list[Batch]) -> torch.Tensor:
-        """Sum of the token losses of these micro-batches, 0-d fp64, without gradients."""
+        """Sum of the token losses of these micro-batches, of the next token alone, 0-d fp64, without gradients."""
         ...
 
     def logits(self, state: TrainState, tokens: torch.Tensor, position: int) -> torch.Tensor:
@@ -59,6 +60,7 @@ class TrainState:
     grad_clip: float  # largest global gradient norm; 0: none
     compile_loss: bool
     passes: Passes = field(default_factory=lambda: PlainPasses())
+    loss_weights: torch.Tensor | None = None  # [1 + D]: trainer.loss.loss_weights; None: the next token is all
     vocabulary: VocabularyShard | None = None  # this rank's words of the output layer; None: all
     routing: RoutingMonitor | None = None  # of a mixture of experts
     stage_group: dist.ProcessGroup | None = None  # ranks with the other stages of the model; None: this one has all
@@ -96,39 +98,45 @@ def forward_loss_sum(
     stage: Stage | None = None,
     hidden: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Sum of this micro-batch's token losses, 0-d fp32; its backward adds aux_scale times the auxiliary losses'.
+    """Sums of this micro-batch's token losses, fp32 [1 + D]: of the next token and of those in `batch.ahead`.
 
-    Of a pipeline stage before the last: its hidden states.
+    Their backward adds aux_scale times the auxiliary losses'. Of a pipeline stage before the last: its hidden states.
     """
-    return state.model(
+
+    def head(labels: torch.Tensor) -> Head:
+        return partial(token_loss_sum, labels=labels, compile=state.compile_loss, vocabulary=state.vocabulary)
+
+    result = state.model(
         batch.tokens,
         positions=batch.positions,
         documents=batch.documents,
         samples=batch.samples,
         indices=batch.indices,
         aux_scale=aux_scale,
-        head=partial(token_loss_sum, labels=batch.labels, compile=state.compile_loss, vocabulary=state.vocabulary),
+        head=head(batch.labels),
+        ahead=[(tokens, head(labels)) for tokens, labels in batch.ahead],
         stage=stage,
         hidden=hidden,
     )
+    return result.view(-1) if stage is None or stage.is_last else result
 
 
 class PlainPasses:
     """The whole model on this rank: one micro-batch after the other."""
 
     def backward(self, state: TrainState, microbatches: list[Batch], per_token: torch.Tensor) -> torch.Tensor:
-        loss_sum = torch.zeros((), dtype=torch.float64, device=state.device)  # millions of tokens: fp32 would round
+        loss_sum = torch.zeros_like(per_token, dtype=torch.float64)  # millions of tokens: fp32 would round
         aux_scale = None if state.routing is None else state.routing.aux_scale(state.loss_scale.scale)
         for i, batch in enumerate(microbatches):
             state.data_parallel.start_microbatch(last=i == len(microbatches) - 1)
             loss = forward_loss_sum(state, batch, aux_scale=aux_scale)
-            (loss * per_token).backward()
+            loss.backward(per_token)
             loss_sum += loss.detach()
         state.data_parallel.finish_backward()
         return loss_sum
 
     def loss_sum(self, state: TrainState, microbatches: list[Batch]) -> torch.Tensor:
-        return torch.stack([forward_loss_sum(state, batch).double() for batch in microbatches]).sum()
+        return torch.cat([forward_loss_sum(state, batch).double() for batch in microbatches]).sum()
 
     def logits(self, state: TrainState, tokens: torch.Tensor, position: int) -> torch.Tensor:
         return state.model(tokens, head=logits_head(state.model, position)).float()
@@ -146,27 +154,30 @@ def logits_head(model: nn.Module, position: int) -> Callable[[torch.Tensor, torc
 
 def train_step(state: TrainState, microbatches: list[Batch], *, lr: float) -> StepMetrics:
     """Accumulate gradients over this rank's micro-batches (already on the device) and update the weights once."""
-    valid = torch.stack([count_valid(b.labels) for b in microbatches]).sum()
+    valid = torch.stack([count_all_valid(b) for b in microbatches]).sum(0)
     dist.all_reduce(valid, group=state.token_group)
     scale = state.loss_scale.scale.clone()
     per_token = scale / valid.clamp(min=1)
+    if state.loss_weights is not None:
+        per_token = per_token * state.loss_weights
 
-    loss_sum = state.passes.backward(state, microbatches, per_token)
-    dist.all_reduce(loss_sum, group=state.token_group)
-    loss = (loss_sum / valid.clamp(min=1)).float()
+    loss_sums = state.passes.backward(state, microbatches, per_token)
+    dist.all_reduce(loss_sums, group=state.token_group)
+    loss, *further = (loss_sums / valid.clamp(min=1)).float().unbind()
 
     counted = [master for name, master in state.data_parallel.masters.items() if name not in state.copies]
     grad_norm = global_grad_norm(counted, stages=state.stage_group).to(state.device) / scale
-    finite = torch.isfinite(grad_norm) & torch.isfinite(loss)
+    finite = torch.isfinite(grad_norm) & torch.isfinite(loss_sums).all()
     skipped = 1.0 - finite.float()
     coefficient = clip_coefficient(grad_norm, state.grad_clip) / scale
     state.optimizer.step(lr=lr, grad_scale=coefficient, skip=skipped)
     state.data_parallel.publish()
-    extra = {} if state.routing is None else state.routing.finish(skipped)
+    extra = {f"mtp_loss_{k}": loss_k for k, loss_k in enumerate(further, start=1)}
+    extra |= {} if state.routing is None else state.routing.finish(skipped)
     state.loss_scale.update(skipped)
     state.step += 1
     return StepMetrics(
-        loss=loss, grad_norm=grad_norm, skipped=skipped, valid_tokens=valid, loss_scale=scale, extra=extra
+        loss=loss, grad_norm=grad_norm, skipped=skipped, valid_tokens=valid[0], loss_scale=scale, extra=extra
     )
 
 

@@ -261,7 +261,10 @@ class Trainer:
     def _launch_step(self) -> None:
         """Run one step; on the GPU, only enqueue it. Its numbers are `_pending`."""
         started = time.perf_counter()
-        microbatches = [self._part(batch).to(self.device) for batch in self.train_data.next_step()]
+        microbatches = [
+            self._part(batch.look_ahead(self.config.model.mtp.depth)).to(self.device)
+            for batch in self.train_data.next_step()
+        ]
         data_wait = time.perf_counter() - started
         step = self.state.step + 1
         lr = learning_rate(

@@ -47,7 +47,6 @@ def finalize(config: TrainConfig, *, world_size: int) -> TrainConfig:
         else:
             found += model_problems(model, seq_len=config.train.seq_len)
     found += _expert_problems(model, config.parallel)
-    found += _latent_problems(model, config.parallel)
     found += activation_checkpoint_problems(
         ActivationCheckpoint(mode=model.activation_checkpoint, save=model.activation_checkpoint_save)
     )
@@ -143,18 +142,6 @@ def _expert_problems(model: ModelConfig, parallel: ParallelConfig) -> list[str]:
         f"parallel.{axis}={getattr(parallel, axis)} does not work with model.moe.num_experts={model.moe.num_experts}, "
         f"whose routers need whole sequences and stages; use {axis}=1"
         for axis in ("tp", "pp", "cp")
-        if getattr(parallel, axis) > 1
-    ]
-
-
-def _latent_problems(model: ModelConfig, parallel: ParallelConfig) -> list[str]:
-    """Axes that multi-head latent attention does not compose with: its heads share one compressed key and value."""
-    if not model.mla.kv_rank:
-        return []
-    return [
-        f"parallel.{axis}={getattr(parallel, axis)} does not work with model.mla.kv_rank={model.mla.kv_rank}: latent "
-        f"attention is not split over heads or tokens; use {axis}=1"
-        for axis in ("tp", "cp")
         if getattr(parallel, axis) > 1
     ]
 

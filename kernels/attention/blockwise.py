@@ -2,7 +2,10 @@
 
 The parts of a long sequence that live on different ranks meet here two at a time: each pair gives an output and the
 log-sum-exp of its scores, and `merge` makes the whole from them (the online softmax of Flash Attention, 2205.14135,
-section 3.1). B batch, T queries, S keys, H query heads, G key/value heads (H is a multiple of G), K head_dim.
+section 3.1).
+
+B batch, T queries, S keys, H query heads, G key/value heads (H is a multiple of G), K features of a head's query and
+key, V of its value.
 """
 
 from __future__ import annotations
@@ -36,9 +39,9 @@ class BlockAttention:
         return first, first_query + length
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, first_query: int, first_key: int) -> tuple[Tensor, Tensor]:
-        """Attention of q [B, T, H, K] over k, v [B, S, G, K], scaled by K^-1/2.
+        """Attention of q [B, T, H, K] over k [B, S, G, K], v [B, S, G, V], scaled by K^-1/2.
 
-        Returns the output [B, T, H, K] and the log-sum-exp of the scores [B, H, T], both fp32 (fp64 for fp64). A query
+        Returns the output [B, T, H, V] and the log-sum-exp of the scores [B, H, T], both fp32 (fp64 for fp64). A query
         that sees none of the keys gets 0 and -inf.
         """
         scores = self._scores(q, k, first_query, first_key)
@@ -48,7 +51,7 @@ class BlockAttention:
 
     @staticmethod
     def merge(output: Tensor, lse: Tensor, block_output: Tensor, block_lse: Tensor) -> tuple[Tensor, Tensor]:
-        """Attention over two sets of keys from the attention over each: output [B, T, H, K], lse [B, H, T].
+        """Attention over two sets of keys from the attention over each: output [B, T, H, V], lse [B, H, T].
 
         One of the two log-sum-exps of a query must be finite (it saw a key); a set with -inf then has no weight.
         """
@@ -70,8 +73,8 @@ class BlockAttention:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """This block's share of the gradients of q, k and v, fp32 (fp64 for fp64), scores computed anew.
 
-        grad [B, T, H, K] is the gradient of the output over *all* keys, lse [B, H, T] the log-sum-exp over all keys and
-        delta [B, H, T] the sum over K of grad times that output (2307.08691, algorithm 2). With P = exp(scores - lse)
+        grad [B, T, H, V] is the gradient of the output over *all* keys, lse [B, H, T] the log-sum-exp over all keys and
+        delta [B, H, T] the sum over V of grad times that output (2307.08691, algorithm 2). With P = exp(scores - lse)
         and dP = grad v^T: dv = P^T grad, dscores = P (dP - delta). Dropout D is linear: dv = D(P)^T grad, dP = D(grad
         v^T), and delta stays what it is, because it is also the sum over all keys of P dP.
         """

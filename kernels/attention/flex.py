@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, flex_attention
+
+from kernels.attention.sinks import with_sinks
 
 
 @cache
@@ -49,8 +51,15 @@ def build_block_mask(
     return create_block_mask(mask_mod, batch, None, seq_len, seq_len, device=device)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, slopes: Tensor | None = None) -> Tensor:
-    """Attention of q [B, T, H, K] over k, v [B, T, G, K], scaled by K^-1/2; slopes [H] adds ALiBi.
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: BlockMask,
+    slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Attention of q [B, T, H, K] over k, v [B, T, G, K], scaled by K^-1/2; slopes [H] adds ALiBi, sinks [H] sinks.
 
     Returns [B, T, H, K].
     """
@@ -62,7 +71,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, slopes: Tensor |
         return score - slopes[h] * (query - key)
 
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    output = _compiled()(
-        q, k, v, block_mask=mask, score_mod=None if slopes is None else score_mod, enable_gqa=q.shape[1] != k.shape[1]
-    )
-    return output.transpose(1, 2)
+    options = {"score_mod": None if slopes is None else score_mod, "enable_gqa": q.shape[1] != k.shape[1]}
+    if sinks is None:
+        return _compiled()(q, k, v, block_mask=mask, **options).transpose(1, 2)
+    output, aux = _compiled()(q, k, v, block_mask=mask, return_aux=AuxRequest(lse=True), **options)
+    return with_sinks(output.transpose(1, 2), aux.lse, sinks)

@@ -11,10 +11,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import Shard
 
 from kernels.attention import flex, reference, sdpa
 from kernels.attention.alibi import slopes as alibi_slopes
 from kernels.attention.blockwise import BlockAttention
+from kernels.attention.sinks import with_sinks
 from models.config import ModelConfig
 from models.layers import rope
 from models.layers.context_attention import ContextAttention, on_context
@@ -22,7 +24,7 @@ from models.layers.dropout import Dropout
 from models.layers.linear import column_linear, row_linear
 from models.layers.norm import make_head_norm
 from parallel.groups import NO_GROUPS, ModelParallel
-from parallel.tensor import project
+from parallel.tensor import empty_parameter, local_shard, project
 
 
 class Context(NamedTuple):
@@ -52,12 +54,12 @@ def choose_attention(
     """The implementation that runs: what model.attention=auto means on `device`, with or without document masks.
 
     dtype: of activations. On CUDA, flex where a window or documents leave most of the square empty, else sdpa;
-    elsewhere sdpa. Heads of sizes that these have no kernel for take the reference. Across a sequence that is split by
-    cp_method, what that method runs on (see `on_context`). Raises ValueError for an implementation that is asked for
-    and does not run.
+    elsewhere sdpa. Heads of sizes that these have no kernel for take the reference, and so do attention sinks, which
+    sdpa does not have, where there is no flex. Across a sequence that is split by cp_method, what that method runs on
+    (see `on_context`). Raises ValueError for an implementation that is asked for and does not run.
     """
     if cp_method is not None:
-        return on_context(config.attention, cp_method)
+        return on_context(config.attention, cp_method, sinks=config.attention_sinks)
     assert config.head_dim is not None
     assert config.value_dim is not None  # resolved
     obstacles = {
@@ -65,11 +67,13 @@ def choose_attention(
         "sdpa": sdpa.obstacle(device, dtype, config.head_dim, config.value_dim),
         "reference": None,
     }
+    if config.attention_sinks:
+        obstacles["sdpa"] = "does not return the log-sum-exp that model.attention_sinks=true needs"
     if config.attention != "auto":
         if obstacle := obstacles[config.attention]:
             raise ValueError(f"model.attention={config.attention} {obstacle}; use model.attention=auto or reference")
         return config.attention
-    sparse = device.type == "cuda" and (documents or config.sliding_window is not None)
+    sparse = device.type == "cuda" and (documents or config.sliding_window is not None or config.attention_sinks)
     preferred = ("flex", "sdpa", "reference") if sparse else ("sdpa", "reference")
     return next(name for name in preferred if obstacles[name] is None)
 
@@ -112,7 +116,7 @@ def build_context(
             return flex.build_block_mask(seq_len, device, window=window, documents=documents)
         return None  # the reference makes its own
 
-    windows = {config.window_of(layer) for layer in range(config.num_layers)}
+    windows = {config.window_of(layer) for layer in range(config.num_blocks)}
     return Context(
         implementation=implementation,
         cos=cos,
@@ -160,6 +164,7 @@ class Attention(nn.Module):
         self.q_norm = make_head_norm(config, groups) if config.qk_norm else None
         self.k_norm = make_head_norm(config, groups) if config.qk_norm else None
         self.first_head = 0 if groups.tp is None else groups.tp.get_local_rank() * (config.num_heads // ranks)
+        self.sinks = make_sinks(config, groups)
         self.dropout = Dropout(
             config.attention_dropout,
             seed=seed,
@@ -195,7 +200,13 @@ class Attention(nn.Module):
             slopes=context.slopes,
             dropout=self._dropout(context, first_head),
         )
-        return self.across.by_tokens(q, k, v, blocks)
+        return self.across.by_tokens(q, k, v, blocks, self._sinks_of(first_head, q.shape[2]))
+
+    def _sinks_of(self, first_head: int, num_heads: int) -> Tensor | None:
+        """[num_heads] of the heads of this tp rank, from the first_head-th on; None: there are no sinks."""
+        if self.sinks is None:
+            return None
+        return local_shard(self.sinks, grad="sharded")[first_head : first_head + num_heads]
 
     def _dropout(self, context: Context, first_head: int = 0) -> Callable[..., Tensor] | None:
         """What drops probabilities in this pass, if anything does."""
@@ -214,12 +225,22 @@ class Attention(nn.Module):
         first_head: number of the first head of q, where others are elsewhere; context.slopes are those of q's heads.
         """
         mask = context.mask if self.window is None else context.window_mask
+        sinks = self._sinks_of(first_head, q.shape[2])
         if context.implementation == "sdpa":
             return sdpa.attention(q, k, v, mask)
         if context.implementation == "flex":
-            return flex.attention(q, k, v, mask, context.slopes)
+            return flex.attention(q, k, v, mask, context.slopes, sinks)
         dropout = self._dropout(context, first_head)
-        output, _ = reference.attention(
+        output, lse = reference.attention(
             q, k, v, window=self.window, documents=context.documents, slopes=context.slopes, dropout=dropout
         )
-        return output
+        return output if sinks is None else with_sinks(output, lse, sinks)
+
+
+def make_sinks(config: ModelConfig, groups: ModelParallel) -> nn.Parameter | None:
+    """A logit [H] of each head's attention sink, cut by heads over the tp axis; None without model.attention_sinks."""
+    if not config.attention_sinks:
+        return None
+    if groups.tp is None:
+        return nn.Parameter(torch.empty(config.num_heads))
+    return empty_parameter(config.num_heads, mesh=groups.tp, placement=Shard(0))

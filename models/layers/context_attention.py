@@ -1,7 +1,7 @@
 """Attention over a sequence whose tokens are spread over the cp axis: which kernel runs under which method.
 
-B batch, T tokens here, S tokens of the sequence, H query heads, G key/value heads, K head_dim; R ranks of cp_ring,
-U of cp_ulysses, S = R U T.
+B batch, T tokens here, S tokens of the sequence, H query heads, G key/value heads, K features of a head's query and
+key, V of its value; R ranks of cp_ring, U of cp_ulysses, S = R U T.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kernels.attention.blockwise import BlockAttention
+from kernels.attention.sinks import with_sinks
 from parallel.context import (
     chunks_of,
     gather_heads,
@@ -28,16 +29,19 @@ RUNS_ON: dict[str, tuple[str, ...]] = {
     "allgather": ("reference",),
 }
 """Implementations that each method can run on, the one that model.attention=auto means first."""
+WITHOUT_SINKS = "sdpa"
+"""The implementation that does not return the log-sum-exp, which attention sinks need."""
 
 
-def on_context(attention: str, method: str) -> str:
+def on_context(attention: str, method: str, *, sinks: bool = False) -> str:
     """The implementation that model.attention means under a method. Raises ValueError where there is none."""
+    possible = [name for name in RUNS_ON[method] if not (sinks and name == WITHOUT_SINKS)]
     if attention == "auto":
-        return RUNS_ON[method][0]
-    if attention not in RUNS_ON[method]:
+        return possible[0]
+    if attention not in possible:
         raise ValueError(
             f"model.attention={attention} does not work with parallel.cp_method={method}, which runs on "
-            f"{' or '.join(RUNS_ON[method])}; use model.attention=auto"
+            f"{' or '.join(possible)}{' with model.attention_sinks=true' * sinks}; use model.attention=auto"
         )
     return attention
 
@@ -50,10 +54,11 @@ class ContextAttention:
 
     @torch.compiler.disable(reason="messages between ranks")
     def by_heads(self, q: Tensor, k: Tensor, v: Tensor, attend: Callable[..., Tensor]) -> Tensor:
-        """attend with all tokens of cp_ulysses and a share of the heads. q [B, T, H, K], k, v [B, T, G, K].
+        """attend with all tokens of cp_ulysses and a share of the heads.
 
-        attend(q [B, UT, H/U, K], k, v, first_head=the number of its first head) returns [B, UT, H/U, K]; its tokens are
-        a zigzag part of the sequence over cp_ring, or all of it where there is none. Returns [B, T, H, K].
+        q [B, T, H, K], k [B, T, G, K], v [B, T, G, V].
+        attend(q [B, UT, H/U, K], k, v, first_head=the number of its first head) returns [B, UT, H/U, V]; its tokens are
+        a zigzag part of the sequence over cp_ring, or all of it where there is none. Returns [B, T, H, V].
 
         All of this stays out of compiled graphs, which it parts in two: messages of a ring are started and waited for
         in an order that a graph does not promise, and one graph of all pairs of chunks would be compiled per rank.
@@ -66,18 +71,22 @@ class ContextAttention:
         q, k, v = (scatter_heads(x, group) for x in (q, k, v))
         return gather_heads(attend(q, k, v, first_head=first_head), group)
 
-    def by_tokens(self, q: Tensor, k: Tensor, v: Tensor, blocks: BlockAttention) -> Tensor:
-        """Attention of q [B, S/R, H, K] over the k, v [B, S/R, G, K] of all ranks of cp_ring. Returns q's shape."""
+    def by_tokens(self, q: Tensor, k: Tensor, v: Tensor, blocks: BlockAttention, sinks: Tensor | None = None) -> Tensor:
+        """Attention of q [B, S/R, H, K] over the k [B, S/R, G, K], v [B, S/R, G, V] of all ranks of cp_ring.
+
+        sinks [H]: attention sinks of these heads. Returns [B, S/R, H, V].
+        """
         assert self.ring is not None
         if self.method == "ring":
-            return ring_attention(q, k, v, group=self.ring.get_group(), blocks=blocks)
-        k, v = gather_sequence(torch.stack((k, v), dim=2), self.ring.get_group()).unbind(2)
+            return ring_attention(q, k, v, group=self.ring.get_group(), blocks=blocks, sinks=sinks)
+        features = (k.shape[3], v.shape[3])
+        k, v = gather_sequence(torch.cat((k, v), dim=-1), self.ring.get_group()).split(features, dim=-1)
         length = q.shape[1] // 2
         chunks = chunks_of(self.ring.get_local_rank(), self.ring.size())
         outputs = []
         for queries, chunk in zip(q.chunk(2, dim=1), chunks, strict=True):
             first_query = chunk * length
             first, last = blocks.keys_of(first_query, length)
-            output, _ = blocks.forward(queries, k[:, first:last], v[:, first:last], first_query, first)
-            outputs.append(output)
+            output, lse = blocks.forward(queries, k[:, first:last], v[:, first:last], first_query, first)
+            outputs.append(output if sinks is None else with_sinks(output, lse, sinks))
         return torch.cat(outputs, dim=1).to(q.dtype)

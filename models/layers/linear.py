@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from parallel.groups import ModelParallel
-from parallel.tensor import ColumnParallelLinear, RowParallelLinear
+from parallel.tensor import ColumnParallelLinear, ReplicatedLinear, RowParallelLinear
 
 
 def column_linear(
@@ -15,6 +15,13 @@ def column_linear(
     if groups.tp is None:
         return nn.Linear(in_features, out_features, bias=bias)
     return ColumnParallelLinear(in_features, out_features, bias=bias, groups=groups, shared_by=shared_by)
+
+
+def replicated_linear(in_features: int, out_features: int, *, bias: bool, groups: ModelParallel) -> nn.Module:
+    """A layer of the residual stream, whole on every rank of the tp axis."""
+    if groups.tp is None:
+        return nn.Linear(in_features, out_features, bias=bias)
+    return ReplicatedLinear(in_features, out_features, bias=bias, groups=groups)
 
 
 def row_linear(in_features: int, out_features: int, *, bias: bool, groups: ModelParallel) -> nn.Module:

@@ -1,6 +1,12 @@
 """Multi-head latent attention: keys and values of all heads are made of one small latent per token.
 
 B batch, T tokens, D hidden_size, H heads, R kv_rank, N nope_dim, P rope_dim, V value_dim.
+
+Under tensor parallelism q_b (or q), kv_b and o are cut by heads, as in any attention. The projections down and their
+norms are whole on every rank: what they make is narrow, and all heads need all of it. With sequence parallelism each
+rank makes the latents of its own slice of the tokens, and the latents are gathered instead of x: in DeepSeek-V3
+1536 + 512 + 64 features for 7168. Each rank's heads give a part of the gradient of the latents and of the shared key;
+it is summed over tp on its way back, before the norms and projections down see it.
 """
 
 from __future__ import annotations
@@ -12,8 +18,14 @@ from torch import Tensor, nn
 
 from models.config import ModelConfig
 from models.layers import rope
-from models.layers.attention import Attention, Context
+from models.layers.attention import Attention, Context, make_sinks
+from models.layers.context_attention import ContextAttention
 from models.layers.dropout import Dropout
+from models.layers.linear import column_linear, replicated_linear, row_linear
+from models.layers.norm import make_stream_norm
+from parallel.collectives import Axis
+from parallel.groups import NO_GROUPS, ModelParallel
+from parallel.tensor import enter, project, project_entered
 
 LATENT_NORM_EPS = 1e-6  # DeepSeek's, whatever the eps of its other norms
 
@@ -29,21 +41,27 @@ class LatentAttention(Attention):
     `compress` and `expand` are apart so that inference can keep what lies between them.
     """
 
-    def __init__(self, config: ModelConfig, layer: int, seed: int) -> None:
+    def __init__(self, config: ModelConfig, layer: int, seed: int, groups: ModelParallel = NO_GROUPS) -> None:
         nn.Module.__init__(self)  # not Attention's, whose projections this one does not have
         mla, H, D = config.mla, config.num_heads, config.hidden_size
+        self.across = ContextAttention(groups) if groups.cp > 1 else None
+        self.axis = None if groups.tp is None else Axis.of(groups.tp)
+        self.sequence_parallel = groups.sequence_parallel
+        self.num_heads = H
+        self.first_head = 0 if self.axis is None else self.axis.rank * (H // self.axis.size)
+        self.sinks = make_sinks(config, groups)
         self.mla, self.head_dim, self.window = mla, mla.nope_dim + mla.rope_dim, config.window_of(layer)
         bias = config.attention_bias
         if mla.q_rank is None:
-            self.q = nn.Linear(D, H * self.head_dim, bias=False)
+            self.q = column_linear(D, H * self.head_dim, bias=False, groups=groups)
         else:
-            self.q_a = nn.Linear(D, mla.q_rank, bias=bias)
-            self.q_a_norm = nn.RMSNorm(mla.q_rank, eps=LATENT_NORM_EPS)
-            self.q_b = nn.Linear(mla.q_rank, H * self.head_dim, bias=False)
-        self.kv_a = nn.Linear(D, mla.kv_rank + mla.rope_dim, bias=bias)
-        self.kv_a_norm = nn.RMSNorm(mla.kv_rank, eps=LATENT_NORM_EPS)
-        self.kv_b = nn.Linear(mla.kv_rank, H * (mla.nope_dim + mla.value_dim), bias=False)
-        self.o = nn.Linear(H * mla.value_dim, D, bias=bias)
+            self.q_a = replicated_linear(D, mla.q_rank, bias=bias, groups=groups)
+            self.q_a_norm = _latent_norm(mla.q_rank, groups)
+            self.q_b = column_linear(mla.q_rank, H * self.head_dim, bias=False, groups=groups)
+        self.kv_a = replicated_linear(D, mla.kv_rank + mla.rope_dim, bias=bias, groups=groups)
+        self.kv_a_norm = _latent_norm(mla.kv_rank, groups)
+        self.kv_b = column_linear(mla.kv_rank, H * (mla.nope_dim + mla.value_dim), bias=False, groups=groups)
+        self.o = row_linear(H * mla.value_dim, D, bias=bias, groups=groups)
         self.query_scale = yarn_score_factor(config)
         self.dropout = Dropout(
             config.attention_dropout,
@@ -53,21 +71,33 @@ class LatentAttention(Attention):
         )
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        B, T, _ = x.shape
-        q = self.q(x) if self.mla.q_rank is None else self.q_b(self.q_a_norm(self.q_a(x)))
-        q_nope, q_rope = q.view(B, T, -1, self.head_dim).split([self.mla.nope_dim, self.mla.rope_dim], dim=-1)
+        if self.mla.q_rank is None:
+            (q,) = project(x, (self.q,))
+        else:
+            (q,) = project(self.q_a_norm(self.q_a(x)), (self.q_b,))
+        heads = q.unflatten(-1, (-1, self.head_dim))
+        q_nope, q_rope = heads.split([self.mla.nope_dim, self.mla.rope_dim], dim=-1)
         q = torch.cat([q_nope, self._rotate(q_rope, context)], dim=-1) * self.query_scale
         k, v = self.expand(*self.compress(x, context))
-        return self.o(self._attend(q, k, v, context).reshape(B, T, -1))
+        attend = self._attend if context.indices is None else self._attend_across
+        return self.o(attend(q, k, v, context).flatten(2))
 
     def compress(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
-        """x [B, T, D] to what a cache holds: the normalised latent [B, T, R] and the turned shared key [B, T, 1, P]."""
-        latent, k_rope = self.kv_a(x).split([self.mla.kv_rank, self.mla.rope_dim], dim=-1)
-        return self.kv_a_norm(latent), self._rotate(k_rope[:, :, None], context)
+        """x [B, T, D] to what a cache holds: the normalised latent [B, T, R] and the turned shared key [B, T, 1, P].
+
+        With sequence parallelism x is this rank's slice, [B, T/tp, D]; latent and key are of all T tokens all the same.
+        """
+        sizes = [self.mla.kv_rank, self.mla.rope_dim]
+        latent, k_rope = self.kv_a(x).split(sizes, dim=-1)
+        latent = self.kv_a_norm(latent)
+        if self.axis is not None:
+            both = torch.cat([latent, k_rope], dim=-1)  # one collective
+            latent, k_rope = enter(both, self.axis, sequence_parallel=self.sequence_parallel).split(sizes, dim=-1)
+        return latent, self._rotate(k_rope[:, :, None], context)
 
     def expand(self, latent: Tensor, k_rope: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys [B, T, H, N + P] and values [B, T, H, V] of what `compress` returned."""
-        kv = self.kv_b(latent).unflatten(-1, (-1, self.mla.nope_dim + self.mla.value_dim))
+        """Keys [B, T, H, N + P] and values [B, T, H, V] of what `compress` returned: H are this rank's heads."""
+        kv = project_entered(latent, self.kv_b).unflatten(-1, (-1, self.mla.nope_dim + self.mla.value_dim))
         k_nope, v = kv.split([self.mla.nope_dim, self.mla.value_dim], dim=-1)
         return torch.cat([k_nope, k_rope.expand(-1, -1, k_nope.shape[2], -1)], dim=-1), v
 
@@ -78,6 +108,10 @@ class LatentAttention(Attention):
         if self.mla.interleaved:
             x = torch.cat([x[..., 0::2], x[..., 1::2]], dim=-1)
         return rope.rotate(x, context.cos, context.sin)
+
+
+def _latent_norm(size: int, groups: ModelParallel) -> nn.Module:
+    return make_stream_norm(size, eps=LATENT_NORM_EPS, kind="rmsnorm", groups=groups)
 
 
 def yarn_score_factor(config: ModelConfig) -> float:

@@ -45,9 +45,12 @@ def make_norm(config: ModelConfig, groups: ModelParallel) -> nn.Module:
 
     Both compute in fp32 inside, whatever the dtype of their input.
     """
+    return make_stream_norm(config.hidden_size, eps=config.norm_eps, kind=config.norm, groups=groups)
+
+
+def make_stream_norm(size: int, *, eps: float, kind: str, groups: ModelParallel) -> nn.Module:
+    """A norm of [..., size] of the tokens of the residual stream: one of NORMS."""
     if groups.tp is not None:
         grad: Gradient = "partial" if groups.sequence_parallel else "replicated"
-        return ReplicatedNorm(config.hidden_size, eps=config.norm_eps, kind=config.norm, groups=groups, grad=grad)
-    if config.norm == "rmsnorm":
-        return nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
-    return nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
+        return ReplicatedNorm(size, eps=eps, kind=kind, groups=groups, grad=grad)
+    return nn.RMSNorm(size, eps=eps) if kind == "rmsnorm" else nn.LayerNorm(size, eps=eps)

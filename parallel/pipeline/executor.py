@@ -73,7 +73,8 @@ class PipelineExecutor:
     def run(self, program: Sequence[Step], work: Work, *, seed: Tensor | None) -> dict[int, Tensor]:
         """Results of the last stage by micro-batch, detached; empty on ranks that do not hold it.
 
-        seed: 0-d, the gradient of every result of the last stage; None: forward only, and nothing is kept for backward.
+        seed: the gradient of every result of the last stage, of their shape; None: forward only, and nothing is kept
+        for backward.
         """
         run = _Run(self, work, seed, _last_of_stage(program))
         trace = self.trace and seed is not None

@@ -15,7 +15,9 @@ import torch
 import torch.distributed as dist
 
 from data.config import DataConfig
+from models.mla_config import MLAConfig
 from models.moe_config import MoEConfig
+from models.mtp_config import MTPConfig
 from parallel.mesh import init_distributed, pick_device
 from tests.parity.harness import changed, gradient_deviation, loss_deviation, run_here, run_on, text_corpus, tiny_config
 from tests.pool import RankPool
@@ -209,12 +211,26 @@ LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {
     }),
     "pp2-cp2": ("llama", {"parallel__pp": 2, "parallel__cp": 2, "parallel__zero_stage": 1}),
     "moe-zero3": ("moe", {"parallel__zero_stage": 3}),
+    "latent-tp2-sp-zero3": ("latent", {
+        "parallel__tp": 2, "parallel__sequence_parallel": True, "parallel__zero_stage": 3,
+    }),
+    "latent-cp2-ring-tp2": ("latent", {"parallel__cp": 2, "parallel__tp": 2}),
+    "latent-cp2-ulysses-zero1": ("latent", {
+        "parallel__cp": 2, "parallel__cp_method": "ulysses", "parallel__zero_stage": 1,
+    }),
+    "latent-pp2": ("latent", {"parallel__pp": 2, "parallel__zero_stage": 1}),
 }  # fmt: skip
 
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {},
     "tied": {"model__tie_embeddings": True},
     "moe": {"model__moe": MoEConfig(num_experts=4, top_k=2, intermediate_size=32)},
+    "latent": {  # with attention sinks and multi-token prediction
+        "model__mla": MLAConfig(kv_rank=32, q_rank=24, nope_dim=16, rope_dim=16, value_dim=16),
+        "model__num_kv_heads": None,
+        "model__attention_sinks": True,
+        "model__mtp": MTPConfig(depth=1),
+    },
 }
 PRECISIONS: dict[str, dict[str, Any]] = {"fp32": {}, "bf16": {"precision__compute": "bf16"}}
 SPLITS = (1, 2, 4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from kernels.attention import flex, reference, sdpa
 from kernels.attention.alibi import slopes
+from kernels.attention.sinks import with_sinks
 
 B, T, K = 2, 13, 10
 CPU = torch.device("cpu")
@@ -156,6 +158,49 @@ def test_flex_means_the_same_masks_and_scores(
     alibi = choice.pop("slopes", None)
     output = flex.attention(q, k, v, flex.build_block_mask(T, CPU, **choice), alibi)
     torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(3, 3), (6, 2), (5, 1)])
+@pytest.mark.parametrize("window", [None, 4])
+def test_sinks_are_those_of_gpt_oss(heads: int, kv_heads: int, window: int | None) -> None:
+    """A sink on the wrong head or with a value, a gradient that does not go through the log-sum-exp."""
+    gpt_oss = pytest.importorskip("transformers.models.gpt_oss.modeling_gpt_oss")
+    q, k, v = inputs(heads, kv_heads)
+    sinks = torch.linspace(-2.0, 3.0, heads, requires_grad=True)
+    module = SimpleNamespace(sinks=sinks, num_key_value_groups=heads // kv_heads, training=False)
+    mask = torch.where(reference.visible(T, CPU, window=window), 0.0, -math.inf)
+    expected, _ = gpt_oss.eager_attention_forward(
+        module, *(x.transpose(1, 2) for x in (q, k, v)), mask, scaling=K**-0.5
+    )
+    output = with_sinks(*reference.attention(q, k, v, window=window), sinks)
+    assert_same(output, expected, (q, k, v, sinks), tolerance=1e-5)
+    without, _ = reference.attention(q, k, v, window=window)
+    assert (without - expected).abs().max() > 1e-2  # negative control
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_has_the_same_sinks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A log-sum-exp of another base, or of heads in another order."""
+    monkeypatch.setattr(flex, "obstacle", lambda *args: None)
+    monkeypatch.setattr(flex, "_compiled", lambda: flex_attention)
+    q, k, v = (x.detach() for x in inputs(6, 2))
+    sinks = torch.linspace(-2.0, 3.0, 6)
+    expected = with_sinks(*reference.attention(q, k, v, window=4), sinks)
+    output = flex.attention(q, k, v, flex.build_block_mask(T, CPU, window=4), sinks=sinks)
+    torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_gpu_flex_has_the_same_sinks(dtype: torch.dtype) -> None:
+    """A gradient that does not come back through the log-sum-exp of the compiled kernel."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(B, T, 8, 64), (B, T, 2, 64), (B, T, 2, 64)]
+    q, k, v = (torch.randn(shape, generator=generator).to("cuda", dtype).requires_grad_() for shape in shapes)
+    sinks = torch.linspace(-2.0, 3.0, 8, device="cuda").to(dtype).requires_grad_()
+    expected = with_sinks(*reference.attention(q, k, v, window=4), sinks)
+    output = flex.attention(q, k, v, flex.build_block_mask(T, q.device, window=4), sinks=sinks)
+    assert_same(output, expected, (q, k, v, sinks), tolerance=5e-3 if dtype == torch.float32 else 2e-2)
 
 
 @pytest.mark.gpu

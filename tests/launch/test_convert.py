@@ -23,6 +23,8 @@ from data.tokenizer import load_tokenizer
 from launch.compose import compose_one
 from launch.convert import convert
 from models.config import ModelConfig
+from models.mla_config import MLAConfig
+from models.mtp_config import MTPConfig
 from models.registry import build_model, resolve_model
 from tests.launch.on_ranks import export_and_watch, export_here, import_and_watch, import_here
 from tests.models.oracle import theirs
@@ -400,3 +402,34 @@ def test_the_command_runs_under_torchrun(runs: dict[str, Run], exported: dict[st
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout == f"exported {runs['gpt2'].directory}/checkpoints/step_3 to out\n"
     assert same_files(exported["gpt2"], tmp_path / "out")
+
+
+def test_blocks_of_multi_token_prediction_go_out_and_come_back(
+    ranks: RankPool, data: DataConfig, tmp_path: Path
+) -> None:
+    """Blocks that are lost on the way, or start again from noise; a folder's own words for them misread."""
+    deepseek = ModelConfig(
+        family="deepseek_v3",
+        vocab_size=300,
+        hidden_size=36,
+        intermediate_size=50,
+        num_layers=2,
+        num_heads=4,
+        max_seq_len=64,
+        mla=MLAConfig(kv_rank=10, q_rank=9, nope_dim=5, rope_dim=6, value_dim=7),
+        mtp=MTPConfig(depth=1),
+    )
+    config = tiny_config(tmp_path / "run", data, train__steps=3)
+    config.model, config.checkpoint = deepseek, CheckpointConfig(at_end=True, asynchronous=False)
+    run_on(ranks, 2, config)
+    ranks.run(2, convert, ["export", str(tmp_path / "run"), str(tmp_path / "out")])
+    ranks.run(1, convert, ["import", str(tmp_path / "out"), str(tmp_path / "in"), "--mtp-depth", "1"])
+    again = changed(config, tmp_path / "again", checkpoint__resume=str(tmp_path / "in"))
+    folder = changed(config, tmp_path / "folder")
+    folder.model = ModelConfig(family="hf", path=str(tmp_path / "out"), mtp=MTPConfig(depth=1))
+    new = run_on(ranks, 1, changed(config, tmp_path / "new"))
+    for start in (run_on(ranks, 1, again), run_on(ranks, 1, folder)):
+        assert start.losses[0] < new.losses[0]
+        assert start.metrics[0]["mtp_loss_1"] < new.metrics[0]["mtp_loss_1"]
+    with pytest.raises(RankError, match=r"model\.mtp\.depth=2, .* use at most 1"):
+        ranks.run(1, convert, ["import", str(tmp_path / "out"), str(tmp_path / "in2"), "--mtp-depth", "2"])

@@ -45,6 +45,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"dropout": 1.0}, "model.dropout=1.0"),
     ({"attention_dropout": -0.1}, "model.attention_dropout=-0.1"),
     ({"attention_dropout": 0.1}, "model.attention=auto"),
+    ({"attention_sinks": True, "attention": "sdpa"}, "model.attention=sdpa, which does not return the log-sum-exp"),
     ({"sliding_window_layers": [0]}, "without model.sliding_window"),
     ({"sliding_window": 3, "sliding_window_layers": [1, 2]}, "names [2]; layers are 0 to 1"),
     ({"rope": RopeConfig(scaling="longrope")}, "model.rope.scaling=longrope is unknown"),

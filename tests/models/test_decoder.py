@@ -224,6 +224,11 @@ def test_what_auto_means_is_said_and_flex_is_refused_where_it_does_not_run() -> 
     assert choose_attention(plain, cuda, bf16) == choose_attention(windowed, cpu, fp32, documents=True) == "sdpa"
     assert choose_attention(windowed, cuda, bf16) == choose_attention(plain, cuda, bf16, documents=True) == "flex"
     assert choose_attention(replace(windowed, attention="reference"), cuda, bf16) == "reference"
+    sinks = tiny(head_dim=16, attention_sinks=True)
+    assert [choose_attention(sinks, device, bf16) for device in (cpu, cuda)] == ["reference", "flex"]
+    assert choose_attention(sinks, cpu, fp32, cp_method="ulysses") == "reference"
+    with pytest.raises(ValueError, match=r"runs on reference with model\.attention_sinks=true"):
+        choose_attention(replace(sinks, attention="sdpa"), cpu, fp32, cp_method="ulysses")
     with pytest.raises(ValueError, match=r"model\.attention=flex does not run on cpu"):
         random_decoder(replace(plain, attention="flex"))(sample_tokens())
 

@@ -25,6 +25,7 @@ from tests.pool import RankPool
 B, S, H, G, K = 2, 48, 12, 2, 5
 DOCUMENTS = torch.tensor([[0] * 7 + [1] * 1 + [2] * 23 + [3] * 17, [0] * 47 + [1]], dtype=torch.int32)
 SLOPES = torch.tensor([0.5 / (h + 1) for h in range(H)], dtype=torch.float64)
+SINKS = torch.linspace(-2.0, 3.0, H, dtype=torch.float64)
 MASKS: dict[str, dict[str, Any]] = {
     "causal": {},
     "window": {"window": 5},
@@ -36,7 +37,16 @@ MASKS: dict[str, dict[str, Any]] = {
 INNER = {"ring": 1, "allgather": 1, "ulysses": 0, "ring_ulysses": 2, "allgather_ulysses": 2}  # cp_ulysses; 0: all of cp
 
 
-def whole(q: Tensor, k: Tensor, v: Tensor, *, window: Any = None, documents: Any = None, slopes: Any = None) -> Tensor:
+def whole(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window: Any = None,
+    documents: Any = None,
+    slopes: Any = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
     """The definition, on all tokens at once: softmax of the scores that may be seen."""
     heads, tokens = q.shape[2], torch.arange(q.shape[1])
     k, v = (x.repeat_interleave(heads // x.shape[2], dim=2) for x in (k, v))
@@ -47,26 +57,29 @@ def whole(q: Tensor, k: Tensor, v: Tensor, *, window: Any = None, documents: Any
     seen = (distance >= 0) & (distance < (window or q.shape[1]))
     if documents is not None:
         seen = seen & (documents[:, :, None] == documents[:, None, :])[:, None]
-    return torch.einsum("bhqs,bshk->bqhk", scores.masked_fill(~seen, -math.inf).softmax(-1), v)
+    scores = scores.masked_fill(~seen, -math.inf)
+    if sinks is not None:
+        scores = torch.cat([sinks[:, None, None].expand(*scores.shape[:3], 1), scores], dim=-1)
+    return torch.einsum("bhqs,bshk->bqhk", scores.softmax(-1)[..., -k.shape[1] :], v)
 
 
-def inputs(kv_heads: int = G) -> tuple[list[Tensor], Tensor]:
+def inputs(kv_heads: int = G, value_dim: int = K) -> tuple[list[Tensor], Tensor]:
     """q, k, v of whole sequences, and a gradient of the output."""
     generator = torch.Generator().manual_seed(0)
-    shapes = [(B, S, H, K), (B, S, kv_heads, K), (B, S, kv_heads, K), (B, S, H, K)]
+    shapes = [(B, S, H, K), (B, S, kv_heads, K), (B, S, kv_heads, value_dim), (B, S, H, value_dim)]
     q, k, v, grad = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
     return [q, k, v], grad
 
 
-def expected(mask: dict[str, Any], kv_heads: int = G) -> list[Tensor]:
+def expected(mask: dict[str, Any], kv_heads: int = G, value_dim: int = K) -> list[Tensor]:
     """Output and the gradients of q, k and v."""
-    qkv, grad = inputs(kv_heads)
+    qkv, grad = inputs(kv_heads, value_dim)
     qkv = [x.requires_grad_() for x in qkv]
     output = whole(*qkv, **mask)
     return [output.detach(), *torch.autograd.grad(output, qkv, grad)]
 
 
-def attend(method: str, mask: dict[str, Any], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def attend(method: str, mask: dict[str, Any], q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> Tensor:
     """Attention of this rank's part, as a layer does it."""
     size, name = dist.get_world_size(), method.split("_")[0]
     dims = ParallelDims(dp_replicate=1, dp_shard=1, world_size=size, cp=size, cp_ulysses=INNER[method] or size)
@@ -79,15 +92,18 @@ def attend(method: str, mask: dict[str, Any], q: Tensor, k: Tensor, v: Tensor) -
         mine = dict(mask)
         if "slopes" in mine:
             mine["slopes"] = mine["slopes"][first_head : first_head + q.shape[2]]
-        return whole(q, k, v, **mine) if ring is None else across.by_tokens(q, k, v, BlockAttention(**mine))
+        mine_of_sinks = None if sinks is None else sinks[first_head : first_head + q.shape[2]]
+        if ring is None:
+            return whole(q, k, v, **mine, sinks=mine_of_sinks)
+        return across.by_tokens(q, k, v, BlockAttention(**mine), mine_of_sinks)
 
     return across.by_heads(q, k, v, local)
 
 
-def on_parts(method: str, mask: dict[str, Any], kv_heads: int = G) -> list[Tensor]:
+def on_parts(method: str, mask: dict[str, Any], kv_heads: int = G, value_dim: int = K) -> list[Tensor]:
     """Output and gradients of this rank's tokens."""
     here = zigzag_indices(S, rank=dist.get_rank(), size=dist.get_world_size())
-    qkv, grad = inputs(kv_heads)
+    qkv, grad = inputs(kv_heads, value_dim)
     qkv = [x[:, here].requires_grad_() for x in qkv]
     output = attend(method, mask, *qkv)
     return [output.detach(), *torch.autograd.grad(output, qkv, grad[:, here])]
@@ -118,6 +134,33 @@ def test_attention_on_parts_is_attention_on_the_whole(
     """A block skipped, masked by its place on the rank or weighted twice; a gradient that does not come home."""
     results = ranks.run(size, on_parts, method, MASKS[mask], kv_heads)
     assert worst(results, expected(MASKS[mask], kv_heads)) < 1e-13
+
+
+def sinks_on_parts(method: str) -> list[Tensor]:
+    """This rank's gradient of the sinks; the product with it is that of its own tokens."""
+    here = zigzag_indices(S, rank=dist.get_rank(), size=dist.get_world_size())
+    qkv, grad = inputs()
+    sinks = SINKS.clone().requires_grad_()
+    output = attend(method, MASKS["all"], *(x[:, here] for x in qkv), sinks=sinks)
+    return list(torch.autograd.grad(output, sinks, grad[:, here]))
+
+
+@pytest.mark.parametrize("method", ["ring", "allgather", "ring_ulysses", "allgather_ulysses"])
+def test_gradients_of_sinks_add_up_over_the_parts(ranks: RankPool, method: str) -> None:
+    """A sink that is in the sum once per rank or per block; attention with it is held by the parity tests too."""
+    qkv, grad = inputs()
+    sinks = SINKS.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(whole(*qkv, **MASKS["all"], sinks=sinks), sinks, grad)
+    found = sum(gradient for (gradient,) in ranks.run(4, sinks_on_parts, method))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("value_dim", [3, 9])
+@pytest.mark.parametrize("method", INNER)
+def test_values_may_have_another_size_than_keys(ranks: RankPool, method: str, value_dim: int) -> None:
+    """Values cut or padded to the size of keys when both travel in one message (latent attention)."""
+    results = ranks.run(4, on_parts, method, MASKS["all"], G, value_dim)
+    assert worst(results, expected(MASKS["all"], G, value_dim)) < 1e-13
 
 
 def in_bf16(method: str) -> tuple[float, set[torch.dtype]]:
