@@ -67,7 +67,7 @@ def measure(layouts: list[Layout]) -> list[dict[str, Any]]:
     records = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        comparison = Comparison(ranks, base_config(folder, text_corpus(folder)), folder)
+        comparison = Comparison(ranks, text_corpus(folder), folder)
         for index, layout in enumerate(layouts):
             started = time.monotonic()
             record: dict[str, Any] = {"layout": layout}
@@ -92,8 +92,8 @@ def page(records: list[dict[str, Any]], num_refused: int, refused: dict[Pair, st
         "",
         "Written by `make parity` (tests/parity/compose.py). A layout composes if it trains the model that one process "
         f"trains: {STEPS} steps in fp32 on {WORLD_SIZE} ranks, losses to {LOSS:.0e} relative, first gradients to "
-        f"{GRADIENT:.0e} of their tensor's maximum, final weights within {WEIGHTS:g} times what other splits into "
-        "micro-batches do in one process.",
+        f"{GRADIENT:.0e} of their tensor's maximum, final weights within {WEIGHTS:g} times what another order of "
+        "sums does in one process.",
         "",
         f"The cross product of {', '.join(CROSSED[:-1])} and {CROSSED[-1]} has {len(records)} legal layouts on "
         f"{WORLD_SIZE} ranks ({num_refused} combinations are refused, most because their degrees do not fit); the "

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from data.config import DataConfig
-from models.moe_config import MoEConfig
+from models.mla_config import MLAConfig
+from models.moe_config import MoEConfig, RoutingConfig
+from models.mtp_config import MTPConfig
 from tests.parity.harness import changed, tiny_config
 from trainer.config import ConfigError, TrainConfig
 from trainer.validate import finalize
@@ -25,6 +27,16 @@ MIN_LAYOUTS = 80
 LAYOUTS_FILE = Path(__file__).with_name("layouts.json")
 
 Changes = dict[str, Any]
+SHAPE: Changes = {  # four layers, so that every pipeline has stages of whole layers
+    "train__steps": STEPS,
+    "train__seq_len": 32,
+    "train__global_batch_size": 16,
+    "model__num_layers": 4,
+    "model__hidden_size": 32,
+    "model__num_heads": 8,
+    "model__num_kv_heads": 4,
+    "model__intermediate_size": 48,
+}
 Layout = dict[str, str]
 """Feature to value, all of them."""
 
@@ -34,8 +46,18 @@ MODEL_FEATURES: dict[str, dict[str, Changes]] = {
         "dense": {},
         "experts": {
             "model__moe": MoEConfig(num_experts=4, top_k=2, intermediate_size=24, num_shared=1),
-            "model__routing": {"aux_weight": 0.02, "z_weight": 0.001},
+            "model__routing": RoutingConfig(aux_weight=0.02, z_weight=0.001),
         },
+        "latent": {
+            "model__family": "deepseek_v3",
+            "model__mla": MLAConfig(kv_rank=10, q_rank=9, nope_dim=5, rope_dim=6, value_dim=7),
+            "model__num_kv_heads": None,
+        },
+    },
+    "option": {
+        "none": {},
+        "sinks": {"model__attention_sinks": True, "model__attention": "auto"},
+        "mtp": {"model__mtp": MTPConfig(depth=1)},
     },
     "embeddings": {"untied": {}, "tied": {"model__tie_embeddings": True}},
     "mask": {
@@ -69,7 +91,7 @@ LAYOUT_FEATURES: dict[str, dict[str, Changes]] = {
         "ring(2)xulysses(2)": {"parallel__cp": 4, "parallel__cp_ulysses": 2},
     },
     "expert": {"none": {}, "ep2": {"parallel__ep": 2}},
-    "microbatch": {"1": {"train__micro_batch_size": 1}, "2": {"train__micro_batch_size": 2}},
+    "microbatch": {size: {"train__micro_batch_size": int(size)} for size in ("1", "2", "3")},
     "checkpointing": {
         "none": {},
         "full": {"model__activation_checkpoint": "full"},
@@ -83,24 +105,16 @@ Pair = tuple[tuple[str, str], tuple[str, str]]
 
 
 def base_config(folder: Path, data: DataConfig) -> TrainConfig:
-    """What every layout changes: four layers, so that every pipeline has stages of whole layers."""
-    return tiny_config(
-        folder / "base", data, train__steps=STEPS, train__seq_len=32, train__global_batch_size=16,
-        model__num_layers=4, model__hidden_size=32, model__num_heads=8, model__num_kv_heads=4,
-        model__intermediate_size=48,
-    )  # fmt: skip
+    """What every layout changes."""
+    return tiny_config(folder / "base", data, **SHAPE)
 
 
 def config_of(layout: Layout, base: TrainConfig, run_dir: Path) -> TrainConfig:
-    """The configuration of a layout; missing features are absent ones."""
+    """The configuration of a layout, or of some features of one."""
     changes: Changes = {}
-    for feature, values in FEATURES.items():
-        changes |= values[layout.get(feature, next(iter(values)))]
-    routing = changes.pop("model__routing", {})
-    config = changed(base, run_dir, **changes)
-    for name, value in routing.items():
-        setattr(config.model.routing, name, value)
-    return config
+    for feature, value in layout.items():
+        changes |= FEATURES[feature][value]
+    return changed(base, run_dir, **changes)
 
 
 def model_of(layout: Layout) -> Layout:

@@ -28,7 +28,7 @@ LAYOUTS = read_layouts()
 @pytest.fixture(scope="module")
 def comparison(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Comparison:
     folder = tmp_path_factory.mktemp("lattice")
-    return Comparison(ranks, base_config(folder, text_corpus(folder)), folder)
+    return Comparison(ranks, text_corpus(folder), folder)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=name_of)
