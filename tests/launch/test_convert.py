@@ -425,6 +425,7 @@ def test_blocks_of_multi_token_prediction_go_out_and_come_back(
     ranks.run(2, convert, ["export", str(tmp_path / "run"), str(tmp_path / "out")])
     ranks.run(1, convert, ["import", str(tmp_path / "out"), str(tmp_path / "in"), "--mtp-depth", "1"])
     again = changed(config, tmp_path / "again", checkpoint__resume=str(tmp_path / "in"))
+    again.data.tokenizer.path = str(tmp_path / "out")
     folder = changed(config, tmp_path / "folder")
     folder.model = ModelConfig(family="hf", path=str(tmp_path / "out"), mtp=MTPConfig(depth=1))
     new = run_on(ranks, 1, changed(config, tmp_path / "new"))
