@@ -17,7 +17,7 @@ from models.flops import num_parameters
 from models.mtp_config import MTPConfig
 from parallel.data import DataParallel
 from parallel.dims import ParallelConfig
-from parallel.mesh import Meshes
+from parallel.mesh import CONTEXT_AXES, Meshes
 from parallel.pipeline.executor import PipelineExecutor
 from parallel.pipeline.layout import PipelineLayout, make_layout
 from parallel.pipeline.program import Step, make_programs
@@ -100,6 +100,7 @@ class PipelinedPasses:
             weight_gradients=weight_gradients,
             trace=trace,
         )
+        _join_groups_of_programs(mesh, device)
         self._programs: dict[Schedule, tuple[Step, ...]] = {}
         self._traced: Schedule | None = None
         self._users = _stages_of_parameters(
@@ -201,6 +202,19 @@ class PipelinedPasses:
         grad = self.data_parallel.masters[TIED].grad
         assert grad is not None
         dist.all_reduce(local_shard_of(grad), group=self.tied_group)
+
+
+def _join_groups_of_programs(mesh: Meshes, device: torch.device) -> None:
+    """Make the communicators that layers and gradients use while a program runs. Collective over all ranks.
+
+    NCCL makes one in the first collective of its group, and the host of each rank waits there for all others. Inside a
+    program another rank may come there only after a message that this one has not started yet.
+    """
+    groups = [mesh.state[axis].get_group() for axis in ("dp_replicate", "shard", "tp")]
+    if mesh.context is not None:
+        groups += [mesh.context[axis].get_group() for axis in CONTEXT_AXES]
+    for group in groups:
+        dist.all_reduce(torch.zeros(1, device=device), group=group)
 
 
 def _stages_of_parameters(

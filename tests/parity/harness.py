@@ -240,20 +240,37 @@ class References:
 
     def _make(self, variant: str) -> Reference:
         config = tiny_config(self.folder / variant, self.corpus, **self.variants[variant])
-        outcome = self.comparable(run_on(self.ranks, 1, config))
-        sensitivity = 0.0
-        perturbed: list[tuple[str, dict[str, Any], int]] = [
-            *((f"split-{m}", {"train__micro_batch_size": m}, 0) for m in self.splits),
-            *((f"parts-{n}", {}, n) for n in self.feature_parts),
-        ]
-        for name, changes, parts in [*perturbed, ("turned", {"train__micro_batch_size": 1}, -1)]:
-            other = changed(config, self.folder / f"{variant}-{name}", **changes)
-            other_outcome = self.comparable(self.ranks.run(1, _run_in_another_order, other, parts)[0])
-            # A perturbation that is more than rounding would make room for errors.
-            assert loss_deviation(other_outcome, outcome) <= 1e-6, name
-            assert gradient_deviation(other_outcome, outcome) <= 1e-5, name
-            sensitivity = max(sensitivity, weight_deviation(other_outcome, outcome))
-        return Reference(config, outcome, sensitivity)
+        return make_reference(
+            self.ranks, config, splits=self.splits, feature_parts=self.feature_parts, comparable=self.comparable
+        )
+
+
+def make_reference(
+    ranks: RankPool,
+    config: TrainConfig,
+    *,
+    splits: Sequence[int],
+    feature_parts: Sequence[int] = (),
+    comparable: Callable[[Outcome], Outcome] = lambda outcome: outcome,
+) -> Reference:
+    """Train on one process, and again with sums in other orders; arguments as of `References`."""
+    outcome = comparable(run_on(ranks, 1, config))
+    orders: list[tuple[str, dict[str, Any], int]] = [
+        *((f"split-{m}", {"train__micro_batch_size": m}, 0) for m in splits),
+        *((f"parts-{n}", {}, n) for n in feature_parts),
+        ("turned", {"train__micro_batch_size": 1}, -1),
+    ]
+    sensitivity = 0.0
+    for name, changes, parts in orders:
+        other_config = changed(config, Path(f"{config.run.dir}-{name}"), **changes)
+        other = ranks.run(1, _run_in_another_order, other_config, parts)[0]
+        assert other is not None
+        other = comparable(other)
+        # A perturbation that is more than rounding would make room for errors.
+        assert loss_deviation(other, outcome) <= 1e-6, name
+        assert gradient_deviation(other, outcome) <= 1e-5, name
+        sensitivity = max(sensitivity, weight_deviation(other, outcome))
+    return Reference(config, outcome, sensitivity)
 
 
 def assert_same_model(outcome: Outcome, reference: Reference) -> None:
