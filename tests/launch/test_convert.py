@@ -104,6 +104,12 @@ def loaded(folder: Path) -> Any:
     return model.eval()
 
 
+def _with_tokenizer(config: TrainConfig, folder: Path) -> TrainConfig:
+    """The config with the tokenizer of a folder, which imported weights ask for."""
+    config.data.tokenizer.path = str(folder)
+    return config
+
+
 def same_files(one: Path, other: Path) -> bool:
     """Whether two folders hold the same names with the same bytes."""
     names = sorted(path.name for path in one.iterdir())
@@ -221,9 +227,8 @@ def test_a_run_starts_from_an_imported_checkpoint_as_from_its_folder(
     config = runs["llama"].config
     ranks.run(2, convert, ["import", str(exported["llama"]), str(tmp_path / "checkpoint")])
     common = {"train__steps": 3, "parallel__zero_stage": 2}
-    imported = run_on(
-        ranks, 2, changed(config, tmp_path / "a", **common, checkpoint__resume=str(tmp_path / "checkpoint"))
-    )
+    start = changed(config, tmp_path / "a", **common, checkpoint__resume=str(tmp_path / "checkpoint"))
+    imported = run_on(ranks, 2, _with_tokenizer(start, exported["llama"]))
     from_folder = changed(config, tmp_path / "b", **common)
     from_folder.model = ModelConfig(family="hf", path=str(exported["llama"]))
     expected = run_on(ranks, 2, from_folder)
@@ -240,11 +245,12 @@ def test_an_import_is_strict_about_the_run_that_starts_from_it(
     ranks.run(1, import_here, exported["llama"], tmp_path / "half", torch.bfloat16)
     resume = {"checkpoint__resume": str(tmp_path / "half")}
     with pytest.raises(RankError, match=r"21 of another dtype: model/blocks\.0.* torch\.bfloat16, here torch\.float32"):
-        run_on(ranks, 1, changed(runs["llama"].config, tmp_path / "a", **resume))
+        run_on(ranks, 1, _with_tokenizer(changed(runs["llama"].config, tmp_path / "a", **resume), exported["llama"]))
     with pytest.raises(RankError, match=r"is of another model: .*model\.hidden_size=33 \(checkpoint: 36\)"):
-        run_on(ranks, 1, changed(runs["gpt2"].config, tmp_path / "b", **resume))
+        run_on(ranks, 1, _with_tokenizer(changed(runs["gpt2"].config, tmp_path / "b", **resume), exported["llama"]))
     half = {"precision__compute": "bf16", "precision__master": "bf16", "precision__reduce": "bf16"}
-    run_on(ranks, 1, changed(runs["llama"].config, tmp_path / "c", **resume, **half, parallel__zero_stage=1))
+    config = changed(runs["llama"].config, tmp_path / "c", **resume, **half, parallel__zero_stage=1)
+    run_on(ranks, 1, _with_tokenizer(config, exported["llama"]))
 
 
 def test_a_folder_made_by_transformers_trains_from_its_own_loss(ranks: RankPool, tmp_path: Path) -> None:
@@ -425,7 +431,7 @@ def test_blocks_of_multi_token_prediction_go_out_and_come_back(
     ranks.run(2, convert, ["export", str(tmp_path / "run"), str(tmp_path / "out")])
     ranks.run(1, convert, ["import", str(tmp_path / "out"), str(tmp_path / "in"), "--mtp-depth", "1"])
     again = changed(config, tmp_path / "again", checkpoint__resume=str(tmp_path / "in"))
-    again.data.tokenizer.path = str(tmp_path / "out")
+    again = _with_tokenizer(again, tmp_path / "out")
     folder = changed(config, tmp_path / "folder")
     folder.model = ModelConfig(family="hf", path=str(tmp_path / "out"), mtp=MTPConfig(depth=1))
     new = run_on(ranks, 1, changed(config, tmp_path / "new"))
