@@ -68,14 +68,17 @@ class MoEBlock(Block):
 
     def __init__(self, config: ModelConfig, layer: int, seed: int, groups: ModelParallel) -> None:
         super().__init__(config, layer, seed, groups)
-        self.mlp = MoE(config, layer, seed)
+        self.mlp = MoE(config, layer, seed, groups)
         self.register_forward_hook(_keep_report)
 
     def forward(self, x: Tensor, *, context: Context) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """x [B, T, D] to [B, T, D] and the router's report; a call of the block returns the first alone."""
-        x = x + self.attention_dropout(self.attention(self.attention_norm(x), context), context.samples)
-        y, report = self.mlp(self.mlp_norm(x), samples=context.samples, aux_scale=context.aux_scale)
-        return x + self.mlp_dropout(y, context.samples), report
+        keys = (context.samples, context.tokens)
+        x = x + self.attention_dropout(self.attention(self.attention_norm(x), context), *keys)
+        y, report = self.mlp(
+            self.mlp_norm(x), samples=context.samples, indices=context.indices, aux_scale=context.aux_scale
+        )
+        return x + self.mlp_dropout(y, *keys), report
 
 
 def _keep_report(block: MoEBlock, _args: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> Tensor:
@@ -186,7 +189,7 @@ class Decoder(nn.Module):
         """
         seq_len = tokens.shape[1]
         if indices is not None:
-            seq_len *= self.groups.cp  # of the whole sequence
+            seq_len *= self.groups.cp_size  # of the whole sequence
             positions = indices[None] if positions is None else positions
         x = self._embed(tokens) if hidden is None else hidden
         context = build_context(

@@ -4,10 +4,14 @@ A bucket of P parameters sharded over N ranks is a buffer [N, S], row n holding 
 after the other. Rows are split as DTensor's Shard(0) and torch.chunk split them: ceil(d0 / N) each, the last ranks
 fewer or none, so a shard of a bucket is the local tensor of a DTensor and checkpoints need no special case. N = 1 is
 the unsharded bucket.
+
+Stacked matrices [E, O, I] of experts are cut by the rows of each matrix, as Shard(1) does, where E is not a multiple of
+N and O is: 8 experts over 64 ranks would be 8 shards, padded to 64.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -19,15 +23,21 @@ class Slot:
 
     name: str
     shape: torch.Size
-    rows_per_rank: int  # ceil(d0 / N)
-    row_numel: int  # elements of one row
+    dim: int  # that is cut, whose indices are rows: 0, or 1 for stacked matrices
+    rows_per_rank: int  # ceil(rows / N)
+    row_numel: int  # elements of one row, in one matrix of a stack
     start: int
     stop: int
 
     @property
     def num_rows(self) -> int:
         """Rows of the whole parameter."""
-        return self.shape[0]
+        return self.shape[self.dim]
+
+    def local_part(self, full: torch.Tensor, rank: int) -> torch.Tensor:
+        """The part of a whole parameter that `rank` holds, a view; contiguous unless matrices of a stack are cut."""
+        first, last = self.local_rows(rank)
+        return full.narrow(self.dim, first, last - first)
 
     def local_rows(self, rank: int) -> tuple[int, int]:
         """First and last + 1 row of the parameter that `rank` holds."""
@@ -37,10 +47,15 @@ class Slot:
     def local_view(self, shard: torch.Tensor, rank: int) -> torch.Tensor:
         """This parameter's local tensor [rows, ...] inside rank's row `shard` [S] of the buffer."""
         first, last = self.local_rows(rank)
-        return shard[self.start : self.start + (last - first) * self.row_numel].view(last - first, *self.shape[1:])
+        shape = (*self.shape[: self.dim], last - first, *self.shape[self.dim + 1 :])
+        return shard[self.start : self.start + math.prod(shape)].view(shape)
 
     def _pieces(self, buffer: torch.Tensor, full: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Pairs (view of buffer, view of the parameter) that together hold every element once."""
+        if self.dim == 1:  # evenly cut
+            num_ranks, matrices = buffer.shape[0], self.shape[0]
+            parts = full.reshape(matrices, num_ranks, -1).transpose(0, 1)
+            return [(buffer[:, self.start : self.stop].unflatten(1, (matrices, -1)), parts)]
         rows = full.reshape(self.num_rows, self.row_numel)
         whole_ranks, rest = divmod(self.num_rows, self.rows_per_rank)
         split = whole_ranks * self.rows_per_rank
@@ -77,6 +92,13 @@ class BucketLayout:
     num_ranks: int
 
 
+def cut_dim(shape: torch.Size, num_ranks: int) -> int:
+    """The dim of a parameter that is cut over num_ranks: 1 for stacked matrices of which the ranks get no equal number
+    but, of each matrix, equal numbers of rows; else 0.
+    """
+    return int(len(shape) == 3 and shape[0] % num_ranks > 0 and shape[1] % num_ranks == 0)
+
+
 def plan_buckets(shapes: dict[str, torch.Size], *, num_ranks: int, max_elements: int) -> list[BucketLayout]:
     """Pack parameters, in the order given, into buckets of at most max_elements (one parameter may exceed it alone)."""
     buckets: list[BucketLayout] = []
@@ -94,12 +116,13 @@ def plan_buckets(shapes: dict[str, torch.Size], *, num_ranks: int, max_elements:
             raise ValueError(f"parameter {name} has shape {tuple(shape)}: only non-empty tensors can be trained")
         if not shape:
             raise ValueError(f"parameter {name} is a scalar, which cannot be sharded on dim 0; give it shape [1]")
-        rows_per_rank = -(-shape[0] // num_ranks)
-        row_numel = shape.numel() // shape[0]
-        length = rows_per_rank * row_numel
+        dim = cut_dim(shape, num_ranks)
+        rows_per_rank = -(-shape[dim] // num_ranks)
+        row_numel = shape[dim + 1 :].numel()
+        length = rows_per_rank * row_numel * shape[:dim].numel()
         if offset and (offset + length) * num_ranks > max_elements:
             close()
-        slots.append(Slot(name, shape, rows_per_rank, row_numel, offset, offset + length))
+        slots.append(Slot(name, shape, dim, rows_per_rank, row_numel, offset, offset + length))
         offset += length
     close()
     return buckets

@@ -11,6 +11,7 @@ that is, so the name says it and the docstring states the backward:
     all_gather           all-gather        reduce-scatter    a slice per rank -> whole, used differently by each
     reduce_scatter       reduce-scatter    all-gather        a summand per rank -> a slice per rank
     all_gather_alike     all-gather        own slice         a slice per rank -> whole, used alike
+    all_to_all           all-to-all        all-to-all        rows for each rank -> rows from each rank
 """
 
 from __future__ import annotations
@@ -148,6 +149,21 @@ class _AllGatherAlike(torch.autograd.Function):
         return grad.chunk(ctx.axis.size, dim=ctx.dim)[ctx.axis.rank], None, None
 
 
+class _AllToAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis, sent: list[int], received: list[int]) -> Tensor:
+        ctx.axis, ctx.sent, ctx.received = axis, sent, received
+        return _exchange(x, axis, sent, received)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return _exchange(grad, ctx.axis, ctx.received, ctx.sent), None, None, None
+
+
+def _exchange(x: Tensor, axis: Axis, sent: list[int], received: list[int]) -> Tensor:
+    return wait(torch.ops._c10d_functional.all_to_all_single(x.contiguous(), received, sent, axis.name))
+
+
 def sum_of_gradients(x: Tensor, axis: Axis) -> Tensor:
     """x, the same on all ranks of the axis, each of which uses it for something else. Backward: all-reduce."""
     return _SumOfGradients.apply(x, axis)
@@ -171,3 +187,11 @@ def reduce_scatter(x: Tensor, axis: Axis, *, dim: int) -> Tensor:
 def all_gather_alike(x: Tensor, axis: Axis, *, dim: int) -> Tensor:
     """Equal slices put together along dim, to be used alike by all ranks. Backward: this rank's slice."""
     return _AllGatherAlike.apply(x, axis, dim)
+
+
+def all_to_all(x: Tensor, axis: Axis, *, sent: list[int], received: list[int]) -> Tensor:
+    """x [sum(sent), ...], whose first sent[0] rows are for rank 0 and so on, to the rows from each rank in rank order.
+
+    received[i] is what rank i's `sent` has for this rank; any number may be 0. Backward: the way back.
+    """
+    return _AllToAll.apply(x, axis, sent, received)

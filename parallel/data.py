@@ -11,14 +11,19 @@ updated values get back into the model is the stage's business (with tensor para
 
 Gradients are summed over ranks, never averaged: the loss is already divided by the number of valid tokens of the
 global batch (trainer/loss.py).
+
+With expert parallelism the experts of a rank have seen the tokens of all ranks of ep: their gradients are summed, and
+their state is sharded, over the ranks that hold the same experts (parallel/mesh.py).
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import groupby
 from typing import NamedTuple
 
@@ -34,6 +39,11 @@ from parallel.buckets import BucketLayout, plan_buckets
 from parallel.collectives import all_gather_rows, reduce_scatter_rows
 from parallel.mesh import Meshes
 from parallel.regions import local_tensor
+
+
+def is_spread_over_ep(parameter: torch.Tensor) -> bool:
+    """Whether the ranks of ep hold different parts of a parameter, which then is one of experts."""
+    return isinstance(parameter, DTensor) and "ep" in (parameter.device_mesh.mesh_dim_names or ())
 
 
 class DataParallel(ABC):
@@ -70,6 +80,39 @@ class DataParallel(ABC):
         """After masters changed (update, load): make the model compute with the new values."""
 
 
+@dataclass(frozen=True)
+class _Holders:
+    """The ranks that hold the same parameters, and how their state is divided among them."""
+
+    view: DeviceMesh  # of all ranks, with the axes below
+    shard: DeviceMesh  # state is sharded over these ranks, if at all
+    num_shards: int  # 1: it is not
+    replicas: DeviceMesh  # ranks with the same state: what is reduced is summed over them too
+    axes: tuple[str, ...]  # of `view` that the state's DTensors lie on, before those inside layers
+
+    @classmethod
+    def of(cls, mesh: Meshes, *, sharded: bool, experts: bool) -> _Holders:
+        """The holders of experts, where those are spread over ep, or of all else."""
+        view = mesh.experts if experts else mesh.state
+        everyone = mesh.expert_tokens if experts else mesh.tokens
+        assert view is not None
+        assert everyone is not None
+        axis = "expert_shard" if experts else "shard"
+        num_shards = view[axis].size() if sharded else 1
+        replicas = view["dp_replicate"] if sharded else everyone
+        # DTensor state lives on the shard axis alone unless there are replicas, as fully_shard's does.
+        axes = ("dp_replicate", axis) if replicas.size() > 1 else (axis,)
+        return cls(view, view[axis], num_shards, replicas, axes if num_shards > 1 else ())
+
+    @property
+    def shard_rank(self) -> int:
+        return self.shard.get_local_rank() if self.num_shards > 1 else 0
+
+    @property
+    def num_replicas(self) -> int:
+        return self.replicas.size()
+
+
 class FullyShardedDataParallel(DataParallel):
     """Stages 2 and 3: the model's own parameters are the sharded masters; fully_shard moves the data.
 
@@ -87,17 +130,19 @@ class FullyShardedDataParallel(DataParallel):
         model: FSDPModule,
         *,
         zero_stage: int,
-        shards: DeviceMesh,
+        mesh: Meshes,
         replicas: DeviceMesh | None,
         reduce_dtype: torch.dtype,
     ) -> None:
-        """replicas: those that fully_shard does not know of."""
+        """replicas: those that fully_shard does not know of; experts have the same."""
         assert isinstance(model, nn.Module)
         self.model = model
         self.keep_gathered = zero_stage == 2
-        self.shards, self.replicas = shards, replicas
+        self.replicas = replicas
         self.reduce_dtype = reduce_dtype
         self.masters = dict(model.named_parameters())
+        kinds = set(map(is_spread_over_ep, self.masters.values()))
+        self._holders = {kind: _Holders.of(mesh, sharded=True, experts=kind) for kind in kinds}
         self._arriving: deque[_ScatteredGradient] = deque()
         self._summing: list[tuple[list[torch.Tensor], torch.Tensor, dist.Work]] = []  # shards, their copy on its way
 
@@ -121,12 +166,13 @@ class FullyShardedDataParallel(DataParallel):
     @torch.no_grad()
     def add_gradient(self, name: str, grad: torch.Tensor) -> None:
         rows = grad.movedim(_cut_dim(self.masters[name]), 0)
-        num_ranks = self.shards.size()
+        holders = self._holders[is_spread_over_ep(self.masters[name])]
+        num_ranks = holders.num_shards
         buffer = rows.new_empty(-(-len(rows) // num_ranks) * num_ranks, *rows.shape[1:], dtype=self.reduce_dtype)
         buffer[: len(rows)] = rows
         buffer[len(rows) :] = 0  # what makes the cut even
         buffer = buffer.view(num_ranks, -1)
-        rank, group = self.shards.get_local_rank(), self.shards.get_group()
+        rank, group = holders.shard_rank, holders.shard.get_group()
         work = reduce_scatter_rows(buffer, rank=rank, group=group, async_op=True)
         # It travels while the next one is computed; waiting before that one leaves keeps two whole gradients at most.
         self._receive()
@@ -191,7 +237,8 @@ class _ScatteredGradient(NamedTuple):
 def _cut_dim(master: torch.Tensor) -> int:
     """The dim that fully_shard cuts, into pieces as torch.chunk does (of what tensor parallelism has left)."""
     assert isinstance(master, DTensor)
-    placement = master.placements[(master.device_mesh.mesh_dim_names or ()).index("shard")]
+    names = master.device_mesh.mesh_dim_names or ()
+    placement = master.placements[names.index("expert_shard" if is_spread_over_ep(master) else "shard")]
     assert isinstance(placement, (Shard, _StridedShard))
     return placement.dim
 
@@ -200,11 +247,14 @@ class _Bucket:
     """Buffers and pending work of one bucket."""
 
     def __init__(
-        self, layout: BucketLayout, *, shard_rank: int, device: torch.device, reduce_dtype: torch.dtype
+        self, layout: BucketLayout, holders: _Holders, *, device: torch.device, reduce_dtype: torch.dtype
     ) -> None:
         self.layout = layout
+        self.holders = holders
         self.gradients = torch.zeros(layout.num_ranks, layout.row_length, dtype=reduce_dtype, device=device)  # [N, S]
-        self.reduced = self.gradients[shard_rank]  # [S]: after the reduction, the summed gradient of this rank's rows
+        self.reduced = self.gradients[
+            holders.shard_rank
+        ]  # [S]: after the reduction, the summed gradient of this rank's rows
         self.filled: set[str] = set()  # parameters whose gradient of this step has arrived at least once
         self.missing: set[str] = set()  # parameters still to come in the last micro-batch
         self.reduction: dist.Work | None = None
@@ -217,7 +267,7 @@ class BucketedDataParallel(DataParallel):
 
     Each parameter's gradient is moved into its bucket the moment autograd has it (and freed); when a bucket of the last
     micro-batch is complete, its reduction starts. Reductions start in bucket order on every rank, whatever order
-    gradients arrive in. At stage 1 (`shard_mesh` larger than one) the optimizer updates a shard of fp32 masters, and
+    gradients arrive in. At stage 1 the optimizer updates a shard of fp32 masters, and
     `publish` starts one all-gather per bucket, in forward order; a unit waits for its own buckets just before it runs.
 
     units: modules in forward order with the names of the parameters they need; their forward waits for those.
@@ -239,28 +289,20 @@ class BucketedDataParallel(DataParallel):
         # What this rank computes with: a parameter itself, or its shard over the axes inside layers. Same memory.
         self._values = {name: local_tensor(p.detach()) for name, p in self.params.items()}
         self.device = next(iter(self.params.values())).device
-        shard_mesh = mesh.state["shard"]
-        self.num_shards = shard_mesh.size() if sharded else 1
-        self.shard_rank = shard_mesh.get_local_rank() if sharded else 0
-        self.shard_group = shard_mesh.get_group()
-        replicas = mesh.state["dp_replicate"] if sharded else mesh.tokens
-        self.num_replicas = replicas.size()
-        self.replica_group = replicas.get_group()
-        # DTensor state lives on the shard axis alone unless there are replicas, as fully_shard's does.
-        self.state_axes: tuple[str, ...] = ("shard",) if self.num_shards > 1 else ()
-        if self.num_shards > 1 and self.num_replicas > 1:
-            self.state_axes = ("dp_replicate", "shard")
-        self.state_mesh = mesh.state
         self.comm_stream = torch.cuda.Stream() if self.device.type == "cuda" else None
 
         # Backward order, roughly: the last parameters get their gradients first.
-        shapes = {name: value.shape for name, value in reversed(self._values.items())}
+        order = list(reversed(self.params))
         max_elements = int(bucket_mb * 2**20 / reduce_dtype.itemsize)
-        layouts = plan_buckets(shapes, num_ranks=self.num_shards, max_elements=max_elements)
-        self.buckets = [
-            _Bucket(layout, shard_rank=self.shard_rank, device=self.device, reduce_dtype=reduce_dtype)
-            for layout in layouts
-        ]
+        self.buckets: list[_Bucket] = []
+        for experts in (False, True):
+            shapes = {n: self._values[n].shape for n in order if is_spread_over_ep(self.params[n]) == experts}
+            if not shapes:
+                continue
+            holders = _Holders.of(mesh, sharded=sharded, experts=experts)
+            for layout in plan_buckets(shapes, num_ranks=holders.num_shards, max_elements=max_elements):
+                self.buckets.append(_Bucket(layout, holders, device=self.device, reduce_dtype=reduce_dtype))
+        self.buckets.sort(key=lambda bucket: order.index(bucket.layout.slots[-1].name))  # by when each is complete
         self._bucket_of = {slot.name: (b, slot) for b in self.buckets for slot in b.layout.slots}
         self._next_launch = 0
         self._last_microbatch = False
@@ -276,35 +318,39 @@ class BucketedDataParallel(DataParallel):
     def _as_state(self, name: str, local: torch.Tensor) -> torch.Tensor:
         """A local tensor as global state: itself where nothing is sharded, else a DTensor.
 
-        The shard axis cuts dim 0 of what the axes inside layers have left of a parameter.
+        The shard axis cuts one dim (the slot says which) of what the axes inside layers have left of a parameter.
         """
         parameter = self.params[name]
-        axes = self.state_axes
-        placements: list[Placement] = [Replicate()] * (len(axes) - 1) + [Shard(0)] * bool(axes)
+        bucket, slot = self._bucket_of[name]
+        holders, dim = bucket.holders, slot.dim
+        axes = holders.axes
+        placements: list[Placement] = [Replicate()] * (len(axes) - 1) + [Shard(dim)] * bool(axes)
         if isinstance(parameter, DTensor):
-            (inner,) = parameter.placements
-            if axes and inner == Shard(0):
-                placements[-1] = _StridedShard(0, split_factor=parameter.device_mesh.size())
-            axes, placements = (*axes, *(parameter.device_mesh.mesh_dim_names or ())), [*placements, inner]
+            inner, sizes = parameter.placements, parameter.device_mesh.shape
+            pieces = math.prod(size for size, cut in zip(sizes, inner, strict=True) if cut == Shard(dim))
+            if axes and pieces > 1:
+                placements[-1] = _StridedShard(dim, split_factor=pieces)
+            axes, placements = (*axes, *(parameter.device_mesh.mesh_dim_names or ())), [*placements, *inner]
         if not axes:
             return local
         shape, stride = parameter.shape, torch.empty(parameter.shape, device="meta").stride()
-        return DTensor.from_local(local, self.state_mesh[axes], placements, run_check=False, shape=shape, stride=stride)
+        return DTensor.from_local(local, holders.view[axes], placements, run_check=False, shape=shape, stride=stride)
 
     def _make_masters(self, master_dtype: torch.dtype) -> None:
         """Allocate masters and bind their gradients to the buckets, in parameter order.
 
-        In the model's own dtype a master is a view of the model's rows and costs nothing; else it is a copy to be.
+        In the model's own dtype a master is a view of the model's rows and costs nothing, unless they are parts of the
+        matrices of a stack; else it is a copy to be.
         """
         self.masters = {}
         self._local: dict[str, torch.Tensor] = {}
         self._narrow_gradients: dict[str, torch.Tensor] = {}  # summed in a narrower dtype than the master's
         for name, parameter in self.params.items():
             bucket, slot = self._bucket_of[name]
-            first, last = slot.local_rows(self.shard_rank)
-            rows = self._values[name][first:last]
-            local = rows if master_dtype == parameter.dtype else torch.empty_like(rows, dtype=master_dtype)
-            grad = slot.local_view(bucket.reduced, self.shard_rank)
+            rows = slot.local_part(self._values[name], bucket.holders.shard_rank)
+            is_view = master_dtype == parameter.dtype and rows.is_contiguous()  # the optimizer walks memory
+            local = rows if is_view else torch.empty(rows.shape, dtype=master_dtype, device=self.device)
+            grad = slot.local_view(bucket.reduced, bucket.holders.shard_rank)
             self._local[name] = local
             self.masters[name] = self._as_state(name, local)
             if grad.dtype == master_dtype:
@@ -365,14 +411,14 @@ class BucketedDataParallel(DataParallel):
 
     def _reduce(self, bucket: _Bucket) -> None:
         """Start the sum over ranks. On CUDA the whole chain is enqueued; on gloo its first collective."""
-        on_host = self.comm_stream is None
+        on_host, holders = self.comm_stream is None, bucket.holders
         with self._on_comm_stream():
-            if self.num_shards > 1:
+            if holders.num_shards > 1:
                 bucket.reduction = reduce_scatter_rows(
-                    bucket.gradients, rank=self.shard_rank, group=self.shard_group, async_op=on_host
+                    bucket.gradients, rank=holders.shard_rank, group=holders.shard.get_group(), async_op=on_host
                 )
-            if self.num_replicas > 1 and not (on_host and self.num_shards > 1):
-                bucket.reduction = dist.all_reduce(bucket.reduced, group=self.replica_group, async_op=on_host)
+            if holders.num_replicas > 1 and not (on_host and holders.num_shards > 1):
+                bucket.reduction = dist.all_reduce(bucket.reduced, group=holders.replicas.get_group(), async_op=on_host)
 
     def finish_backward(self) -> None:
         unused = [name for b in self.buckets for name in b.missing]
@@ -384,8 +430,8 @@ class BucketedDataParallel(DataParallel):
             if bucket.reduction is not None:
                 bucket.reduction.wait()
                 bucket.reduction = None
-                if self.num_shards > 1 and self.num_replicas > 1:
-                    dist.all_reduce(bucket.reduced, group=self.replica_group)
+                if bucket.holders.num_shards > 1 and bucket.holders.num_replicas > 1:
+                    dist.all_reduce(bucket.reduced, group=bucket.holders.replicas.get_group())
             bucket.filled.clear()
         for name, grad in self._narrow_gradients.items():
             # Widened only for the update; `publish` frees it again.
@@ -397,21 +443,22 @@ class BucketedDataParallel(DataParallel):
     def publish(self) -> None:
         for name in self._narrow_gradients:
             self.masters[name].grad = None
-        if self.num_shards == 1:
-            pairs = [(v, self._local[n]) for n, v in self._values.items() if self._local[n].dtype != v.dtype]
-            if pairs:
-                targets, sources = zip(*pairs, strict=True)
-                torch._foreach_copy_(list(targets), list(sources))
-            return
+        whole = [slot.name for b in self.buckets if b.holders.num_shards == 1 for slot in b.layout.slots]
+        pairs = [(self._values[n], self._local[n]) for n in whole if self._local[n].dtype != self._values[n].dtype]
+        if pairs:
+            targets, sources = zip(*pairs, strict=True)
+            torch._foreach_copy_(list(targets), list(sources))
         self._receive(self.buckets)  # a publish without a forward in between
         for bucket in reversed(self.buckets):
-            layout = bucket.layout
+            if bucket.holders.num_shards == 1:
+                continue
+            layout, holders = bucket.layout, bucket.holders
             dtype = self.params[layout.slots[0].name].dtype
             mine = torch.zeros(layout.row_length, dtype=dtype, device=self.device)
             for slot in layout.slots:
-                slot.local_view(mine, self.shard_rank).copy_(self._local[slot.name])
+                slot.local_view(mine, holders.shard_rank).copy_(self._local[slot.name])
             bucket.gathered = torch.empty(layout.num_ranks, layout.row_length, dtype=dtype, device=self.device)
-            bucket.gather = all_gather_rows(bucket.gathered, mine, group=self.shard_group, async_op=True)
+            bucket.gather = all_gather_rows(bucket.gathered, mine, group=holders.shard.get_group(), async_op=True)
 
     @torch.no_grad()
     def _receive(self, buckets: list[_Bucket]) -> None:

@@ -29,7 +29,7 @@ class ParallelConfig:
     cp: int = 1  # processes the tokens of a sequence are split over
     cp_method: str = "ring"  # one of CP_METHODS
     cp_ulysses: int = 1  # ring or allgather between groups of this many of cp's processes, Ulysses inside them
-    ep: int = 1
+    ep: int = 1  # processes of dp_shard x cp that the experts of a layer are shared out over
 
 
 def divisors(n: int) -> list[int]:
@@ -54,6 +54,11 @@ class ParallelDims:
     def cp_ring(self) -> int:
         """The outer part of cp, over which keys and values travel."""
         return self.cp // self.cp_ulysses
+
+    @property
+    def expert_shard(self) -> int:
+        """Ranks that the state of one rank's experts is sharded over: what ep leaves of dp_shard x cp."""
+        return self.dp_shard * self.cp // self.ep
 
     @property
     def dp(self) -> int:
@@ -82,8 +87,6 @@ class ParallelDims:
 def problems(config: ParallelConfig, world_size: int) -> list[str]:
     """Every reason why this layout cannot run on world_size processes, one line each."""
     found = []
-    if config.ep != 1:
-        found.append(f"parallel.ep={config.ep} is not available in this version; use 1")
     if config.sequence_parallel and config.tp == 1:
         found.append("parallel.sequence_parallel=true splits norms over the tp axis, and parallel.tp=1; use false")
     if config.cp_method not in CP_METHODS:
@@ -117,13 +120,13 @@ def problems(config: ParallelConfig, world_size: int) -> list[str]:
 
 def _degree_problems(config: ParallelConfig, world_size: int) -> list[str]:
     """Degrees that are not positive, or whose product is not the number of processes."""
-    given = {axis: getattr(config, axis) for axis in ("dp_replicate", "pp", "cp", "tp")}
+    given = {axis: getattr(config, axis) for axis in ("dp_replicate", "pp", "cp", "tp", "ep")}
     found = [f"parallel.{axis}={degree} must be at least 1" for axis, degree in given.items() if degree < 1]
     if config.dp_shard < 1 and config.dp_shard != -1:
         found.append(f"parallel.dp_shard={config.dp_shard} must be at least 1, or -1 for what is left")
     if found:
         return found
-    large = {axis: degree for axis, degree in given.items() if degree > 1}
+    large = {axis: degree for axis, degree in given.items() if degree > 1 and axis != "ep"}
     product = math.prod(large.values())
     shown = " x ".join(f"parallel.{axis}={degree}" for axis, degree in large.items())
     if world_size % product:
@@ -136,5 +139,11 @@ def _degree_problems(config: ParallelConfig, world_size: int) -> list[str]:
         return [
             f"{shown} = {total} is not the number of processes, {world_size}; "
             f"use parallel.dp_shard={world_size // product} (or -1), or start {total} processes"
+        ]
+    shard = world_size // product * config.cp  # dp_shard x cp
+    if shard % config.ep:
+        return [
+            f"parallel.ep={config.ep} does not divide parallel.dp_shard x parallel.cp = {shard}, whose ranks share out "
+            f"the experts; use {', '.join(map(str, divisors(shard)))}"
         ]
     return []

@@ -16,11 +16,12 @@ class ModelParallel:
     sequence_parallel: bool = False  # norms and residual stream on shards of the sequence over tp
     cp_ring: DeviceMesh | None = None  # context parallelism: shards of the sequence, whose keys travel
     cp_ulysses: DeviceMesh | None = None  # shards of those, exchanged for shards of the heads
+    cp: DeviceMesh | None = None  # both together: the ranks that hold a sequence
     cp_method: str = "ring"  # how keys travel over cp_ring: ring or allgather; ulysses where all of cp is cp_ulysses
-    ep: DeviceMesh | None = None  # expert parallelism
+    experts: DeviceMesh | None = None  # where experts lie: [ep], or [ep, tp]; None: on tp, as all else
 
     @property
-    def cp(self) -> int:
+    def cp_size(self) -> int:
         """Number of ranks a sequence is split over."""
         return math.prod(mesh.size() for mesh in (self.cp_ring, self.cp_ulysses) if mesh is not None)
 

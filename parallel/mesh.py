@@ -11,12 +11,14 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from parallel.collectives import all_to_all_rows
 from parallel.dims import ParallelConfig, ParallelDims
 from parallel.groups import ModelParallel
 
 BATCH_AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 CONTEXT_AXES = ("cp_ring", "cp_ulysses")
 STATE_AXES = ("pp", "dp_replicate", "shard", "tp")
+EXPERT_AXES = ("pp", "dp_replicate", "expert_shard", "ep", "tp")
 
 
 def world_size_from_env() -> int:
@@ -72,12 +74,14 @@ def init_distributed(device: torch.device, timeout_seconds: float) -> bool:
 
 @dataclass(frozen=True)
 class Meshes:
-    """The process groups of a layout, as two views of the same ranks; tensor parallelism is innermost.
+    """The process groups of a layout, as views of the same ranks; tensor parallelism is innermost.
 
     state [pp, dp_replicate, shard, tp]: where parameters and optimizer state live. `shard` is dp_shard x cp: context
     ranks hold the same weights, so state is sharded over them too.
     batch [pp, dp_replicate, dp_shard, cp, tp]: how a global batch is divided. Sequences are split over dp_replicate and
     dp_shard, the tokens of a sequence over cp.
+    experts [pp, dp_replicate, expert_shard, ep, tp]: where the state of experts lives instead, with expert parallelism.
+    `shard` is expert_shard x ep: its ranks hold different experts over ep, and shards of the same over expert_shard.
     """
 
     state: DeviceMesh
@@ -85,11 +89,14 @@ class Meshes:
     samples: DeviceMesh  # dp_replicate x dp_shard: ranks with different sequences
     tokens: DeviceMesh  # dp_replicate x dp_shard x cp: ranks with different tokens, over which the loss is summed
     context: DeviceMesh | None  # cp as [cp_ring, cp_ulysses]; None for cp of size 1
+    experts: DeviceMesh | None  # None for ep of size 1
+    expert_tokens: DeviceMesh | None  # dp_replicate x expert_shard: ranks with the same experts; None likewise
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Degree of each axis of the batch view, for run.json."""
-        return dict(zip(self.batch.mesh_dim_names or (), self.batch.shape, strict=True))
+        """Degree of each axis of the batch view, and of ep, which divides dp_shard x cp; for run.json."""
+        sizes = dict(zip(self.batch.mesh_dim_names or (), self.batch.shape, strict=True))
+        return sizes if self.experts is None else sizes | {"ep": self.experts["ep"].size()}
 
 
 _BUILT: dict[tuple[dist.ProcessGroup | None, ParallelDims, str], Meshes] = {}
@@ -109,13 +116,29 @@ def _build_mesh(dims: ParallelDims, device_type: str) -> Meshes:
     batch_shape = (dims.pp, dims.dp_replicate, dims.dp_shard, dims.cp, dims.tp)
     state_shape = (dims.pp, dims.dp_replicate, dims.dp_shard * dims.cp, dims.tp)
     batch = init_device_mesh(device_type, batch_shape, mesh_dim_names=BATCH_AXES)
+    experts = None
+    if dims.ep > 1:
+        expert_shape = (dims.pp, dims.dp_replicate, dims.expert_shard, dims.ep, dims.tp)
+        experts = init_device_mesh(device_type, expert_shape, mesh_dim_names=EXPERT_AXES)
+        _connect(experts["ep"])
     return Meshes(
         state=init_device_mesh(device_type, state_shape, mesh_dim_names=STATE_AXES),
         batch=batch,
         samples=batch["dp_replicate", "dp_shard"]._flatten("samples"),
         tokens=batch["dp_replicate", "dp_shard", "cp"]._flatten("tokens"),
         context=batch["cp"]._unflatten(0, (dims.cp_ring, dims.cp_ulysses), CONTEXT_AXES) if dims.cp > 1 else None,
+        experts=experts,
+        expert_tokens=None if experts is None else experts["dp_replicate", "expert_shard"]._flatten("expert_tokens"),
     )
+
+
+def _connect(axis: DeviceMesh) -> None:
+    """Make the connections of all-to-all before any layer runs.
+
+    With NCCL the first one waits on the host for all ranks of the axis; inside a pipeline another rank's host may be
+    held up behind a message that in turn waits for this one.
+    """
+    all_to_all_rows(torch.zeros(axis.size(), 1, device=axis.device_type), group=axis.get_group())
 
 
 def groups_in_layers(mesh: Meshes, config: ParallelConfig) -> ModelParallel:
@@ -124,10 +147,15 @@ def groups_in_layers(mesh: Meshes, config: ParallelConfig) -> ModelParallel:
     def several(view: DeviceMesh | None, axis: str) -> DeviceMesh | None:
         return view[axis] if view is not None and view[axis].size() > 1 else None
 
+    experts = mesh.experts
+    if experts is not None:
+        experts = experts["ep"] if experts["tp"].size() == 1 else experts["ep", "tp"]
     return ModelParallel(
         tp=several(mesh.state, "tp"),
+        experts=experts,
         sequence_parallel=config.sequence_parallel,
         cp_ring=several(mesh.context, "cp_ring"),
         cp_ulysses=several(mesh.context, "cp_ulysses"),
+        cp=several(mesh.batch, "cp"),
         cp_method=config.cp_method,
     )

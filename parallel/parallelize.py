@@ -17,14 +17,16 @@ from typing import Any
 import torch
 import torch._dynamo
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
-from parallel.activation_checkpoint import ActivationCheckpoint, apply_activation_checkpoint, apply_offload
-from parallel.data import BucketedDataParallel, DataParallel, FullyShardedDataParallel
+from parallel.activation_checkpoint import ActivationCheckpoint, apply_activation_checkpoint, apply_offload, hide_hooks
+from parallel.data import BucketedDataParallel, DataParallel, FullyShardedDataParallel, is_spread_over_ep
 from parallel.dims import ParallelConfig
 from parallel.mesh import Meshes
 from parallel.precision import PrecisionConfig
+from parallel.regions import local_tensor
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,8 @@ def _shard_fully(
 ) -> DataParallel:
     """ZeRO-2 and 3 through FSDP2: one group per block, one for embedding, final norm and head together.
 
+    Experts that are spread over ep are a group of their own inside their block, over the ranks that hold the same.
+
     The last group stays gathered from the root's forward to its backward, so a tied table and a loss that is computed
     from the head's weight inside the root's forward see one gathered tensor.
     """
@@ -113,7 +117,6 @@ def _shard_fully(
     replicated = mesh.state["dp_replicate"].size() > 1
     pipelined = mesh.state["pp"].size() > 1
     options: dict[str, Any] = {
-        "mesh": mesh.state["dp_replicate", "shard"] if replicated and not pipelined else mesh.state["shard"],
         # Inputs stay as they are: casting them would round the fp32 rotary tables that every block is given.
         "mp_policy": MixedPrecisionPolicy(
             param_dtype=precision.compute_dtype, reduce_dtype=precision.reduce_dtype, cast_forward_inputs=False
@@ -122,11 +125,16 @@ def _shard_fully(
     }
     if config.cpu_offload:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type == "cuda")
-    shard_size = mesh.state["shard"].size()
-    options["shard_placement_fn"] = lambda parameter: _other_dim(parameter, shard_size)
+    with_replicas = replicated and not pipelined
+    over = _shard_options(mesh.state, "shard", with_replicas=with_replicas)
     for block in model.blocks:  # type: ignore[union-attr]
-        fully_shard(block, **options)
-    fully_shard(model, **(options | {"reshard_after_forward": False}))
+        experts = next((module for module in block.modules() if _all_spread_over_ep(module)), None)
+        if experts is not None:
+            assert mesh.experts is not None
+            fully_shard(experts, **options, **_shard_options(mesh.experts, "expert_shard", with_replicas=with_replicas))
+            hide_hooks(experts)
+        fully_shard(block, **options, **over)
+    fully_shard(model, **(options | over | {"reshard_after_forward": False}))
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # Sum, do not average. The forced SUM keeps gloo (and NCCL's zero-copy path) usable: the default would ask
@@ -138,16 +146,37 @@ def _shard_fully(
     return FullyShardedDataParallel(
         model,
         zero_stage=config.zero_stage,
-        shards=mesh.state["shard"],
+        mesh=mesh,
         replicas=mesh.state["dp_replicate"] if replicated and pipelined else None,
         reduce_dtype=precision.reduce_dtype,
     )
 
 
-def _other_dim(parameter: nn.Parameter, shard_size: int) -> Shard | None:
-    """The dim fully_shard cuts: dim 0 (None), or dim 1 where tensor parallelism has cut dim 0 and 1 divides evenly.
+def _all_spread_over_ep(module: nn.Module) -> bool:
+    parameters = list(module.parameters())
+    return bool(parameters) and all(map(is_spread_over_ep, parameters))
+
+
+def _shard_options(view: DeviceMesh, axis: str, *, with_replicas: bool) -> dict[str, Any]:
+    """Arguments of fully_shard that say over which ranks of a view, and how, parameters are cut."""
+    size = view[axis].size()
+    return {
+        "mesh": view["dp_replicate", axis] if with_replicas else view[axis],
+        "shard_placement_fn": lambda parameter: _shard_dim(parameter, size),
+    }
+
+
+def _shard_dim(parameter: nn.Parameter, shard_size: int) -> Shard | None:
+    """The dim fully_shard cuts: dim 0 (None), or one that divides evenly where that is better.
 
     Two cuts of one dim are right as well, but torch's own full_tensor and redistribute do not know them when uneven.
+    And there are few experts: ranks above their number would hold nothing.
     """
-    cut_by_rows = isinstance(parameter, DTensor) and Shard(0) in parameter.placements
-    return Shard(1) if cut_by_rows and parameter.ndim == 2 and parameter.shape[1] % shard_size == 0 else None
+    cut = (
+        {place.dim for place in parameter.placements if isinstance(place, Shard)}
+        if isinstance(parameter, DTensor)
+        else set()
+    )
+    even = [dim for dim in range(1, parameter.ndim) if dim not in cut and parameter.shape[dim] % shard_size == 0]
+    uneven_stack = parameter.ndim == 3 and local_tensor(parameter).shape[0] % shard_size
+    return Shard(even[0]) if even and (uneven_stack or (parameter.ndim == 2 and 0 in cut)) else None

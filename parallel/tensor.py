@@ -58,9 +58,9 @@ SEQUENCE_DIM = 1
 
 
 def local_shard(parameter: Tensor, *, grad: Gradient) -> Tensor:
-    """What this rank computes with: the local tensor of a DTensor on one axis, or a plain parameter itself.
+    """What this rank computes with: the local tensor of a DTensor, or a plain parameter itself.
 
-    grad states what backward arrives with on each rank of the axis:
+    A DTensor lies on one axis, or is sharded over all of several. grad states what backward arrives with on each rank:
         sharded      the whole gradient of this rank's shard; the parameter is sharded
         replicated   the whole gradient, the same on every rank; the parameter is replicated
         partial      a summand of it, which is then summed over the axis; the parameter is replicated
@@ -69,28 +69,32 @@ def local_shard(parameter: Tensor, *, grad: Gradient) -> Tensor:
     """
     if not isinstance(parameter, DTensor):
         return parameter
-    if parameter.device_mesh.ndim != 1:
-        raise ValueError(f"a parameter inside forward lies on one axis, not on {parameter.device_mesh}")
-    placement = parameter.placements[0]
-    if isinstance(placement, Shard) != (grad == "sharded") or placement.is_partial():
-        raise ValueError(f"a parameter with placement {placement} cannot have a gradient that is {grad} over its axis")
+    if parameter.device_mesh.ndim != 1 and grad != "sharded":
+        raise ValueError(f"a parameter whose gradient is {grad} lies on one axis, not on {parameter.device_mesh}")
+    for placement in parameter.placements:
+        if isinstance(placement, Shard) != (grad == "sharded") or placement.is_partial():
+            raise ValueError(
+                f"a parameter with placement {placement} cannot have a gradient that is {grad} over its axis"
+            )
     local = parameter.to_local(grad_placements=parameter.placements)
     return sum_of_gradients(local, Axis.of(parameter.device_mesh)) if grad == "partial" else local
 
 
-def empty_parameter(*shape: int, mesh: DeviceMesh, placement: Placement) -> nn.Parameter:
-    """A parameter of this global shape on one axis, sharded (unevenly, as torch.chunk does) or replicated.
+def empty_parameter(*shape: int, mesh: DeviceMesh, placement: Placement | Sequence[Placement]) -> nn.Parameter:
+    """A parameter of this global shape, sharded (unevenly, as torch.chunk does) or replicated over each axis of mesh.
 
     On the default device, values unspecified. No communication.
     """
+    placements = [placement] if isinstance(placement, Placement) else list(placement)
     sizes = list(shape)
-    if isinstance(placement, Shard):
-        first, last = chunk_bounds(shape[placement.dim], mesh.size(), mesh.get_local_rank())
-        sizes[placement.dim] = last - first
+    for axis, cut in enumerate(placements):
+        if isinstance(cut, Shard):
+            first, last = chunk_bounds(sizes[cut.dim], mesh.size(axis), mesh.get_local_rank(axis))
+            sizes[cut.dim] = last - first
     stride = torch.empty(shape, device="meta").stride()
     local = torch.empty(sizes)
     return nn.Parameter(
-        DTensor.from_local(local, mesh, [placement], run_check=False, shape=torch.Size(shape), stride=stride)
+        DTensor.from_local(local, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
     )
 
 
@@ -146,6 +150,13 @@ class ColumnParallelLinear(nn.Module):
             weights.append(layer.local(layer.weight))
             biases.append(None if layer.bias is None else layer.local(layer.bias))
         return _Columns.apply(x, self.axis, self.sequence_parallel, *weights, *biases)
+
+    def inside(self, x: Tensor) -> Tensor:
+        """y [B, T, O/R] for an x [B, T, I] that has entered the branch already, with `enter`.
+
+        Split backward replaces it (parallel/pipeline/weight_gradients.py).
+        """
+        return F.linear(x, self.local(self.weight), None if self.bias is None else self.local(self.bias))
 
 
 def project(x: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor, ...]:
@@ -234,14 +245,19 @@ class RowParallelLinear(nn.Module):
         self.bias = empty_parameter(out_features, mesh=groups.tp, placement=Replicate()) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        y = leave(self.summand(x), self.axis, sequence_parallel=self.sequence_parallel)
+        return self.add_bias(leave(self.summand(x), self.axis, sequence_parallel=self.sequence_parallel))
+
+    def summand(self, x: Tensor) -> Tensor:
+        """This rank's part of x W^T, [B, T, O], before the sum; split backward replaces it
+        (parallel/pipeline/weight_gradients.py).
+        """
+        return F.linear(x, local_shard(self.weight, grad="sharded"))
+
+    def add_bias(self, y: Tensor) -> Tensor:
+        """After that sum, once."""
         if self.bias is None:
             return y
         return y + local_shard(self.bias, grad="partial" if self.sequence_parallel else "replicated")
-
-    def summand(self, x: Tensor) -> Tensor:
-        """This rank's part of x W^T; split backward replaces it (parallel/pipeline/weight_gradients.py)."""
-        return F.linear(x, local_shard(self.weight, grad="sharded"))
 
 
 class VocabParallelEmbedding(nn.Module):

@@ -6,6 +6,7 @@ import torch
 
 from kernels.grouped_linear import choose_grouped_linear
 from models.layers.attention import choose_attention
+from models.layers.router import Router
 from models.registry import build_model
 from parallel.activation_checkpoint import ActivationCheckpoint
 from parallel.dims import ParallelDims
@@ -34,7 +35,7 @@ def build_state(config: TrainConfig, dims: ParallelDims, mesh: Meshes, device: t
     with torch.device("meta"):
         model = build_model(config.model, seed=config.train.seed, groups=groups, stages=stages)
     split_backward = pipeline is not None and pipeline.schedule in SPLIT_BACKWARD
-    weight_gradients = defer_weight_gradients(model.blocks) if split_backward else None
+    weight_gradients = defer_weight_gradients(model.blocks, at_once=(Router,)) if split_backward else None
     checkpointing = ActivationCheckpoint(
         mode=config.model.activation_checkpoint, save=config.model.activation_checkpoint_save
     )
@@ -64,7 +65,11 @@ def build_state(config: TrainConfig, dims: ParallelDims, mesh: Meshes, device: t
     routing = None
     if config.model.moe.num_experts:
         routing = RoutingMonitor(
-            model, config.model, global_batch_size=config.train.global_batch_size, group=token_group
+            model,
+            config.model,
+            global_batch_size=config.train.global_batch_size,
+            group=token_group,
+            stages=None if pipeline is None else mesh.batch["pp"].get_group(),
         )
     return TrainState(
         model=model,
@@ -111,4 +116,7 @@ def implementations(config: TrainConfig, dims: ParallelDims, state: TrainState, 
     if model.moe.num_experts:
         sizes = (model.hidden_size, model.moe.intermediate_size)
         used["experts"] = choose_grouped_linear(device, config.precision.compute_dtype, *sizes)
+        if dims.ep > 1:
+            fixed = model.routing.capacity_factor > 0 and dims.cp == 1
+            used["experts"] += f", all_to_all({dims.ep}) of {'slots' if fixed else 'rows'}"
     return used

@@ -120,7 +120,8 @@ class PipelinedPasses:
 
         self.data_parallel.start_pipeline()
         schedule = self.layout.training(len(microbatches))
-        work = self._work(microbatches, self._loss_of_stage(state, microbatches), stage_done)
+        aux_scale = None if state.routing is None else state.routing.aux_scale(state.loss_scale.scale)
+        work = self._work(microbatches, self._loss_of_stage(state, microbatches, aux_scale), stage_done)
         losses = self.executor.run(self._program(schedule), work, seed=per_token)
         self._traced = schedule
         self.data_parallel.finish_backward()
@@ -181,10 +182,16 @@ class PipelinedPasses:
         return tokens.shape[0], tokens.shape[1] // self.sequence_slices, self.model.hidden_size
 
     def _loss_of_stage(
-        self, state: TrainState, microbatches: list[Batch]
+        self, state: TrainState, microbatches: list[Batch], aux_scale: Tensor | None = None
     ) -> Callable[[int, int, Tensor | None], Tensor]:
         def forward(stage: int, microbatch: int, hidden: Tensor | None) -> Tensor:
-            return forward_loss_sum(state, microbatches[microbatch], stage=self.layout.stages[stage], hidden=hidden)
+            return forward_loss_sum(
+                state,
+                microbatches[microbatch],
+                aux_scale=aux_scale,
+                stage=self.layout.stages[stage],
+                hidden=hidden,
+            )
 
         return forward
 

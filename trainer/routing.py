@@ -6,20 +6,37 @@ from typing import cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from models.config import ModelConfig
-from models.decoder import MoEBlock
+from models.decoder import Decoder, MoEBlock
 from models.layers.router import REPORT
 
 
 class RoutingMonitor:
-    """Adds the reports of all routers up over micro-batches and ranks, once per step."""
+    """Adds the reports of all routers up over micro-batches and ranks, once per step.
 
-    def __init__(self, model: nn.Module, config: ModelConfig, *, global_batch_size: int, group: dist.ProcessGroup):
-        """config: resolved. global_batch_size: sequences. group: ranks with different tokens of the global batch."""
-        self.blocks = [module for module in model.modules() if isinstance(module, MoEBlock)]
-        self.config, self.global_batch_size, self.group = config, global_batch_size, group
+    With a pipeline a rank has the routers of its own stages. It moves their biases, and the metrics of all ranks are
+    those of the whole model.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        config: ModelConfig,
+        *,
+        global_batch_size: int,
+        group: dist.ProcessGroup,
+        stages: dist.ProcessGroup | None,
+    ) -> None:
+        """config: resolved. global_batch_size: sequences. group: ranks with different tokens of the global batch.
+        stages: ranks with the model's other layers; None: all of them are here.
+        """
+        sparse = [layer for layer in range(config.num_blocks) if config.moe.in_layer(layer)]
+        found = {layer: block for layer, block in model.blocks.named_children() if isinstance(block, MoEBlock)}
+        self.blocks = {sparse.index(int(layer)): block for layer, block in found.items()}  # by row of the reports
+        self.num_rows = len(sparse)
+        self.config, self.global_batch_size, self.group, self.stages = config, global_batch_size, group, stages
 
     def aux_scale(self, loss_scale: Tensor) -> Tensor:
         """Gradient of the scaled training loss by the auxiliary losses of a sequence: their mean is part of it. 0-d."""
@@ -27,20 +44,25 @@ class RoutingMonitor:
 
     @torch.no_grad()
     def finish(self, skipped: Tensor) -> dict[str, Tensor]:
-        """After the update: move the biases, unless it was skipped; metrics by name, 0-d. Collective over the group."""
-        reports = []
-        for block in self.blocks:
-            assert block.routing is not None, "a step without a forward pass"
-            reports.append(block.routing)
-            block.routing = None
-        report_LR = torch.stack(reports).double()
-        dist.all_reduce(report_LR, group=self.group)
+        """After the update: move the biases, unless it was skipped; metrics by name, 0-d.
+
+        Collective over both groups.
+        """
         num_experts = self.config.moe.num_experts
+        shape = (self.num_rows, num_experts + len(REPORT))
+        report_LR = torch.zeros(shape, dtype=torch.float64, device=skipped.device)  # 0: layers of other stages
+        for row, block in self.blocks.items():
+            assert block.routing is not None, "a step without a forward pass"
+            report_LR[row] = block.routing
+            block.routing = None
+        dist.all_reduce(report_LR, group=self.group)
+        if self.stages is not None:
+            dist.all_reduce(report_LR, group=self.stages)
         load_LE = report_LR[:, :num_experts]
         rate = self.config.routing.bias_update_rate
         if rate > 0:
-            for block, load_E in zip(self.blocks, load_LE, strict=True):
-                bias = cast(Tensor, block.mlp.router.bias)
+            for row, block in self.blocks.items():
+                load_E, bias = load_LE[row], cast(Tensor, block.mlp.router.bias)
                 bias += (rate * torch.sign(load_E.mean() - load_E) * (1.0 - skipped)).to(bias.dtype)
         return self._metrics(load_LE, dict(zip(REPORT, report_LR[:, num_experts:].unbind(1), strict=True)))
 

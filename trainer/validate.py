@@ -11,12 +11,11 @@ import torch
 
 from data.config import DataConfig, parts
 from data.config import problems as data_problems
-from models.config import ModelConfig
 from models.config import problems as model_problems
 from models.registry import resolve_model
 from parallel.activation_checkpoint import ActivationCheckpoint
 from parallel.activation_checkpoint import problems as activation_checkpoint_problems
-from parallel.dims import ParallelConfig, ParallelDims
+from parallel.dims import ParallelDims
 from parallel.dims import problems as dims_problems
 from parallel.pipeline.layout import problems as pipeline_problems
 from parallel.pipeline.schedules import SPLIT_BACKWARD
@@ -26,6 +25,7 @@ from trainer.resilience import launcher_problems
 from trainer.schedule import problems as schedule_problems
 from trainer.sequence import problems as sequence_problems
 from trainer.sinks import WANDB_MODES
+from trainer.validate_experts import expert_problems
 from trainer.validate_tensor import tensor_parallel_problems
 
 
@@ -46,7 +46,7 @@ def finalize(config: TrainConfig, *, world_size: int) -> TrainConfig:
             found.append(str(error))
         else:
             found += model_problems(model, seq_len=config.train.seq_len)
-    found += _expert_problems(model, config.parallel)
+    found += expert_problems(config, model, world_size)
     found += activation_checkpoint_problems(
         ActivationCheckpoint(mode=model.activation_checkpoint, save=model.activation_checkpoint_save)
     )
@@ -132,18 +132,6 @@ def _logging_problems(logging: LoggingConfig) -> list[str]:
     if logging.peak_tflops is not None and not 0 < logging.peak_tflops < math.inf:
         found.append(f"logging.peak_tflops={logging.peak_tflops} must be positive, or null to look it up")
     return found
-
-
-def _expert_problems(model: ModelConfig, parallel: ParallelConfig) -> list[str]:
-    """Axes that a mixture of experts does not compose with: its router counts whole sequences on one rank."""
-    if not model.moe.num_experts:
-        return []
-    return [
-        f"parallel.{axis}={getattr(parallel, axis)} does not work with model.moe.num_experts={model.moe.num_experts}, "
-        f"whose routers need whole sequences and stages; use {axis}=1"
-        for axis in ("tp", "pp", "cp")
-        if getattr(parallel, axis) > 1
-    ]
 
 
 def _cross_problems(config: TrainConfig, world_size: int) -> list[str]:

@@ -53,6 +53,8 @@ def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 
 @torch.library.custom_op("lattice::grouped_linear", mutates_args=())
 def _grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    if not x.shape[0]:  # experts of a rank that nobody chose: not a size to ask a library for
+        return x.new_zeros(0, weight.shape[1])
     implementation = choose_grouped_linear(x.device, x.dtype, *weight.shape[1:])
     if implementation == "grouped_mm":
         y = torch._grouped_mm(x.contiguous(), weight.contiguous().transpose(1, 2), offs=ends)
@@ -72,31 +74,51 @@ def _(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[1])
 
 
-@torch.library.custom_op("lattice::grouped_linear_backward", mutates_args=())
-def _grouped_linear_backward(grad: Tensor, x: Tensor, weight: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of x [N, K] and weight [G, M, K] from that of the output, grad [N, M]."""
-    implementation = choose_grouped_linear(x.device, x.dtype, *weight.shape[1:])
+@torch.library.custom_op("lattice::grouped_linear_input_gradient", mutates_args=())
+def input_gradient(grad: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """Gradient of x [N, K] from that of the output, grad [N, M]."""
+    if not grad.shape[0]:
+        return grad.new_zeros(0, weight.shape[2])
+    implementation = choose_grouped_linear(grad.device, grad.dtype, *weight.shape[1:])
     if implementation == "grouped_mm":
-        grad, x = grad.contiguous(), x.contiguous()
-        d_x = torch._grouped_mm(grad, weight.contiguous(), offs=ends)
-        d_weight = torch._grouped_mm(grad.t(), x, offs=ends)
-        return torch.where(_grouped(x, ends), d_x, 0), d_weight
-    d_x, d_weight = torch.zeros_like(x, memory_format=torch.contiguous_format), torch.zeros_like(weight)
+        d_x = torch._grouped_mm(grad.contiguous(), weight.contiguous(), offs=ends)
+        return torch.where(_grouped(grad, ends), d_x, 0)
+    d_x = grad.new_zeros(grad.shape[0], weight.shape[2])
     if implementation == "masked":
-        for g, member in _members(x, ends):
-            grad_g = torch.where(member, grad, 0)
-            d_x += grad_g @ weight[g]
-            d_weight[g] = grad_g.T @ x
+        for g, member in _members(grad, ends):
+            d_x += torch.where(member, grad, 0) @ weight[g]
     else:
         for g, rows in _slices(ends):
             torch.mm(grad[rows], weight[g], out=d_x[rows])
+    return d_x
+
+
+@input_gradient.register_fake
+def _(grad: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    return grad.new_empty(grad.shape[0], weight.shape[2])
+
+
+@torch.library.custom_op("lattice::grouped_linear_weight_gradient", mutates_args=())
+def weight_gradient(grad: Tensor, x: Tensor, ends: Tensor) -> Tensor:
+    """Gradient of weight [G, M, K] from that of the output, grad [N, M], and the input x [N, K]."""
+    d_weight = grad.new_zeros(ends.shape[0], grad.shape[1], x.shape[1])
+    if not x.shape[0]:
+        return d_weight
+    implementation = choose_grouped_linear(x.device, x.dtype, *d_weight.shape[1:])
+    if implementation == "grouped_mm":
+        return torch._grouped_mm(grad.contiguous().t(), x.contiguous(), offs=ends)
+    if implementation == "masked":
+        for g, member in _members(x, ends):
+            d_weight[g] = torch.where(member, grad, 0).T @ x
+    else:
+        for g, rows in _slices(ends):
             torch.mm(grad[rows].T, x[rows], out=d_weight[g])
-    return d_x, d_weight
+    return d_weight
 
 
-@_grouped_linear_backward.register_fake
-def _(grad: Tensor, x: Tensor, weight: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(weight)
+@weight_gradient.register_fake
+def _(grad: Tensor, x: Tensor, ends: Tensor) -> Tensor:
+    return grad.new_empty(ends.shape[0], grad.shape[1], x.shape[1])
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
@@ -105,8 +127,7 @@ def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> No
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
     x, weight, ends = ctx.saved_tensors
-    d_x, d_weight = _grouped_linear_backward(grad, x, weight, ends)
-    return d_x, d_weight, None
+    return input_gradient(grad, weight, ends), weight_gradient(grad, x, ends), None
 
 
 _grouped_linear.register_autograd(_backward, setup_context=_save)
@@ -118,9 +139,14 @@ def _flops(x: torch.Size, weight: torch.Size, *_: Any, **__: Any) -> int:
     return 2 * x[0] * weight[1] * weight[2]
 
 
-@register_flop_formula(torch.ops.lattice.grouped_linear_backward)
-def _backward_flops(grad: torch.Size, x: torch.Size, weight: torch.Size, *_: Any, **__: Any) -> int:
-    return 2 * _flops(x, weight)
+@register_flop_formula(torch.ops.lattice.grouped_linear_input_gradient)
+def _input_gradient_flops(grad: torch.Size, weight: torch.Size, *_: Any, **__: Any) -> int:
+    return _flops(grad, weight)
+
+
+@register_flop_formula(torch.ops.lattice.grouped_linear_weight_gradient)
+def _weight_gradient_flops(grad: torch.Size, x: torch.Size, *_: Any, **__: Any) -> int:
+    return 2 * grad[0] * grad[1] * x[1]
 
 
 def _grouped(x: Tensor, ends: Tensor) -> Tensor:

@@ -97,7 +97,7 @@ def build_context(
     """
     if positions is None:
         positions = torch.arange(seq_len, device=device)[None]
-    cp_method = groups.cp_method if indices is not None and groups.cp > 1 else None
+    cp_method = groups.cp_method if indices is not None and groups.cp_size > 1 else None
     implementation = choose_attention(config, device, dtype, documents=documents is not None, cp_method=cp_method)
     slopes = alibi_slopes(config.num_heads, device) if config.positions == "alibi" else None
     if slopes is not None and groups.tp is not None:
@@ -146,7 +146,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int, seed: int, groups: ModelParallel = NO_GROUPS) -> None:
         super().__init__()
-        self.across = ContextAttention(groups) if groups.cp > 1 else None
+        self.across = ContextAttention(groups) if groups.cp_size > 1 else None
         assert config.head_dim is not None  # resolved
         assert config.num_kv_heads is not None
         self.head_dim = config.head_dim

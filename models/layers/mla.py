@@ -44,7 +44,7 @@ class LatentAttention(Attention):
     def __init__(self, config: ModelConfig, layer: int, seed: int, groups: ModelParallel = NO_GROUPS) -> None:
         nn.Module.__init__(self)  # not Attention's, whose projections this one does not have
         mla, H, D = config.mla, config.num_heads, config.hidden_size
-        self.across = ContextAttention(groups) if groups.cp > 1 else None
+        self.across = ContextAttention(groups) if groups.cp_size > 1 else None
         self.axis = None if groups.tp is None else Axis.of(groups.tp)
         self.sequence_parallel = groups.sequence_parallel
         self.num_heads = H

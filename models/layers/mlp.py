@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from models.config import ModelConfig
 from models.layers.linear import column_linear, row_linear
 from parallel.groups import NO_GROUPS, ModelParallel
-from parallel.tensor import project
+from parallel.tensor import ColumnParallelLinear, RowParallelLinear, project
 
 ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -31,6 +31,25 @@ class MLP(nn.Module):
         self.gate = column_linear(hidden, inner, bias=bias, groups=groups) if config.gated_mlp else None
         self.up = column_linear(hidden, inner, bias=bias, groups=groups)
         self.down = row_linear(inner, hidden, bias=bias, groups=groups)
+
+    def summand(self, x: Tensor) -> Tensor:
+        """What this rank contributes to the sum over tp, for an x [B, T, D] that has entered the branch already.
+
+        Together with other networks of one branch, whose input is gathered once and whose outputs are summed once;
+        `finish` comes after that sum.
+        """
+        if not isinstance(self.down, RowParallelLinear):
+            return self(x)
+        assert isinstance(self.up, ColumnParallelLinear)
+        inner = self.up.inside(x)
+        if self.gate is None:
+            return self.down.summand(self.activation(inner))
+        assert isinstance(self.gate, ColumnParallelLinear)
+        return self.down.summand(self.activation(self.gate.inside(x)) * inner)
+
+    def finish(self, y: Tensor) -> Tensor:
+        """The sum of all summands, completed."""
+        return self.down.add_bias(y) if isinstance(self.down, RowParallelLinear) else y
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gate is None:

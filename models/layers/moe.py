@@ -5,16 +5,26 @@ B batch, T tokens, D hidden_size, E experts, k experts per token, N = B T k choi
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import Shard
 
-from kernels.grouped_linear import grouped_linear
+from kernels.grouped_linear import grouped_linear, input_gradient, weight_gradient
 from models.config import ModelConfig
 from models.layers.mlp import ACTIVATION_FUNCTIONS, MLP
 from models.layers.router import Router
+from parallel.collectives import Axis
+from parallel.expert import Routes, Slots, inverse_of, permute, plan_routes, plan_slots
+from parallel.groups import NO_GROUPS, ModelParallel
+from parallel.pipeline.weight_gradients import Deferring
+from parallel.tensor import empty_parameter, enter, leave, local_shard
+
+OUT_FEATURES, IN_FEATURES = 1, 2
+"""Dims of the weights [E, out, in] of stacked linear layers."""
 
 
 class MoE(nn.Module):
@@ -22,63 +32,136 @@ class MoE(nn.Module):
 
     No choice is lost unless the router dropped it: choices are sorted by expert and each expert multiplies as many
     rows as it got (MegaBlocks, 2211.15841).
+
+    Over tp it is one branch (parallel/tensor.py): the input is gathered once, the router runs alike on every rank, all
+    experts are cut over their inner features, and the summands of routed and shared experts leave in one sum.
     """
 
-    def __init__(self, config: ModelConfig, layer: int, seed: int) -> None:
+    def __init__(self, config: ModelConfig, layer: int, seed: int, groups: ModelParallel = NO_GROUPS) -> None:
         super().__init__()
-        self.router = Router(config, layer, seed)
-        self.experts = Experts(config)
+        self.tp = None if groups.tp is None else Axis.of(groups.tp)
+        self.sequence_parallel = groups.sequence_parallel
+        self.router = Router(config, layer, seed, groups)
+        self.experts = Experts(config, groups)
         shared = config.moe.num_shared * config.moe.intermediate_size
-        self.shared = MLP(replace(config, intermediate_size=shared)) if shared else None
+        self.shared = MLP(replace(config, intermediate_size=shared), groups) if shared else None
 
-    def forward(self, x: Tensor, *, samples: Tensor | None, aux_scale: Tensor | None) -> tuple[Tensor, Tensor]:
-        """x [B, T, D] to [B, T, D], and the router's report [E + 5].
+    def forward(
+        self, x: Tensor, *, samples: Tensor | None, indices: Tensor | None = None, aux_scale: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """x [B, T, D] to [B, T, D], and the router's report [E + 5]. samples, indices: those of Router.forward.
 
         aux_scale: 0-d, the gradient of the training loss with respect to the auxiliary losses; None: they have none.
+        With sequence parallelism x and the result have this rank's slice of the T tokens.
         """
-        routing = self.router(x, samples)
-        y = self.experts(x.flatten(0, 1), routing.experts.flatten(0, 1), routing.weights.flatten(0, 1)).view_as(x)
+        if self.tp is not None:
+            x = enter(x, self.tp, sequence_parallel=self.sequence_parallel)
+        routing = self.router(x, samples, indices)
+        chosen, weights = routing.experts.flatten(0, 1), routing.weights.flatten(0, 1)
+        y = self.experts(x.flatten(0, 1), chosen, weights, routing.limit).view_as(x)
         if self.shared is not None:
-            y = y + self.shared(x)
+            y = y + self.shared.summand(x)
         if aux_scale is not None:
-            y = _AddLoss.apply(y, routing.loss, aux_scale)
-        return y, routing.report
+            # Gradients of router and input are summed over tp, where every rank has this loss: each adds its share.
+            y = _AddLoss.apply(y, routing.loss, aux_scale if self.tp is None else aux_scale / self.tp.size)
+        if self.tp is not None:
+            y = leave(y, self.tp, sequence_parallel=self.sequence_parallel)
+        return y if self.shared is None else self.shared.finish(y), routing.report
 
 
 class Experts(nn.Module):
-    """E gated feed-forward networks whose weights are stacked."""
+    """E gated feed-forward networks whose weights are stacked; over ep, E/R of them are here (parallel/expert.py).
 
-    def __init__(self, config: ModelConfig) -> None:
+    Over tp each is cut by its inner features, and the result is a summand.
+    """
+
+    def __init__(self, config: ModelConfig, groups: ModelParallel = NO_GROUPS) -> None:
         super().__init__()
         hidden, inner = config.hidden_size, config.moe.intermediate_size
+        self.num_experts = config.moe.num_experts
+        self.ep = None if groups.experts is None else Axis.of(groups.experts["ep"])
         self.activation = ACTIVATION_FUNCTIONS[config.activation]
-        self.gate = GroupedLinear(config.moe.num_experts, hidden, inner)
-        self.up = GroupedLinear(config.moe.num_experts, hidden, inner)
-        self.down = GroupedLinear(config.moe.num_experts, inner, hidden)
+        self.gate = GroupedLinear(self.num_experts, hidden, inner, cut_dim=OUT_FEATURES, groups=groups)
+        self.up = GroupedLinear(self.num_experts, hidden, inner, cut_dim=OUT_FEATURES, groups=groups)
+        self.down = GroupedLinear(self.num_experts, inner, hidden, cut_dim=IN_FEATURES, groups=groups)
 
-    def forward(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
-        """x [B T, D] through its experts [B T, k] (E: none), added up with weights [B T, k]. Returns [B T, D]."""
-        num_experts, k = self.gate.weight.shape[0], experts.shape[1]
+    def forward(self, x: Tensor, experts: Tensor, weights: Tensor, limit: int | None = None) -> Tensor:
+        """x [B T, D] through its experts [B T, k] (E: none), added up with weights [B T, k]. Returns [B T, D].
+
+        limit: how often an expert is chosen at most; None: not known.
+        """
+        k = experts.shape[1]
         flat = experts.flatten()
         order = flat.argsort(stable=True)
-        inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0], device=order.device))
-        ends = torch.searchsorted(flat[order], torch.arange(num_experts, device=x.device), right=True).to(torch.int32)
+        inverse = inverse_of(order)
+        ends = torch.searchsorted(flat[order], torch.arange(self.num_experts, device=x.device), right=True)
         rows = _Dispatch.apply(x, order // k, inverse, k)
-        rows = self.down(self.activation(self.gate(rows, ends)) * self.up(rows, ends), ends)
-        chosen = _Permute.apply(rows, inverse, order).unflatten(0, (-1, k))
+        if self.ep is None:
+            rows = self._compute(rows, ends.to(torch.int32))
+        else:
+            rows = self._compute_elsewhere(rows, ends, limit)
+        chosen = permute(rows, inverse, order).unflatten(0, (-1, k))
         return (chosen * weights[..., None].to(x.dtype)).sum(1)
 
+    def _compute(self, rows: Tensor, ends: Tensor) -> Tensor:
+        """rows [N, D] through the experts here, sorted by expert and ending before ends [number of them]; or 0."""
+        return self.down(self.activation(self.gate(rows, ends)) * self.up(rows, ends), ends)
 
-class GroupedLinear(nn.Module):
-    """One linear map per expert, without bias."""
+    def _compute_elsewhere(self, rows: Tensor, ends: Tensor, limit: int | None) -> Tensor:
+        """The same with all E experts, wherever on ep they are, and int64 ends [E]."""
+        assert self.ep is not None
+        counts, num_rows = ends.diff(prepend=ends.new_zeros(1)), rows.shape[0]
+        routes: Routes | Slots
+        if limit is None:
+            routes = plan_routes(counts, self.ep)
+        else:
+            routes = plan_slots(counts, self.ep, per_expert=limit, num_rows=num_rows)
+        return routes.from_experts(self._compute(routes.to_experts(rows), routes.ends), num_rows=num_rows)
 
-    def __init__(self, num_experts: int, in_features: int, out_features: int) -> None:
+
+class GroupedLinear(Deferring):
+    """One linear map per expert, without bias: the experts of this rank of ep, cut over tp along cut_dim."""
+
+    def __init__(
+        self, num_experts: int, in_features: int, out_features: int, *, cut_dim: int, groups: ModelParallel = NO_GROUPS
+    ) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_experts, out_features, in_features))
+        shape = (num_experts, out_features, in_features)
+        mesh = groups.tp if groups.experts is None else groups.experts
+        if mesh is None:
+            self.weight = nn.Parameter(torch.empty(shape))
+        else:
+            cuts = {"ep": Shard(0), "tp": Shard(cut_dim)}
+            placements = [cuts[axis] for axis in mesh.mesh_dim_names or ()]
+            self.weight = empty_parameter(*shape, mesh=mesh, placement=placements)
 
     def forward(self, rows: Tensor, ends: Tensor) -> Tensor:
         """rows [N, in], sorted by expert, those of expert e ending before ends[e] (int32 [E]). Returns [N, out]."""
-        return grouped_linear(rows, self.weight, ends)
+        if self.weight_gradients is not None:
+            return _DeferringGroupedLinear.apply(rows, ends, self)
+        return grouped_linear(rows, local_shard(self.weight, grad="sharded"), ends)
+
+
+class _DeferringGroupedLinear(torch.autograd.Function):
+    """grouped_linear, of which autograd sees the rows alone (parallel/pipeline/weight_gradients.py)."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, ends: Tensor, layer: GroupedLinear) -> Tensor:
+        ctx.save_for_backward(rows, ends)
+        ctx.layer = layer
+        return grouped_linear(rows, local_shard(layer.weight, grad="sharded"), ends)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        rows, ends = ctx.saved_tensors
+        layer: GroupedLinear = ctx.layer
+        assert layer.weight_gradients is not None
+
+        def compute() -> Iterator[tuple[str, Tensor]]:
+            yield f"{layer.layer_name}.weight", weight_gradient(grad, rows, ends)
+
+        layer.weight_gradients.add(compute)
+        return input_gradient(grad, local_shard(layer.weight, grad="sharded"), ends), None, None
 
 
 class _Dispatch(torch.autograd.Function):
@@ -94,20 +177,6 @@ class _Dispatch(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (inverse,) = ctx.saved_tensors
         return grad[inverse].unflatten(0, (-1, ctx.k)).sum(1), None, None, None
-
-
-class _Permute(torch.autograd.Function):
-    """rows[permutation]; inverse is that of the permutation."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, permutation: Tensor, inverse: Tensor) -> Tensor:
-        ctx.save_for_backward(inverse)
-        return rows[permutation]
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (inverse,) = ctx.saved_tensors
-        return grad[inverse], None, None
 
 
 class _AddLoss(torch.autograd.Function):

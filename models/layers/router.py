@@ -1,8 +1,11 @@
 """Routers: which experts a token goes to, with which weights, and what keeps the experts equally busy.
 
-Everything here is defined per sequence or per token, so that no layout and no micro-batch size changes it.
+Everything here is defined per sequence or per token, so that no layout and no micro-batch size changes it. Where a
+sequence is split over ranks (cp), the number of choices of each expert is summed over them, and with a capacity the
+choices of the whole sequence, a few bytes per token, are gathered. All else is a sum over tokens: each rank has its
+summands, of losses and of their gradients.
 
-B batch, T tokens, D hidden_size, E experts, k experts per token.
+B batch, T tokens here, S tokens of the sequence, D hidden_size, E experts, k experts per token.
 """
 
 from __future__ import annotations
@@ -12,9 +15,14 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import Replicate
 
 from kernels.philox import uniform
 from models.config import ModelConfig
+from parallel.collectives import Axis, all_gather_alike, all_reduce
+from parallel.context import to_parts, to_sequence
+from parallel.groups import NO_GROUPS, ModelParallel
+from parallel.tensor import empty_parameter, local_shard
 
 NORMALIZE_EPS = 1e-20
 """Keeps the normalisation of weights finite where all chosen scores underflow."""
@@ -25,8 +33,9 @@ class Routing(NamedTuple):
 
     experts: Tensor  # [B, T, k] int64; E: this choice is not computed
     weights: Tensor  # [B, T, k] fp32
-    loss: Tensor  # 0-d fp32, differentiable: weighted auxiliary losses, summed over sequences
-    report: Tensor  # [E + len(REPORT)] fp32, detached, all sums: choices of each expert, then REPORT
+    loss: Tensor  # 0-d fp32, differentiable: weighted auxiliary losses of the tokens here, summed over sequences
+    limit: int | None  # no expert is chosen by more of the tokens here than these; None: unknown to the host
+    report: Tensor  # [E + len(REPORT)] fp32, detached, sums over the tokens here: choices of each expert, then REPORT
 
 
 REPORT = ("dropped", "choices", "entropy", "aux_loss", "z_loss")
@@ -46,10 +55,15 @@ class Router(nn.Module):
 
     bias: Tensor | None  # [E] fp32
 
-    def __init__(self, config: ModelConfig, layer: int, seed: int) -> None:
+    def __init__(self, config: ModelConfig, layer: int, seed: int, groups: ModelParallel = NO_GROUPS) -> None:
         super().__init__()
         self.moe, self.options = config.moe, config.routing
-        self.weight = nn.Parameter(torch.empty(config.moe.num_experts, config.hidden_size))
+        shape = (config.moe.num_experts, config.hidden_size)
+        if groups.tp is None:
+            self.weight = nn.Parameter(torch.empty(shape))
+        else:
+            self.weight = empty_parameter(*shape, mesh=groups.tp, placement=Replicate())
+        self.cp = None if groups.cp is None else Axis.of(groups.cp)
         bias = torch.zeros(config.moe.num_experts, dtype=torch.float32) if config.moe.router == "sigmoid" else None
         self.register_buffer("bias", bias)
         self.seed, self.site = seed, f"blocks.{layer}.router"
@@ -61,25 +75,36 @@ class Router(nn.Module):
             self.bias = self.bias.float()  # model.to(bf16) would round away its steps of 0.001
         return self
 
-    def forward(self, x: Tensor, samples: Tensor | None) -> Routing:
-        """Route x [B, T, D]. samples [B]: sample numbers, needed by gshard in training."""
-        logits = F.linear(x.float(), self.weight.float())
+    def forward(self, x: Tensor, samples: Tensor | None, indices: Tensor | None = None) -> Routing:
+        """Route x [B, T, D]. samples [B]: sample numbers, needed by gshard in training.
+
+        indices [T]: these tokens of each sequence are here, others on other ranks of cp; None: all of them. With tensor
+        parallelism every rank routes all tokens alike and computes a summand of what becomes of them, so the gradient
+        of the weight is one too.
+        """
+        cp = None if indices is None else self.cp
+        seq_len = x.shape[1] * (1 if cp is None else cp.size)
+        logits = F.linear(x.float(), local_shard(self.weight, grad="partial").float())
         scores = logits.sigmoid() if self.moe.router == "sigmoid" else logits.softmax(-1)
         with torch.no_grad():
             experts = self._eligible(scores).topk(self.moe.top_k, dim=-1).indices
         weights = scores.gather(-1, experts)
         if self.moe.normalize:
             weights = weights / (weights.sum(-1, keepdim=True) + NORMALIZE_EPS)
-        counts_BE = _count(experts, self.moe.num_experts)
+        counts_BE = here_BE = _count(experts, self.moe.num_experts)
+        if cp is not None:
+            counts_BE = all_reduce(here_BE, cp)
         p = scores if self.moe.router != "sigmoid" else scores / scores.sum(-1, keepdim=True)
-        aux_B, z_B = balance_loss(p, counts_BE, self.moe.top_k), logits.logsumexp(-1).square().mean(1)
+        aux_B = balance_loss(p, counts_BE, self.moe.top_k, seq_len)
+        z_B = logits.logsumexp(-1).square().sum(1) / seq_len
         with torch.no_grad():
-            kept = self._drop(experts, weights, samples) if self.training else experts
+            kept = self._drop(experts, weights, samples, indices) if self.training else experts
             sums = [(kept == self.moe.num_experts).sum(), torch.full((), kept.numel(), device=x.device)]
             sums += [-torch.xlogy(p, p).sum(), aux_B.sum(), z_B.sum()]
-            report = torch.cat([counts_BE.sum(0), torch.stack([value.float() for value in sums])])
+            report = torch.cat([here_BE.sum(0), torch.stack([value.float() for value in sums])])
         loss = self.options.aux_weight * aux_B.sum() + self.options.z_weight * z_B.sum()
-        return Routing(kept, weights * self.moe.scaling, loss, report)
+        limit = self._limit(x.shape[0], x.shape[1], indices)
+        return Routing(kept, weights * self.moe.scaling, loss, limit, report)
 
     def _eligible(self, scores: Tensor) -> Tensor:
         """[B, T, E]: what the k largest are taken of; -inf outside the best `top_groups` groups of experts.
@@ -94,19 +119,37 @@ class Router(nn.Module):
         chosen = torch.zeros_like(best, dtype=torch.bool).scatter(-1, best.topk(self.moe.top_groups).indices, True)
         return grouped.masked_fill(~chosen[..., None], -torch.inf).flatten(-2)
 
-    def _drop(self, experts: Tensor, weights: Tensor, samples: Tensor | None) -> Tensor:
+    def _limit(self, num_sequences: int, seq_len: int, indices: Tensor | None) -> int | None:
+        """Routing.limit. Of a part of a sequence an expert may take all that it takes of the whole: no useful limit."""
+        factor = self.options.capacity_factor
+        if not self.training or factor == 0 or indices is not None:
+            return None
+        return num_sequences * min(seq_len, capacity_of(seq_len, self.moe.num_experts, self.moe.top_k, factor))
+
+    def _drop(self, experts: Tensor, weights: Tensor, samples: Tensor | None, indices: Tensor | None) -> Tensor:
         """experts [B, T, k] with E in place of choices that training does not compute."""
         E, T = self.moe.num_experts, experts.shape[1]
         if self.moe.router == "gshard":
             if samples is None:
                 raise ValueError(f"the second choice at {self.site} is drawn: pass the sample number of each row, [B]")
-            index = samples[:, None] * self.max_seq_len + torch.arange(T, device=experts.device)
+            tokens = torch.arange(T, device=experts.device) if indices is None else indices
+            index = samples[:, None] * self.max_seq_len + tokens
             second = uniform(self.seed, self.site, index) < 2.0 * weights[..., 1]
             experts = torch.stack([experts[..., 0], torch.where(second, experts[..., 1], E)], dim=-1)
         if self.options.capacity_factor > 0:
-            capacity = capacity_of(T, E, self.moe.top_k, self.options.capacity_factor)
-            experts = torch.where(queue_position(experts, E) < capacity, experts, E)
+            cp = None if indices is None else self.cp
+            seq_len = T * (1 if cp is None else cp.size)
+            capacity = capacity_of(seq_len, E, self.moe.top_k, self.options.capacity_factor)
+            position = queue_position(experts, E) if cp is None else _position_across(experts, E, cp)
+            experts = torch.where(position < capacity, experts, E)
         return experts
+
+
+def _position_across(experts: Tensor, num_experts: int, cp: Axis) -> Tensor:
+    """`queue_position` of this rank's tokens [B, T, k] in the whole sequence."""
+    parts = all_gather_alike(experts[None], cp, dim=0)  # [R, B, T, k]
+    position = queue_position(to_sequence(parts, dim=1), num_experts)
+    return to_parts(position, dim=1, size=cp.size)[cp.rank]
 
 
 def capacity_of(seq_len: int, num_experts: int, top_k: int, factor: float) -> int:
@@ -114,14 +157,17 @@ def capacity_of(seq_len: int, num_experts: int, top_k: int, factor: float) -> in
     return -int(-factor * top_k * seq_len // num_experts)
 
 
-def balance_loss(p: Tensor, counts_BE: Tensor, top_k: int) -> Tensor:
+def balance_loss(p: Tensor, counts_BE: Tensor, top_k: int, seq_len: int) -> Tensor:
     """[B]: E sum_e f_e P_e of each sequence, 1 under perfect balance (DeepSeek-V3, 2412.19437, eq. 17 to 20).
 
-    f_e is the share of the sequence's choices that fell on expert e, P_e the mean of p [B, T, E] over its tokens. With
+    f_e is the share of the sequence's choices that fell on expert e, P_e the mean of p over its seq_len tokens. With
     one choice per token it is the loss of Switch (2101.03961, eq. 4), of a sequence instead of a rank's batch.
+
+    counts_BE: choices in the whole sequence. f_e has no gradient, so the loss is a sum over tokens: of p [B, T, E] of
+    some of them comes their summand.
     """
-    _, T, E = p.shape
-    return E * (counts_BE / (top_k * T) * p.mean(1)).sum(-1)
+    E = p.shape[2]
+    return E * (counts_BE / (top_k * seq_len) * (p.sum(1) / seq_len)).sum(-1)
 
 
 def queue_position(experts: Tensor, num_experts: int) -> Tensor:

@@ -73,13 +73,22 @@ class WeightGradients:
             self.deliver(name, grad)
 
 
-Linear = nn.Linear | RowParallelLinear
+class Deferring(nn.Module):
+    """A layer of another kind that can put its weight gradients off: its backward adds them to the store."""
+
+    weight_gradients: WeightGradients | None = None  # filled by defer_weight_gradients; None: autograd computes them
+    layer_name: str  # in the model; filled likewise
+
+
+Linear = nn.Linear | RowParallelLinear | ColumnParallelLinear
 
 
 def _operands(layer: Linear) -> tuple[Tensor, Tensor | None]:
     """Weight and bias as this rank multiplies with them. A row-parallel layer adds its bias itself, after its sum."""
     if isinstance(layer, RowParallelLinear):
         return local_shard(layer.weight, grad="sharded"), None
+    if isinstance(layer, ColumnParallelLinear):
+        return layer.local(layer.weight), None if layer.bias is None else layer.local(layer.bias)
     return layer.weight, layer.bias
 
 
@@ -102,6 +111,9 @@ class _DeferringLinear(torch.autograd.Function):
 
 def _linear_gradients(layer: Linear, name: str, inputs: Tensor, grad_output: Tensor) -> Iterator[tuple[str, Tensor]]:
     """Of weight [out, in] and bias [out]; inputs [..., in], grad_output [..., out]."""
+    if isinstance(layer, ColumnParallelLinear):
+        yield from _column_gradients([layer], [name], inputs, [grad_output])
+        return
     flat = grad_output.flatten(0, -2)
     if layer.weight.requires_grad:
         yield f"{name}.weight", flat.T @ inputs.flatten(0, -2)
@@ -146,12 +158,13 @@ def _column_gradients(
             yield f"{name}.bias", layer.gradient(flat.sum(0))
 
 
-def defer_weight_gradients(blocks: nn.Module) -> WeightGradients:
+def defer_weight_gradients(blocks: nn.Module, *, at_once: tuple[type[nn.Module], ...] = ()) -> WeightGradients:
     """Make every linear layer in `blocks` put its weight gradient off on demand, in place; the store they share.
 
     The store names parameters as a model does that has these as its `blocks`. Inputs must need a gradient, as those
-    inside a block do. Raises TypeError for a weight matrix in another kind of layer, which would be computed in the
-    input pass and make the schedule's plan wrong.
+    inside a block do. at_once: small layers that may compute their weight gradients with those of their inputs. Raises
+    TypeError for a weight matrix in another kind of layer, which would do so unnoticed and make the schedule's plan
+    wrong.
     """
     store = WeightGradients()
     names = {module: f"blocks.{name}" for name, module in blocks.named_modules()}
@@ -169,6 +182,11 @@ def defer_weight_gradients(blocks: nn.Module) -> WeightGradients:
             module.summand = partial(linear, layer=module)  # type: ignore[method-assign]
         elif isinstance(module, ColumnParallelLinear):
             module.together = columns  # type: ignore[method-assign, assignment]
+            module.inside = partial(linear, layer=module)  # type: ignore[method-assign]
+        elif isinstance(module, Deferring):
+            module.weight_gradients, module.layer_name = store, name
+        elif isinstance(module, at_once):
+            continue
         elif any(parameter.ndim > 1 for parameter in module.parameters(recurse=False)):
             raise TypeError(f"{name} ({type(module).__name__}) has weights whose gradient cannot be put off")
     return store

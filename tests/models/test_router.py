@@ -80,7 +80,7 @@ def test_the_losses_of_a_sequence_are_those_of_the_formulas(kind: str) -> None:
     grads = [torch.autograd.grad(loss, router.weight)[0] for loss in (routing.loss, expected)]
     torch.testing.assert_close(*grads)
     even = torch.full((1, T, E), 1 / E)
-    torch.testing.assert_close(balance_loss(even, torch.full((1, E), 2 * T / E), 2), torch.ones(1))
+    torch.testing.assert_close(balance_loss(even, torch.full((1, E), 2 * T / E), 2, T), torch.ones(1))
 
 
 def test_the_bias_moves_choices_but_not_weights_and_stays_fp32() -> None:

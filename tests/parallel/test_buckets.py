@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from parallel.buckets import plan_buckets
 
-SHAPES = {"a": (7, 3), "b": (2,), "c": (1, 5), "d": (8, 2, 2)}
+SHAPES = {"a": (7, 3), "b": (2,), "c": (1, 5), "d": (8, 2, 2), "e": (6, 4, 3)}
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 4, 9])
@@ -24,11 +24,13 @@ def test_a_bucket_holds_every_element_where_torch_chunk_puts_it(num_ranks: int) 
         back = torch.full_like(tensors[slot.name], float("nan"))
         slot.copy_out(buffer, back)
         torch.testing.assert_close(back, 2 * tensors[slot.name], rtol=0, atol=0)
-        chunks = list(tensors[slot.name].reshape(-1, slot.row_numel).chunk(num_ranks))
+        assert slot.dim == (slot.name == "e" and num_ranks == 4)  # matrices of a stack: 6 over 4, 4 rows over 4
+        chunks = list(tensors[slot.name].chunk(num_ranks, dim=slot.dim))
         for rank in range(num_ranks):
             local = slot.local_view(buffer[rank], rank)
             expected = chunks[rank] if rank < len(chunks) else chunks[0][:0]
             assert torch.equal(local.reshape(-1), 2 * expected.reshape(-1))
+            assert local.is_contiguous()
 
 
 @settings(max_examples=50, deadline=None)

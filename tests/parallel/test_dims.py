@@ -27,6 +27,9 @@ def test_what_is_left_goes_to_dp_shard() -> None:
         (ParallelConfig(pp=3, zero_stage=1), "parallel.pp=3 does not divide the 8 processes; use one of 1, 2, 4, 8"),
         (ParallelConfig(zero_stage=1, cpu_offload=True), "parallel.cpu_offload=true"),
         (ParallelConfig(bucket_mb=0.0), "parallel.bucket_mb=0.0"),
+        (ParallelConfig(ep=0), "parallel.ep=0 must be at least 1"),
+        (ParallelConfig(ep=3, tp=2), "parallel.ep=3 does not divide parallel.dp_shard x parallel.cp = 4, "),
+        (ParallelConfig(ep=8, dp_replicate=2), "whose ranks share out the experts; use 1, 2, 4"),
     ],
 )
 def test_a_wrong_layout_is_refused_with_field_value_and_fix(config: ParallelConfig, expected: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -203,13 +204,23 @@ def test_a_run_goes_on_with_its_biases_on_another_layout(
     assert_same_metrics(again, run_on(ranks, 1, straight))
 
 
-@pytest.mark.parametrize("axis", ["tp", "pp", "cp"])
-def test_axes_that_routers_do_not_work_on_are_refused(corpus: DataConfig, tmp_path: Path, axis: str) -> None:
-    """A capacity or a balance loss of a piece of a sequence, silently another model."""
-    config = tiny_config(tmp_path, corpus, **VARIANTS["capacity"])
-    setattr(config.parallel, axis, 2)
-    with pytest.raises(ConfigError, match=f"parallel.{axis}=2 does not work with model.moe.num_experts=5"):
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"parallel__ep": 2}, "parallel.ep=2 does not divide model.moe.num_experts=5, .*; use 1$"),
+        ({"parallel__ep": 2, "model__moe": MoEConfig()}, "parallel.ep=2 .* model.moe.num_experts=0 .*; use ep=1$"),
+        ({"parallel__ep": 2, "train__compile": True}, "train.compile=true does not work with parallel.ep=2"),
+        ({"parallel__tp": 2}, "parallel.tp=2 does not divide model.moe.intermediate_size=11, .*; use 1, 11$"),
+    ],
+)
+def test_experts_that_cannot_be_shared_equally_are_refused(
+    corpus: DataConfig, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    """A traceback from a rank that got fewer features or experts than the others."""
+    config = tiny_config(tmp_path, corpus, **(VARIANTS["capacity"] | changes))
+    with pytest.raises(ConfigError) as error:
         finalize(config, world_size=2)
+    assert any(re.search(message, line) for line in str(error.value).splitlines())
 
 
 def test_the_variants_drop_choices_and_move_biases(one_process: _OneProcess) -> None:
@@ -242,8 +253,8 @@ def run_with_loss_of_the_micro_batch(config: TrainConfig) -> Outcome | None:
     """A balance loss from the load of the whole micro-batch, as a rank-local definition has it."""
     plain = router.balance_loss
 
-    def over_micro_batch(p: torch.Tensor, counts: torch.Tensor, top_k: int) -> torch.Tensor:
-        return plain(p, counts.mean(0, keepdim=True).expand_as(counts), top_k)
+    def over_micro_batch(p: torch.Tensor, counts: torch.Tensor, top_k: int, seq_len: int) -> torch.Tensor:
+        return plain(p, counts.mean(0, keepdim=True).expand_as(counts), top_k, seq_len)
 
     router.balance_loss = over_micro_batch
     try:
