@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 4 benchmarks/layouts.py llama3_1b --out benchmarks/results/layouts_llama3_1b_4xh200.json
 
-Prints one JSON object: for each layout of LAYOUTS tokens_per_second_per_gpu, mfu, peak_memory_gib, and the losses of
-the first and the last step, which say whether the layouts trained the same model; or the error of one that does not
+Prints one JSON object: for each layout of LAYOUTS tokens_per_second_per_gpu, mfu, peak_memory_gib, and the losses,
+which say whether the layouts trained the same model; or the error of one that does not
 run. Further arguments are overrides for all of them. Tokens are drawn at random (Zipf): speed does not depend on them.
 """
 
@@ -112,7 +112,9 @@ def _measure(arguments: list[str]) -> dict[str, Any]:
         return {}
     summary = summarize(Path(config.run.dir), skip=SKIP)
     kept = ("tokens_per_second_per_gpu", "mfu", "peak_memory_gib", "step_seconds_median", "loss_first", "loss_last")
-    return {key: summary[key] for key in (*kept, "kernels", "config", "device", "versions")}
+    lines = (Path(config.run.dir) / "metrics.jsonl").read_text().splitlines()
+    losses = {"losses": [json.loads(line)["loss"] for line in lines]}
+    return {key: summary[key] for key in (*kept, "kernels", "config", "device", "versions")} | losses
 
 
 if __name__ == "__main__":

@@ -211,6 +211,11 @@ LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {
     }),
     "pp2-cp2": ("llama", {"parallel__pp": 2, "parallel__cp": 2, "parallel__zero_stage": 1}),
     "moe-zero3": ("moe", {"parallel__zero_stage": 3}),
+    "moe-ep4-zero1": ("moe", {"parallel__ep": 4, "parallel__zero_stage": 1}),
+    "moe-ep2-zero3": ("moe", {"parallel__ep": 2, "parallel__zero_stage": 3}),
+    "moe-ep2-tp2-sp": ("moe", {"parallel__ep": 2, "parallel__tp": 2, "parallel__sequence_parallel": True}),
+    "moe-ep2-cp2": ("moe", {"parallel__ep": 2, "parallel__cp": 2, "parallel__zero_stage": 1}),
+    "moe-pp2-ep2": ("moe", {"parallel__ep": 2, "parallel__pp": 2, "parallel__zero_stage": 1}),
     "latent-tp2-sp-zero3": ("latent", {
         "parallel__tp": 2, "parallel__sequence_parallel": True, "parallel__zero_stage": 3,
     }),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import random
 import sys
 import tempfile
 import time
@@ -45,13 +46,14 @@ def cross_product(legality: Legality) -> tuple[list[Layout], int]:
 
     Where a turn is refused (compile with split backward), the next one is taken.
     """
-    turns = itertools.cycle(list(itertools.product(*(FEATURES[name] for name in FEATURES if name not in CROSSED))))
     rest = [name for name in FEATURES if name not in CROSSED]
+    product = list(itertools.product(*(FEATURES[name] for name in rest)))
+    random.Random(0).shuffle(product)
+    turns = itertools.cycle(product)
     layouts, refused = [], 0
     for values in itertools.product(*(FEATURES[name] for name in CROSSED)):
         crossed = dict(zip(CROSSED, values, strict=True))
-        # A prime stride, so that neighbours in the product do not get neighbouring turns.
-        candidates = (dict(zip(rest, next(itertools.islice(turns, 16, None)), strict=True)) for _ in range(40))
+        candidates = (dict(zip(rest, next(turns), strict=True)) for _ in range(40))
         complete = ({name: (crossed | turn)[name] for name in FEATURES} for turn in candidates)
         legal = next((layout for layout in complete if not legality.problems(layout)), None)
         if legal is None:
