@@ -42,7 +42,7 @@ class Comparison:
             dict(zip(MODEL_FEATURES, values, strict=True)) for values in itertools.product(*MODEL_FEATURES.values())
         )
         variants = {_name(model): _changes(model) for model in models}
-        self._references = References(ranks, corpus, folder, variants, splits=(4,), feature_parts=(2, 4))
+        self._references = References(ranks, corpus, folder, variants, splits=(4,), feature_parts=(2, 3, 4))
         self._runs = 0
 
     def deviation(self, layout: Layout) -> Deviation:
