@@ -9,15 +9,18 @@ from typing import Any
 import pytest
 
 from data.config import DataConfig
+from models.mla_config import MLAConfig
 from models.moe_config import MoEConfig, RoutingConfig
+from models.mtp_config import MTPConfig
 from tests.parity.harness import (
     Outcome,
+    References,
+    assert_same_model,
     changed,
     gradient_deviation,
     loss_deviation,
     run_on,
     text_corpus,
-    tiny_config,
     weight_deviation,
 )
 from tests.parity.on_expert_ranks import run_broken
@@ -60,6 +63,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "train__eval_batches": 1,
         "train__sample_tokens": 2,
     },
+    "deepseek": {  # latent attention, multi-token prediction
+        "model__family": "deepseek_v3",
+        "model__num_kv_heads": None,
+        "model__mla": MLAConfig(kv_rank=10, q_rank=9, nope_dim=5, rope_dim=6, value_dim=7),
+        "model__mtp": MTPConfig(depth=1),
+        "model__moe": MoEConfig(
+            num_experts=4, top_k=2, intermediate_size=12, num_shared=1, first_dense=1, router="sigmoid"
+        ),
+        "model__routing": RoutingConfig(aux_weight=0.001, bias_update_rate=0.01),
+    },
     "few": {  # fewer experts than ranks
         "model__moe": MoEConfig(num_experts=2, top_k=1, intermediate_size=16, normalize=False),
         "model__routing": RoutingConfig(aux_weight=0.02),
@@ -72,6 +85,7 @@ LAYOUTS: list[tuple[str, int, int, dict[str, Any], dict[str, Any]]] = [
     ("mixtral", 2, 0, {"pp": 2}, {}),
     ("sigmoid", 2, 0, {"pp": 2, "pp_schedule": "zero_bubble"}, {}),
     ("switch", 4, 3, {"pp": 2, "pp_schedule": "gpipe"}, {}),
+    ("mixtral", 4, 2, {"pp": 2, "pp_schedule": "zero_bubble"}, {}),
     ("capacity", 4, 1, {"pp": 2}, {"model__activation_checkpoint": "full"}),
     # tensor parallelism
     ("mixtral", 2, 0, {"tp": 2}, {}),
@@ -100,6 +114,10 @@ LAYOUTS: list[tuple[str, int, int, dict[str, Any], dict[str, Any]]] = [
     ("few", 8, 1, {"ep": 2, "tp": 2}, {}),
     ("switch", 8, 3, {"ep": 2, "tp": 2, "sequence_parallel": True}, {}),
     ("sigmoid", 4, 1, {"ep": 2, "pp": 2, "pp_schedule": "zero_bubble"}, {}),
+    ("few", 8, 3, {"ep": 2, "pp": 2, "pp_schedule": "zero_bubble"}, {}),
+    ("sigmoid", 8, 3, {"ep": 2, "pp": 2, "tp": 2, "pp_schedule": "zero_bubble", "sequence_parallel": True}, {}),
+    ("mixtral", 8, 3, {"ep": 2, "pp": 2, "dp_replicate": 2}, {}),
+    ("deepseek", 8, 1, {"ep": 2, "cp": 2, "tp": 2, "pp": 2}, {}),
     ("sigmoid", 8, 1, {"ep": 2, "cp": 2, "tp": 2, "pp": 2, "sequence_parallel": True}, {}),
     ("capacity", 8, 3, {"ep": 2, "cp": 2, "tp": 2, "pp": 2}, {}),
     ("capacity", 8, 2, {"ep": 4, "cp": 2, "tp": 2, "cp_method": "ulysses"}, {}),
@@ -111,37 +129,21 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
     return text_corpus(tmp_path_factory.mktemp("expert-axes"))
 
 
-class _OneProcess:
-    """Runs of one process, made once per variant, and how far another split into micro-batches moves their weights."""
-
-    def __init__(self, ranks: RankPool, corpus: DataConfig, folder: Path) -> None:
-        self.ranks, self.corpus, self.folder = ranks, corpus, folder
-        self.made: dict[str, tuple[TrainConfig, Outcome, float]] = {}
-
-    def of(self, variant: str) -> tuple[TrainConfig, Outcome, float]:
-        if variant not in self.made:
-            config = tiny_config(
-                self.folder / variant,
-                self.corpus,
-                train__steps=STEPS,
-                train__micro_batch_size=2,
-                model__hidden_size=32,
-                model__num_heads=8,
-                model__num_kv_heads=4,
-                schedule__name="constant",  # does not depend on the number of steps
-                schedule__warmup_steps=1,
-                **({"model__intermediate_size": 48} | VARIANTS[variant]),
-            )
-            reference = run_on(self.ranks, 1, config)
-            split = changed(config, self.folder / f"{variant}-split", train__micro_batch_size=1)
-            sensitivity = weight_deviation(run_on(self.ranks, 1, split), reference)
-            self.made[variant] = (config, reference, sensitivity)
-        return self.made[variant]
-
-
 @pytest.fixture(scope="module")
-def one_process(ranks: RankPool, corpus: DataConfig, tmp_path_factory: pytest.TempPathFactory) -> _OneProcess:
-    return _OneProcess(ranks, corpus, tmp_path_factory.mktemp("one-process"))
+def one_process(ranks: RankPool, corpus: DataConfig, tmp_path_factory: pytest.TempPathFactory) -> References:
+    base: dict[str, Any] = {
+        "train__steps": STEPS,
+        "train__micro_batch_size": 2,
+        "model__hidden_size": 32,
+        "model__num_heads": 8,
+        "model__num_kv_heads": 4,
+        "model__intermediate_size": 48,
+        "schedule__name": "constant",  # does not depend on the number of steps
+        "schedule__warmup_steps": 1,
+    }
+    variants = {name: base | changes for name, changes in VARIANTS.items()}
+    folder = tmp_path_factory.mktemp("one-process")
+    return References(ranks, corpus, folder, variants, splits=(1,), feature_parts=(2, 4))
 
 
 def layout(config: TrainConfig, run_dir: Path, **parallel: Any) -> TrainConfig:
@@ -165,7 +167,7 @@ def assert_same(outcome: Outcome, reference: Outcome, steps: int = STEPS) -> Non
 @pytest.mark.parametrize(("variant", "world_size", "zero_stage", "parallel", "changes"), LAYOUTS)
 def test_experts_are_the_same_on_every_axis(
     ranks: RankPool,
-    one_process: _OneProcess,
+    one_process: References,
     tmp_path: Path,
     variant: str,
     world_size: int,
@@ -174,11 +176,12 @@ def test_experts_are_the_same_on_every_axis(
     changes: dict[str, Any],
 ) -> None:
     """A load or a queue of part of a sequence, a gradient of experts or routers summed too often or too seldom."""
-    config, reference, sensitivity = one_process.of(variant)
+    reference = one_process.of(variant)
+    config = reference.config
     run = layout(config, tmp_path / "run", zero_stage=zero_stage, **parallel)
     outcome = run_on(ranks, world_size, changed(run, tmp_path / "run", **changes))
-    assert_same(outcome, reference)
-    assert weight_deviation(outcome, reference) <= 10 * sensitivity
+    assert_same(outcome, reference.outcome)
+    assert_same_model(outcome, reference)
 
 
 @pytest.mark.parametrize(
@@ -194,7 +197,7 @@ def test_experts_are_the_same_on_every_axis(
     ],
 )
 def test_the_comparison_notices_each_axis_fault(
-    ranks: RankPool, one_process: _OneProcess, tmp_path: Path, fault: str, variant: str, parallel: dict[str, Any]
+    ranks: RankPool, one_process: References, tmp_path: Path, fault: str, variant: str, parallel: dict[str, Any]
 ) -> None:
     """Negative control: what each axis adds, left out or done twice, must not pass for the same."""
     config, reference, _ = one_process.of(variant)
@@ -204,7 +207,7 @@ def test_the_comparison_notices_each_axis_fault(
         assert_same(outcome, reference)
 
 
-def test_a_checkpoint_moves_between_expert_layouts(ranks: RankPool, one_process: _OneProcess, tmp_path: Path) -> None:
+def test_a_checkpoint_moves_between_expert_layouts(ranks: RankPool, one_process: References, tmp_path: Path) -> None:
     """Experts, their moments or biases of routers that land on the wrong rank, or in the wrong rows."""
     config, _, _ = one_process.of("sigmoid")
     config = changed(config, tmp_path / "straight", train__steps=4)
@@ -226,7 +229,7 @@ def test_a_checkpoint_moves_between_expert_layouts(ranks: RankPool, one_process:
 
 
 def test_hugging_face_weights_go_to_spread_experts_and_back(
-    ranks: RankPool, one_process: _OneProcess, tmp_path: Path
+    ranks: RankPool, one_process: References, tmp_path: Path
 ) -> None:
     """An expert's tensor written to, or read from, the wrong place of the stack."""
     config, reference, _ = one_process.of("mixtral")
@@ -242,7 +245,7 @@ def test_hugging_face_weights_go_to_spread_experts_and_back(
     assert alone.losses[0] < reference.losses[0]
 
 
-def test_run_json_says_how_experts_are_spread(ranks: RankPool, one_process: _OneProcess, tmp_path: Path) -> None:
+def test_run_json_says_how_experts_are_spread(ranks: RankPool, one_process: References, tmp_path: Path) -> None:
     """A run whose record does not tell its layout."""
     config, _, _ = one_process.of("mixtral")
     run_on(ranks, 2, layout(changed(config, tmp_path / "run", train__steps=1), tmp_path / "run", ep=2))
