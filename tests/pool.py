@@ -24,6 +24,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+MAX_THREADS = 80
+"""Of a rank; three per process group, and those of torch."""
+
 
 class RankError(AssertionError):
     """A function failed on a rank; the message holds that rank's traceback."""
@@ -64,6 +67,14 @@ def _rank_main(rank: int, world_size: int, listener: socket.socket, pipe: Connec
             payload = pickle.dumps((False, f"rank {rank}: the result cannot be pickled\n{traceback.format_exc()}"))
         sys.stdout.flush()
         pipe.send_bytes(payload)
+
+
+def _num_threads(pid: int) -> int:
+    """Threads of a process; 0 when it has died."""
+    try:
+        return len(os.listdir(f"/proc/{pid}/task"))
+    except FileNotFoundError:
+        return 0
 
 
 def _fork(target: Callable[..., None], *args: Any) -> int:
@@ -136,6 +147,13 @@ class RankPool:
             self._groups[world_size] = (pickle.loads(message), [Connection(fd) for fd in fds])
         return self._groups[world_size]
 
+    def _discard_crowded(self) -> None:
+        """Make ranks anew that hold many process groups: gloo wakes a thread of each a hundred times a second, and the
+        idle groups of a hundred layouts took most of two cores."""
+        for world_size, (pids, _) in list(self._groups.items()):
+            if _num_threads(pids[0]) > MAX_THREADS:
+                self._discard(world_size)
+
     def _discard(self, world_size: int) -> None:
         pids, pipes = self._groups.pop(world_size)
         for pid in pids:
@@ -151,6 +169,7 @@ class RankPool:
 
         Raises RankError with the tracebacks of the ranks that failed, or died, or hung (the group is then made anew).
         """
+        self._discard_crowded()
         _, pipes = self._group(world_size)
         message = pickle.dumps((fn, args, kwargs))
         for pipe in pipes:
