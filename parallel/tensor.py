@@ -185,9 +185,7 @@ def start_input_gradient(
 
 def project_entered(x: Tensor, layer: nn.Module) -> Tensor:
     """What a column-parallel layer, or a plain one, makes of x [B, T, I] that `enter` has brought: [B, T, O/R]."""
-    if not isinstance(layer, ColumnParallelLinear):
-        return layer(x)
-    return F.linear(x, layer.local(layer.weight), None if layer.bias is None else layer.local(layer.bias))
+    return layer.inside(x) if isinstance(layer, ColumnParallelLinear) else layer(x)
 
 
 class _Columns(torch.autograd.Function):
@@ -220,13 +218,22 @@ class ReplicatedLinear(nn.Module):
     def __init__(self, in_features: int, out_features: int, *, bias: bool, groups: ModelParallel) -> None:
         super().__init__()
         assert groups.tp is not None
+        self.axis = Axis.of(groups.tp)
         self.grad: Gradient = "partial" if groups.sequence_parallel else "replicated"
         self.weight = empty_parameter(out_features, in_features, mesh=groups.tp, placement=Replicate())
         self.bias = empty_parameter(out_features, mesh=groups.tp, placement=Replicate()) if bias else None
 
+    def local(self, parameter: Tensor) -> Tensor:
+        """Weight or bias as this rank computes with it."""
+        return local_shard(parameter, grad=self.grad)
+
+    def gradient(self, of_tokens: Tensor) -> Tensor:
+        """The gradient of weight or bias, from that of the tokens this rank maps: what autograd makes of it."""
+        return wait(start_all_reduce(of_tokens, self.axis)) if self.grad == "partial" else of_tokens
+
     def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else local_shard(self.bias, grad=self.grad)
-        return F.linear(x, local_shard(self.weight, grad=self.grad), bias)
+        """Split backward replaces it (parallel/pipeline/weight_gradients.py)."""
+        return F.linear(x, self.local(self.weight), None if self.bias is None else self.local(self.bias))
 
 
 class RowParallelLinear(nn.Module):

@@ -24,7 +24,7 @@ ALLOWED: dict[str, set[str]] = {  # besides itself
     "planner": {"models", "parallel"},
     "trainer": _MODELLING,
     "launch": _MODELLING | {"trainer"},
-    "benchmarks": _MODELLING,
+    "benchmarks": _MODELLING | {"trainer", "launch"},
 }
 OURS = {*ALLOWED, "tests"}
 COMES_WITH = {"hydra": "hydra-core", "yaml": "omegaconf"}  # what is imported -> the dependency that brings it

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from parallel.collectives import wait
 from parallel.tensor import (
     ColumnParallelLinear,
+    ReplicatedLinear,
     RowParallelLinear,
     local_shard,
     start_input_gradient,
@@ -80,14 +81,14 @@ class Deferring(nn.Module):
     layer_name: str  # in the model; filled likewise
 
 
-Linear = nn.Linear | RowParallelLinear | ColumnParallelLinear
+Linear = nn.Linear | RowParallelLinear | ColumnParallelLinear | ReplicatedLinear
 
 
 def _operands(layer: Linear) -> tuple[Tensor, Tensor | None]:
     """Weight and bias as this rank multiplies with them. A row-parallel layer adds its bias itself, after its sum."""
     if isinstance(layer, RowParallelLinear):
         return local_shard(layer.weight, grad="sharded"), None
-    if isinstance(layer, ColumnParallelLinear):
+    if isinstance(layer, ColumnParallelLinear | ReplicatedLinear):
         return layer.local(layer.weight), None if layer.bias is None else layer.local(layer.bias)
     return layer.weight, layer.bias
 
@@ -111,8 +112,8 @@ class _DeferringLinear(torch.autograd.Function):
 
 def _linear_gradients(layer: Linear, name: str, inputs: Tensor, grad_output: Tensor) -> Iterator[tuple[str, Tensor]]:
     """Of weight [out, in] and bias [out]; inputs [..., in], grad_output [..., out]."""
-    if isinstance(layer, ColumnParallelLinear):
-        yield from _column_gradients([layer], [name], inputs, [grad_output])
+    if isinstance(layer, ColumnParallelLinear | ReplicatedLinear):
+        yield from _shared_gradients([layer], [name], inputs, [grad_output])
         return
     flat = grad_output.flatten(0, -2)
     if layer.weight.requires_grad:
@@ -141,15 +142,18 @@ class _DeferringColumns(torch.autograd.Function):
         first = ctx.layers[0]
         weights = [layer.local(layer.weight) for layer in ctx.layers]
         pending = start_input_gradient(grads, weights, first.axis, sequence_parallel=first.sequence_parallel)
-        ctx.store.add(partial(_column_gradients, ctx.layers, ctx.names, whole, grads))
+        ctx.store.add(partial(_shared_gradients, ctx.layers, ctx.names, whole, grads))
         return wait(pending), None, None, None
 
 
-def _column_gradients(
-    layers: Sequence[ColumnParallelLinear], names: Sequence[str], whole: Tensor, grads: Sequence[Tensor]
+def _shared_gradients(
+    layers: Sequence[ColumnParallelLinear | ReplicatedLinear],
+    names: Sequence[str],
+    inputs: Tensor,
+    grads: Sequence[Tensor],
 ) -> Iterator[tuple[str, Tensor]]:
-    """Collective over tp where layers share rows; the ranks of the axis run the same schedule."""
-    rows = whole.flatten(0, -2)
+    """Collective over tp where its ranks share weights; they run the same schedule."""
+    rows = inputs.flatten(0, -2)
     for layer, name, grad in zip(layers, names, grads, strict=True):
         flat = grad.flatten(0, -2)
         if layer.weight.requires_grad:
@@ -176,7 +180,7 @@ def defer_weight_gradients(blocks: nn.Module, *, at_once: tuple[type[nn.Module],
         return _DeferringColumns.apply(x, layers, [names[layer] for layer in layers], store)
 
     for module, name in names.items():
-        if type(module) is nn.Linear:
+        if type(module) is nn.Linear or isinstance(module, ReplicatedLinear):
             module.forward = partial(linear, layer=module)  # type: ignore[method-assign]
         elif isinstance(module, RowParallelLinear):
             module.summand = partial(linear, layer=module)  # type: ignore[method-assign]

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
 from data.config import DataConfig
 from tests.parity.harness import References, gradient_deviation, loss_deviation, run_on, weight_deviation
-from tests.parity.lattice import MODEL_FEATURES, SHAPE, WORLD_SIZE, Changes, Layout, config_of, model_of
+from tests.parity.lattice import MODEL_FEATURES, SHAPE, WORLD_SIZE, Changes, Layout, config_of, model_of, models
 from tests.pool import RankPool
 
 LOSS, GRADIENT, WEIGHTS = 1e-6, 1e-5, 2.0
@@ -38,10 +37,7 @@ class Comparison:
 
     def __init__(self, ranks: RankPool, corpus: DataConfig, folder: Path) -> None:
         self.ranks, self.folder = ranks, folder
-        models = (
-            dict(zip(MODEL_FEATURES, values, strict=True)) for values in itertools.product(*MODEL_FEATURES.values())
-        )
-        variants = {_name(model): _changes(model) for model in models}
+        variants = {_name(model): _changes(model) for model in models()}
         self._references = References(ranks, corpus, folder, variants, splits=(4,), feature_parts=(2, 3, 4))
         self._runs = 0
 
@@ -64,7 +60,7 @@ def _name(model: Layout) -> str:
 
 def _changes(model: Layout) -> Changes:
     """Of tiny_config, for one process."""
-    changes = dict(SHAPE)
+    changes = SHAPE | {"train__micro_batch_size": SHAPE["train__global_batch_size"]}
     for feature, value in model.items():
         changes |= MODEL_FEATURES[feature][value]
     return changes

@@ -23,12 +23,14 @@ from tests.parity.compare import GRADIENT, LOSS, WEIGHTS, Comparison
 from tests.parity.harness import text_corpus
 from tests.parity.lattice import (
     FEATURES,
+    LAYOUT_FEATURES,
     STEPS,
     WORLD_SIZE,
     Layout,
     Legality,
     Pair,
     base_config,
+    models,
     name_of,
     read_layouts,
     refused_pairs,
@@ -46,15 +48,16 @@ def cross_product(legality: Legality) -> tuple[list[Layout], int]:
 
     Where a turn is refused (compile with split backward), the next one is taken.
     """
-    rest = [name for name in FEATURES if name not in CROSSED]
-    product = list(itertools.product(*(FEATURES[name] for name in rest)))
+    rest = [name for name in LAYOUT_FEATURES if name not in CROSSED]
+    settings = (dict(zip(rest, values, strict=True)) for values in itertools.product(*(FEATURES[n] for n in rest)))
+    product = [model | setting for setting in settings for model in models()]
     random.Random(0).shuffle(product)
     turns = itertools.cycle(product)
     layouts, refused = [], 0
     for values in itertools.product(*(FEATURES[name] for name in CROSSED)):
         crossed = dict(zip(CROSSED, values, strict=True))
-        candidates = (dict(zip(rest, next(turns), strict=True)) for _ in range(40))
-        complete = ({name: (crossed | turn)[name] for name in FEATURES} for turn in candidates)
+        candidates = (crossed | next(turns) for _ in range(40))
+        complete = ({name: candidate[name] for name in FEATURES} for candidate in candidates)
         legal = next((layout for layout in complete if not legality.problems(layout)), None)
         if legal is None:
             refused += 1

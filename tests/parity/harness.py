@@ -260,7 +260,7 @@ def make_reference(
     orders: list[tuple[str, dict[str, Any], int]] = [
         *((f"split-{m}", {"train__micro_batch_size": m}, 0) for m in splits),
         *((f"parts-{n}-{m}", {"train__micro_batch_size": m}, n) for n in feature_parts for m in (own, splits[0])),
-        ("turned", {"train__micro_batch_size": 1}, -1),
+        ("turned", {"train__micro_batch_size": splits[0]}, -1),
     ]
     sensitivity = 0.0
     for name, changes, parts in orders:

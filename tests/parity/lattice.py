@@ -7,6 +7,7 @@ changes (a test says so).
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import random
@@ -161,7 +162,24 @@ def default() -> Layout:
     return {feature: next(iter(values)) for feature, values in FEATURES.items()}
 
 
+@functools.cache
+def models() -> tuple[Layout, ...]:
+    """Few models that show every two values of MODEL_FEATURES: each costs runs of one process to compare with."""
+    every = [dict(zip(MODEL_FEATURES, values, strict=True)) for values in itertools.product(*MODEL_FEATURES.values())]
+    chosen: list[Layout] = []
+    missing = set().union(*(pairs_of(model) for model in every))
+    while missing:
+        chosen.append(max(every, key=lambda model: len(pairs_of(model) & missing)))
+        missing -= pairs_of(chosen[-1])
+    return tuple(chosen)
+
+
+def _models_with(fixed: Layout) -> list[Layout]:
+    return [model for model in models() if all(fixed.get(name, value) == value for name, value in model.items())]
+
+
 def _random_layout(fixed: Layout, draw: random.Random) -> Layout:
+    fixed = draw.choice(_models_with(fixed)) | fixed
     # Each feature is absent half of the time: eight ranks have room for three axes of two.
     layout = {}
     for feature, values in FEATURES.items():
@@ -201,7 +219,7 @@ def choose_layouts(base: TrainConfig) -> list[Layout]:
         pair = min(missing) if missing else draw.choice([p for p in all_pairs() if p not in refused])
         candidates = (_random_layout(dict(pair), draw) for _ in range(400))
         legal = list(itertools.islice((c for c in candidates if not legality.problems(c) and c not in chosen), 25))
-        plain = default() | dict(pair)
+        plain = default() | _models_with(dict(pair))[0] | dict(pair)
         if not legal and not legality.problems(plain):
             legal = [plain]
         if not legal:
