@@ -12,6 +12,10 @@ os.environ.setdefault("WANDB_MODE", "offline")
 import pytest
 import torch
 
+# Kernels on CPU tensors run in Triton's interpreter (kernels/backend.py), which has to be on before triton is imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 # Imported before the fork, so that not every rank imports them again.
 import torch._dynamo
 import torch.distributed.checkpoint
