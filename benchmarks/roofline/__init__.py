@@ -1,0 +1,1 @@
+"""What benchmarks/kernels.py measures: a file per op with `problems()`."""
