@@ -1,0 +1,328 @@
+"""RMSNorm and LayerNorm in Triton: a row stays in registers between its sum and its result.
+
+Sums and products are fp32. The gradient of the weight is summed in two stages: every program over the rows it takes,
+which only the shape and the number of multiprocessors determine, then over programs in their order. No atomics, so
+that every run gives the same bits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.backend import Tuned, num_multiprocessors
+
+PLAIN = tl.constexpr(0)  # y in the dtype of x
+TENSORWISE = tl.constexpr(1)  # y / scale in fp8, and max |y|
+ROWWISE = tl.constexpr(2)  # y / (max |row| / 448) in fp8, and those scales
+FP8_MAX = tl.constexpr(448.0)
+SMALLEST_SCALE = tl.constexpr(2.0**-126)
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How rows are dealt out."""
+
+    elements: int  # of a tile, which is as many rows as that allows, at least one
+    per_thread: int  # elements of a tile
+    programs: int  # on each multiprocessor, looping over tiles; 0: a program for every tile
+    stages: int = 1  # tiles in flight: above 1 the next is fetched while one is computed
+
+    def block(self, width: int) -> int:
+        return triton.next_power_of_2(width)
+
+    def rows(self, width: int) -> int:
+        return max(1, self.elements // self.block(width))
+
+    def num_warps(self, width: int) -> int:
+        return min(32, max(1, self.rows(width) * self.block(width) // (32 * self.per_thread)))
+
+    def num_programs(self, num_rows: int, width: int, device: torch.device) -> int:
+        tiles = triton.cdiv(num_rows, self.rows(width))
+        return min(tiles, self.programs * num_multiprocessors(device)) if self.programs else tiles
+
+
+FORWARD = Tuned(
+    (
+        Tiles(4096, 16, 0),
+        Tiles(4096, 32, 0),
+        Tiles(2048, 16, 0),
+        Tiles(4096, 16, 4, 2),
+        Tiles(4096, 16, 8),
+        Tiles(8192, 32, 2, 3),
+        Tiles(4096, 16, 1, 2),
+    ),
+    # Of rows wider than 8192 a multiprocessor holds one program, so what hides its loads is the next row's fetch.
+    lambda num_rows, width: Tiles(4096, 16, 0) if width <= 8192 else Tiles(4096, 16, 1, 2),
+)
+BACKWARD = Tuned(
+    (
+        Tiles(4096, 16, 3, 2),
+        Tiles(4096, 16, 3),
+        Tiles(4096, 16, 2, 3),
+        Tiles(2048, 16, 4),
+        Tiles(4096, 8, 2, 2),
+        Tiles(4096, 16, 1, 2),
+    ),
+    # x, dy, the weight and its gradient are held at once: 80 registers, three programs of 256 threads. Of rows wider
+    # than 4096 fewer fit.
+    lambda num_rows, width: Tiles(4096, 16, 3, 2) if width <= 4096 else Tiles(4096, 16, 1, 2),
+)
+
+
+@triton.jit
+def _forward(
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    bias_ptr,
+    scale_ptr,
+    y_ptr,
+    stream_ptr,
+    mean_ptr,
+    rstd_ptr,
+    extra_ptr,
+    num_rows,
+    x_stride,
+    residual_stride,
+    eps,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    CENTER: tl.constexpr,
+    OUTPUT: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    cols = tl.arange(0, BLOCK)[None, :]
+    if weight_ptr is not None:
+        weight = tl.load(weight_ptr + cols, mask=cols < D, other=0.0).to(tl.float32)
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + cols, mask=cols < D, other=0.0).to(tl.float32)
+    if OUTPUT == TENSORWISE:
+        scale = tl.load(scale_ptr)
+        largest = tl.zeros([ROWS, 1], tl.float32)
+    for tile in tl.range(tl.program_id(0), tl.cdiv(num_rows, ROWS), tl.num_programs(0), num_stages=STAGES):
+        # 64-bit: the activations of a step pass 2^31 elements.
+        rows = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+        inside = (cols < D) if ROWS == 1 else (rows < num_rows) & (cols < D)
+        x = tl.load(x_ptr + rows * x_stride + cols, mask=inside, other=0.0).to(tl.float32)
+        if residual_ptr is not None:
+            x += tl.load(residual_ptr + rows * residual_stride + cols, mask=inside, other=0.0).to(tl.float32)
+            stream = x.to(stream_ptr.dtype.element_ty)
+            tl.store(stream_ptr + rows * D + cols, stream, mask=inside)
+            x = stream.to(tl.float32)  # what the backward will see
+        if CENTER:
+            mean = tl.sum(x, axis=1, keep_dims=True) / D
+            x = tl.where(inside, x - mean, 0.0)
+            tl.store(mean_ptr + rows, mean, mask=rows < num_rows)
+        rstd = tl.rsqrt(tl.sum(x * x, axis=1, keep_dims=True) / D + eps)
+        tl.store(rstd_ptr + rows, rstd, mask=rows < num_rows)
+        y = x * rstd
+        if weight_ptr is not None:
+            y *= weight
+        if bias_ptr is not None:
+            y += bias
+        if OUTPUT == TENSORWISE:
+            largest = tl.maximum(largest, tl.max(tl.abs(y), axis=1, keep_dims=True))
+            y /= scale
+        if OUTPUT == ROWWISE:
+            amax = tl.max(tl.abs(y), axis=1, keep_dims=True)
+            row_scale = tl.where(amax == 0.0, 1.0, tl.maximum(amax / FP8_MAX, SMALLEST_SCALE))
+            tl.store(extra_ptr + rows, row_scale, mask=rows < num_rows)
+            y /= row_scale
+        if OUTPUT != PLAIN:
+            y = tl.clamp(y, -FP8_MAX, FP8_MAX, propagate_nan=tl.PropagateNan.ALL)
+        tl.store(y_ptr + rows * D + cols, y.to(y_ptr.dtype.element_ty), mask=inside)
+    if OUTPUT == TENSORWISE:
+        tl.store(extra_ptr + tl.program_id(0), tl.max(tl.max(largest, axis=1), axis=0))
+
+
+@triton.jit
+def _backward(
+    d_y_ptr,
+    x_ptr,
+    weight_ptr,
+    mean_ptr,
+    rstd_ptr,
+    d_stream_ptr,
+    d_x_ptr,
+    partial_ptr,
+    num_rows,
+    d_y_stride,
+    x_stride,
+    d_stream_stride,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    CENTER: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    cols = tl.arange(0, BLOCK)[None, :]
+    if weight_ptr is not None:
+        weight = tl.load(weight_ptr + cols, mask=cols < D, other=0.0).to(tl.float32)
+        d_weight = tl.zeros([ROWS, BLOCK], tl.float32)
+        if HAS_BIAS:
+            d_bias = tl.zeros([ROWS, BLOCK], tl.float32)
+    for tile in tl.range(tl.program_id(0), tl.cdiv(num_rows, ROWS), tl.num_programs(0), num_stages=STAGES):
+        rows = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+        inside = (cols < D) if ROWS == 1 else (rows < num_rows) & (cols < D)
+        x = tl.load(x_ptr + rows * x_stride + cols, mask=inside, other=0.0).to(tl.float32)
+        d_y = tl.load(d_y_ptr + rows * d_y_stride + cols, mask=inside, other=0.0).to(tl.float32)
+        rstd = tl.load(rstd_ptr + rows, mask=rows < num_rows, other=0.0)
+        if CENTER:
+            x -= tl.load(mean_ptr + rows, mask=rows < num_rows, other=0.0)
+        normed = x * rstd
+        if weight_ptr is not None:
+            d_weight += d_y * normed
+            if HAS_BIAS:
+                d_bias += d_y
+            d_y *= weight
+        d_x = d_y - normed * (tl.sum(d_y * normed, axis=1, keep_dims=True) / D)
+        if CENTER:
+            d_x -= tl.sum(d_y, axis=1, keep_dims=True) / D
+        d_x *= rstd
+        if d_stream_ptr is not None:
+            d_x += tl.load(d_stream_ptr + rows * d_stream_stride + cols, mask=inside, other=0.0).to(tl.float32)
+        tl.store(d_x_ptr + rows * D + cols, d_x.to(d_x_ptr.dtype.element_ty), mask=inside)
+    if weight_ptr is not None:
+        partial_ptr += tl.program_id(0) * D
+        sums = tl.sum(d_weight, axis=0, keep_dims=True)
+        tl.store(partial_ptr + cols, sums, mask=cols < D)
+        if HAS_BIAS:
+            sums = tl.sum(d_bias, axis=0, keep_dims=True)
+            tl.store(partial_ptr + tl.num_programs(0) * D + cols, sums, mask=cols < D)
+
+
+@triton.jit
+def _sum_partials(partial_ptr, d_weight_ptr, d_bias_ptr, num_partials, D, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    partial_ptr += tl.program_id(1) * num_partials * D
+    sums = tl.zeros([ROWS, BLOCK], tl.float32)
+    for first in range(0, num_partials, ROWS):
+        rows = first + tl.arange(0, ROWS)[:, None]
+        sums += tl.load(partial_ptr + rows * D + cols, mask=(rows < num_partials) & (cols < D), other=0.0)
+    total = tl.sum(sums, axis=0, keep_dims=True)
+    if tl.program_id(1) == 0:
+        tl.store(d_weight_ptr + cols, total.to(d_weight_ptr.dtype.element_ty), mask=cols < D)
+    else:
+        tl.store(d_bias_ptr + cols, total.to(d_bias_ptr.dtype.element_ty), mask=cols < D)
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """[rows, D] of [..., D], a view where the strides allow it; elements of a row lie side by side."""
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def norm_forward(
+    x: Tensor,
+    weight: Tensor | None,
+    *,
+    eps: float,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    center: bool = False,
+    fp8: bool = False,
+    scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """y, the stream x + residual (empty without one), mean (empty unless center), 1 / rms, and of fp8 max |y| or row
+    scales (else empty)."""
+    nothing = x.new_empty(0, dtype=torch.float32)
+    y = torch.empty(x.shape, dtype=torch.float8_e4m3fn if fp8 else x.dtype, device=x.device)
+    stream = x.new_empty(x.shape if residual is not None else 0)
+    rstd = x.new_empty(x.shape[:-1], dtype=torch.float32)
+    mean = torch.empty_like(rstd) if center else nothing
+    num_rows, width = rstd.numel(), x.shape[-1]
+    tiles = FORWARD(num_rows, width)
+    programs = tiles.num_programs(num_rows, width, x.device)
+    output, extra = PLAIN.value, nothing
+    if fp8:
+        output = ROWWISE.value if scale is None else TENSORWISE.value
+        extra = nothing.new_empty((*x.shape[:-1], 1) if scale is None else programs)
+    if num_rows:
+        x_rows = rows_of(x)
+        residual_rows = None if residual is None else rows_of(residual)
+        _forward[(programs,)](
+            x_rows,
+            residual_rows,
+            None if weight is None else weight.contiguous(),
+            None if bias is None else bias.contiguous(),
+            scale,
+            y,
+            None if residual is None else stream,
+            mean if center else None,
+            rstd,
+            extra if fp8 else None,
+            num_rows,
+            x_rows.stride(0),
+            0 if residual_rows is None else residual_rows.stride(0),
+            eps,
+            D=width,
+            BLOCK=tiles.block(width),
+            ROWS=tiles.rows(width),
+            CENTER=center,
+            OUTPUT=output,
+            STAGES=tiles.stages,
+            num_warps=tiles.num_warps(width),
+        )
+    if fp8 and scale is not None:
+        extra = extra.amax() if num_rows else nothing.new_zeros(())
+    return y, stream, mean, rstd, extra
+
+
+def norm_backward(
+    d_y: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor,
+    d_stream: Tensor | None,
+    *,
+    has_bias: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and bias, the last two empty where there is none. mean: of a LayerNorm. d_stream: what
+    is added to the gradient of x."""
+    width, num_rows, nothing = x.shape[-1], rstd.numel(), rstd.new_empty(0)
+    d_x = x.new_empty(x.shape)
+    d_weight = nothing if weight is None else weight.new_empty(width)
+    d_bias = weight.new_empty(width) if weight is not None and has_bias else nothing
+    if not num_rows:
+        return d_x, d_weight.zero_(), d_bias.zero_()
+    tiles = BACKWARD(num_rows, width)
+    programs = tiles.num_programs(num_rows, width, x.device)
+    kinds = 0 if weight is None else 1 + has_bias
+    partial = torch.empty(kinds, programs, width, dtype=torch.float32, device=x.device)
+    d_y_rows, x_rows = rows_of(d_y), rows_of(x)
+    d_stream_rows = None if d_stream is None else rows_of(d_stream)
+    _backward[(programs,)](
+        d_y_rows,
+        x_rows,
+        None if weight is None else weight.contiguous(),
+        mean,
+        rstd,
+        d_stream_rows,
+        d_x,
+        partial if kinds else None,
+        num_rows,
+        d_y_rows.stride(0),
+        x_rows.stride(0),
+        0 if d_stream_rows is None else d_stream_rows.stride(0),
+        D=width,
+        BLOCK=tiles.block(width),
+        ROWS=tiles.rows(width),
+        CENTER=mean is not None,
+        HAS_BIAS=has_bias,
+        STAGES=tiles.stages,
+        num_warps=tiles.num_warps(width),
+    )
+    if kinds:
+        grid = (triton.cdiv(width, 32), kinds)
+        _sum_partials[grid](
+            partial, d_weight, d_bias if has_bias else d_weight, programs, width, BLOCK=32, ROWS=32, num_warps=4
+        )
+    return d_x, d_weight, d_bias
