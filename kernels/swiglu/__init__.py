@@ -1,5 +1,5 @@
 """SwiGLU (2002.05202): silu(gate) * up, the gated activation of Llama's MLP."""
 
-from kernels.swiglu.op import swiglu
+from kernels.swiglu.op import GluFp8, swiglu, swiglu_fp8, swiglu_fused, swiglu_fused_backward
 
-__all__ = ["swiglu"]
+__all__ = ["GluFp8", "swiglu", "swiglu_fp8", "swiglu_fused", "swiglu_fused_backward"]

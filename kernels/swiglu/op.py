@@ -1,65 +1,182 @@
-"""SwiGLU as an op that compiled graphs keep whole."""
+"""Gated linear units as ops that compiled graphs keep whole; SwiGLU is one of them."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kernels.backend import reference_gradients, refuse_dtensors, runs_triton
-from kernels.swiglu.reference import swiglu_reference
+from kernels.rms_norm.op import check_scale
+from kernels.rms_norm.reference import quantize_reference, widened
+from kernels.swiglu.reference import glu_fused_reference, glu_reference
+
+MAX_FP8_WIDTH = 32768  # with scales by row, a row is held in the registers of one program
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, elementwise: two tensors [...] of one floating dtype to [...] of that dtype, contiguous.
+    """silu(gate) * up (2002.05202), elementwise: two tensors [..., I] of one floating dtype to [..., I], contiguous.
 
-    Computed in fp32 (fp64 for fp64 off the GPU) and rounded once; the same bits in every call, and for an element
-    whatever lies beside it. Raises TypeError for DTensors and for two dtypes, ValueError for two shapes.
+    Their rows may have strides; only elements of a row must lie side by side, or they are copied. Computed in fp32
+    (fp64 for fp64 off the GPU) and rounded once; the same bits in every call, and for an element whatever lies beside
+    it. Raises TypeError for DTensors and for two dtypes, ValueError for two shapes.
     """
+    check_pair(gate, up)
+    return _glu(gate, up, "silu")
+
+
+def swiglu_fused(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up of one tensor [..., 2I], gate beside up, as one projection yields them, to [..., I].
+
+    Nothing is copied: both halves are read in place and their gradients written into one tensor. Otherwise as
+    `swiglu`; ValueError for an odd width.
+    """
+    check_fused(gate_up)
+    return _glu_fused(gate_up, "silu")
+
+
+def swiglu_fused_backward(d_y: Tensor, gate_up: Tensor) -> Tensor:
+    """Gradient of gate_up [..., 2I] for that of y [..., I]: for the autograd function of a layer that multiplies y in
+    fp8."""
+    return _glu_fused_backward(d_y, gate_up, "silu")
+
+
+class GluFp8(NamedTuple):
+    """A gated linear unit's output in fp8."""
+
+    y: Tensor  # [..., I], float8_e4m3fn: the output is y * scale
+    scale: Tensor  # fp32: the one that was given, or [..., 1], one of each row
+    amax: Tensor | None  # fp32 []: max |output|, for the scales of steps to come; None with scales by row
+
+
+def swiglu_fp8(gate_up: Tensor, *, scale: Tensor | None = None) -> GluFp8:
+    """`swiglu_fused` in fp8, without a pass of its own for the cast and without rounding before it.
+
+    scale: fp32, one element, that of delayed scaling per tensor: y is the output divided by it, saturated at 448.
+    None: each row has its own, max |row| / 448, or 1 if all is 0; I <= 32768. NaN stays NaN. Not differentiable,
+    because the gradient of an fp8 tensor would be cast to fp8: see `swiglu_fused_backward`.
+    """
+    check_fused(gate_up)
+    check_scale(scale)
+    if scale is None and gate_up.shape[-1] > 2 * MAX_FP8_WIDTH:
+        raise ValueError(f"gate_up has shape {list(gate_up.shape)}; with scales by row use at most {2 * MAX_FP8_WIDTH}")
+    y, extra = _glu_fp8(gate_up, scale, "silu")
+    return GluFp8(y, extra if scale is None else scale, None if scale is None else extra)
+
+
+def check_pair(gate: Tensor, up: Tensor) -> None:
+    """Of two inputs."""
     refuse_dtensors(gate=gate, up=up)
     if gate.dtype != up.dtype or not gate.is_floating_point():
         raise TypeError(f"gate has dtype {gate.dtype} and up {up.dtype}; use one floating dtype for both")
-    if gate.shape != up.shape:
-        raise ValueError(f"gate has shape {list(gate.shape)} and up {list(up.shape)}; they must be the same")
-    return _swiglu(gate, up)
+    if gate.shape != up.shape or not gate.ndim:
+        raise ValueError(f"gate has shape {list(gate.shape)} and up {list(up.shape)}; they must be the same, [..., I]")
 
 
-@torch.library.custom_op("lattice::swiglu", mutates_args=())
-def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
+def check_fused(gate_up: Tensor) -> None:
+    """Of one input."""
+    refuse_dtensors(gate_up=gate_up)
+    if not gate_up.is_floating_point():
+        raise TypeError(f"gate_up has dtype {gate_up.dtype}; use a floating one")
+    if not gate_up.ndim or gate_up.shape[-1] % 2:
+        raise ValueError(f"gate_up has shape {list(gate_up.shape)}; its last dim must be even, gate beside up")
+
+
+def _half(gate_up: Tensor) -> list[int]:
+    return [*gate_up.shape[:-1], gate_up.shape[-1] // 2]
+
+
+@torch.library.custom_op("lattice::glu", mutates_args=())
+def _glu(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     if not runs_triton(gate):
-        return swiglu_reference(gate, up).contiguous()
-    from kernels.swiglu.kernel import swiglu_forward
+        return glu_reference(gate, up, activation).contiguous()
+    from kernels.swiglu.kernel import glu_forward
 
-    return swiglu_forward(gate.contiguous(), up.contiguous())
-
-
-@torch.library.custom_op("lattice::swiglu_backward", mutates_args=())
-def _swiglu_backward(d_y: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    if not runs_triton(gate):
-        d_gate, d_up = reference_gradients(swiglu_reference, (gate, up), (d_y,), (0, 1))
-        return d_gate.contiguous(), d_up.contiguous()
-    from kernels.swiglu.kernel import swiglu_backward
-
-    return swiglu_backward(d_y.contiguous(), gate.contiguous(), up.contiguous())
+    return glu_forward(gate, up, activation)[0]
 
 
-@_swiglu.register_fake
-def _(gate: Tensor, up: Tensor) -> Tensor:
+@_glu.register_fake
+def _(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     return gate.new_empty(gate.shape)
 
 
-@_swiglu_backward.register_fake
-def _(d_y: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+@torch.library.custom_op("lattice::glu_backward", mutates_args=())
+def _glu_backward(d_y: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    if not runs_triton(gate):
+        d_gate, d_up = reference_gradients(glu_reference, (gate, up, activation), (d_y,), (0, 1))
+        return d_gate.contiguous(), d_up.contiguous()
+    from kernels.swiglu.kernel import glu_backward
+
+    d_gate, d_up = gate.new_empty(gate.shape), gate.new_empty(gate.shape)
+    glu_backward(d_y, gate, up, d_gate, d_up, activation)
+    return d_gate, d_up
+
+
+@_glu_backward.register_fake
+def _(d_y: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     return gate.new_empty(gate.shape), up.new_empty(up.shape)
 
 
-def _save(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+@torch.library.custom_op("lattice::glu_fused", mutates_args=())
+def _glu_fused(gate_up: Tensor, activation: str) -> Tensor:
+    if not runs_triton(gate_up):
+        return glu_fused_reference(gate_up, activation).contiguous()
+    from kernels.swiglu.kernel import glu_forward
+
+    return glu_forward(*gate_up.chunk(2, dim=-1), activation)[0]
 
 
-def _gradients(ctx: Any, d_y: Tensor) -> tuple[Tensor, Tensor]:
-    return _swiglu_backward(d_y, *ctx.saved_tensors)
+@_glu_fused.register_fake
+def _(gate_up: Tensor, activation: str) -> Tensor:
+    return gate_up.new_empty(_half(gate_up))
 
 
-_swiglu.register_autograd(_gradients, setup_context=_save)
+@torch.library.custom_op("lattice::glu_fused_backward", mutates_args=())
+def _glu_fused_backward(d_y: Tensor, gate_up: Tensor, activation: str) -> Tensor:
+    if not runs_triton(gate_up):
+        return reference_gradients(glu_fused_reference, (gate_up, activation), (d_y,), (0,))[0].contiguous()
+    from kernels.swiglu.kernel import glu_backward
+
+    d_gate_up = gate_up.new_empty(gate_up.shape)
+    glu_backward(d_y, *gate_up.chunk(2, dim=-1), *d_gate_up.chunk(2, dim=-1), activation)
+    return d_gate_up
+
+
+@_glu_fused_backward.register_fake
+def _(d_y: Tensor, gate_up: Tensor, activation: str) -> Tensor:
+    return gate_up.new_empty(gate_up.shape)
+
+
+@torch.library.custom_op("lattice::glu_fp8", mutates_args=())
+def _glu_fp8(gate_up: Tensor, scale: Tensor | None, activation: str) -> tuple[Tensor, Tensor]:
+    """y, and max |y| or the scales of the rows."""
+    if not runs_triton(gate_up):
+        y, extra = quantize_reference(glu_fused_reference(widened(gate_up), activation), scale)
+        return y.contiguous(), extra.contiguous()
+    from kernels.swiglu.kernel import glu_forward
+
+    return glu_forward(*gate_up.chunk(2, dim=-1), activation, fp8=True, scale=scale)
+
+
+@_glu_fp8.register_fake
+def _(gate_up: Tensor, scale: Tensor | None, activation: str) -> tuple[Tensor, Tensor]:
+    extra = gate_up.new_empty((*gate_up.shape[:-1], 1) if scale is None else (), dtype=torch.float32)
+    return gate_up.new_empty(_half(gate_up), dtype=torch.float8_e4m3fn), extra
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.activation = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _gradients(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
+    return *_glu_backward(d_y, *ctx.saved_tensors, ctx.activation), None
+
+
+def _gradient_fused(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
+    return _glu_fused_backward(d_y, *ctx.saved_tensors, ctx.activation), None
+
+
+_glu.register_autograd(_gradients, setup_context=_save)
+_glu_fused.register_autograd(_gradient_fused, setup_context=_save)
