@@ -7,8 +7,8 @@ from torch import Tensor
 
 
 def rotate_reference(x: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool = False) -> Tensor:
-    """x [B, T, H, K], its dimensions i and i + K/2 turned as a pair by the angles of cos and sin [B or 1, T, 1, K/2], or
-    back, in fp32, rounded once to the dtype of x."""
+    """x [B, T, H, K], its dimensions i and i + K/2 turned as a pair by the angles of cos and sin [B or 1, T, 1, K/2],
+    or back; in fp32, rounded once to the dtype of x."""
     wide = x if x.dtype == torch.float64 else x.float()
     first, second = wide.chunk(2, dim=-1)
     sin = -sin if inverse else sin

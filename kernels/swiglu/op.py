@@ -10,7 +10,7 @@ from torch import Tensor
 from kernels.backend import reference_gradients, refuse_dtensors, runs_triton
 from kernels.rms_norm.op import check_scale
 from kernels.rms_norm.reference import quantize_reference, widened
-from kernels.swiglu.reference import glu_fused_reference, glu_reference
+from kernels.swiglu.reference import glu_fused_reference, glu_reference, halves
 
 MAX_FP8_WIDTH = 32768  # with scales by row, a row is held in the registers of one program
 
@@ -124,7 +124,7 @@ def _glu_fused(gate_up: Tensor, activation: str) -> Tensor:
         return glu_fused_reference(gate_up, activation).contiguous()
     from kernels.swiglu.kernel import glu_forward
 
-    return glu_forward(*gate_up.chunk(2, dim=-1), activation)[0]
+    return glu_forward(*halves(gate_up), activation)[0]
 
 
 @_glu_fused.register_fake
@@ -139,7 +139,7 @@ def _glu_fused_backward(d_y: Tensor, gate_up: Tensor, activation: str) -> Tensor
     from kernels.swiglu.kernel import glu_backward
 
     d_gate_up = gate_up.new_empty(gate_up.shape)
-    glu_backward(d_y, *gate_up.chunk(2, dim=-1), *d_gate_up.chunk(2, dim=-1), activation)
+    glu_backward(d_y, *halves(gate_up), *halves(d_gate_up), activation)
     return d_gate_up
 
 
@@ -156,7 +156,7 @@ def _glu_fp8(gate_up: Tensor, scale: Tensor | None, activation: str) -> tuple[Te
         return y.contiguous(), extra.contiguous()
     from kernels.swiglu.kernel import glu_forward
 
-    return glu_forward(*gate_up.chunk(2, dim=-1), activation, fp8=True, scale=scale)
+    return glu_forward(*halves(gate_up), activation, fp8=True, scale=scale)
 
 
 @_glu_fp8.register_fake

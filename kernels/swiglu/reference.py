@@ -20,9 +20,15 @@ def glu_reference(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     return ACTIVATIONS[activation](gate) * up
 
 
+def halves(gate_up: Tensor) -> tuple[Tensor, Tensor]:
+    """gate and up [..., I] of [..., 2I], views."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return gate, up
+
+
 def glu_fused_reference(gate_up: Tensor, activation: str) -> Tensor:
     """Of [..., 2I], whose first half is the gate."""
-    return glu_reference(*gate_up.chunk(2, dim=-1), activation)
+    return glu_reference(*halves(gate_up), activation)
 
 
 def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:

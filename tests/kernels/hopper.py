@@ -23,8 +23,6 @@ from triton.runtime.jit import JITFunction
 
 from kernels.backend import interpreted
 
-MAX_SHARED_BYTES = 227 * 1024
-
 
 @dataclass(frozen=True)
 class Compiled:
@@ -35,7 +33,7 @@ class Compiled:
     registers: int  # per thread
     stack_bytes: int  # per thread; anything but 0 is registers spilled to memory
     shared_bytes: int
-    ptx: str
+    wide_loads: bool  # 16 bytes at once, into registers or shared memory
 
 
 class _Driver:
@@ -73,6 +71,6 @@ def _describe(kernel: Any) -> Compiled:
         tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
         usage = subprocess.run([tool, "--dump-resource-usage", cubin.name], capture_output=True, text=True).stdout
     registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))  # type: ignore[index]
-    return Compiled(
-        kernel.metadata.name, kernel.metadata.num_warps, registers, stack, kernel.metadata.shared, kernel.asm["ptx"]
-    )
+    wide = re.search(r"ld\.global\S*\.v4|cp\.async\.cg", kernel.asm["ptx"]) is not None
+    about = kernel.metadata
+    return Compiled(about.name, about.num_warps, registers, stack, about.shared, wide)
