@@ -1,0 +1,30 @@
+"""GeGLU on the shapes of Gemma's MLPs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+
+from benchmarks.roofline.peers import liger
+from benchmarks.roofline.problem import Problem, both_directions
+from kernels.geglu import geglu
+from kernels.geglu.reference import geglu_reference
+
+TABLE = ("kernels.swiglu.kernel:BLOCKS", "kernels.swiglu.kernel:BLOCKS")
+
+
+def problems(device: torch.device) -> Iterator[Problem]:
+    """Made one after the other, so that the memory of one is free before the next."""
+    for rows, width, approximate in ((8192, 14336, "tanh"), (8192, 14336, "none"), (8192, 24576, "tanh")):
+        gate, up = (torch.randn(rows, width, device=device, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
+        reference = partial(geglu_reference, approximate=approximate)
+        functions = {
+            "lattice": partial(geglu, approximate=approximate),
+            "eager": reference,
+            "compile": torch.compile(reference, dynamic=False),
+            **(liger("geglu:LigerGELUMulFunction") if approximate == "tanh" else {}),
+        }
+        size, shape = gate.numel() * gate.element_size(), f"{approximate} {rows}x{width}"
+        yield from both_directions("geglu", shape, functions, (gate, up), bytes=(3 * size, 5 * size), tuned=TABLE)

@@ -1,0 +1,60 @@
+"""RMSNorm on the widths of Llama, alone, with the residual addition, and with fp8 as output."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.roofline.peers import liger
+from benchmarks.roofline.problem import Problem, both_directions, forward_only
+from kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_fp8
+from kernels.rms_norm.reference import add_rms_norm_reference, quantize_reference, rms_norm_reference
+
+EPS = 1e-5
+TABLES = ("kernels.rms_norm.kernel:FORWARD", "kernels.rms_norm.kernel:BACKWARD")
+
+
+def _eager(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    return F.rms_norm(x, x.shape[-1:], weight, eps)
+
+
+def _fp8(x: torch.Tensor, weight: torch.Tensor, *scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    y = rms_norm_fp8(x, weight, EPS, scale=scale[0] if scale else None)
+    return y.y, y.scale if y.amax is None else y.amax
+
+
+def _fp8_reference(x: torch.Tensor, weight: torch.Tensor, *scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return quantize_reference(rms_norm_reference(x, weight, EPS), scale[0] if scale else None)
+
+
+def problems(device: torch.device) -> Iterator[Problem]:
+    """Made one after the other, so that the memory of one is free before the next."""
+    for rows, width in ((32768, 4096), (8192, 4096), (32768, 2048), (8192, 16384), (1 << 20, 128)):
+        make = partial(torch.randn, device=device, dtype=torch.bfloat16, requires_grad=True)
+        x, residual, weight = make(rows, width), make(rows, width), make(width)
+        size, shape = x.numel() * x.element_size(), f"{rows}x{width}"
+        functions = {
+            "lattice": partial(rms_norm, eps=EPS),
+            "eager": partial(_eager, eps=EPS),
+            "compile": torch.compile(partial(rms_norm_reference, eps=EPS), dynamic=False),
+            **liger("rms_norm:LigerRMSNormFunction", EPS, 0.0, "llama", False),
+        }
+        yield from both_directions("rms_norm", shape, functions, (x, weight), bytes=(2 * size, 3 * size), tuned=TABLES)
+        if width < 2048:
+            continue
+        functions = {
+            "lattice": partial(add_rms_norm, eps=EPS),
+            "eager": partial(add_rms_norm_reference, eps=EPS),
+            "compile": torch.compile(partial(add_rms_norm_reference, eps=EPS), dynamic=False),
+            **liger("fused_add_rms_norm:LigerFusedAddRMSNormFunction", EPS, 0.0, "llama", False),
+        }
+        yield from both_directions(
+            "rms_norm", f"add {shape}", functions, (x, residual, weight), bytes=(4 * size, 4 * size), tuned=TABLES
+        )
+        scale = torch.full((), 0.02, device=device)
+        functions = {"lattice": _fp8, "eager": _fp8_reference, "compile": torch.compile(_fp8_reference, dynamic=False)}
+        for name, inputs in ((f"fp8 by tensor {shape}", (x, weight, scale)), (f"fp8 by row {shape}", (x, weight))):
+            yield forward_only("rms_norm", name, functions, inputs, bytes=size * 3 // 2, tuned=TABLES[0])
