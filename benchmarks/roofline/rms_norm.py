@@ -21,6 +21,11 @@ def _eager(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return F.rms_norm(x, x.shape[-1:], weight, eps)
 
 
+def _eager_added(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    stream = x + residual
+    return _eager(stream, weight, EPS), stream
+
+
 def _fp8(x: torch.Tensor, weight: torch.Tensor, *scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     y = rms_norm_fp8(x, weight, EPS, scale=scale[0] if scale else None)
     return y.y, y.scale if y.amax is None else y.amax
@@ -47,7 +52,7 @@ def problems(device: torch.device) -> Iterator[Problem]:
             continue
         functions = {
             "lattice": partial(add_rms_norm, eps=EPS),
-            "eager": partial(add_rms_norm_reference, eps=EPS),
+            "eager": _eager_added,
             "compile": torch.compile(partial(add_rms_norm_reference, eps=EPS), dynamic=False),
             **liger("fused_add_rms_norm:LigerFusedAddRMSNormFunction", EPS, 0.0, "llama", False),
         }

@@ -17,10 +17,11 @@ from torch import Tensor
 from kernels.backend import Tuned, num_multiprocessors
 
 PLAIN = tl.constexpr(0)  # y in the dtype of x
-TENSORWISE = tl.constexpr(1)  # y / scale in fp8, and max |y|
-ROWWISE = tl.constexpr(2)  # y / (max |row| / 448) in fp8, and those scales
+TENSORWISE = tl.constexpr(1)  # y * (1 / scale) in fp8, and max |y|
+ROWWISE = tl.constexpr(2)  # the same with a scale of each row, max |row| / 448
 FP8_MAX = tl.constexpr(448.0)
 SMALLEST_SCALE = tl.constexpr(2.0**-126)
+SHARED_BYTES = 200 * 1024  # for tiles in flight, of 227 KiB on Hopper
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,11 @@ class Tiles:
         tiles = triton.cdiv(num_rows, self.rows(width))
         return min(tiles, self.programs * num_multiprocessors(device)) if self.programs else tiles
 
+    def fetched(self, width: int, *tensors: Tensor | None) -> int:
+        """Stages: fewer where the tiles of these tensors that are in flight would not fit in shared memory."""
+        size = self.rows(width) * self.block(width) * sum(x.element_size() for x in tensors if x is not None)
+        return max(1, min(self.stages, 1 + SHARED_BYTES // size))
+
 
 FORWARD = Tuned(
     (
@@ -62,16 +68,28 @@ FORWARD = Tuned(
 BACKWARD = Tuned(
     (
         Tiles(4096, 16, 3, 2),
+        Tiles(4096, 16, 2, 2),
+        Tiles(2048, 16, 4, 2),
+        Tiles(4096, 16, 1, 2),
         Tiles(4096, 16, 3),
         Tiles(4096, 16, 2, 3),
         Tiles(2048, 16, 4),
         Tiles(4096, 8, 2, 2),
-        Tiles(4096, 16, 1, 2),
     ),
-    # x, dy, the weight and its gradient are held at once: 80 registers, three programs of 256 threads. Of rows wider
-    # than 4096 fewer fit.
-    lambda num_rows, width: Tiles(4096, 16, 3, 2) if width <= 4096 else Tiles(4096, 16, 1, 2),
+    lambda num_rows, width, has_bias: _backward_tiles(width, has_bias),
 )
+
+
+def _backward_tiles(width: int, has_bias: bool) -> Tiles:
+    """As many programs as a multiprocessor holds at once: one that waits for its turn doubles the time.
+
+    x, dy, the weight and its gradient are in registers together: 80 to 128 of them per thread.
+    """
+    if width <= 2048:
+        return Tiles(2048, 16, 4, 2)
+    if width > 4096:
+        return Tiles(4096, 16, 1, 2)
+    return Tiles(4096, 16, 3 if width == 4096 and not has_bias else 2, 2)
 
 
 @triton.jit
@@ -103,7 +121,7 @@ def _forward(
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + cols, mask=cols < D, other=0.0).to(tl.float32)
     if OUTPUT == TENSORWISE:
-        scale = tl.load(scale_ptr)
+        inverse_scale = 1.0 / tl.load(scale_ptr)
         largest = tl.zeros([ROWS, 1], tl.float32)
     for tile in tl.range(tl.program_id(0), tl.cdiv(num_rows, ROWS), tl.num_programs(0), num_stages=STAGES):
         # 64-bit: the activations of a step pass 2^31 elements.
@@ -128,12 +146,12 @@ def _forward(
             y += bias
         if OUTPUT == TENSORWISE:
             largest = tl.maximum(largest, tl.max(tl.abs(y), axis=1, keep_dims=True))
-            y /= scale
+            y *= inverse_scale
         if OUTPUT == ROWWISE:
             amax = tl.max(tl.abs(y), axis=1, keep_dims=True)
             row_scale = tl.where(amax == 0.0, 1.0, tl.maximum(amax / FP8_MAX, SMALLEST_SCALE))
             tl.store(extra_ptr + rows, row_scale, mask=rows < num_rows)
-            y /= row_scale
+            y *= 1.0 / row_scale
         if OUTPUT != PLAIN:
             y = tl.clamp(y, -FP8_MAX, FP8_MAX, propagate_nan=tl.PropagateNan.ALL)
         tl.store(y_ptr + rows * D + cols, y.to(y_ptr.dtype.element_ty), mask=inside)
@@ -267,7 +285,7 @@ def norm_forward(
             ROWS=tiles.rows(width),
             CENTER=center,
             OUTPUT=output,
-            STAGES=tiles.stages,
+            STAGES=tiles.fetched(width, x, residual),
             num_warps=tiles.num_warps(width),
         )
     if fp8 and scale is not None:
@@ -293,7 +311,7 @@ def norm_backward(
     d_bias = weight.new_empty(width) if weight is not None and has_bias else nothing
     if not num_rows:
         return d_x, d_weight.zero_(), d_bias.zero_()
-    tiles = BACKWARD(num_rows, width)
+    tiles = BACKWARD(num_rows, width, has_bias)
     programs = tiles.num_programs(num_rows, width, x.device)
     kinds = 0 if weight is None else 1 + has_bias
     partial = torch.empty(kinds, programs, width, dtype=torch.float32, device=x.device)
@@ -317,12 +335,12 @@ def norm_backward(
         ROWS=tiles.rows(width),
         CENTER=mean is not None,
         HAS_BIAS=has_bias,
-        STAGES=tiles.stages,
+        STAGES=tiles.fetched(width, d_y, x, d_stream),
         num_warps=tiles.num_warps(width),
     )
     if kinds:
         grid = (triton.cdiv(width, 32), kinds)
         _sum_partials[grid](
-            partial, d_weight, d_bias if has_bias else d_weight, programs, width, BLOCK=32, ROWS=32, num_warps=4
+            partial, d_weight, d_bias if has_bias else d_weight, programs, width, BLOCK=32, ROWS=128, num_warps=8
         )
     return d_x, d_weight, d_bias

@@ -35,8 +35,8 @@ def inverse_rms(x: Tensor, eps: float) -> Tensor:
 def quantize_reference(y: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
     """y [..., D] as float8_e4m3fn times a scale, saturated.
 
-    With a scale (fp32, one element): y / scale and max |y|, fp32 []. Without: the scale of each row is max |row| / 448,
-    1 for a row of zeros; returned is it, fp32 [..., 1].
+    With a scale (fp32, one element): y * (1 / scale), and max |y|, fp32 []. Without, each row has its own,
+    max |row| / 448, or 1 for a row of zeros; returned are those, fp32 [..., 1].
     """
     wide = widened(y)
     if scale is None:
@@ -46,4 +46,4 @@ def quantize_reference(y: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]
     else:
         factor = scale.reshape(())
         extra = wide.abs().amax().float() if y.numel() else y.new_zeros((), dtype=torch.float32)
-    return (wide / factor).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), extra
+    return (wide * (1.0 / factor)).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), extra

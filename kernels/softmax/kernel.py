@@ -154,7 +154,7 @@ def softmax_forward(x: Tensor) -> Tensor:
         WIDTH=width,
         BLOCK=config.block(width),
         ROWS=config.rows(width),
-        STAGES=config.stages,
+        STAGES=config.fetched(width, x),
         num_warps=config.num_warps(width),
     )
     return y
@@ -183,7 +183,7 @@ def softmax_backward(d_y: Tensor, y: Tensor) -> Tensor:
         WIDTH=width,
         BLOCK=config.block(width),
         ROWS=config.rows(width),
-        STAGES=config.stages,
+        STAGES=config.fetched(width, d_y, y),
         num_warps=config.num_warps(width),
     )
     return d_x

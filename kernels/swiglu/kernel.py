@@ -84,7 +84,7 @@ def _forward(
         else:
             scale = tl.where(amax == 0.0, 1.0, tl.maximum(amax / FP8_MAX, SMALLEST_SCALE))
             tl.store(extra_ptr + row, scale)
-        y = tl.clamp(y / scale, -FP8_MAX, FP8_MAX, propagate_nan=tl.PropagateNan.ALL)
+        y = tl.clamp(y * (1.0 / scale), -FP8_MAX, FP8_MAX, propagate_nan=tl.PropagateNan.ALL)
     tl.store(y_ptr + row * width + cols, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
