@@ -56,11 +56,12 @@ FORWARD = Tuned(
     (
         Tiles(4096, 16, 0),
         Tiles(4096, 32, 0),
+        Tiles(8192, 32, 0),
         Tiles(2048, 16, 0),
-        Tiles(4096, 16, 4, 2),
-        Tiles(4096, 16, 8),
-        Tiles(8192, 32, 2, 3),
         Tiles(4096, 16, 1, 2),
+        Tiles(4096, 16, 4, 2),
+        Tiles(4096, 16, 5),
+        Tiles(8192, 32, 2, 3),
     ),
     # Of rows wider than 8192 a multiprocessor holds one program, so what hides its loads is the next row's fetch.
     lambda num_rows, width: Tiles(4096, 16, 0) if width <= 8192 else Tiles(4096, 16, 1, 2),

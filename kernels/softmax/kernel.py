@@ -22,6 +22,7 @@ class Chunks:
 
     size: int
     num_warps: int
+    stages: int = 1  # chunks in flight
 
 
 FORWARD: Tuned[Tiles | Chunks] = Tuned(
@@ -30,13 +31,14 @@ FORWARD: Tuned[Tiles | Chunks] = Tuned(
         Tiles(4096, 32, 0),
         Tiles(4096, 32, 1, 2),
         Tiles(2048, 8, 0),
+        Chunks(8192, 16, 2),
         Chunks(8192, 16),
-        Chunks(4096, 8),
+        Chunks(4096, 8, 3),
         Chunks(16384, 16),
     ),
     # Wider than 16384 one program fills a multiprocessor: the next row is fetched while one is computed.
     lambda num_rows, width: (
-        Tiles(4096, 16, 0) if width <= 16384 else Tiles(4096, 32, 1, 2) if width <= 32768 else Chunks(8192, 16)
+        Tiles(4096, 16, 0) if width <= 16384 else Tiles(4096, 32, 1, 2) if width <= 32768 else Chunks(8192, 16, 2)
     ),
 )
 BACKWARD: Tuned[Tiles | Chunks] = Tuned(
@@ -45,11 +47,12 @@ BACKWARD: Tuned[Tiles | Chunks] = Tuned(
         Tiles(4096, 32, 0),
         Tiles(4096, 16, 1, 2),
         Tiles(2048, 8, 0),
+        Chunks(8192, 16, 2),
         Chunks(8192, 16),
-        Chunks(4096, 8),
+        Chunks(4096, 8, 3),
     ),
     lambda num_rows, width: (
-        Tiles(4096, 16, 0) if width <= 8192 else Tiles(4096, 16, 1, 2) if width <= 16384 else Chunks(8192, 16)
+        Tiles(4096, 16, 0) if width <= 8192 else Tiles(4096, 16, 1, 2) if width <= 16384 else Chunks(8192, 16, 2)
     ),
 )
 
@@ -93,13 +96,13 @@ def _backward_rows(
 
 
 @triton.jit
-def _forward_chunks(x_ptr, y_ptr, width, x_stride, BLOCK: tl.constexpr):
+def _forward_chunks(x_ptr, y_ptr, width, x_stride, BLOCK: tl.constexpr, STAGES: tl.constexpr):
     cols = tl.arange(0, BLOCK)
     x_ptr += tl.program_id(0).to(tl.int64) * x_stride
     y_ptr += tl.program_id(0).to(tl.int64) * width
     largest = float("-inf")
     sums = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, width, BLOCK):
+    for start in tl.range(0, width, BLOCK, num_stages=STAGES):
         x = tl.load(x_ptr + start + cols, mask=start + cols < width, other=float("-inf")).to(tl.float32)
         above = tl.maximum(largest, tl.max(x, axis=0))
         shift = tl.where(above == float("-inf"), 0.0, above)  # nothing but -inf so far: no -inf - -inf
@@ -108,7 +111,7 @@ def _forward_chunks(x_ptr, y_ptr, width, x_stride, BLOCK: tl.constexpr):
     shift = tl.where(largest == float("-inf"), 0.0, largest)
     factor = 1.0 / tl.sum(sums, axis=0)
     last = (tl.cdiv(width, BLOCK) - 1) * BLOCK
-    for done in range(0, width, BLOCK):
+    for done in tl.range(0, width, BLOCK, num_stages=STAGES):
         start = last - done  # backwards: the end of the row is what the cache holds for sure
         x = tl.load(x_ptr + start + cols, mask=start + cols < width, other=0.0).to(tl.float32)
         y = tl.exp(x - shift) * factor
@@ -116,18 +119,18 @@ def _forward_chunks(x_ptr, y_ptr, width, x_stride, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _backward_chunks(d_y_ptr, y_ptr, d_x_ptr, width, d_y_stride, y_stride, BLOCK: tl.constexpr):
+def _backward_chunks(d_y_ptr, y_ptr, d_x_ptr, width, d_y_stride, y_stride, BLOCK: tl.constexpr, STAGES: tl.constexpr):
     cols = tl.arange(0, BLOCK)
     d_y_ptr += tl.program_id(0).to(tl.int64) * d_y_stride
     y_ptr += tl.program_id(0).to(tl.int64) * y_stride
     d_x_ptr += tl.program_id(0).to(tl.int64) * width
     sums = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, width, BLOCK):
+    for start in tl.range(0, width, BLOCK, num_stages=STAGES):
         y = tl.load(y_ptr + start + cols, mask=start + cols < width, other=0.0).to(tl.float32)
         sums += y * tl.load(d_y_ptr + start + cols, mask=start + cols < width, other=0.0).to(tl.float32)
     total = tl.sum(sums, axis=0)
     last = (tl.cdiv(width, BLOCK) - 1) * BLOCK
-    for done in range(0, width, BLOCK):
+    for done in tl.range(0, width, BLOCK, num_stages=STAGES):
         start = last - done
         y = tl.load(y_ptr + start + cols, mask=start + cols < width, other=0.0).to(tl.float32)
         d_y = tl.load(d_y_ptr + start + cols, mask=start + cols < width, other=0.0).to(tl.float32)
@@ -144,7 +147,9 @@ def softmax_forward(x: Tensor) -> Tensor:
     num_rows, width = x.shape
     config = FORWARD(num_rows, width)
     if isinstance(config, Chunks):
-        _forward_chunks[(num_rows,)](x, y, width, x.stride(0), BLOCK=config.size, num_warps=config.num_warps)
+        _forward_chunks[(num_rows,)](
+            x, y, width, x.stride(0), BLOCK=config.size, STAGES=config.stages, num_warps=config.num_warps
+        )
         return y
     _forward_rows[(config.num_programs(num_rows, width, x.device),)](
         x,
@@ -170,7 +175,15 @@ def softmax_backward(d_y: Tensor, y: Tensor) -> Tensor:
     config = BACKWARD(num_rows, width)
     if isinstance(config, Chunks):
         _backward_chunks[(num_rows,)](
-            d_y, y, d_x, width, d_y.stride(0), y.stride(0), BLOCK=config.size, num_warps=config.num_warps
+            d_y,
+            y,
+            d_x,
+            width,
+            d_y.stride(0),
+            y.stride(0),
+            BLOCK=config.size,
+            STAGES=config.stages,
+            num_warps=config.num_warps,
         )
         return d_x
     _backward_rows[(config.num_programs(num_rows, width, y.device),)](

@@ -13,6 +13,7 @@ from torch import Tensor
 from kernels.backend import interpreted
 from kernels.layer_norm import add_layer_norm, layer_norm
 from kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_backward, rms_norm_fp8
+from kernels.rms_norm.kernel import Tiles
 from kernels.rms_norm.op import _rms_norm_fp8
 from kernels.rms_norm.reference import quantize_reference
 
@@ -142,3 +143,13 @@ def test_what_is_refused() -> None:
         layer_norm(x, weight, weight.half(), EPS)
     with pytest.raises(ValueError, match="scale has shape"):
         rms_norm_fp8(x, weight, EPS, scale=weight)
+
+
+def test_tiles_in_flight_fit_in_shared_memory() -> None:
+    """A launch that fails for rows in fp32 with a configuration chosen for bf16."""
+    tiles = Tiles(4096, 16, 1, 3)
+    half, whole = torch.empty(1, dtype=torch.bfloat16), torch.empty(1)
+    assert tiles.fetched(4096, half, half, None) == 3
+    assert tiles.fetched(16384, half, half) == 3
+    assert tiles.fetched(16384, whole, whole) == 2
+    assert tiles.fetched(65536, whole, whole) == 1
