@@ -1,0 +1,367 @@
+"""Attention in Triton, forward (Flash Attention 2, 2307.08691, algorithm 1), and what backward shares with it.
+
+A program makes the output of a block of queries of one head, tile after tile of keys. Tiles that no query sees are never
+looked at; tiles that all see take no mask arithmetic; only those in between do. Scores are kept in units of log 2, so
+that a probability is one exp2.
+
+B batch, T queries, S keys, H query heads, G key/value heads, K features of query and key, V of value.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.attention.mask import Mask
+from kernels.backend import Tuned
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Queries and keys of one product, warps of a program, and tiles on their way at a time."""
+
+    queries: int
+    keys: int
+    num_warps: int
+    num_stages: int
+
+
+def _choose_forward(features: int, itemsize: int, masked: bool) -> Block:
+    if itemsize == 4:  # fp32 does not run on tensor cores: small products, for their registers
+        return Block(32, 32, 4, 2) if features <= 128 else Block(16, 16, 4, 2)
+    if features <= 64:
+        return Block(128, 64, 4, 3) if masked else Block(128, 128, 8, 3)
+    if features <= 128:
+        return Block(128, 64, 8, 3) if masked else Block(128, 128, 8, 2)
+    return Block(128, 64, 8, 2)
+
+
+FORWARD = Tuned(
+    (
+        Block(128, 128, 8, 2),
+        Block(128, 128, 8, 3),
+        Block(128, 64, 8, 3),
+        Block(128, 64, 8, 2),
+        Block(128, 64, 4, 3),
+        Block(64, 64, 4, 3),
+        Block(32, 32, 4, 2),
+        Block(16, 16, 4, 2),
+    ),
+    _choose_forward,  # (the larger of K and V padded to a power of two, bytes of a number, window or documents)
+)
+
+
+@triton.jit
+def load_rows(
+    ptr, first, stride, num_rows, ROWS: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr, MASKED: tl.constexpr
+):
+    """[ROWS, PADDED] of a matrix [num_rows, SIZE], from row `first` on; 0 beyond SIZE, and beyond num_rows if MASKED."""
+    row = tl.arange(0, ROWS)
+    feature = tl.arange(0, PADDED)
+    # 64-bit only once per tile: within one, offsets are small.
+    pointers = ptr + first.to(tl.int64) * stride + (row[:, None] * stride + feature[None, :])
+    if SIZE != PADDED:
+        inside = feature[None, :] < SIZE
+        if MASKED:
+            inside = inside & (first + row < num_rows)[:, None]
+        x = tl.load(pointers, mask=inside, other=0.0)
+    elif MASKED:
+        x = tl.load(pointers, mask=(first + row < num_rows)[:, None], other=0.0)
+    else:
+        x = tl.load(pointers)
+    return x
+
+
+@triton.jit
+def store_rows(ptr, x, first, stride, num_rows, ROWS: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr):
+    """The inverse of load_rows, rounded to what the matrix holds."""
+    row = tl.arange(0, ROWS)
+    feature = tl.arange(0, PADDED)
+    pointers = ptr + first.to(tl.int64) * stride + (row[:, None] * stride + feature[None, :])
+    inside = (first + row < num_rows)[:, None]
+    if SIZE != PADDED:
+        inside = inside & (feature[None, :] < SIZE)
+    tl.store(pointers, x.to(ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def keys_of(
+    query,
+    first_ptr,
+    end_ptr,
+    T,
+    S,
+    offset,
+    window,
+    CAUSAL: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    RANGES: tl.constexpr,
+):
+    """The first key that a query sees, and the one behind the last: of one query or a block of them."""
+    if RANGES:
+        first = tl.load(first_ptr + query, mask=query < T, other=0)
+        end = tl.load(end_ptr + query, mask=query < T, other=0)
+    else:
+        first = query * 0
+        end = query * 0 + S
+        if CAUSAL:
+            end = tl.minimum(end, tl.maximum(query + offset + 1, 0))
+        if WINDOWED:
+            first = tl.maximum(first, query + offset + 1 - window)
+    return first, end
+
+
+@triton.jit
+def tiles_of(first_of_first, end_of_first, first_of_last, end_of_last, TILE: tl.constexpr):
+    """Tiles to visit for a block of rows, from the ranges of its first and last row (both ends ascend in between).
+
+    Returns: first tile, first that all rows see whole, first behind those, and the end.
+    """
+    end = tl.cdiv(end_of_last, TILE)
+    whole = tl.minimum(tl.cdiv(first_of_last, TILE), end)
+    end_whole = tl.maximum(end_of_first // TILE, whole)
+    return first_of_first // TILE, whole, end_whole, end
+
+
+@triton.jit
+def _attend(
+    output,
+    total,
+    top,
+    q,
+    k_ptr,
+    v_ptr,
+    stride_k,
+    stride_v,
+    S,
+    query,
+    first_key,
+    end_key,
+    scale,
+    slope,
+    offset,
+    begin,
+    pause,
+    resume,
+    num_tiles,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    PADDED_K: tl.constexpr,
+    PADDED_V: tl.constexpr,
+    KEYS: tl.constexpr,
+    SLOPES: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Online softmax over num_tiles tiles of keys: begin .. pause, and if MASKED, resume and on."""
+    column = tl.arange(0, KEYS)
+    for i in tl.range(0, num_tiles):
+        tile = begin + i
+        if MASKED:
+            tile = tl.where(tile < pause, tile, tile - pause + resume)
+        start = tile * KEYS
+        k = load_rows(k_ptr, start, stride_k, S, KEYS, K, PADDED_K, MASKED)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+        key = start + column
+        if SLOPES:
+            scores = scores * scale - slope * (query[:, None] + offset - key[None, :]).to(tl.float32)
+        if MASKED:
+            seen = (key[None, :] >= first_key[:, None]) & (key[None, :] < end_key[:, None])
+            scores = tl.where(seen, scores, float("-inf"))
+        highest = tl.max(scores, axis=1)
+        if not SLOPES:
+            highest = highest * scale
+        new_top = tl.maximum(top, highest)
+        zero = new_top
+        if MASKED:  # a query that has seen nothing yet: -inf - (-inf) is no number
+            zero = tl.where(new_top == float("-inf"), 0.0, new_top)
+        if SLOPES:
+            p = tl.exp2(scores - zero[:, None])
+        else:
+            p = tl.exp2(scores * scale - zero[:, None])
+        shrink = tl.exp2(top - zero)
+        total = total * shrink + tl.sum(p, axis=1)
+        v = load_rows(v_ptr, start, stride_v, S, KEYS, V, PADDED_V, MASKED)
+        output = tl.dot(p.to(v.dtype), v, output * shrink[:, None], input_precision="ieee")
+        top = new_top
+    return output, total, top
+
+
+@triton.jit(do_not_specialize=["offset", "window"])
+def _forward(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    output_ptr,
+    lse_ptr,
+    sinks_ptr,
+    slopes_ptr,
+    first_ptr,
+    end_ptr,
+    stride_qb,
+    stride_qt,
+    stride_qh,
+    stride_kb,
+    stride_kt,
+    stride_kh,
+    stride_vb,
+    stride_vt,
+    stride_vh,
+    stride_rb,
+    B,
+    T,
+    S,
+    offset,
+    window,
+    scale,
+    H: tl.constexpr,
+    GROUP: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    PADDED_K: tl.constexpr,
+    PADDED_V: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    RANGES: tl.constexpr,
+    SINKS: tl.constexpr,
+    SLOPES: tl.constexpr,
+):
+    # Last queries first: under a causal mask theirs is the most work, and the light blocks even out the end. Heads of
+    # one group run side by side and find their keys in the cache.
+    row = tl.program_id(0) % (B * H)
+    block = tl.cdiv(T, QUERIES) - 1 - tl.program_id(0) // (B * H)
+    b, h = (row // H).to(tl.int64), row % H
+    begin = block * QUERIES
+    last = tl.minimum(begin + QUERIES, T) - 1
+    query = begin + tl.arange(0, QUERIES)
+
+    q_ptr += b * stride_qb + h.to(tl.int64) * stride_qh
+    k_ptr += b * stride_kb + (h // GROUP).to(tl.int64) * stride_kh
+    v_ptr += b * stride_vb + (h // GROUP).to(tl.int64) * stride_vh
+    first_ptr += b * stride_rb
+    end_ptr += b * stride_rb
+
+    a0, a1 = keys_of(begin, first_ptr, end_ptr, T, S, offset, window, CAUSAL, WINDOWED, RANGES)
+    z0, z1 = keys_of(last, first_ptr, end_ptr, T, S, offset, window, CAUSAL, WINDOWED, RANGES)
+    first_tile, whole, end_whole, end_tile = tiles_of(a0, a1, z0, z1, KEYS)
+    first_key, end_key = keys_of(query, first_ptr, end_ptr, T, S, offset, window, CAUSAL, WINDOWED, RANGES)
+
+    q = load_rows(q_ptr, begin, stride_qt, T, QUERIES, K, PADDED_K, True)
+    slope = 0.0
+    if SLOPES:
+        slope = tl.load(slopes_ptr + h).to(tl.float32) * LOG2_E
+    output = tl.zeros([QUERIES, PADDED_V], dtype=tl.float32)
+    total = tl.zeros([QUERIES], dtype=tl.float32)
+    top = tl.full([QUERIES], float("-inf"), dtype=tl.float32)
+    # fmt: off
+    output, total, top = _attend(
+        output, total, top, q, k_ptr, v_ptr, stride_kt, stride_vt, S, query, first_key, end_key, scale, slope, offset,
+        whole, end_whole, 0, end_whole - whole, K, V, PADDED_K, PADDED_V, KEYS, SLOPES, False,
+    )
+    output, total, top = _attend(
+        output, total, top, q, k_ptr, v_ptr, stride_kt, stride_vt, S, query, first_key, end_key, scale, slope, offset,
+        first_tile, whole, end_whole, whole - first_tile + end_tile - end_whole, K, V, PADDED_K, PADDED_V, KEYS, SLOPES,
+        True,
+    )
+    # fmt: on
+    if SINKS:  # one more key, which every query sees and whose value is 0
+        sink = tl.load(sinks_ptr + h).to(tl.float32) * LOG2_E
+        new_top = tl.maximum(top, sink)
+        shrink = tl.exp2(top - new_top)
+        total = total * shrink + tl.exp2(sink - new_top)
+        output = output * shrink[:, None]
+        top = new_top
+    empty = total == 0.0
+    total = tl.where(empty, 1.0, total)
+    lse = tl.where(empty, float("-inf"), (top + tl.log2(total)) * LN_2)
+    tl.store(lse_ptr + row.to(tl.int64) * T + query, lse, mask=query < T)
+    output = output / total[:, None]
+    output_ptr += b * T * H * V + h * V
+    store_rows(output_ptr, output, begin, H * V, T, QUERIES, V, PADDED_V)
+
+
+def padded(size: int) -> int:
+    """Of features: what a tensor core multiplies."""
+    return max(16, triton.next_power_of_2(size))
+
+
+def mask_arguments(mask: Mask) -> dict[str, int | bool]:
+    """Of a mask, what forward and backward take alike."""
+    ranges = mask.ranges is not None
+    return {
+        "offset": mask.offset,
+        "window": mask.window or 0,
+        "CAUSAL": mask.causal and not ranges,
+        "WINDOWED": mask.window is not None and not ranges,
+        "RANGES": ranges,
+    }
+
+
+def batch_stride(x: Tensor) -> int:
+    """Of ranges [B or 1, T], in elements."""
+    return x.stride(0) if x.shape[0] > 1 else 0
+
+
+def attention_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask,
+    *,
+    scale: float,
+    slopes: Tensor | None,
+    sinks: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Output [B, T, H, V] of `dtype` and log-sum-exp [B, H, T] of q, k, v of one dtype, whose features lie side by
+    side."""
+    B, T, H, K = q.shape
+    S, V = k.shape[1], v.shape[3]
+    output = torch.empty(B, T, H, V, dtype=dtype, device=q.device)
+    lse = torch.empty(B, H, T, dtype=torch.float32, device=q.device)
+    if not output.numel():
+        return output, lse
+    first, end = (lse, lse) if mask.ranges is None else (mask.ranges.first_key, mask.ranges.end_key)
+    masked = mask.ranges is not None or mask.window is not None
+    block = FORWARD(max(padded(K), padded(V)), q.element_size(), masked)
+    _forward[(triton.cdiv(T, block.queries) * B * H,)](
+        q,
+        k,
+        v,
+        output,
+        lse,
+        lse if sinks is None else sinks,
+        lse if slopes is None else slopes,
+        first,
+        end,
+        *q.stride()[:3],
+        *k.stride()[:3],
+        *v.stride()[:3],
+        batch_stride(first),
+        B,
+        T,
+        S,
+        scale=scale * LOG2_E.value,
+        H=H,
+        GROUP=H // k.shape[2],
+        K=K,
+        V=V,
+        PADDED_K=padded(K),
+        PADDED_V=padded(V),
+        QUERIES=block.queries,
+        KEYS=block.keys,
+        SINKS=sinks is not None,
+        SLOPES=slopes is not None,
+        num_warps=block.num_warps,
+        num_stages=block.num_stages,
+        **mask_arguments(mask),
+    )
+    return output, lse
