@@ -160,6 +160,8 @@ class BlockAttention(Protocol):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, first_query: int, first_key: int) -> tuple[Tensor, Tensor]: ...
 
+    def delta(self, grad: Tensor, output: Tensor) -> Tensor: ...
+
     def backward(
         self,
         grad: Tensor,
@@ -255,7 +257,7 @@ class _RingAttention(torch.autograd.Function):
         q, k, v, sinks, output, lse = ctx.saved_tensors
         group, blocks = ctx.group, ctx.blocks
         rank, size, length = group.rank(), group.size(), q.shape[1] // 2
-        delta = (grad.to(lse.dtype) * output).sum(dim=-1).transpose(1, 2)  # [B, H, T]
+        delta = blocks.delta(grad, output)  # [B, H, T]
         grad_q = torch.zeros(q.shape, dtype=lse.dtype, device=q.device)
         features = (k.shape[3], v.shape[3])
         kv = torch.cat((k, v), dim=-1)

@@ -59,6 +59,11 @@ class BlockAttention:
         weight, block_weight = (torch.exp(x - merged).transpose(1, 2)[..., None] for x in (lse, block_lse))
         return output * weight + block_output * block_weight, merged
 
+    @staticmethod
+    def delta(grad: Tensor, output: Tensor) -> Tensor:
+        """[B, H, T], what `backward` takes: over V, the sum of the output's gradient times the output [B, T, H, V]."""
+        return (_wide(grad) * output).sum(dim=-1).transpose(1, 2)
+
     def backward(
         self,
         grad: Tensor,

@@ -1,8 +1,8 @@
 """Attention in Triton, forward (Flash Attention 2, 2307.08691, algorithm 1), and what backward shares with it.
 
-A program makes the output of a block of queries of one head, tile after tile of keys. Tiles that no query sees are never
-looked at; tiles that all see take no mask arithmetic; only those in between do. Scores are kept in units of log 2, so
-that a probability is one exp2.
+A program makes the output of a block of queries of one head, tile after tile of keys. Tiles that no query sees are
+never looked at; tiles that all see take no mask arithmetic; only those in between do. Scores are kept in units of
+log 2, so that a probability is one exp2.
 
 B batch, T queries, S keys, H query heads, G key/value heads, K features of query and key, V of value.
 """
@@ -62,7 +62,7 @@ FORWARD = Tuned(
 def load_rows(
     ptr, first, stride, num_rows, ROWS: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr, MASKED: tl.constexpr
 ):
-    """[ROWS, PADDED] of a matrix [num_rows, SIZE], from row `first` on; 0 beyond SIZE, and beyond num_rows if MASKED."""
+    """[ROWS, PADDED] of a matrix [num_rows, SIZE], from row `first`; 0 beyond SIZE, and beyond num_rows if MASKED."""
     row = tl.arange(0, ROWS)
     feature = tl.arange(0, PADDED)
     # 64-bit only once per tile: within one, offsets are small.
@@ -297,7 +297,7 @@ def mask_arguments(mask: Mask) -> dict[str, int | bool]:
     """Of a mask, what forward and backward take alike."""
     ranges = mask.ranges is not None
     return {
-        "offset": mask.offset,
+        "offset": mask.offset or 0,
         "window": mask.window or 0,
         "CAUSAL": mask.causal and not ranges,
         "WINDOWED": mask.window is not None and not ranges,
@@ -338,8 +338,8 @@ def attention_forward(
         v,
         output,
         lse,
-        lse if sinks is None else sinks,
-        lse if slopes is None else slopes,
+        lse if sinks is None else sinks.contiguous(),
+        lse if slopes is None else slopes.contiguous(),
         first,
         end,
         *q.stride()[:3],

@@ -488,8 +488,11 @@ def attention_backward(
     slopes: Tensor | None,
     dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """d_q, d_k and d_v, contiguous, of `dtypes`. d_output, q, k, v of one dtype with features side by side; lse and delta
-    contiguous fp32 [B, H, T]: of these keys, or of more of which these are some."""
+    """d_q, d_k and d_v, contiguous, of `dtypes`.
+
+    d_output, q, k, v have one dtype and features side by side; lse and delta are contiguous fp32 [B, H, T], of these
+    keys, or of more of which these are some.
+    """
     d_q = torch.empty(q.shape, dtype=dtypes[0], device=q.device)
     if not (q.numel() and k.numel() and v.numel()):
         return d_q.zero_(), torch.zeros_like(k, dtype=dtypes[1]), torch.zeros_like(v, dtype=dtypes[2])
@@ -510,7 +513,7 @@ def attention_backward(
         **mask_arguments(mask),
     }
     strides = [stride for x in (q, k, v, d_output) for stride in x.stride()[:3]]
-    slopes = lse if slopes is None else slopes
+    slopes = lse if slopes is None else slopes.contiguous()
 
     first, end = (lse, lse) if mask.ranges is None else (mask.ranges.first_key, mask.ranges.end_key)
     block = BACKWARD_QUERIES(features, q.element_size())

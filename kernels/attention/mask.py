@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 class Ranges(NamedTuple):
-    """int32 [B or 1, T] and [B or 1, S], each ascending along its row. An empty range ends where it starts, or before."""
+    """int32 [B or 1, T] and [B or 1, S], ascending along a row. An empty range ends where it starts, or before."""
 
     first_key: Tensor  # [., T] that a query sees
     end_key: Tensor  # [., T] behind the last
@@ -29,7 +29,7 @@ class Mask(NamedTuple):
 
     causal: bool = True
     window: int | None = None  # a query sees this many last keys, itself included; None: all
-    offset: int = 0  # index of query 0 in the sequence minus that of key 0
+    offset: int | None = 0  # index of query 0 in the sequence minus that of key 0; None: not runs, but pieces with gaps
     ranges: Ranges | None = None  # all of the above, and documents, as ranges; None: the numbers above are everything
 
     def dense(self, num_queries: int, num_keys: int, device: torch.device) -> Tensor:
@@ -38,7 +38,7 @@ class Mask(NamedTuple):
         if self.ranges is not None:
             first, end = (x[:, None, :, None] for x in (self.ranges.first_key, self.ranges.end_key))
             return (key >= first) & (key < end)
-        query = torch.arange(num_queries, device=device)[:, None] + self.offset
+        query = torch.arange(num_queries, device=device)[:, None] + (self.offset or 0)
         seen = key <= query if self.causal else torch.ones_like(key <= query)
         if self.window is not None:
             seen = seen & (key > query - self.window)
@@ -91,7 +91,7 @@ def piece_mask(
     _assert_ascending(query_positions[None], "query_positions")
     _assert_ascending(key_positions[None], "key_positions")
     query, key = query_positions.int(), key_positions.int()
-    return Mask(causal, window, 0, _ranges(query, key, causal, window, query_documents, key_documents))
+    return Mask(causal, window, None, _ranges(query, key, causal, window, query_documents, key_documents))
 
 
 def _ranges(

@@ -48,10 +48,10 @@ def masked_attention(
 ) -> tuple[Tensor, Tensor]:
     """Attention of q [B, T, H, K] over k [B, S, G, K], v [B, S, G, V] under the mask `seen`, bool, to [B, H, T, S].
 
-    scale: of the scores, K^-1/2 unless given; bias is added to them. sinks [H]: logits that take part in the softmax and
-    have no value (sinks.py); dropout maps the probabilities [B, H, T, S]. Returns the output [B, T, H, V] in q's dtype
-    and the log-sum-exp of the scores (and the sink) [B, H, T], fp32 (fp64 for fp64). A query that sees nothing gets 0
-    and -inf (or its sink).
+    scale: of the scores, K^-1/2 unless given; bias is added to them. sinks [H]: logits that take part in the softmax
+    and have no value (sinks.py); dropout maps the probabilities [B, H, T, S]. Returns the output [B, T, H, V] in q's
+    dtype and the log-sum-exp of the scores (and the sink) [B, H, T], fp32 (fp64 for fp64). A query that sees nothing
+    gets 0 and -inf (or its sink).
     """
     wide = torch.promote_types(q.dtype, torch.float32)
     q_, k_, v_ = (x.to(wide) for x in (q, k, v))
