@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.attention.mask import Mask
 from kernels.backend import Tuned
@@ -25,32 +26,38 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 @dataclass(frozen=True)
 class Block:
-    """Queries and keys of one product, warps of a program, and tiles on their way at a time."""
+    """Queries and keys of one product, warps of a program, tiles on their way at a time, and how they are fetched.
+
+    With the copy engine (TMA) a tile takes no registers on its way. Tensors whose rows do not lie as it needs them are
+    fetched without it, to the same bits.
+    """
 
     queries: int
     keys: int
     num_warps: int
     num_stages: int
+    tma: bool = False
 
 
 def _choose_forward(features: int, itemsize: int, masked: bool) -> Block:
     if itemsize == 4:  # fp32 does not run on tensor cores: small products, for their registers
         return Block(32, 32, 4, 2) if features <= 128 else Block(16, 16, 4, 2)
-    if features <= 64:
-        return Block(128, 64, 4, 3) if masked else Block(128, 128, 8, 3)
+    if features <= 64:  # two programs per multiprocessor: one multiplies while the other takes exponentials
+        return Block(128, 64, 8, 3, tma=True)
     if features <= 128:
-        return Block(128, 64, 8, 3) if masked else Block(128, 128, 8, 2)
-    return Block(128, 64, 8, 2)
+        return Block(128, 64, 8, 3, tma=True) if masked else Block(128, 128, 8, 2, tma=True)
+    return Block(128, 64, 8, 2, tma=True)
 
 
 FORWARD = Tuned(
     (
+        Block(128, 128, 8, 2, tma=True),
+        Block(128, 128, 8, 3, tma=True),
+        Block(128, 64, 8, 3, tma=True),
+        Block(128, 64, 8, 2, tma=True),
+        Block(64, 64, 4, 3, tma=True),
         Block(128, 128, 8, 2),
-        Block(128, 128, 8, 3),
         Block(128, 64, 8, 3),
-        Block(128, 64, 8, 2),
-        Block(128, 64, 4, 3),
-        Block(64, 64, 4, 3),
         Block(32, 32, 4, 2),
         Block(16, 16, 4, 2),
     ),
@@ -76,6 +83,31 @@ def load_rows(
         x = tl.load(pointers, mask=(first + row < num_rows)[:, None], other=0.0)
     else:
         x = tl.load(pointers)
+    return x
+
+
+@triton.jit
+def load_tile(
+    source,
+    b,
+    head,
+    first,
+    stride_b,
+    stride_h,
+    stride_t,
+    num_rows,
+    ROWS: tl.constexpr,
+    SIZE: tl.constexpr,
+    PADDED: tl.constexpr,
+    MASKED: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """load_rows of one head of a tensor [batch, num_rows, heads, SIZE]: a pointer, or with TMA a descriptor."""
+    if TMA:
+        x = source.load([b, first, head, 0]).reshape(ROWS, PADDED)
+    else:
+        source += b.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h
+        x = load_rows(source, first, stride_t, num_rows, ROWS, SIZE, PADDED, MASKED)
     return x
 
 
@@ -136,10 +168,16 @@ def _attend(
     total,
     top,
     q,
-    k_ptr,
-    v_ptr,
-    stride_k,
-    stride_v,
+    k_source,
+    v_source,
+    b,
+    g,
+    stride_kb,
+    stride_kt,
+    stride_kh,
+    stride_vb,
+    stride_vt,
+    stride_vh,
     S,
     query,
     first_key,
@@ -158,6 +196,7 @@ def _attend(
     KEYS: tl.constexpr,
     SLOPES: tl.constexpr,
     MASKED: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     """Online softmax over num_tiles tiles of keys: begin .. pause, and if MASKED, resume and on."""
     column = tl.arange(0, KEYS)
@@ -166,7 +205,7 @@ def _attend(
         if MASKED:
             tile = tl.where(tile < pause, tile, tile - pause + resume)
         start = tile * KEYS
-        k = load_rows(k_ptr, start, stride_k, S, KEYS, K, PADDED_K, MASKED)
+        k = load_tile(k_source, b, g, start, stride_kb, stride_kh, stride_kt, S, KEYS, K, PADDED_K, MASKED, TMA)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         key = start + column
         if SLOPES:
@@ -187,7 +226,7 @@ def _attend(
             p = tl.exp2(scores * scale - zero[:, None])
         shrink = tl.exp2(top - zero)
         total = total * shrink + tl.sum(p, axis=1)
-        v = load_rows(v_ptr, start, stride_v, S, KEYS, V, PADDED_V, MASKED)
+        v = load_tile(v_source, b, g, start, stride_vb, stride_vh, stride_vt, S, KEYS, V, PADDED_V, MASKED, TMA)
         output = tl.dot(p.to(v.dtype), v, output * shrink[:, None], input_precision="ieee")
         top = new_top
     return output, total, top
@@ -196,8 +235,8 @@ def _attend(
 @triton.jit(do_not_specialize=["offset", "window"])
 def _forward(
     q_ptr,
-    k_ptr,
-    v_ptr,
+    k_source,
+    v_source,
     output_ptr,
     lse_ptr,
     sinks_ptr,
@@ -233,28 +272,26 @@ def _forward(
     RANGES: tl.constexpr,
     SINKS: tl.constexpr,
     SLOPES: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     # Last queries first: under a causal mask theirs is the most work, and the light blocks even out the end. Heads of
     # one group run side by side and find their keys in the cache.
     row = tl.program_id(0) % (B * H)
     block = tl.cdiv(T, QUERIES) - 1 - tl.program_id(0) // (B * H)
-    b, h = (row // H).to(tl.int64), row % H
+    b, h = row // H, row % H
     begin = block * QUERIES
     last = tl.minimum(begin + QUERIES, T) - 1
     query = begin + tl.arange(0, QUERIES)
 
-    q_ptr += b * stride_qb + h.to(tl.int64) * stride_qh
-    k_ptr += b * stride_kb + (h // GROUP).to(tl.int64) * stride_kh
-    v_ptr += b * stride_vb + (h // GROUP).to(tl.int64) * stride_vh
-    first_ptr += b * stride_rb
-    end_ptr += b * stride_rb
+    first_ptr += b.to(tl.int64) * stride_rb
+    end_ptr += b.to(tl.int64) * stride_rb
 
     a0, a1 = keys_of(begin, first_ptr, end_ptr, T, S, offset, window, CAUSAL, WINDOWED, RANGES)
     z0, z1 = keys_of(last, first_ptr, end_ptr, T, S, offset, window, CAUSAL, WINDOWED, RANGES)
     first_tile, whole, end_whole, end_tile = tiles_of(a0, a1, z0, z1, KEYS)
     first_key, end_key = keys_of(query, first_ptr, end_ptr, T, S, offset, window, CAUSAL, WINDOWED, RANGES)
 
-    q = load_rows(q_ptr, begin, stride_qt, T, QUERIES, K, PADDED_K, True)
+    q = load_tile(q_ptr, b, h, begin, stride_qb, stride_qh, stride_qt, T, QUERIES, K, PADDED_K, True, False)
     slope = 0.0
     if SLOPES:
         slope = tl.load(slopes_ptr + h).to(tl.float32) * LOG2_E
@@ -263,13 +300,14 @@ def _forward(
     top = tl.full([QUERIES], float("-inf"), dtype=tl.float32)
     # fmt: off
     output, total, top = _attend(
-        output, total, top, q, k_ptr, v_ptr, stride_kt, stride_vt, S, query, first_key, end_key, scale, slope, offset,
-        whole, end_whole, 0, end_whole - whole, K, V, PADDED_K, PADDED_V, KEYS, SLOPES, False,
+        output, total, top, q, k_source, v_source, b, h // GROUP, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt,
+        stride_vh, S, query, first_key, end_key, scale, slope, offset, whole, end_whole, 0, end_whole - whole, K, V,
+        PADDED_K, PADDED_V, KEYS, SLOPES, False, TMA,
     )
     output, total, top = _attend(
-        output, total, top, q, k_ptr, v_ptr, stride_kt, stride_vt, S, query, first_key, end_key, scale, slope, offset,
-        first_tile, whole, end_whole, whole - first_tile + end_tile - end_whole, K, V, PADDED_K, PADDED_V, KEYS, SLOPES,
-        True,
+        output, total, top, q, k_source, v_source, b, h // GROUP, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt,
+        stride_vh, S, query, first_key, end_key, scale, slope, offset, first_tile, whole, end_whole,
+        whole - first_tile + end_tile - end_whole, K, V, PADDED_K, PADDED_V, KEYS, SLOPES, True, TMA,
     )
     # fmt: on
     if SINKS:  # one more key, which every query sees and whose value is 0
@@ -284,13 +322,34 @@ def _forward(
     lse = tl.where(empty, float("-inf"), (top + tl.log2(total)) * LN_2)
     tl.store(lse_ptr + row.to(tl.int64) * T + query, lse, mask=query < T)
     output = output / total[:, None]
-    output_ptr += b * T * H * V + h * V
+    output_ptr += b.to(tl.int64) * T * H * V + h * V
     store_rows(output_ptr, output, begin, H * V, T, QUERIES, V, PADDED_V)
 
 
 def padded(size: int) -> int:
     """Of features: what a tensor core multiplies."""
     return max(16, triton.next_power_of_2(size))
+
+
+def described(
+    block: Block, rows: int, *tensors: tuple[Tensor, int]
+) -> tuple[tuple[Tensor, ...] | tuple[TensorDescriptor, ...], bool]:
+    """Tensors [batch, tokens, heads, features], each with its padded features, as load_tile takes them in tiles of
+    `rows` tokens, and whether as descriptors: where the block wants them and all the tensors can have them."""
+    plain = tuple(x for x, _ in tensors)
+    if not block.tma or not all(_has_descriptor(x) for x in plain):
+        return plain, False
+    return tuple(
+        TensorDescriptor(x, list(x.shape), list(x.stride()), [1, rows, 1, features]) for x, features in tensors
+    ), True
+
+
+def _has_descriptor(x: Tensor) -> bool:
+    """Whether the copy engine takes it: rows of 16 bytes, and a device that has one (Hopper and newer)."""
+    if x.is_cuda and torch.cuda.get_device_capability(x.device) < (9, 0):
+        return False
+    aligned = all(stride > 0 and stride * x.element_size() % 16 == 0 for stride in x.stride()[:3])
+    return aligned and x.data_ptr() % 16 == 0
 
 
 def mask_arguments(mask: Mask) -> dict[str, int | bool]:
@@ -332,10 +391,11 @@ def attention_forward(
     first, end = (lse, lse) if mask.ranges is None else (mask.ranges.first_key, mask.ranges.end_key)
     masked = mask.ranges is not None or mask.window is not None
     block = FORWARD(max(padded(K), padded(V)), q.element_size(), masked)
+    (k_source, v_source), tma = described(block, block.keys, (k, padded(K)), (v, padded(V)))
     _forward[(triton.cdiv(T, block.queries) * B * H,)](
         q,
-        k,
-        v,
+        k_source,
+        v_source,
         output,
         lse,
         lse if sinks is None else sinks.contiguous(),
@@ -360,6 +420,7 @@ def attention_forward(
         KEYS=block.keys,
         SINKS=sinks is not None,
         SLOPES=slopes is not None,
+        TMA=tma,
         num_warps=block.num_warps,
         num_stages=block.num_stages,
         **mask_arguments(mask),

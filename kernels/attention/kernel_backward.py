@@ -18,8 +18,10 @@ from kernels.attention.kernel import (
     LOG2_E,
     Block,
     batch_stride,
+    described,
     keys_of,
     load_rows,
+    load_tile,
     mask_arguments,
     padded,
     store_rows,
@@ -36,26 +38,27 @@ PROGRAMS_WANTED = 256
 def _choose_queries(features: int, itemsize: int) -> Block:
     if itemsize == 4:
         return Block(32, 32, 4, 1) if features <= 64 else Block(16, 16, 4, 1)
-    if features <= 64:
-        return Block(128, 64, 4, 3)
-    return Block(128, 64, 8, 2) if features <= 128 else Block(64, 32, 8, 2)
+    if features <= 128:
+        return Block(128, 64, 8, 3, tma=True)
+    return Block(64, 32, 8, 2, tma=True)
 
 
 def _choose_keys(features: int, itemsize: int) -> Block:
     if itemsize == 4:
         return Block(32, 32, 4, 1) if features <= 64 else Block(16, 16, 4, 1)
     if features <= 64:
-        return Block(64, 128, 8, 3)
-    return Block(64, 128, 8, 2) if features <= 128 else Block(32, 64, 8, 2)
+        return Block(64, 128, 8, 3, tma=True)
+    return Block(64, 128, 8, 2, tma=True) if features <= 128 else Block(32, 64, 8, 2, tma=True)
 
 
 BACKWARD_QUERIES = Tuned(
     (
+        Block(128, 64, 8, 3, tma=True),
+        Block(128, 64, 8, 2, tma=True),
+        Block(128, 128, 8, 2, tma=True),
+        Block(64, 64, 4, 2, tma=True),
+        Block(64, 32, 8, 2, tma=True),
         Block(128, 64, 8, 2),
-        Block(128, 64, 8, 3),
-        Block(128, 64, 4, 3),
-        Block(64, 64, 4, 2),
-        Block(64, 32, 8, 2),
         Block(32, 32, 4, 1),
         Block(16, 16, 4, 1),
     ),
@@ -63,11 +66,13 @@ BACKWARD_QUERIES = Tuned(
 )
 BACKWARD_KEYS = Tuned(
     (
+        Block(64, 128, 8, 2, tma=True),
+        Block(64, 128, 8, 3, tma=True),
+        Block(32, 128, 8, 3, tma=True),
+        Block(64, 64, 4, 2, tma=True),
+        Block(64, 64, 4, 3, tma=True),
+        Block(32, 64, 8, 2, tma=True),
         Block(64, 128, 8, 2),
-        Block(64, 128, 8, 3),
-        Block(64, 64, 4, 2),
-        Block(32, 128, 8, 2),
-        Block(32, 64, 8, 2),
         Block(32, 32, 4, 1),
         Block(16, 16, 4, 1),
     ),
@@ -114,10 +119,16 @@ def _accumulate_queries(
     d_output,
     lse,
     delta,
-    k_ptr,
-    v_ptr,
-    stride_k,
-    stride_v,
+    k_source,
+    v_source,
+    b,
+    g,
+    stride_kb,
+    stride_kt,
+    stride_kh,
+    stride_vb,
+    stride_vt,
+    stride_vh,
     S,
     query,
     first_key,
@@ -136,6 +147,7 @@ def _accumulate_queries(
     KEYS: tl.constexpr,
     SLOPES: tl.constexpr,
     MASKED: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     """d_q without its scale, over the tiles of keys that kernel._attend goes over."""
     column = tl.arange(0, KEYS)
@@ -144,8 +156,8 @@ def _accumulate_queries(
         if MASKED:
             tile = tl.where(tile < pause, tile, tile - pause + resume)
         start = tile * KEYS
-        k = load_rows(k_ptr, start, stride_k, S, KEYS, K, PADDED_K, MASKED)
-        v = load_rows(v_ptr, start, stride_v, S, KEYS, V, PADDED_V, MASKED)
+        k = load_tile(k_source, b, g, start, stride_kb, stride_kh, stride_kt, S, KEYS, K, PADDED_K, MASKED, TMA)
+        v = load_tile(v_source, b, g, start, stride_vb, stride_vh, stride_vt, S, KEYS, V, PADDED_V, MASKED, TMA)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
         d_p = tl.dot(d_output, tl.trans(v), input_precision="ieee")
         key = start + column
@@ -168,8 +180,8 @@ def _finite(lse):
 @triton.jit(do_not_specialize=["offset", "window"])
 def _backward_queries(
     q_ptr,
-    k_ptr,
-    v_ptr,
+    k_source,
+    v_source,
     d_output_ptr,
     lse_ptr,
     delta_ptr,
@@ -208,29 +220,28 @@ def _backward_queries(
     WINDOWED: tl.constexpr,
     RANGES: tl.constexpr,
     SLOPES: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     # The order of programs is the forward's.
     row = tl.program_id(0) % (B * H)
     block = tl.cdiv(T, QUERIES) - 1 - tl.program_id(0) // (B * H)
-    b, h = (row // H).to(tl.int64), row % H
+    b, h = row // H, row % H
     begin = block * QUERIES
     last = tl.minimum(begin + QUERIES, T) - 1
     query = begin + tl.arange(0, QUERIES)
 
-    q_ptr += b * stride_qb + h.to(tl.int64) * stride_qh
-    k_ptr += b * stride_kb + (h // GROUP).to(tl.int64) * stride_kh
-    v_ptr += b * stride_vb + (h // GROUP).to(tl.int64) * stride_vh
-    d_output_ptr += b * stride_db + h.to(tl.int64) * stride_dh
-    first_ptr += b * stride_rb
-    end_ptr += b * stride_rb
+    first_ptr += b.to(tl.int64) * stride_rb
+    end_ptr += b.to(tl.int64) * stride_rb
 
     a0, a1 = keys_of(begin, first_ptr, end_ptr, T, S, offset, window, CAUSAL, WINDOWED, RANGES)
     z0, z1 = keys_of(last, first_ptr, end_ptr, T, S, offset, window, CAUSAL, WINDOWED, RANGES)
     first_tile, whole, end_whole, end_tile = tiles_of(a0, a1, z0, z1, KEYS)
     first_key, end_key = keys_of(query, first_ptr, end_ptr, T, S, offset, window, CAUSAL, WINDOWED, RANGES)
 
-    q = load_rows(q_ptr, begin, stride_qt, T, QUERIES, K, PADDED_K, True)
-    d_output = load_rows(d_output_ptr, begin, stride_dt, T, QUERIES, V, PADDED_V, True)
+    q = load_tile(q_ptr, b, h, begin, stride_qb, stride_qh, stride_qt, T, QUERIES, K, PADDED_K, True, False)
+    d_output = load_tile(
+        d_output_ptr, b, h, begin, stride_db, stride_dh, stride_dt, T, QUERIES, V, PADDED_V, True, False
+    )
     place = row.to(tl.int64) * T + query
     lse = _finite(tl.load(lse_ptr + place, mask=query < T, other=0.0))
     delta = tl.load(delta_ptr + place, mask=query < T, other=0.0)
@@ -241,16 +252,17 @@ def _backward_queries(
     d_q = tl.zeros([QUERIES, PADDED_K], dtype=tl.float32)
     # fmt: off
     d_q = _accumulate_queries(
-        d_q, q, d_output, lse, delta, k_ptr, v_ptr, stride_kt, stride_vt, S, query, first_key, end_key, scale_2, slope,
-        offset, whole, end_whole, 0, end_whole - whole, K, V, PADDED_K, PADDED_V, KEYS, SLOPES, False,
+        d_q, q, d_output, lse, delta, k_source, v_source, b, h // GROUP, stride_kb, stride_kt, stride_kh, stride_vb,
+        stride_vt, stride_vh, S, query, first_key, end_key, scale_2, slope, offset, whole, end_whole, 0,
+        end_whole - whole, K, V, PADDED_K, PADDED_V, KEYS, SLOPES, False, TMA,
     )
     d_q = _accumulate_queries(
-        d_q, q, d_output, lse, delta, k_ptr, v_ptr, stride_kt, stride_vt, S, query, first_key, end_key, scale_2, slope,
-        offset, first_tile, whole, end_whole, whole - first_tile + end_tile - end_whole, K, V, PADDED_K, PADDED_V, KEYS,
-        SLOPES, True,
+        d_q, q, d_output, lse, delta, k_source, v_source, b, h // GROUP, stride_kb, stride_kt, stride_kh, stride_vb,
+        stride_vt, stride_vh, S, query, first_key, end_key, scale_2, slope, offset, first_tile, whole, end_whole,
+        whole - first_tile + end_tile - end_whole, K, V, PADDED_K, PADDED_V, KEYS, SLOPES, True, TMA,
     )
     # fmt: on
-    d_q_ptr += b * T * H * K + h * K
+    d_q_ptr += b.to(tl.int64) * T * H * K + h * K
     store_rows(d_q_ptr, d_q * scale, begin, H * K, T, QUERIES, K, PADDED_K)
 
 
@@ -260,13 +272,17 @@ def _accumulate_keys(
     d_v,
     k,
     v,
-    q_ptr,
-    d_output_ptr,
+    q_source,
+    d_output_source,
     lse_ptr,
     delta_ptr,
     slopes_ptr,
+    b,
+    h,
+    stride_qb,
     stride_qt,
     stride_qh,
+    stride_db,
     stride_dt,
     stride_dh,
     T,
@@ -287,6 +303,7 @@ def _accumulate_keys(
     QUERIES: tl.constexpr,
     SLOPES: tl.constexpr,
     MASKED: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     """d_k without its scale, and d_v, over num_tiles tiles of queries of each of HEADS heads."""
     column = tl.arange(0, QUERIES)
@@ -298,7 +315,9 @@ def _accumulate_keys(
             tile = tl.where(tile < pause, tile, tile - pause + resume)
         start = tile * QUERIES
         query = start + column
-        q = load_rows(q_ptr + head.to(tl.int64) * stride_qh, start, stride_qt, T, QUERIES, K, PADDED_K, MASKED)
+        q = load_tile(
+            q_source, b, h + head, start, stride_qb, stride_qh, stride_qt, T, QUERIES, K, PADDED_K, MASKED, TMA
+        )
         place = head.to(tl.int64) * T + query
         if MASKED:
             lse = tl.load(lse_ptr + place, mask=query < T, other=0.0)
@@ -316,8 +335,8 @@ def _accumulate_keys(
             p = tl.exp2(scores - _finite(lse)[None, :])
         else:
             p = tl.exp2(scores - (lse * LOG2_E)[None, :])
-        d_output = load_rows(
-            d_output_ptr + head.to(tl.int64) * stride_dh, start, stride_dt, T, QUERIES, V, PADDED_V, MASKED
+        d_output = load_tile(
+            d_output_source, b, h + head, start, stride_db, stride_dh, stride_dt, T, QUERIES, V, PADDED_V, MASKED, TMA
         )
         d_v = tl.dot(p.to(d_output.dtype), d_output, d_v, input_precision="ieee")
         d_p = tl.dot(v, tl.trans(d_output), input_precision="ieee")
@@ -355,10 +374,10 @@ def _queries_of(
 
 @triton.jit(do_not_specialize=["offset", "window"])
 def _backward_keys(
-    q_ptr,
+    q_source,
     k_ptr,
     v_ptr,
-    d_output_ptr,
+    d_output_source,
     lse_ptr,
     delta_ptr,
     d_k_ptr,
@@ -398,51 +417,50 @@ def _backward_keys(
     WINDOWED: tl.constexpr,
     RANGES: tl.constexpr,
     SLOPES: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     """Of a block of keys and HEADS query heads: one of the PARTS = H / HEADS parts of d_k and d_v."""
     # First keys first: under a causal mask theirs is the most work.
     row = tl.program_id(0) % (B * PARTS)
     begin = tl.program_id(0) // (B * PARTS) * KEYS
-    b, part = (row // PARTS).to(tl.int64), row % PARTS
-    h = (part * HEADS).to(tl.int64)
+    b, part = row // PARTS, row % PARTS
+    h = part * HEADS
     last = tl.minimum(begin + KEYS, S) - 1
     key = begin + tl.arange(0, KEYS)
 
-    q_ptr += b * stride_qb + h * stride_qh
-    k_ptr += b * stride_kb + (h // GROUP) * stride_kh
-    v_ptr += b * stride_vb + (h // GROUP) * stride_vh
-    d_output_ptr += b * stride_db + h * stride_dh
-    lse_ptr += (b * (PARTS * HEADS) + h) * T
-    delta_ptr += (b * (PARTS * HEADS) + h) * T
+    lse_ptr += (b * (PARTS * HEADS) + h).to(tl.int64) * T
+    delta_ptr += (b * (PARTS * HEADS) + h).to(tl.int64) * T
     slopes_ptr += h
-    first_ptr += b * stride_rb
-    end_ptr += b * stride_rb
+    first_ptr += b.to(tl.int64) * stride_rb
+    end_ptr += b.to(tl.int64) * stride_rb
 
     a0, a1 = _queries_of(begin, first_ptr, end_ptr, T, S, offset, window, CAUSAL, WINDOWED, RANGES)
     z0, z1 = _queries_of(last, first_ptr, end_ptr, T, S, offset, window, CAUSAL, WINDOWED, RANGES)
     first_tile, whole, end_whole, end_tile = tiles_of(a0, a1, z0, z1, QUERIES)
     first_query, end_query = _queries_of(key, first_ptr, end_ptr, T, S, offset, window, CAUSAL, WINDOWED, RANGES)
 
-    k = load_rows(k_ptr, begin, stride_kt, S, KEYS, K, PADDED_K, True)
-    v = load_rows(v_ptr, begin, stride_vt, S, KEYS, V, PADDED_V, True)
+    g = h // GROUP
+    k = load_tile(k_ptr, b, g, begin, stride_kb, stride_kh, stride_kt, S, KEYS, K, PADDED_K, True, False)
+    v = load_tile(v_ptr, b, g, begin, stride_vb, stride_vh, stride_vt, S, KEYS, V, PADDED_V, True, False)
     scale_2 = scale * LOG2_E
     d_k = tl.zeros([KEYS, PADDED_K], dtype=tl.float32)
     d_v = tl.zeros([KEYS, PADDED_V], dtype=tl.float32)
     # fmt: off
     d_k, d_v = _accumulate_keys(
-        d_k, d_v, k, v, q_ptr, d_output_ptr, lse_ptr, delta_ptr, slopes_ptr, stride_qt, stride_qh, stride_dt, stride_dh,
-        T, key, first_query, end_query, scale_2, offset, whole, end_whole, 0, end_whole - whole, HEADS, K, V, PADDED_K,
-        PADDED_V, QUERIES, SLOPES, False,
+        d_k, d_v, k, v, q_source, d_output_source, lse_ptr, delta_ptr, slopes_ptr, b, h, stride_qb, stride_qt,
+        stride_qh, stride_db, stride_dt, stride_dh, T, key, first_query, end_query, scale_2, offset, whole, end_whole,
+        0, end_whole - whole, HEADS, K, V, PADDED_K, PADDED_V, QUERIES, SLOPES, False, TMA,
     )
     d_k, d_v = _accumulate_keys(
-        d_k, d_v, k, v, q_ptr, d_output_ptr, lse_ptr, delta_ptr, slopes_ptr, stride_qt, stride_qh, stride_dt, stride_dh,
-        T, key, first_query, end_query, scale_2, offset, first_tile, whole, end_whole,
-        whole - first_tile + end_tile - end_whole, HEADS, K, V, PADDED_K, PADDED_V, QUERIES, SLOPES, True,
+        d_k, d_v, k, v, q_source, d_output_source, lse_ptr, delta_ptr, slopes_ptr, b, h, stride_qb, stride_qt,
+        stride_qh, stride_db, stride_dt, stride_dh, T, key, first_query, end_query, scale_2, offset, first_tile, whole,
+        end_whole, whole - first_tile + end_tile - end_whole, HEADS, K, V, PADDED_K, PADDED_V, QUERIES, SLOPES, True,
+        TMA,
     )
     # fmt: on
-    d_k_ptr += b * S * PARTS * K + part * K
+    d_k_ptr += b.to(tl.int64) * S * PARTS * K + part * K
     store_rows(d_k_ptr, d_k * scale, begin, PARTS * K, S, KEYS, K, PADDED_K)
-    d_v_ptr += b * S * PARTS * V + part * V
+    d_v_ptr += b.to(tl.int64) * S * PARTS * V + part * V
     store_rows(d_v_ptr, d_v, begin, PARTS * V, S, KEYS, V, PADDED_V)
 
 
@@ -517,12 +535,22 @@ def attention_backward(
 
     first, end = (lse, lse) if mask.ranges is None else (mask.ranges.first_key, mask.ranges.end_key)
     block = BACKWARD_QUERIES(features, q.element_size())
-    tensors: tuple[Tensor, ...] = (q, k, v, d_output, lse, delta, d_q, slopes, first, end)
+    (k_source, v_source), tma = described(block, block.keys, (k, padded(K)), (v, padded(V)))
     _backward_queries[(triton.cdiv(T, block.queries) * B * H,)](
-        *tensors,
+        q,
+        k_source,
+        v_source,
+        d_output,
+        lse,
+        delta,
+        d_q,
+        slopes,
+        first,
+        end,
         *strides,
         batch_stride(first),
         H=H,
+        TMA=tma,
         QUERIES=block.queries,
         KEYS=block.keys,
         num_warps=block.num_warps,
@@ -540,13 +568,24 @@ def attention_backward(
         torch.empty(B, S, parts, size, dtype=dtype if parts == G else torch.float32, device=k.device)
         for size, dtype in ((K, dtypes[1]), (V, dtypes[2]))
     )
-    tensors = (q, k, v, d_output, lse, delta, d_k, d_v, slopes, first, end)
+    (q_source, d_output_source), tma = described(block, block.queries, (q, padded(K)), (d_output, padded(V)))
     _backward_keys[(num_blocks * B * parts,)](
-        *tensors,
+        q_source,
+        k,
+        v,
+        d_output_source,
+        lse,
+        delta,
+        d_k,
+        d_v,
+        slopes,
+        first,
+        end,
         *strides,
         batch_stride(first),
         PARTS=parts,
         HEADS=heads,
+        TMA=tma,
         QUERIES=block.queries,
         KEYS=block.keys,
         num_warps=block.num_warps,

@@ -385,10 +385,14 @@ def compile(function, block, size, ranges):
     sizes = dict(H=8, GROUP=4, PARTS=2, HEADS=4, K=size, V=size, PADDED_K=size, PADDED_V=size)
     modes = dict(CAUSAL=not ranges, WINDOWED=False, RANGES=ranges, SINKS=ranges, SLOPES=False)
     known = dict(sizes, QUERIES=block.queries, KEYS=block.keys, **modes)
+    rows = {"k_source": block.keys, "v_source": block.keys}
+    known["TMA"] = block.tma
     pointers = {"lse_ptr": "*fp32", "delta_ptr": "*fp32", "first_ptr": "*i32", "end_ptr": "*i32", "scale": "fp32"}
     signature, aligned = {}, {}
     for i, name in enumerate(function.arg_names):
         kind = "constexpr" if name in known else pointers.get(name, "*bf16" if name.endswith("_ptr") else "i32")
+        if name.endswith("_source"):
+            kind = f"tensordesc<bf16[1, {rows.get(name, block.queries)}, 1, {size}]>" if block.tma else "*bf16"
         signature[name] = kind
         if kind[0] == "*" or name.startswith("stride"):
             aligned[(i,)] = [["tt.divisibility", 16]]
@@ -404,6 +408,7 @@ for size, ranges in [(128, True)]:
     ]:
         compiled = compile(function, block, size, ranges)
         assert "wgmma.mma_async" in compiled.asm["ptx"], function
+        assert not block.tma or "cp.async.bulk.tensor" in compiled.asm["ptx"]
         assert compiled.metadata.shared <= 227 * 1024, (function, compiled.metadata.shared)
         print(function, compiled.metadata.shared)
 """
