@@ -175,7 +175,7 @@ class BlockAttention(Protocol):
         first_key: int,
     ) -> tuple[Tensor, Tensor, Tensor]: ...
 
-    def merge(self, output: Tensor, lse: Tensor, block_output: Tensor, block_lse: Tensor) -> tuple[Tensor, Tensor]: ...
+    def merge_(self, output: Tensor, lse: Tensor, block_output: Tensor, block_lse: Tensor) -> None: ...
 
 
 class _Hop:
@@ -239,7 +239,7 @@ class _RingAttention(torch.autograd.Function):
             for own, other, *starts in pairs(rank, source, size=size, length=length, blocks=blocks):
                 keys, values = kv[:, other].split((k.shape[3], v.shape[3]), dim=-1)
                 block_output, block_lse = blocks.forward(q[:, own], keys, values, *starts)
-                output[:, own], lse[..., own] = blocks.merge(output[:, own], lse[..., own], block_output, block_lse)
+                blocks.merge_(output[:, own], lse[..., own], block_output, block_lse)
             if hop is not None:
                 kv = hop.wait()
         if sinks is not None:  # one more key, which every query sees and whose value is 0

@@ -199,6 +199,13 @@ def _attention_backward(
     return d_q, d_k, d_v, lse.new_empty(0) if sinks is None else _sink_gradient(sinks, lse, delta)
 
 
+def merge_(output: Tensor, lse: Tensor, block_output: Tensor, block_lse: Tensor) -> None:
+    """blockwise.BlockAttention.merge_ of fp32 tensors in one pass. On a device that runs kernels."""
+    from kernels.attention.kernel import attention_merge
+
+    attention_merge(output, lse, _rows(block_output, block_output.dtype), block_lse.contiguous())
+
+
 def delta(d_output: Tensor, output: Tensor) -> Tensor:
     """fp32 [B, H, T]: over V, the sum of d_output [B, T, H, V] times output. On a device that runs kernels."""
     from kernels.attention.kernel_backward import attention_delta

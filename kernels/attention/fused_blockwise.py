@@ -33,6 +33,11 @@ class FusedBlockAttention(BlockAttention):
         return fused.attention(q, k, v, mask, slopes=self.slopes, wide=True)
 
     @staticmethod
+    def merge_(output: Tensor, lse: Tensor, block_output: Tensor, block_lse: Tensor) -> None:
+        run = fused.merge_ if runs_triton(output) else BlockAttention.merge_
+        run(output, lse, block_output, block_lse)
+
+    @staticmethod
     def delta(grad: Tensor, output: Tensor) -> Tensor:
         return fused.delta(grad, output) if runs_triton(grad) else BlockAttention.delta(grad, output)
 

@@ -22,6 +22,7 @@ from kernels.backend import Tuned
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+ROWS_OF_MERGE = 32
 
 
 @dataclass(frozen=True)
@@ -324,6 +325,69 @@ def _forward(
     output = output / total[:, None]
     output_ptr += b.to(tl.int64) * T * H * V + h * V
     store_rows(output_ptr, output, begin, H * V, T, QUERIES, V, PADDED_V)
+
+
+@triton.jit
+def _merge(
+    output_ptr,
+    lse_ptr,
+    block_output_ptr,
+    block_lse_ptr,
+    stride_ob,
+    stride_ot,
+    stride_oh,
+    stride_lb,
+    stride_lh,
+    stride_bb,
+    stride_bt,
+    stride_bh,
+    T,
+    H: tl.constexpr,
+    V: tl.constexpr,
+    PADDED_V: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    begin = tl.program_id(0) * ROWS
+    row = tl.program_id(1)
+    b, h = row // H, row % H
+    query = begin + tl.arange(0, ROWS)
+    inside = query < T
+    lse_ptr += b.to(tl.int64) * stride_lb + h.to(tl.int64) * stride_lh + query
+    lse = tl.load(lse_ptr, mask=inside, other=0.0) * LOG2_E
+    block_lse = tl.load(block_lse_ptr + row.to(tl.int64) * T + query, mask=inside, other=0.0) * LOG2_E
+    top = tl.maximum(lse, block_lse)
+    zero = tl.where(top == float("-inf"), 0.0, top)
+    weight, block_weight = tl.exp2(lse - zero), tl.exp2(block_lse - zero)
+    total = weight + block_weight
+    tl.store(lse_ptr, (zero + tl.log2(total)) * LN_2, mask=inside)
+    share = 1.0 / tl.where(total == 0.0, 1.0, total)
+    output = load_tile(output_ptr, b, h, begin, stride_ob, stride_oh, stride_ot, T, ROWS, V, PADDED_V, True, False)
+    other = load_tile(block_output_ptr, b, h, begin, stride_bb, stride_bh, stride_bt, T, ROWS, V, PADDED_V, True, False)
+    output = output * (weight * share)[:, None] + other * (block_weight * share)[:, None]
+    output_ptr += b.to(tl.int64) * stride_ob + h.to(tl.int64) * stride_oh
+    store_rows(output_ptr, output, begin, stride_ot, T, ROWS, V, PADDED_V)
+
+
+def attention_merge(output: Tensor, lse: Tensor, block_output: Tensor, block_lse: Tensor) -> None:
+    """In place of output [B, T, H, V] and lse [B, H, T]: of both sets of keys. fp32; lse with queries side by side."""
+    B, T, H, V = output.shape
+    if not output.numel():
+        return
+    _merge[(triton.cdiv(T, ROWS_OF_MERGE), B * H)](
+        output,
+        lse,
+        block_output,
+        block_lse,
+        *output.stride()[:3],
+        *lse.stride()[:2],
+        *block_output.stride()[:3],
+        T,
+        H=H,
+        V=V,
+        PADDED_V=padded(V),
+        ROWS=ROWS_OF_MERGE,
+        num_warps=4,
+    )
 
 
 def padded(size: int) -> int:

@@ -249,6 +249,32 @@ def test_every_configuration_is_right(table: str, config: Any) -> None:
         assert deviation(by_kernel(problem, *data), by_torch(problem, *data)) < FP32
 
 
+def test_the_copy_engine_brings_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tile from another head or row, or what lies behind the last, in the place of zeros."""
+    from kernels.attention import kernel, kernel_backward
+
+    used: list[bool] = []
+    true = kernel.described
+
+    def noted(*arguments: Any) -> Any:
+        tensors, tma = true(*arguments)
+        used.append(tma)
+        return tensors, tma
+
+    for module in (kernel, kernel_backward):
+        monkeypatch.setattr(module, "described", noted)
+    problem = Problem(run(0, 70), run(0, 70), heads=(4, 2), features=(20, 12), documents=[33])
+    data = tensors(problem)
+    results = []
+    for tma in (True, False):
+        block = kernel.Block(32, 32, 4, 2, tma=tma)
+        tables = (kernel.FORWARD, kernel_backward.BACKWARD_QUERIES, kernel_backward.BACKWARD_KEYS)
+        with tables[0].forced(block), tables[1].forced(block), tables[2].forced(block):
+            results.append(by_kernel(problem, *data))
+    assert used == [True] * 3 + [False] * 3
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 @pytest.mark.parametrize("heads", [(4, 1), (4, 4)])
 def test_how_heads_are_shared_out_changes_rounding_alone(heads: tuple[int, int], monkeypatch: Any) -> None:
     """Gradients of keys that lose the heads of another program."""
@@ -319,6 +345,12 @@ def test_blocks_of_a_ring_are_those_of_the_reference(name: str, starts: tuple[in
     found = list(ours.forward(q, k, v, *starts))
     assert {x.dtype for x in found} == {torch.float32}
     assert deviation(found, expected) < FP32
+    # Into a part of a tensor, after keys that every query has seen.
+    so_far = [torch.randn(2, 40, 2, 6).to(DEVICE), torch.randn(2, 2, 40).to(DEVICE)]
+    both = [[x.to(dtype, copy=True) for x in so_far] for dtype in (torch.float32, torch.float64)]
+    for blocks, into, (of_block, lse_of_block) in zip((ours, plain), both, (found, expected), strict=True):
+        blocks.merge_(into[0][:, 9:33], into[1][..., 9:33], of_block, lse_of_block)
+    assert deviation(*both) < FP32
     # Of all keys, of which these are some.
     lse, output = expected[1].clamp(min=-1.0) + 0.5, torch.randn_like(grad)
     delta = plain.delta(grad.double(), output.double())
