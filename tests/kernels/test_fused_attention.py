@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -40,7 +40,8 @@ class Problem:
 
     queries: list[int]
     keys: list[int]
-    heads: tuple[int, int] = (2, 1)  # query, key/value
+    batch: int = 1
+    heads: tuple[int, int] = (1, 1)  # query, key/value
     features: tuple[int, int] = (16, 16)  # query and key, value
     causal: bool = True
     window: int | None = None
@@ -50,7 +51,6 @@ class Problem:
     scale: float | None = None
     size: float = 1.0  # of queries
     pieces: bool = False  # whether the mask is made from positions
-    options: dict[str, Any] = field(default_factory=dict)
 
     def document(self, token: int) -> int:
         return 0 if self.documents is None else sum(token >= start for start in self.documents)
@@ -85,17 +85,17 @@ PROBLEMS: dict[str, Problem] = {
     "window": Problem(run(0, 100), run(0, 100), window=40),
     "window of one": Problem(run(0, 35), run(0, 35), window=1),
     "documents": Problem(run(0, 100), run(0, 100), documents=[1, 31, 64, 65, 96]),
-    "documents and window": Problem(run(0, 70), run(0, 70), documents=[33], window=20),
+    "documents and window": Problem(run(0, 70), run(0, 70), batch=2, documents=[33], window=20),
     "documents, both ways": Problem(run(0, 70), run(0, 70), documents=[33, 50], causal=False),
-    "groups": Problem(run(0, 40), run(0, 40), heads=(6, 2)),
+    "groups": Problem(run(0, 20), run(0, 20), batch=2, heads=(6, 2)),
     "odd features, other values": Problem(run(0, 35), run(0, 35), features=(5, 3)),
     "features of latent attention": Problem(run(0, 35), run(0, 35), features=(24, 16), scale=0.4),
     "features of 80": Problem(run(0, 20), run(0, 20), features=(80, 80)),
     "features of 256": Problem(run(0, 20), run(0, 20), features=(256, 200)),
     "large scores": Problem(run(0, 40), run(0, 40), size=40.0),
-    "slopes": Problem(run(0, 40), run(0, 40), slopes=[0.5, 0.1]),
-    "sinks": Problem(run(0, 70), run(0, 70), window=33, sinks=[-1.0, 3.0]),
-    "sinks and keys unseen": Problem(run(20, 30), run(30, 30), sinks=[-1.0, 3.0], slopes=[0.5, 0.1]),
+    "slopes": Problem(run(0, 40), run(0, 40), heads=(2, 1), slopes=[0.5, 0.1]),
+    "sinks": Problem(run(0, 70), run(0, 70), window=33, heads=(2, 1), sinks=[-1.0, 3.0]),
+    "sinks and keys unseen": Problem(run(20, 30), run(30, 30), heads=(2, 1), sinks=[-1.0, 3.0], slopes=[0.5, 0.1]),
     "later queries": Problem(run(64, 40), run(0, 40)),
     "later queries, window": Problem(run(64, 40), run(20, 60), window=30),
     "later keys": Problem(run(0, 70), run(40, 50)),
@@ -112,7 +112,8 @@ def tensors(problem: Problem, dtype: torch.dtype = torch.float32) -> tuple[list[
     """q, k, v (and sinks), and gradients of output and log-sum-exp."""
     generator = torch.Generator().manual_seed(0)
     T, S, (H, G), (K, V) = len(problem.queries), len(problem.keys), problem.heads, problem.features
-    shapes = [(2, T, H, K), (2, S, G, K), (2, S, G, V), (2, T, H, V), (2, H, T)]
+    B = problem.batch
+    shapes = [(B, T, H, K), (B, S, G, K), (B, S, G, V), (B, T, H, V), (B, H, T)]
     q, k, v, grad, d_lse = (torch.randn(s, generator=generator).to(DEVICE, dtype) for s in shapes)
     leaves = [q * problem.size, k, v]
     if problem.sinks is not None:
@@ -216,7 +217,7 @@ def test_on_a_gpu_in_half_precision(mask: str, features: tuple[int, int], dtype:
         "documents": {"documents": documents},
         "everything": {"documents": documents, "window": 200, "sinks": [0.5 * i for i in range(8)], "scale": 0.2},
     }
-    problem = Problem(tokens, tokens, heads=(8, 2), features=features, **options[mask])
+    problem = Problem(tokens, tokens, batch=2, heads=(8, 2), features=features, **options[mask])
     data = tensors(problem, dtype)
     ours = by_kernel(problem, *data)
     assert deviation(ours, by_torch(problem, *data)) < (2e-2 if dtype == torch.bfloat16 else 3e-3)
@@ -263,7 +264,7 @@ def test_the_copy_engine_brings_the_same_bits(monkeypatch: pytest.MonkeyPatch) -
 
     for module in (kernel, kernel_backward):
         monkeypatch.setattr(module, "described", noted)
-    problem = Problem(run(0, 70), run(0, 70), heads=(4, 2), features=(20, 12), documents=[33])
+    problem = Problem(run(0, 70), run(0, 70), heads=(2, 2), features=(20, 12), documents=[33])
     data = tensors(problem)
     results = []
     for tma in (True, False):
@@ -280,7 +281,7 @@ def test_how_heads_are_shared_out_changes_rounding_alone(heads: tuple[int, int],
     """Gradients of keys that lose the heads of another program."""
     from kernels.attention import kernel_backward
 
-    problem = Problem(run(0, 40), run(0, 40), heads=heads)
+    problem = Problem(run(0, 20), run(0, 20), heads=heads)
     data = tensors(problem)
     expected = by_torch(problem, *data)
     for wanted in (1, 8, 10**6):
@@ -312,7 +313,7 @@ def test_two_sets_of_keys_merge_into_one_with_gradients() -> None:
     """A log-sum-exp of another base or scale, or without gradient: what ring attention lives on."""
     problem = Problem(run(0, 50), run(0, 50), documents=[18])
     leaves, grad, _ = tensors(problem)
-    expected = by_torch(problem, leaves, grad, torch.zeros(2, 2, 50))
+    expected = by_torch(problem, leaves, grad, torch.zeros(1, 1, 50))
     leaves = [x.requires_grad_() for x in leaves]
     q, k, v = leaves
     halves = []
@@ -338,7 +339,7 @@ def test_blocks_of_a_ring_are_those_of_the_reference(name: str, starts: tuple[in
         "window": {"window": 9},
         "all": {"window": 20, "documents": documents, "slopes": slopes},
     }
-    problem = Problem(run(0, 24), run(0, 24), features=(10, 6))
+    problem = Problem(run(0, 24), run(0, 24), features=(10, 6), batch=2, heads=(2, 1))
     (q, k, v), grad, _ = tensors(problem)
     plain, ours = BlockAttention(**options[name]), FusedBlockAttention(**options[name])
     expected = [x.double() for x in plain.forward(q.double(), k.double(), v.double(), *starts)]
@@ -378,11 +379,11 @@ def test_what_the_op_cannot_do_is_refused() -> None:
     plain = run_mask(6, 6, DEVICE)
     pieces = Problem(run(0, 6), run(0, 6), pieces=True).mask()
     refused: list[tuple[str, Any]] = [
-        ("no multiple", lambda: fused.attention(q, k.repeat(1, 1, 4, 1), v.repeat(1, 1, 4, 1), plain)),
+        ("no multiple", lambda: fused.attention(q, k.repeat(1, 1, 2, 1), v.repeat(1, 1, 2, 1), plain)),
         ("are not", lambda: fused.attention(q, k[:, :5], v, plain)),
         ("positive", lambda: fused.attention(q, k, v, plain, scale=-1.0)),
         ("one for each", lambda: fused.attention(q, k, v, plain, sinks=torch.ones(3, device=DEVICE))),
-        ("not pieces", lambda: fused.attention(q, k, v, pieces, slopes=torch.ones(2, device=DEVICE))),
+        ("not pieces", lambda: fused.attention(q, k, v, pieces, slopes=torch.ones(1, device=DEVICE))),
         ("6 queries", lambda: fused.attention(q[:, :5], k, v, pieces)),
         ("more than 256", lambda: fused.attention(q.repeat(1, 1, 1, 20), k.repeat(1, 1, 1, 20), v, plain)),
         ("float64", lambda: fused.attention(q.double(), k, v, plain)),
