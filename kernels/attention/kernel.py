@@ -42,7 +42,7 @@ class Block:
 
 def _choose_forward(features: int, itemsize: int, masked: bool) -> Block:
     if itemsize == 4:  # fp32 does not run on tensor cores: small products, for their registers
-        return Block(32, 32, 4, 2) if features <= 128 else Block(16, 16, 4, 2)
+        return Block(32, 32, 4, 2) if features <= 64 else Block(16, 16, 4, 2)
     if features <= 64:  # two programs per multiprocessor: one multiplies while the other takes exponentials
         return Block(128, 64, 8, 3, tma=True)
     if features <= 128:
