@@ -44,8 +44,9 @@ class Context(NamedTuple):
     aux_scale: Tensor | None = None  # 0-d, gradient of the training loss by auxiliary losses; filled by Decoder.forward
 
 
-# What model.attention=auto takes: the first that can run. By measurement on H200 (benchmarks/roofline/attention.py):
-# cuDNN's kernel, which sdpa takes, is the fastest for plain causal attention, and has no other.
+# What model.attention=auto takes: the first that can run. The one place where measurements decide (H200,
+# benchmarks/roofline/attention.py). Measured: cuDNN, which sdpa takes, is the fastest for plain causal attention; it has
+# no kernel for anything else. Not measured yet: triton before flex.
 PREFERRED_PLAIN = ("sdpa", "triton", "reference")  # causal, and everything where there is no CUDA
 PREFERRED_MASKED = ("triton", "flex", "sdpa", "reference")  # on CUDA: documents, windows, sinks, ALiBi, parts of a ring
 

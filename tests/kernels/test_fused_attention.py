@@ -245,9 +245,9 @@ def test_every_configuration_is_right(table: str, config: Any) -> None:
     problem = Problem(run(0, 150), run(0, 150), heads=(1, 1), documents=[20, 21], window=90)
     if min(config.queries, config.keys) < 32:
         problem = Problem(run(0, 35), run(0, 35), heads=(1, 1), documents=[3], window=20)
-    data = tensors(problem)
+    data = tensors(problem, torch.float16 if CUDA else torch.float32)  # of fp32, a GPU would compile for minutes
     with _table(table).forced(config):
-        assert deviation(by_kernel(problem, *data), by_torch(problem, *data)) < FP32
+        assert deviation(by_kernel(problem, *data), by_torch(problem, *data)) < (3e-3 if CUDA else FP32)
 
 
 def test_the_copy_engine_brings_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
