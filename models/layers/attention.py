@@ -45,8 +45,8 @@ class Context(NamedTuple):
 
 
 # What model.attention=auto takes: the first that can run. The one place where measurements decide (H200,
-# benchmarks/roofline/attention.py). Measured: cuDNN, which sdpa takes, is the fastest for plain causal attention; it has
-# no kernel for anything else. Not measured yet: triton before flex.
+# benchmarks/roofline/attention.py). Measured: cuDNN, which sdpa takes, is the fastest for plain causal attention, and
+# has no kernel for anything else. Not measured yet: triton before flex.
 PREFERRED_PLAIN = ("sdpa", "triton", "reference")  # causal, and everything where there is no CUDA
 PREFERRED_MASKED = ("triton", "flex", "sdpa", "reference")  # on CUDA: documents, windows, sinks, ALiBi, parts of a ring
 
