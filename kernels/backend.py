@@ -25,6 +25,11 @@ def runs_triton(tensor: Tensor) -> bool:
     return tensor.is_cuda or _interpreting
 
 
+def interpreting() -> bool:
+    """Whether ops on CPU tensors run their kernels now."""
+    return _interpreting
+
+
 @contextmanager
 def interpreted() -> Iterator[None]:
     """Ops on CPU tensors run their kernels while this lasts. TRITON_INTERPRET=1 must have been set before."""

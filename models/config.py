@@ -44,7 +44,7 @@ ROPE_SCALINGS = {  # and the fields of RopeConfig that each reads, besides theta
     "llama3": ("factor", "original_max_seq_len", "low_freq_factor", "high_freq_factor"),
 }
 ACTIVATION_CHECKPOINTS = ("none", "full", "selective", "offload")
-ATTENTION_IMPLEMENTATIONS = ("auto", "reference", "sdpa", "flex")
+ATTENTION_IMPLEMENTATIONS = ("auto", "reference", "sdpa", "flex", "triton")
 
 
 @dataclass
@@ -110,7 +110,7 @@ class ModelConfig:
     attention: str = "auto"  # one of ATTENTION_IMPLEMENTATIONS
     activation_checkpoint: str = "none"  # one of ACTIVATION_CHECKPOINTS
     activation_checkpoint_save: list[str] = field(
-        # selective: outputs of these aten ops are kept, all else is recomputed
+        # selective: outputs of these ops are kept, all else is recomputed
         default_factory=lambda: [
             "aten.mm",
             "aten.addmm",
@@ -118,6 +118,7 @@ class ModelConfig:
             "aten._scaled_dot_product_efficient_attention",
             "aten._scaled_dot_product_cudnn_attention",
             "aten._scaled_dot_product_flash_attention_for_cpu",
+            "lattice.attention",
         ]
     )
 
@@ -240,7 +241,7 @@ def _run_time_problems(config: ModelConfig) -> list[str]:
     if config.attention_sinks and config.attention == "sdpa":
         found.append(
             "model.attention_sinks=true does not work with model.attention=sdpa, which does not return the log-sum-exp "
-            "that sinks need; use attention=auto, reference or (on CUDA) flex"
+            "that sinks need; use attention=auto, reference or (on CUDA) triton or flex"
         )
     return found
 

@@ -160,6 +160,8 @@ class BlockAttention(Protocol):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, first_query: int, first_key: int) -> tuple[Tensor, Tensor]: ...
 
+    def delta(self, grad: Tensor, output: Tensor) -> Tensor: ...
+
     def backward(
         self,
         grad: Tensor,
@@ -173,7 +175,7 @@ class BlockAttention(Protocol):
         first_key: int,
     ) -> tuple[Tensor, Tensor, Tensor]: ...
 
-    def merge(self, output: Tensor, lse: Tensor, block_output: Tensor, block_lse: Tensor) -> tuple[Tensor, Tensor]: ...
+    def merge_(self, output: Tensor, lse: Tensor, block_output: Tensor, block_lse: Tensor) -> None: ...
 
 
 class _Hop:
@@ -237,7 +239,7 @@ class _RingAttention(torch.autograd.Function):
             for own, other, *starts in pairs(rank, source, size=size, length=length, blocks=blocks):
                 keys, values = kv[:, other].split((k.shape[3], v.shape[3]), dim=-1)
                 block_output, block_lse = blocks.forward(q[:, own], keys, values, *starts)
-                output[:, own], lse[..., own] = blocks.merge(output[:, own], lse[..., own], block_output, block_lse)
+                blocks.merge_(output[:, own], lse[..., own], block_output, block_lse)
             if hop is not None:
                 kv = hop.wait()
         if sinks is not None:  # one more key, which every query sees and whose value is 0
@@ -255,7 +257,7 @@ class _RingAttention(torch.autograd.Function):
         q, k, v, sinks, output, lse = ctx.saved_tensors
         group, blocks = ctx.group, ctx.blocks
         rank, size, length = group.rank(), group.size(), q.shape[1] // 2
-        delta = (grad.to(lse.dtype) * output).sum(dim=-1).transpose(1, 2)  # [B, H, T]
+        delta = blocks.delta(grad, output)  # [B, H, T]
         grad_q = torch.zeros(q.shape, dtype=lse.dtype, device=q.device)
         features = (k.shape[3], v.shape[3])
         kv = torch.cat((k, v), dim=-1)

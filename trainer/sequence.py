@@ -6,7 +6,7 @@ import math
 
 from data.batch import Batch
 from models.config import ModelConfig
-from models.layers.context_attention import on_context
+from models.layers.context_attention import runs_on_context
 from parallel.context import zigzag_indices
 from parallel.dims import ParallelConfig, ParallelDims, divisors
 from trainer.config import TrainConfig
@@ -44,7 +44,7 @@ def problems(config: TrainConfig, model: ModelConfig) -> list[str]:
             f"such as {nearest}"
         )
     try:
-        on_context(model.attention, method, sinks=model.attention_sinks)
+        runs_on_context(model.attention, method, sinks=model.attention_sinks)
     except ValueError as error:
         found.append(str(error))
     if config.train.compile and model.activation_checkpoint == "selective":

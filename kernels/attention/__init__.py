@@ -1,1 +1,1 @@
-"""Causal attention: reference.py is the truth, sdpa.py and flex.py are faster. Import the one that is meant."""
+"""Attention: reference.py is the truth, sdpa.py, flex.py and fused.py are faster. Import the one that is meant."""

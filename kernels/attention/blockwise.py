@@ -1,7 +1,7 @@
 """Causal attention of a run of queries over a run of keys, forward and backward, in plain PyTorch.
 
 The parts of a long sequence that live on different ranks meet here two at a time: each pair gives an output and the
-log-sum-exp of its scores, and `merge` makes the whole from them (the online softmax of Flash Attention, 2205.14135,
+log-sum-exp of its scores, and `merge_` makes the whole from them (the online softmax of Flash Attention, 2205.14135,
 section 3.1).
 
 B batch, T queries, S keys, H query heads, G key/value heads (H is a multiple of G), K features of a head's query and
@@ -50,14 +50,21 @@ class BlockAttention:
         return torch.einsum("bhqs,bshk->bqhk", probabilities, _heads(v, q.shape[2])), lse
 
     @staticmethod
-    def merge(output: Tensor, lse: Tensor, block_output: Tensor, block_lse: Tensor) -> tuple[Tensor, Tensor]:
-        """Attention over two sets of keys from the attention over each: output [B, T, H, V], lse [B, H, T].
+    def merge_(output: Tensor, lse: Tensor, block_output: Tensor, block_lse: Tensor) -> None:
+        """Attention over two sets of keys from the attention over each, in place of the first: output [B, T, H, V], lse
+        [B, H, T].
 
         One of the two log-sum-exps of a query must be finite (it saw a key); a set with -inf then has no weight.
         """
         merged = torch.logaddexp(lse, block_lse)
         weight, block_weight = (torch.exp(x - merged).transpose(1, 2)[..., None] for x in (lse, block_lse))
-        return output * weight + block_output * block_weight, merged
+        output.copy_(output * weight + block_output * block_weight)
+        lse.copy_(merged)
+
+    @staticmethod
+    def delta(grad: Tensor, output: Tensor) -> Tensor:
+        """[B, H, T], what `backward` takes: over V, the sum of the output's gradient times the output [B, T, H, V]."""
+        return (_wide(grad) * output).sum(dim=-1).transpose(1, 2)
 
     def backward(
         self,

@@ -35,6 +35,43 @@ def alibi_bias(seq_len: int, slopes: Tensor) -> Tensor:
     return -slopes[:, None, None] * (index[:, None] - index[None, :]).abs()
 
 
+def masked_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seen: Tensor,
+    *,
+    scale: float | None = None,
+    bias: Tensor | None = None,
+    sinks: Tensor | None = None,
+    dropout: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of q [B, T, H, K] over k [B, S, G, K], v [B, S, G, V] under the mask `seen`, bool, to [B, H, T, S].
+
+    scale: of the scores, K^-1/2 unless given; bias is added to them. sinks [H]: logits that take part in the softmax
+    and have no value (sinks.py); dropout maps the probabilities [B, H, T, S]. Returns the output [B, T, H, V] in q's
+    dtype and the log-sum-exp of the scores (and the sink) [B, H, T], fp32 (fp64 for fp64). A query that sees nothing
+    gets 0 and -inf (or its sink).
+    """
+    wide = torch.promote_types(q.dtype, torch.float32)
+    q_, k_, v_ = (x.to(wide) for x in (q, k, v))
+    k_, v_ = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k_, v_))
+    scores = torch.einsum("bqhk,bshk->bhqs", q_, k_) * (q.shape[3] ** -0.5 if scale is None else scale)
+    if bias is not None:
+        scores = scores + bias
+    empty = ~seen.any(dim=-1, keepdim=True)
+    # A row of nothing but -inf would be NaN, forward and backward.
+    lse = torch.logsumexp(scores.masked_fill(~seen, -math.inf).masked_fill(empty, 0.0), dim=-1)
+    lse = lse.masked_fill(empty[..., 0], -math.inf)
+    if sinks is not None:
+        lse = torch.logaddexp(lse, sinks.to(wide)[:, None])
+    finite = lse.masked_fill(lse == -math.inf, 0.0)
+    probabilities = torch.exp(scores.masked_fill(~seen, -math.inf) - finite[..., None])
+    if dropout is not None:
+        probabilities = dropout(probabilities)
+    return torch.einsum("bhqs,bshk->bqhk", probabilities, v_).to(q.dtype), lse
+
+
 def attention(
     q: Tensor,
     k: Tensor,
@@ -45,21 +82,11 @@ def attention(
     slopes: Tensor | None = None,
     dropout: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of q [B, T, H, K] over k, v [B, T, G, K], scaled by K^-1/2; softmax in fp32.
+    """Causal self-attention of q [B, T, H, K] over k, v [B, T, G, K], scaled by K^-1/2; softmax in fp32.
 
     documents [B, T] confines it to documents, slopes [H] adds ALiBi, dropout maps the probabilities [B, H, T, T].
     Returns the output [B, T, H, K] in q's dtype and the log-sum-exp of the scores, fp32 [B, H, T].
     """
-    T, K = q.shape[1], q.shape[3]
-    groups = q.shape[2] // k.shape[2]
-    k, v = (x.repeat_interleave(groups, dim=2) for x in (k, v))
-    scores = torch.einsum("bqhk,bshk->bhqs", q.float(), k.float()) / math.sqrt(K)
-    if slopes is not None:
-        scores = scores + alibi_bias(T, slopes)
-    scores = scores.masked_fill(~visible(T, q.device, window=window, documents=documents), -math.inf)
-    lse = torch.logsumexp(scores, dim=-1)
-    probabilities = torch.exp(scores - lse[..., None])
-    if dropout is not None:
-        probabilities = dropout(probabilities)
-    output = torch.einsum("bhqs,bshk->bqhk", probabilities, v.float())
-    return output.to(q.dtype), lse
+    seen = visible(q.shape[1], q.device, window=window, documents=documents)
+    bias = None if slopes is None else alibi_bias(q.shape[1], slopes)
+    return masked_attention(q, k, v, seen, bias=bias, dropout=dropout)

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import Shard
 
-from kernels.attention import flex, reference, sdpa
+from kernels.attention import flex, fused, reference, sdpa
 from kernels.attention.alibi import slopes as alibi_slopes
 from kernels.attention.blockwise import BlockAttention
+from kernels.attention.fused_blockwise import FusedBlockAttention
 from kernels.attention.sinks import with_sinks
 from models.config import ModelConfig
 from models.layers import rope
-from models.layers.context_attention import ContextAttention, on_context
+from models.layers.context_attention import ContextAttention, runs_on_context
 from models.layers.dropout import Dropout
 from models.layers.linear import column_linear, row_linear
 from models.layers.norm import make_head_norm
@@ -30,10 +31,10 @@ from parallel.tensor import empty_parameter, local_shard, project
 class Context(NamedTuple):
     """What every block of one forward pass needs besides its input; a pytree. Filled by `build_context`."""
 
-    implementation: str  # reference, sdpa or flex
+    implementation: str  # reference, sdpa, flex or triton
     cos: Tensor | None  # [B or 1, T, 1, K/2] fp32; None: no rope
     sin: Tensor | None
-    mask: Any  # of layers without a window: None, Tensor (sdpa) or BlockMask (flex)
+    mask: Any  # of layers without a window: None, Tensor (sdpa), BlockMask (flex) or Mask (triton)
     window_mask: Any  # of layers with the window
     slopes: Tensor | None  # [H] fp32, of the heads that are computed here; None: no ALiBi
     documents: Tensor | None  # [B, S]: of the whole sequence, S = T unless context-parallel
@@ -41,6 +42,13 @@ class Context(NamedTuple):
     samples: Tensor | None  # [B], the key of dropout
     tokens: Tensor | None = None  # [T of the residual stream] int64, their index in the sequence; None: 0, 1, ...
     aux_scale: Tensor | None = None  # 0-d, gradient of the training loss by auxiliary losses; filled by Decoder.forward
+
+
+# What model.attention=auto takes: the first that can run. The one place where measurements decide (H200,
+# benchmarks/roofline/attention.py). Measured: cuDNN, which sdpa takes, is the fastest for plain causal attention, and
+# has no kernel for anything else. Not measured yet: triton before flex.
+PREFERRED_PLAIN = ("sdpa", "triton", "reference")  # causal, and everything where there is no CUDA
+PREFERRED_MASKED = ("triton", "flex", "sdpa", "reference")  # on CUDA: documents, windows, sinks, ALiBi, parts of a ring
 
 
 def choose_attention(
@@ -53,29 +61,32 @@ def choose_attention(
 ) -> str:
     """The implementation that runs: what model.attention=auto means on `device`, with or without document masks.
 
-    dtype: of activations. On CUDA, flex where a window or documents leave most of the square empty, else sdpa;
-    elsewhere sdpa. Heads of sizes that these have no kernel for take the reference, and so do attention sinks, which
-    sdpa does not have, where there is no flex. Across a sequence that is split by cp_method, what that method runs on
-    (see `on_context`). Raises ValueError for an implementation that is asked for and does not run.
+    dtype: of activations. On CUDA, sdpa for plain causal attention and triton for all that cuDNN has no kernel for;
+    elsewhere sdpa. Where these have no kernel for a dtype or a size of heads, and sdpa, which has none, for attention
+    sinks, the next that can. Across a sequence that is split by cp_method, one that the method runs on (see
+    `runs_on_context`). Raises ValueError for an implementation that is asked for and does not run.
     """
-    if cp_method is not None:
-        return on_context(config.attention, cp_method, sinks=config.attention_sinks)
     assert config.head_dim is not None
     assert config.value_dim is not None  # resolved
     obstacles = {
+        "triton": fused.obstacle(device, dtype, config.head_dim, config.value_dim),
         "flex": flex.obstacle(device, config.head_dim, config.value_dim),
         "sdpa": sdpa.obstacle(device, dtype, config.head_dim, config.value_dim),
         "reference": None,
     }
     if config.attention_sinks:
         obstacles["sdpa"] = "does not return the log-sum-exp that model.attention_sinks=true needs"
+    possible = tuple(obstacles)
+    if cp_method is not None:
+        possible = runs_on_context(config.attention, cp_method, sinks=config.attention_sinks)
     if config.attention != "auto":
         if obstacle := obstacles[config.attention]:
             raise ValueError(f"model.attention={config.attention} {obstacle}; use model.attention=auto or reference")
         return config.attention
-    sparse = device.type == "cuda" and (documents or config.sliding_window is not None or config.attention_sinks)
-    preferred = ("flex", "sdpa", "reference") if sparse else ("sdpa", "reference")
-    return next(name for name in preferred if obstacles[name] is None)
+    masked = documents or config.sliding_window is not None or config.attention_sinks or config.positions == "alibi"
+    split = cp_method is not None and "sdpa" not in possible
+    preferred = PREFERRED_MASKED if device.type == "cuda" and (masked or split) else PREFERRED_PLAIN
+    return next(name for name in preferred if name in possible and obstacles[name] is None)
 
 
 def build_context(
@@ -109,12 +120,16 @@ def build_context(
         assert config.rotary_dim is not None  # resolved
         cos, sin = rope.tables(config.rope, config.rotary_dim, positions, seq_len)
 
+    in_blocks = cp_method is not None and groups.cp_ring is not None
+
     def build(window: int | None) -> Any:
         if implementation == "sdpa":
             return sdpa.build_mask(seq_len, device, dtype, window=window, documents=documents, slopes=slopes)
         if implementation == "flex":
             return flex.build_block_mask(seq_len, device, window=window, documents=documents)
-        return None  # the reference makes its own
+        if implementation == "triton" and not in_blocks:
+            return fused.build_mask(seq_len, device, window=window, documents=documents)
+        return None  # the reference makes its own, and so do blocks
 
     windows = {config.window_of(layer) for layer in range(config.num_blocks)}
     return Context(
@@ -194,7 +209,8 @@ class Attention(nn.Module):
     def _attend_in_blocks(self, q: Tensor, k: Tensor, v: Tensor, context: Context, first_head: int) -> Tensor:
         """`_attend` with the keys of other ranks."""
         assert self.across is not None
-        blocks = BlockAttention(
+        kind = FusedBlockAttention if context.implementation == "triton" else BlockAttention
+        blocks = kind(
             window=self.window,
             documents=context.documents,
             slopes=context.slopes,
@@ -230,6 +246,8 @@ class Attention(nn.Module):
             return sdpa.attention(q, k, v, mask)
         if context.implementation == "flex":
             return flex.attention(q, k, v, mask, context.slopes, sinks)
+        if context.implementation == "triton":
+            return fused.attention(q, k, v, mask, slopes=context.slopes, sinks=sinks)[0]
         dropout = self._dropout(context, first_head)
         output, lse = reference.attention(
             q, k, v, window=self.window, documents=context.documents, slopes=context.slopes, dropout=dropout

@@ -24,26 +24,26 @@ from parallel.context import (
 from parallel.groups import ModelParallel
 
 RUNS_ON: dict[str, tuple[str, ...]] = {
-    "ring": ("reference",),
-    "ulysses": ("sdpa", "reference"),
-    "allgather": ("reference",),
+    "ring": ("triton", "reference"),
+    "ulysses": ("triton", "sdpa", "reference"),
+    "allgather": ("triton", "reference"),
 }
-"""Implementations that each method can run on, the one that model.attention=auto means first."""
+"""Implementations that each method can run on. Which of them model.attention=auto takes, `choose_attention` says."""
 WITHOUT_SINKS = "sdpa"
 """The implementation that does not return the log-sum-exp, which attention sinks need."""
 
 
-def on_context(attention: str, method: str, *, sinks: bool = False) -> str:
-    """The implementation that model.attention means under a method. Raises ValueError where there is none."""
-    possible = [name for name in RUNS_ON[method] if not (sinks and name == WITHOUT_SINKS)]
+def runs_on_context(attention: str, method: str, *, sinks: bool = False) -> tuple[str, ...]:
+    """Implementations that model.attention may mean under a method. Raises ValueError where there is none."""
+    possible = tuple(name for name in RUNS_ON[method] if not (sinks and name == WITHOUT_SINKS))
     if attention == "auto":
-        return possible[0]
+        return possible
     if attention not in possible:
         raise ValueError(
             f"model.attention={attention} does not work with parallel.cp_method={method}, which runs on "
             f"{' or '.join(possible)}{' with model.attention_sinks=true' * sinks}; use model.attention=auto"
         )
-    return attention
+    return (attention,)
 
 
 class ContextAttention:

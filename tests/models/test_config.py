@@ -40,7 +40,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"norm": "batchnorm"}, "use one of rmsnorm, layernorm"),
     ({"activation": "swish"}, "use one of silu, gelu"),
     ({"positions": "sinusoidal"}, "use one of rope, learned, alibi, none"),
-    ({"attention": "flash"}, "use one of auto, reference, sdpa, flex"),
+    ({"attention": "flash"}, "use one of auto, reference, sdpa, flex, triton"),
     ({"activation_checkpoint": "some"}, "use one of none, full, selective, offload"),
     ({"dropout": 1.0}, "model.dropout=1.0"),
     ({"attention_dropout": -0.1}, "model.attention_dropout=-0.1"),

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 
 from kernels.attention.alibi import slopes
+from kernels.backend import interpreted
 from models.decoder import Decoder
 from models.init import initialize
 from models.initializers import Constant, Normal
@@ -134,7 +135,7 @@ def context_of(model: Decoder, x: Tensor, **given: Any) -> Any:
     return build_context(model.config, seq_len=x.shape[1], device=x.device, dtype=x.dtype, **fields)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "reference"])
+@pytest.mark.parametrize("attention", ["sdpa", "reference", "triton"])
 def test_a_block_compiles_without_a_graph_break(attention: str) -> None:
     """Python that the tracer cannot follow, with windows, documents and dropout all on."""
     probabilities = 0.1 if attention == "reference" else 0.0
@@ -144,10 +145,11 @@ def test_a_block_compiles_without_a_graph_break(attention: str) -> None:
     model = random_decoder(config).train()
     x, samples = torch.randn(2, 19, 24), torch.tensor([4, 9])
     documents, positions = documents_and_positions(2)
-    context = context_of(model, x, positions=positions, documents=documents, samples=samples)
-    for block in model.blocks if attention == "sdpa" else model.blocks[:1]:
-        compiled = torch.compile(block, fullgraph=True, backend="eager")
-        torch.testing.assert_close(compiled(x, context=context), block(x, context=context))
+    with interpreted():
+        context = context_of(model, x, positions=positions, documents=documents, samples=samples)
+        for block in model.blocks if attention == "sdpa" else model.blocks[:1]:
+            compiled = torch.compile(block, fullgraph=True, backend="eager")
+            torch.testing.assert_close(compiled(x, context=context), block(x, context=context))
 
 
 def test_the_head_that_is_passed_in_gets_hidden_states_and_the_right_weight() -> None:
@@ -216,21 +218,60 @@ def test_rope_refuses_tables_that_something_cast_to_bf16() -> None:
         model.blocks[0](x, context=context._replace(cos=context.cos.bfloat16()))
 
 
-def test_what_auto_means_is_said_and_flex_is_refused_where_it_does_not_run() -> None:
+def test_what_auto_means_is_said_and_kernels_are_refused_where_they_do_not_run() -> None:
     """A run that reports another kernel than it used."""
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     plain, windowed = tiny(head_dim=16), tiny(head_dim=16, sliding_window=5)
     bf16, fp32 = torch.bfloat16, torch.float32
     assert choose_attention(plain, cuda, bf16) == choose_attention(windowed, cpu, fp32, documents=True) == "sdpa"
-    assert choose_attention(windowed, cuda, bf16) == choose_attention(plain, cuda, bf16, documents=True) == "flex"
+    assert choose_attention(windowed, cuda, bf16) == choose_attention(plain, cuda, bf16, documents=True) == "triton"
+    assert choose_attention(tiny(head_dim=512), cuda, bf16, documents=True) == "flex"
+    assert choose_attention(replace(plain, attention="flex"), cuda, bf16) == "flex"
+    assert choose_attention(plain, cuda, torch.float64) == "reference"
     assert choose_attention(replace(windowed, attention="reference"), cuda, bf16) == "reference"
     sinks = tiny(head_dim=16, attention_sinks=True)
-    assert [choose_attention(sinks, device, bf16) for device in (cpu, cuda)] == ["reference", "flex"]
+    assert [choose_attention(sinks, device, bf16) for device in (cpu, cuda)] == ["reference", "triton"]
     assert choose_attention(sinks, cpu, fp32, cp_method="ulysses") == "reference"
-    with pytest.raises(ValueError, match=r"runs on reference with model\.attention_sinks=true"):
+    for method in ("ring", "allgather"):
+        assert [choose_attention(plain, device, bf16, cp_method=method) for device in (cpu, cuda)] == [
+            "reference",
+            "triton",
+        ]
+        forced = replace(plain, attention="reference")
+        assert choose_attention(forced, cuda, bf16, cp_method=method) == "reference"
+        with pytest.raises(ValueError, match=r"model\.attention=triton does not run on cpu"):
+            choose_attention(replace(plain, attention="triton"), cpu, fp32, cp_method=method)
+    assert choose_attention(plain, cuda, bf16, cp_method="ulysses") == "sdpa"
+    assert choose_attention(plain, cuda, bf16, cp_method="ulysses", documents=True) == "triton"
+    with pytest.raises(ValueError, match=r"runs on triton or reference with model\.attention_sinks=true"):
         choose_attention(replace(sinks, attention="sdpa"), cpu, fp32, cp_method="ulysses")
-    with pytest.raises(ValueError, match=r"model\.attention=flex does not run on cpu"):
-        random_decoder(replace(plain, attention="flex"))(sample_tokens())
+    for kernel in ("flex", "triton"):
+        with pytest.raises(ValueError, match=rf"model\.attention={kernel} does not run on cpu"):
+            random_decoder(replace(plain, attention=kernel))(sample_tokens())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sliding_window": 3, "sliding_window_layers": [0]},
+        {"attention_sinks": True},
+        {"positions": "alibi"},
+    ],
+    ids=str,
+)
+def test_a_decoder_on_the_triton_kernels_is_the_one_on_the_reference(changes: dict[str, Any]) -> None:
+    """Masks of another layer, slopes or sinks that do not arrive: in Triton's interpreter."""
+    tokens = sample_tokens()
+    documents = (torch.arange(tokens.shape[1]) * 2 // tokens.shape[1]).expand(tokens.shape).int()
+    results = []
+    for attention in ("reference", "triton"):
+        model = random_decoder(tiny(attention=attention, **changes))
+        with interpreted():
+            logits = model(tokens, documents=documents)
+            (logits * torch.linspace(-1, 1, logits.shape[-1])).sum().backward()
+        results.append([logits, *(p.grad for p in model.parameters())])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_attention_that_only_a_slow_kernel_could_do_is_not_chosen_silently() -> None:
@@ -238,8 +279,8 @@ def test_attention_that_only_a_slow_kernel_could_do_is_not_chosen_silently() -> 
     cuda, bf16 = torch.device("cuda"), torch.bfloat16
     small = tiny(head_dim=8, sliding_window=4)  # heads of 8
     odd = tiny(head_dim=6)  # heads of 6
-    assert choose_attention(small, cuda, bf16) == "sdpa"
-    assert choose_attention(odd, cuda, bf16) == "reference"
+    assert choose_attention(small, cuda, bf16) == choose_attention(odd, cuda, bf16) == "triton"
+    assert choose_attention(tiny(head_dim=300), cuda, torch.float64) == "reference"
     with pytest.raises(ValueError, match=r"model\.attention=flex has no kernel for heads of 8 features"):
         choose_attention(replace(small, attention="flex"), cuda, bf16)
     with pytest.raises(ValueError, match=r"model\.attention=sdpa has no CUDA kernel for heads of 6 features"):

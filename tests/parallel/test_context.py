@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 from kernels.attention.blockwise import BlockAttention
+from kernels.attention.fused_blockwise import FusedBlockAttention
+from kernels.backend import interpreted
 from models.layers.context_attention import ContextAttention
 from parallel import context
 from parallel.context import pairs, repeat_kv_heads, to_parts, to_sequence, zigzag_indices
@@ -183,6 +185,40 @@ def test_blocks_of_bf16_are_merged_in_fp32(ranks: RankPool, method: str) -> None
     for deviation, dtypes in ranks.run(4, in_bf16, method):
         assert deviation < 2**-8  # of inputs and results to bf16, once
         assert dtypes == {torch.bfloat16}
+
+
+def on_kernels(method: str) -> tuple[list[Tensor], list[Tensor]]:
+    """Output and gradients of this rank's tokens, by the Triton kernels in fp32 and by the reference in fp64."""
+    here = zigzag_indices(S, rank=dist.get_rank(), size=dist.get_world_size())
+    heads, narrow = slice(0, 2), slice(0, 1)
+    (q, k, v), grad = inputs()
+    leaves = [q[:, here, heads], k[:, here, narrow], v[:, here, narrow], SINKS[heads]]
+    mask = {"window": 11, "documents": DOCUMENTS, "slopes": SLOPES[heads]}
+    results = []
+    for kind, dtype in ((FusedBlockAttention, torch.float32), (BlockAttention, torch.float64)):
+        of_kind = [x.to(dtype, copy=True).requires_grad_() for x in leaves]
+        across = ContextAttention(ModelParallel(cp_ring=_ring(), cp_method=method))
+        with interpreted():
+            output = across.by_tokens(*of_kind[:3], kind(**mask), of_kind[3])
+            results.append([output, *torch.autograd.grad(output, of_kind, grad[:, here, heads].to(dtype))])
+    first, second = ([x.detach() for x in result] for result in results)
+    return first, second
+
+
+def _ring() -> Any:
+    size = dist.get_world_size()
+    mesh = build_mesh(ParallelDims(dp_replicate=1, dp_shard=1, world_size=size, cp=size, cp_ulysses=1), "cpu").context
+    assert mesh is not None
+    return mesh["cp_ring"]
+
+
+@pytest.mark.parametrize("method", ["ring", "allgather"])
+def test_blocks_by_the_triton_kernels_are_those_of_the_reference(ranks: RankPool, method: str) -> None:
+    """What runs on CUDA: a log-sum-exp, a delta or a gradient that does not fit the merging. In the interpreter."""
+    for ours, theirs in ranks.run(2, on_kernels, method):
+        for x, truth in zip(ours, theirs, strict=True):
+            assert x.dtype == torch.float32
+            assert (x - truth).abs().max() < 1e-5 * truth.abs().max()
 
 
 def _faulty(where: str, method: str) -> list[Tensor]:
