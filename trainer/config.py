@@ -26,7 +26,9 @@ class LoopConfig:
     micro_batch_size: int = 1  # sequences per rank per micro-batch; the last one of a step has what is left
     seed: int = 0
     grad_clip: float = 1.0  # largest global gradient norm; 0: no clipping
-    compile: bool = False  # torch.compile each block
+    compile: bool = (
+        False  # torch.compile each block, and with inductor what lies between the matrix products of the loss
+    )
     compile_backend: str = "inductor"
     device: str = "auto"  # auto (cuda where there is one), cuda, cpu
     nonfinite: str = "skip"  # loss or gradient not finite: skip the step, or stop the run
