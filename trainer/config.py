@@ -90,6 +90,8 @@ class LoggingConfig:
     tensorboard: bool = False
     console: bool = True
     peak_tflops: float | None = None  # MFU is against this; None: looked up by device name
+    profile_steps: int = 0  # trace so many steps into run.dir/profile; 0: none
+    profile_after: int = 5  # steps of this start before the traced ones
 
 
 @dataclass
