@@ -6,7 +6,9 @@
 Prints one JSON object over the steps of the newest start of the run, without the first --skip ones (compilation,
 caches, allocator): tokens_per_second_per_gpu and mfu are means over time (all tokens over all seconds),
 step_seconds_median and _mean over steps, data_wait_fraction the share of time spent waiting for data; peak_memory_gib
-and the losses are over all steps of that start. docs/METRICS.md defines the fields.
+and the losses are over all steps of that start. mfu counts attention over the whole sequence, mfu_causal over what a
+token may see. A run with logging.profile_steps also gives `profile` (benchmarks/profile.py), of which the traced steps,
+which tracing slows, are better left out by --skip. docs/METRICS.md defines the fields.
 """
 
 from __future__ import annotations
@@ -19,6 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a clone, installed or not
+
+from benchmarks.profile import profile_of, trace_path
 
 _CONFIG_KEYS = {
     "train": ("seq_len", "global_batch_size", "micro_batch_size", "compile"),
@@ -72,7 +78,9 @@ def summarize(run_dir: Path, *, skip: int) -> dict[str, Any]:
         "steps_skipped": skip,
         "tokens_per_second_per_gpu": _mean_over_time(measured, "tokens_per_second_per_gpu"),
         "mfu": _mean_over_time(measured, "mfu"),
+        "mfu_causal": _mean_over_time(measured, "mfu", scale=info["flops_per_token_causal"] / info["flops_per_token"]),
         "flops_per_token": info["flops_per_token"],
+        "flops_per_token_causal": info["flops_per_token_causal"],
         "peak_flops": info["peak_flops"],
         "peak_memory_gib": _largest(steps, "peak_memory_gib"),
         "step_seconds_median": statistics.median(seconds),
@@ -80,6 +88,7 @@ def summarize(run_dir: Path, *, skip: int) -> dict[str, Any]:
         "data_wait_fraction": sum(step.get("data_wait_seconds") or 0.0 for step in measured) / sum(seconds),
         "loss_first": steps[0]["loss"],
         "loss_last": steps[-1]["loss"],
+        "profile": profile_of(run_dir, top=0) if trace_path(run_dir, 0).is_file() else None,
         "kernels": info["kernels"],
         "precision": info["precision"],
         "versions": info["versions"],
@@ -88,12 +97,13 @@ def summarize(run_dir: Path, *, skip: int) -> dict[str, Any]:
     }
 
 
-def _mean_over_time(steps: list[dict[str, Any]], field: str) -> float | None:
-    """Mean of a rate, each step weighted by its duration; None when the run has no such number (mfu on a CPU)."""
+def _mean_over_time(steps: list[dict[str, Any]], field: str, *, scale: float = 1.0) -> float | None:
+    """Mean of a rate times scale, each step weighted by its duration; None when the run has no such number (mfu on a
+    CPU)."""
     pairs = [(step[field], step["step_seconds"]) for step in steps if step.get(field) is not None]
     if not pairs:
         return None
-    return sum(rate * seconds for rate, seconds in pairs) / sum(seconds for _, seconds in pairs)
+    return scale * sum(rate * seconds for rate, seconds in pairs) / sum(seconds for _, seconds in pairs)
 
 
 def _largest(steps: list[dict[str, Any]], field: str) -> float | None:

@@ -25,7 +25,7 @@ class TokenizerConfig:
 
 @dataclass
 class BlendPart:
-    """One source of a blend; the fields mean what they mean in DataConfig. Parts are read whole, never streamed."""
+    """One source of a blend; the fields mean what they mean in DataConfig."""
 
     weight: float = 1.0  # share of samples, after normalisation over the blend
     source: str = "text"
@@ -42,7 +42,7 @@ class DataConfig:
     subset: str | None = None  # hub: configuration name
     split: str = "train"  # hub
     text_field: str = "text"  # jsonl, parquet, hub: the field that holds the text
-    streaming: bool = True  # hub: read as a stream, never whole
+    streaming: bool = True  # hub, also in a blend: read as a stream, never whole
     stream_shards: int = 8  # hub streams: independent streams, must divide train.global_batch_size
     stream_block: int = 1024  # hub streams: documents are shuffled inside consecutive blocks of this many
     blend: list[BlendPart] = field(default_factory=list)  # blend: the parts
@@ -71,9 +71,14 @@ def parts(config: DataConfig) -> list[BlendPart]:
     ]
 
 
-def is_stream(config: DataConfig) -> bool:
-    """Whether the source is read without random access."""
-    return config.source == "hub" and config.streaming
+def is_stream(config: DataConfig, part: BlendPart) -> bool:
+    """Whether a source is read without random access."""
+    return part.source == "hub" and config.streaming
+
+
+def has_stream(config: DataConfig) -> bool:
+    """Whether any source is."""
+    return any(is_stream(config, part) for part in parts(config))
 
 
 def expand(path: str) -> list[Path]:
@@ -96,7 +101,7 @@ def problems(config: DataConfig) -> list[str]:
         return [f"data.source={config.source} is unknown; use one of {', '.join(SOURCES)}"]
     found = _numbers(config)
     found += _blend(config) if config.source == "blend" else _path(parts(config)[0], "data.")
-    if is_stream(config) and config.num_workers > 1:
+    if has_stream(config) and config.num_workers > 1:
         found.append(
             f"data.num_workers={config.num_workers}: a stream is read by one process per rank; use 1, "
             "or data.streaming=false"

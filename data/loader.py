@@ -18,12 +18,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from data.batch import IGNORE_INDEX, Batch
-from data.config import BlendPart, DataConfig, DataError, is_stream, parts, problems
-from data.corpus import open_tokens, tokenise
-from data.packing import Blend, FlatTokens, PackedDocuments, Samples, split_tokens
+from data.config import DataConfig, DataError, parts, problems
+from data.opening import open_reader
 from data.reader import Cursors, Failure, Item, RandomAccessReader, Reader, Slice, StreamReader
-from data.sources import HubStream, open_text
-from data.streams import Cursor, Stream, StreamValidation
 from data.tokenizer import Tokenizer, load_tokenizer
 
 AllGather = Callable[[object], list[Any]]
@@ -249,15 +246,16 @@ def build_loader(
         found.append("data.validation_fraction=0 leaves nothing to validate on; raise it, or set train.eval_interval=0")
     if found:
         raise DataError("; ".join(found))
-    part = Slice(global_batch_size, micro_batch_size, rank, world_size)
     tokenizer = _tokenizer(config, vocab_size)
-    identity: dict[str, Any] = {
-        "seq_len": seq_len,
-        "seed": seed if config.shuffle else None,
-        "validation_fraction": config.validation_fraction,
-    }
-    make = _stream_reader if is_stream(config) else _random_access_reader
-    reader = make(config, part, tokenizer, identity, seq_len=seq_len, seed=seed, split=split, vocab_size=vocab_size)
+    reader, identity = open_reader(
+        config,
+        Slice(global_batch_size, micro_batch_size, rank, world_size),
+        tokenizer,
+        seq_len=seq_len,
+        seed=seed,
+        split=split,
+        vocab_size=vocab_size,
+    )
     return Loader(
         reader,
         identity=identity,
@@ -280,101 +278,3 @@ def _tokenizer(config: DataConfig, vocab_size: int) -> Tokenizer | None:
             f"model.vocab_size={tokenizer.vocab_size} or more, or use the tokenizer the model was made for"
         )
     return tokenizer
-
-
-def _random_access_reader(
-    config: DataConfig,
-    part: Slice,
-    tokenizer: Tokenizer | None,
-    identity: dict[str, Any],
-    *,
-    seq_len: int,
-    seed: int,
-    split: str,
-    vocab_size: int,
-) -> Reader:
-    """Adds to identity what the data is."""
-    sources = parts(config)
-    opened = []
-    for index, source in enumerate(sources):
-        key = (seed, index) if config.shuffle and split == "train" else None
-        opened.append(_open_samples(config, source, tokenizer, seq_len=seq_len, key=key, split=split))
-    identity["content"] = [content for _, content in opened]
-    samples = [one for one, _ in opened]
-    if len(sources) > 1:
-        identity["weights"] = [source.weight for source in sources]
-    return RandomAccessReader(
-        Blend(samples, [source.weight for source in sources]) if len(sources) > 1 else samples[0],
-        part,
-        mask_documents=config.mask_documents,
-        vocab_size=vocab_size,
-    )
-
-
-def _open_samples(
-    config: DataConfig,
-    source: BlendPart,
-    tokenizer: Tokenizer | None,
-    *,
-    seq_len: int,
-    key: tuple[int, ...] | None,
-    split: str,
-) -> tuple[Samples, str]:
-    """The samples of one source, and the hash of its content."""
-    what = (
-        f"the {split} split of data.path={source.path}" if source.path else f"the {split} split of data.source=stdlib"
-    )
-    which = 0 if split == "train" else 1
-    if source.source == "tokens":
-        array, content = open_tokens(str(source.path))
-        eos_id = None
-        if config.mask_documents:
-            eos_id = config.eos_id if config.eos_id is not None else tokenizer.eos_id if tokenizer else None
-        array = split_tokens(array, seq_len, config.validation_fraction)[which]
-        return FlatTokens(array, seq_len=seq_len, key=key, what=what, eos_id=eos_id), content
-    if tokenizer is None:
-        raise DataError(f"data.tokenizer.path is missing: {what} is text")
-    corpus = tokenise(open_text(source), tokenizer, config.cache_dir)
-    return PackedDocuments(
-        corpus.split(config.validation_fraction)[which], seq_len=seq_len, key=key, what=what
-    ), corpus.content
-
-
-def _stream_reader(
-    config: DataConfig,
-    part: Slice,
-    tokenizer: Tokenizer | None,
-    identity: dict[str, Any],
-    *,
-    seq_len: int,
-    seed: int,
-    split: str,
-    vocab_size: int,
-) -> Reader:
-    """Adds to identity what the data is."""
-    source = HubStream(parts(config)[0], config.stream_shards)
-    if tokenizer is None:
-        raise DataError(f"data.tokenizer.path is missing: data.path={config.path} is text")
-    known = tokenizer
-    identity["content"] = [source.fingerprint(), known.fingerprint()]
-    identity["stream_shards"] = config.stream_shards
-    identity["stream_block"] = config.stream_block if config.shuffle else None
-    if split == "validation":
-        validation = StreamValidation(source, known, seq_len=seq_len, fraction=config.validation_fraction)
-        return RandomAccessReader(validation, part, mask_documents=config.mask_documents, vocab_size=vocab_size)
-
-    def open_stream(index: int, cursor: Cursor) -> Stream:
-        return Stream(
-            source,
-            index,
-            known,
-            seq_len=seq_len,
-            seed=seed if config.shuffle else None,
-            block=config.stream_block,
-            validation_fraction=config.validation_fraction,
-            cursor=cursor,
-        )
-
-    return StreamReader(
-        open_stream, config.stream_shards, part, mask_documents=config.mask_documents, vocab_size=vocab_size
-    )

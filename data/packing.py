@@ -151,20 +151,19 @@ def _samples_per_epoch(num_tokens: int, seq_len: int, what: str, documents: int 
     return count
 
 
-class Blend:
-    """Samples of several sources in exact proportion: among the first n, source k has weight_k * n, to within 2.
+class Proportions:
+    """Whose sample is the n-th of several sources: of the first n, source k of K has weight_k * n, to within K / 2.
 
     A chain of two-way splits: of the n samples that reach source k, round(n * p) go to it, with p its weight over that
     of itself and all after it; the others go on. So number -> (source, number there) is a closed form in exact
     integers: nothing to store, nothing to replay on resuming.
     """
 
-    def __init__(self, sources: list[Samples], weights: list[float]) -> None:
-        self._sources = sources
+    def __init__(self, weights: list[float]) -> None:
         exact = [
             Fraction(str(weight)) for weight in weights
         ]  # the decimal number that was written, not its binary neighbour
-        self._shares = [weight / sum(exact) for weight in exact]
+        self.shares = [weight / sum(exact) for weight in exact]
         self._splits = [weight / sum(exact[k:]) for k, weight in enumerate(exact)]
 
     def locate(self, number: int) -> tuple[int, int]:
@@ -176,13 +175,22 @@ class Blend:
             number -= taken
         raise AssertionError("the last source takes all that reach it")
 
+
+class Blend:
+    """Samples of several sources in exact proportion."""
+
+    def __init__(self, sources: list[Samples], weights: list[float]) -> None:
+        self._sources = sources
+        self._proportions = Proportions(weights)
+
     def available(self, wanted: int) -> int:
         """At least one sample of each source is seen as if it were there."""
-        enough = [int(s.available(wanted) / share) for s, share in zip(self._sources, self._shares, strict=True)]
+        shares = self._proportions.shares
+        enough = [int(s.available(wanted) / share) for s, share in zip(self._sources, shares, strict=True)]
         return max(1, min(wanted, *enough))
 
     def __getitem__(self, number: int) -> Sample:
-        source, index = self.locate(number)
+        source, index = self._proportions.locate(number)
         return self._sources[source][index]
 
 

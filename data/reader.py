@@ -12,7 +12,7 @@ from torch.utils.data import Dataset, IterableDataset, Sampler
 from data.batch import Batch
 from data.config import DataError
 from data.packing import Sample, Samples, make_batch
-from data.streams import Cursor, RankStreams, Stream
+from data.streams import RankStreams, SampleStream
 
 Cursors = dict[str, list[int]]
 """Position of each stream, by its number, in JSON values."""
@@ -138,11 +138,12 @@ class _Numbers(Sampler):
 
 
 class StreamReader(Reader):
-    """Over streams; open(index, cursor) opens one. The item that completes a step carries the cursors after it."""
+    """Over streams; open_stream(index, cursor) opens one, at its beginning without a cursor. The item that completes a
+    step carries the cursors after it."""
 
     def __init__(
         self,
-        open_stream: Callable[[int, Cursor], Stream],
+        open_stream: Callable[[int, list[int] | None], SampleStream],
         num_streams: int,
         part: Slice,
         *,
@@ -165,7 +166,7 @@ class StreamReader(Reader):
 
     def items(self, first: int, cursors: Cursors) -> Iterator[Item]:
         """Micro-batches from the step whose first sample is `first`, without end."""
-        opened = {index: self._open(index, Cursor(*cursors.get(str(index), ()))) for index in self.needed}
+        opened = {index: self._open(index, cursors.get(str(index))) for index in self.needed}
         streams = RankStreams(opened, begin=self.part.begin, end=self.part.end, per_stream=self._per_stream)
         while True:
             samples = streams.step()

@@ -3,21 +3,24 @@
 A dataset is cut into V streams, a number of its own (data.stream_shards), whatever the number of ranks. A global batch
 of G samples takes c = G / V from each: position j of the batch is sample j % c of those from stream j // c. A rank
 reads the streams that its slice of the batch touches, so with V a multiple of the ranks each stream is read by one.
-Each stream has a cursor of three integers; together they are the position of the run, on any number of ranks.
+Each stream has a cursor of a few integers; together they are the position of the run, on any number of ranks.
+
+In a blend the same V streams each take from all sources: from the V parts of one that streams, and by number from one
+that does not.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import islice
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from data.config import DataError
-from data.packing import Sample, permutation
+from data.packing import Proportions, Sample, Samples, permutation
 from data.sources import HubStream
 from data.tokenizer import Tokenizer
 
@@ -28,6 +31,17 @@ class Cursor(NamedTuple):
     epoch: int = 0
     document: int = 0  # how many documents of this epoch's order lie before the one it begins in
     token: int = 0  # index in that document
+
+
+class SampleStream(Protocol):
+    """Samples one after the other."""
+
+    @property
+    def cursor(self) -> tuple[int, ...]:
+        """Where the sample that `next` gives next begins; a stream opened there goes on with it."""
+        ...
+
+    def next(self) -> Sample: ...
 
 
 class _Document(NamedTuple):
@@ -126,10 +140,48 @@ class Stream:
         return permutation(count, self._seed, self._index, epoch, block)
 
 
+class BlendedStream:
+    """Stream `index` of a blend. Every num_streams consecutive samples of the blend are dealt to its streams in an
+    order drawn anew, so that each stream sees all sources, and each global batch their proportions.
+
+    The cursor is how many samples were taken, then the cursors of the parts that stream.
+    """
+
+    def __init__(
+        self,
+        parts: list[Stream | Samples],
+        proportions: Proportions,
+        *,
+        index: int,
+        num_streams: int,
+        seed: int,
+        taken: int,
+    ) -> None:
+        self._parts = parts
+        self._proportions = proportions
+        self._index = index
+        self._num_streams = num_streams
+        self._seed = seed
+        self._taken = taken
+
+    @property
+    def cursor(self) -> tuple[int, ...]:
+        of_parts = (part.cursor for part in self._parts if isinstance(part, Stream))
+        return (self._taken, *(value for cursor in of_parts for value in cursor))
+
+    def next(self) -> Sample:
+        """Of the source whose turn it is."""
+        place = int(permutation(self._num_streams, self._seed, self._taken)[self._index])
+        source, number = self._proportions.locate(self._taken * self._num_streams + place)
+        self._taken += 1
+        part = self._parts[source]
+        return part.next() if isinstance(part, Stream) else part[number]
+
+
 class RankStreams:
     """The streams that one rank reads, step by step."""
 
-    def __init__(self, streams: dict[int, Stream], *, begin: int, end: int, per_stream: int) -> None:
+    def __init__(self, streams: Mapping[int, SampleStream], *, begin: int, end: int, per_stream: int) -> None:
         """begin, end: the rank's positions in the global batch. per_stream: samples of a step from each stream."""
         self._streams = streams
         self._begin = begin

@@ -154,9 +154,9 @@ def load_tokenizer(config: DataConfig, *, train: bool = True) -> Tokenizer:
 
 
 def _text_sources(config: DataConfig) -> list[TextSource]:
-    if is_stream(config):
-        return [HubStream(parts(config)[0], config.stream_shards)]
-    return [open_text(part) for part in parts(config)]
+    return [
+        HubStream(part, config.stream_shards) if is_stream(config, part) else open_text(part) for part in parts(config)
+    ]
 
 
 def train_bpe(texts: Iterator[str], vocab_size: int) -> Tokenizer:

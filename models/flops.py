@@ -26,6 +26,21 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> int:
     positions, and input embeddings that are not also the head. Multi-token prediction uses the head once more for each
     of its blocks.
     """
+    multiplied, attention = _flops(config)
+    seen = sum(min(seq_len, config.window_of(layer) or seq_len) for layer in range(config.num_blocks))
+    return multiplied + attention * seen
+
+
+def causal_flops_per_token(config: ModelConfig, seq_len: int) -> float:
+    """`flops_per_token` with the other convention for attention: a token's own place and those before it that it sees,
+    on average over the sequence; about half."""
+    multiplied, attention = _flops(config)
+    windows = (min(seq_len, config.window_of(layer) or seq_len) for layer in range(config.num_blocks))
+    return multiplied + attention * sum(w - w * (w - 1) / (2 * seq_len) for w in windows)
+
+
+def _flops(config: ModelConfig) -> tuple[int, int]:
+    """Of a token in all matrix products but attention's, and of attention per place that it looks at in a layer."""
     assert config.head_dim is not None  # resolved
     assert config.value_dim is not None
     lookup = 0 if config.tie_embeddings else config.vocab_size * config.hidden_size
@@ -34,5 +49,4 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> int:
     idle = sum(map(config.moe.in_layer, range(config.num_blocks))) * (config.moe.num_experts - config.moe.top_k)
     idle *= 3 * config.hidden_size * config.moe.intermediate_size
     multiplied = num_parameters(config) - lookup - idle + config.mtp.depth * config.vocab_size * config.hidden_size
-    seen = sum(min(seq_len, config.window_of(layer) or seq_len) for layer in range(config.num_blocks))
-    return 6 * multiplied + 6 * config.num_heads * (config.head_dim + config.value_dim) * seen
+    return 6 * multiplied, 6 * config.num_heads * (config.head_dim + config.value_dim)

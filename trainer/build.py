@@ -79,7 +79,7 @@ def build_state(config: TrainConfig, dims: ParallelDims, mesh: Meshes, device: t
         token_group=token_group,
         device=device,
         grad_clip=config.train.grad_clip,
-        compile_loss=config.train.compile,
+        compile_loss=compiles_loss(config),
         loss_weights=loss_weights(config.model.mtp, device) if config.model.mtp.depth else None,
         vocabulary=vocabulary_shard(config.model.vocab_size, groups),
         routing=routing,
@@ -87,6 +87,11 @@ def build_state(config: TrainConfig, dims: ParallelDims, mesh: Meshes, device: t
         stage_group=passes.group if isinstance(passes, PipelinedPasses) else None,
         copies=passes.copies if isinstance(passes, PipelinedPasses) else frozenset(),
     )
+
+
+def compiles_loss(config: TrainConfig) -> bool:
+    """Other backends than inductor show how blocks are captured; they would make the loss no faster."""
+    return config.train.compile and config.train.compile_backend == "inductor"
 
 
 def attention_used(config: TrainConfig, device: torch.device) -> str:
@@ -105,7 +110,7 @@ def implementations(config: TrainConfig, dims: ParallelDims, state: TrainState, 
     model, train = config.model, config.train
     used = {
         "attention": attention_used(config, device),
-        "loss": "linear_cross_entropy" + (", compiled" if train.compile else ""),
+        "loss": "linear_cross_entropy" + (", compiled" if compiles_loss(config) else ""),
         "blocks": f"torch.compile({train.compile_backend})" if train.compile else "eager",
         "activation_checkpoint": model.activation_checkpoint,
         "optimizer": config.optim.name,

@@ -26,7 +26,9 @@ class LoopConfig:
     micro_batch_size: int = 1  # sequences per rank per micro-batch; the last one of a step has what is left
     seed: int = 0
     grad_clip: float = 1.0  # largest global gradient norm; 0: no clipping
-    compile: bool = False  # torch.compile each block
+    compile: bool = (
+        False  # torch.compile each block, and with inductor what lies between the matrix products of the loss
+    )
     compile_backend: str = "inductor"
     device: str = "auto"  # auto (cuda where there is one), cuda, cpu
     nonfinite: str = "skip"  # loss or gradient not finite: skip the step, or stop the run
@@ -88,6 +90,8 @@ class LoggingConfig:
     tensorboard: bool = False
     console: bool = True
     peak_tflops: float | None = None  # MFU is against this; None: looked up by device name
+    profile_steps: int = 0  # trace so many steps into run.dir/profile; 0: none
+    profile_after: int = 5  # steps of this start before the traced ones
 
 
 @dataclass

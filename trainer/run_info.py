@@ -38,6 +38,7 @@ class RunInfo:
     kernels: Mapping[str, str]  # op -> implementation really used, such as {"attention": "sdpa"}
     precision: Mapping[str, str]  # what -> dtype really used, such as {"compute": "bf16", "master": "fp32"}
     flops_per_token: float  # forward and backward of one token, recomputation not counted
+    flops_per_token_causal: float  # the same, where attention counts what a token may see
     peak_flops: float | None  # FLOP/s per device that MFU is against
     resume_step: int = 0  # steps already done before this start
     argv: Sequence[str] = field(default_factory=lambda: tuple(sys.argv))
@@ -65,6 +66,7 @@ def write_run_info(run_dir: Path, info: RunInfo) -> dict[str, Any]:
         "kernels": dict(info.kernels),
         "precision": dict(info.precision),
         "flops_per_token": info.flops_per_token,
+        "flops_per_token_causal": info.flops_per_token_causal,
         "peak_flops": info.peak_flops,
         "command": command,
         "starts": [*_earlier_starts(path), start],

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from data.batch import Batch
 from data.config import DataError
 from data.loader import Loader, build_loader
-from models.flops import flops_per_token, num_parameters
+from models.flops import causal_flops_per_token, flops_per_token, num_parameters
 from models.hf import load_hf_weights
 from models.init import initialize
 from parallel.dims import ParallelDims
@@ -30,6 +30,7 @@ from trainer.determinism import make_deterministic
 from trainer.identity import changed_settings, check_same_model, check_tokenizer_is_known, model_identity, run_identity
 from trainer.metrics import MetricLogger
 from trainer.pipelined import PipelinedPasses
+from trainer.profiling import StepProfiler
 from trainer.resilience import PreemptionGuard
 from trainer.run_dir import check_run_dir, enter_run_dir, find_start
 from trainer.run_info import RunInfo, write_config, write_run_info
@@ -111,6 +112,13 @@ class Trainer:
             config_dict=asdict(config),
             resume_step=self.state.step,
         )
+        self.profiler = StepProfiler(
+            after=config.logging.profile_after,
+            num_steps=config.logging.profile_steps,
+            folder=self.run_dir / "profile",
+            rank=self.rank,
+            device=self.device,
+        )
         self.guard = PreemptionGuard()
         self._alone = False  # other ranks may have ended, or be waiting elsewhere
         self._pending: deque[_Pending] = deque()
@@ -188,6 +196,7 @@ class Trainer:
             kernels=implementations(self.config, self.dims, self.state, self.device),
             precision={"compute": precision.compute, "master": precision.master, "reduce": precision.reduce},
             flops_per_token=flops,
+            flops_per_token_causal=causal_flops_per_token(self.config.model, self.config.train.seq_len),
             peak_flops=peak,
             resume_step=self.state.step,
         )
@@ -229,7 +238,10 @@ class Trainer:
         loss = None
         self.clock.start()
         while state.step < config.train.steps:
+            self.profiler.begin_step()
             self._launch_step()
+            if (trace := self.profiler.end_step()) is not None:
+                self.metrics.event("profile", f"traced into {trace.parent}", step=state.step)
             finished = state.step == config.train.steps
             validate = config.train.eval_interval > 0 and (finished or state.step % config.train.eval_interval == 0)
             preempted = self.guard.requested(state.step) and not finished

@@ -125,6 +125,7 @@ def _checkpoint_problems(checkpoint: CheckpointConfig) -> list[str]:
 
 def _logging_problems(logging: LoggingConfig) -> list[str]:
     found = _one_of("logging.wandb_mode", logging.wandb_mode, WANDB_MODES)
+    found += _at_least("logging", logging, {"profile_steps": 0, "profile_after": 0})
     if logging.interval < 1:
         found.append(
             f"logging.interval={logging.interval} must be at least 1; to silence the console use logging.console=false"

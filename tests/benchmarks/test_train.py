@@ -30,6 +30,7 @@ def write_run(run_dir: Path, *, mfu: bool = True) -> None:
             kernels={"attention": "sdpa"},
             precision={"compute": "fp32"},
             flops_per_token=1000.0,
+            flops_per_token_causal=800.0,
             peak_flops=1e6 if mfu else None,
             resume_step=resume_step,
             argv=["launch/train.py", "parallel=zero2", f"run.dir={run_dir}"],
@@ -76,6 +77,8 @@ def test_the_summary_is_over_the_newest_start_after_its_warm_up(tmp_path: Path) 
     assert summary["steps_measured"] == 3
     assert summary["tokens_per_second_per_gpu"] == pytest.approx(300 / 4)  # the mean of the rates would be 83.3
     assert summary["mfu"] == pytest.approx(0.075)
+    assert summary["mfu_causal"] == pytest.approx(0.06)
+    assert summary["profile"] is None
     assert summary["step_seconds_median"] == 1.0
     assert summary["step_seconds_mean"] == pytest.approx(4 / 3)
     assert summary["data_wait_fraction"] == pytest.approx(0.3 / 4)

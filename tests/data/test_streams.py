@@ -6,9 +6,10 @@ import itertools
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from data.config import DataError, TokenizerConfig
+from data.config import BlendPart, DataError, TokenizerConfig
 from data.packing import permutation
 from data.streams import held_out
 from tests.data.helpers import VOCAB, make_config, make_loader, rows, run, texts, tokenizer, write_jsonl
@@ -122,6 +123,66 @@ def test_a_stream_without_a_tokenizer_trains_one_and_gives_the_same_samples_agai
     first, _ = run(config, 3)
     config.cache_dir = str(tmp_path / "other")
     assert run(config, 3, world_size=2)[0] == first
+
+
+def blended_config(tmp_path: Path, **fields):
+    """A stream of 8 files, one of a single file, and an array whose tokens no text has in that order."""
+    config = stream_config(tmp_path, 8, **fields)
+    np.save(tmp_path / "array.npy", np.full(4000, 7))
+    single = dataset(tmp_path, 1, texts(50, longest=30, seed=5))
+    config.source, config.path, config.blend = (
+        "blend",
+        None,
+        [
+            BlendPart(weight=0.5, source="hub", path=str(tmp_path / "dataset8")),
+            BlendPart(weight=0.3, source="hub", path=str(single)),
+            BlendPart(weight=0.2, source="tokens", path=str(tmp_path / "array.npy")),
+        ],
+    )
+    return config
+
+
+def test_a_blend_of_streams_has_its_proportions_in_every_batch_and_each_streams_samples_in_order(tmp_path):
+    """Batches of one source at a time; a source of which some streams never get a turn; a sample lost in between."""
+    blend, _ = run(blended_config(tmp_path), 50)
+    tokens = [tuple(row[1]) for row in blend]
+    assert tokens.count((7,) * 16) == 80
+    assert all((7,) * 16 in tokens[n : n + 16] for n in range(0, 400, 16))
+    for name, count in (("dataset8", 200), ("dataset1", 120)):
+        config = make_config(tmp_path, source="hub", path=str(tmp_path / name), stream_shards=4, stream_block=BLOCK)
+        alone, _ = run(config, 50)
+        lanes = [[tuple(row[1]) for n, row in enumerate(alone) if n % 8 // 2 == stream] for stream in range(4)]
+        mixed = [
+            [row for n, row in enumerate(tokens) if n % 8 // 2 == stream and row in lane]
+            for stream, lane in enumerate(lanes)
+        ]
+        assert sum(map(len, mixed)) == count
+        for stream in range(4):
+            assert len(mixed[stream]) > count / 8
+            assert mixed[stream] == lanes[stream][: len(mixed[stream])]
+
+
+def test_a_blend_of_streams_stopped_anywhere_goes_on_as_if_it_had_not_on_any_layout(tmp_path):
+    """A cursor that forgets whose turn it was, or mixes up the parts' cursors."""
+    config = blended_config(tmp_path, validation_fraction=0.1, mask_documents=True)
+    whole, end = run(config, 20)
+    for before, after, stop in ((1, 4, 7), (4, 2, 1), (2, 8, 13), (8, 1, 19)):
+        first, state = run(config, stop, world_size=before)
+        rest, last = run(config, 20 - stop, world_size=after, state=state)
+        assert first + rest == whole
+        assert last == end
+    config.blend[0].weight = 0.6
+    with pytest.raises(DataError, match="weights was"):
+        run(config, 1, state=end)
+
+
+def test_a_blend_of_streams_is_validated_on_the_held_out_documents_of_all_its_parts(tmp_path):
+    """Validation on one part only."""
+    config = blended_config(tmp_path, validation_fraction=0.2)
+    loader = make_loader(config, split="validation")
+    read = [row[1] for step in loader.batches(2) for row in rows(step)]
+    assert read.count([7] * 16) in range(2, 5)
+    assert read == [row[1] for step in loader.batches(2) for row in rows(step)]
 
 
 def test_a_hub_dataset_can_be_read_whole(tmp_path):

@@ -1,8 +1,8 @@
 """`make parity`: train the cross product of the axes, compare each layout with one process, write docs/COMPOSES.md.
 
 The product is of pipeline, tensor, context and expert parallelism and the ZeRO stages; the other features take turns.
-A run takes about an hour on two cores; --only N trains every Nth layout, --write-only keeps the measurements there are.
-Exits 1 if a layout deviates.
+A run takes about an hour on two cores. Its measurements are in docs/composes.json from the first layout on: --resume
+takes them as they are and trains what is missing, --write-only trains nothing. Exits 1 if a layout deviates.
 """
 
 from __future__ import annotations
@@ -66,10 +66,9 @@ def cross_product(legality: Legality) -> tuple[list[Layout], int]:
     return layouts, refused
 
 
-def measure(layouts: list[Layout]) -> list[dict[str, Any]]:
-    """Train and compare each layout; one record each."""
+def measure(layouts: list[Layout], records: list[dict[str, Any]]) -> None:
+    """Train and compare each layout; adds one record each, and saves all."""
     ranks = RankPool()
-    records = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         comparison = Comparison(ranks, text_corpus(folder), folder)
@@ -82,14 +81,26 @@ def measure(layouts: list[Layout]) -> list[dict[str, Any]]:
             except RankError as error:
                 record["problems"] = [str(error).strip().splitlines()[-1]]
             records.append(record)
+            save(records)
             verdict = "; ".join(record["problems"]) or "ok"
             seconds = time.monotonic() - started
             print(f"{index + 1}/{len(layouts)} {name_of(layout)}: {verdict} ({seconds:.1f} s)", flush=True)
     ranks.close()
-    return records
 
 
-def page(records: list[dict[str, Any]], num_refused: int, refused: dict[Pair, str]) -> str:
+def save(records: list[dict[str, Any]]) -> None:
+    """docs/composes.json, a line per layout."""
+    compact = [json.dumps(record | {"layout": list(record["layout"].values())}) for record in records]
+    MEASURED.write_text("[\n" + ",\n".join(compact) + "\n]\n")
+
+
+def load() -> list[dict[str, Any]]:
+    """What `save` wrote."""
+    records = json.loads(MEASURED.read_text())
+    return [record | {"layout": dict(zip(FEATURES, record["layout"], strict=True))} for record in records]
+
+
+def page(records: list[dict[str, Any]], num_legal: int, num_refused: int, refused: dict[Pair, str]) -> str:
     """docs/COMPOSES.md."""
     good = [r for r in records if not r["problems"]]
     lines = [
@@ -100,10 +111,10 @@ def page(records: list[dict[str, Any]], num_refused: int, refused: dict[Pair, st
         f"{GRADIENT:.0e} of their tensor's maximum, final weights within {WEIGHTS:g} times what another order of "
         "sums does in one process.",
         "",
-        f"The cross product of {', '.join(CROSSED[:-1])} and {CROSSED[-1]} has {len(records)} legal layouts on "
+        f"The cross product of {', '.join(CROSSED[:-1])} and {CROSSED[-1]} has {num_legal} legal layouts on "
         f"{WORLD_SIZE} ranks ({num_refused} combinations are refused, most because their degrees do not fit); the "
-        f"other features take turns in them. **{len(good)} of {len(records)} train the same model**"
-        + (f"; largest deviations: {_largest(good)}." if good else "."),
+        f"other features take turns in them. Of these {len(records)} were trained, and **{len(good)} of {len(records)} "
+        "train the same model**" + (f"; largest deviations: {_largest(good)}." if good else "."),
         "",
         f"{len(read_layouts())} layouts that show every pair below are tests in CI: "
         "`pytest tests/parity/test_lattice.py`.",
@@ -153,20 +164,17 @@ def _matrix(refused: dict[Pair, str], reasons: list[str]) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", type=int, default=1, metavar="N", help="every Nth layout of the product")
+    parser.add_argument("--resume", action="store_true", help="go on after the layouts in docs/composes.json")
     parser.add_argument("--write-only", action="store_true", help="write the page from docs/composes.json")
     options = parser.parse_args()
     legality = Legality(base_config(Path("unused"), DataConfig(source="text", path=__file__)))
     layouts, num_refused = cross_product(legality)
-    if options.write_only:
-        records = json.loads(MEASURED.read_text())
-        for record in records:
-            record["layout"] = dict(zip(FEATURES, record["layout"], strict=True))
-    else:
-        records = measure(layouts[:: options.only])
-        compact = [json.dumps(r | {"layout": list(r["layout"].values())}) for r in records]
-        MEASURED.write_text("[\n" + ",\n".join(compact) + "\n]\n")
-    PAGE.write_text(page(records, num_refused, refused_pairs(legality)))
+    random.Random(1).shuffle(layouts)  # stopped early, it has seen something of everything
+    records = load() if options.resume or options.write_only else []
+    if not options.write_only:
+        known = [record["layout"] for record in records]
+        measure([layout for layout in layouts if layout not in known], records)
+    PAGE.write_text(page(records, len(layouts), num_refused, refused_pairs(legality)))
     bad = [name_of(r["layout"]) for r in records if r["problems"]]
     print(f"{len(records)} layouts, {len(bad)} deviate; {PAGE.relative_to(ROOT)}")
     return 1 if bad else 0

@@ -215,18 +215,23 @@ def choose_layouts(base: TrainConfig) -> list[Layout]:
     missing = set(all_pairs()) - set(refused)
     draw = random.Random(0)
     chosen: list[Layout] = []
+
+    def add(fixed: Layout, *, candidates: int) -> None:
+        random_ones = (_random_layout(fixed, draw) for _ in range(400))
+        fresh = (layout for layout in random_ones if not legality.problems(layout) and layout not in chosen)
+        plain = default() | _models_with(fixed)[0] | fixed
+        legal = list(itertools.islice(fresh, candidates)) or [plain]
+        if not legality.problems(legal[0]):
+            chosen.append(max(legal, key=lambda layout: len(pairs_of(layout) & missing)))
+            missing.difference_update(pairs_of(chosen[-1]))
+
+    # Compiling on eight ranks takes several times what training does: few layouts, chosen from many, show all of it.
+    compiled = ("compile", "aot_eager")
+    while pairs := [pair for pair in missing if compiled in pair]:
+        add(dict(min(pairs)), candidates=100)
+    rest = [pair for pair in all_pairs() if pair not in refused and compiled not in pair]
     while missing or len(chosen) < MIN_LAYOUTS:
-        pair = min(missing) if missing else draw.choice([p for p in all_pairs() if p not in refused])
-        candidates = (_random_layout(dict(pair), draw) for _ in range(400))
-        legal = list(itertools.islice((c for c in candidates if not legality.problems(c) and c not in chosen), 25))
-        plain = default() | _models_with(dict(pair))[0] | dict(pair)
-        if not legal and not legality.problems(plain):
-            legal = [plain]
-        if not legal:
-            continue
-        best = max(legal, key=lambda layout: len(pairs_of(layout) & missing))
-        chosen.append(best)
-        missing -= pairs_of(best)
+        add(dict(min(missing or [draw.choice(rest)])) | {"compile": "none"}, candidates=25)
     return chosen
 
 

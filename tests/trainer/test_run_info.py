@@ -28,6 +28,7 @@ def make_info(**changes: Any) -> RunInfo:
         "kernels": {"attention": "sdpa"},
         "precision": {"compute": "fp32"},
         "flops_per_token": 6e9,
+        "flops_per_token_causal": 5e9,
         "peak_flops": None,
         "argv": ["launch/train.py", "train.steps=3"],
     }

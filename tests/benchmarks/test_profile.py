@@ -1,0 +1,72 @@
+"""benchmarks/profile.py on a trace whose numbers are worked out by hand."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.profile import kind_of, main, profile_of, trace_path
+
+
+def kernel(name: str, begin: float, end: float, *, cat: str = "kernel") -> dict[str, Any]:
+    return {"ph": "X", "cat": cat, "name": name, "ts": begin, "dur": end - begin}
+
+
+def write_trace(run_dir: Path, events: list[dict[str, Any]]) -> None:
+    path = trace_path(run_dir, 0)
+    path.parent.mkdir(parents=True)
+    with gzip.open(path, "wt") as file:
+        json.dump({"traceEvents": [{"ph": "M", "name": "process_name"}, *events]}, file)
+
+
+def test_time_is_computed_exposed_or_idle(tmp_path: Path) -> None:
+    """Streams counted twice, hidden communication counted as exposed, gaps lost. Two steps, in microseconds."""
+    write_trace(
+        tmp_path,
+        [
+            *(kernel("train_step", t, t + 10, cat="user_annotation") for t in (0, 10)),
+            kernel("nvjet_tst_128x256", 1000, 3000),
+            kernel("ncclDevKernel_AllGather", 2000, 5000),  # 2000 hidden behind the product, 2000 exposed
+            kernel("triton_poi_fused_mul_silu", 5000, 6000),
+            kernel("cudnn_generated_fort_native_sdpa_sm90_flash_fprop", 5500, 8000),
+            kernel("Memcpy DtoD (Device -> Device)", 9000, 11000, cat="gpu_memcpy"),
+        ],
+    )
+    found = profile_of(tmp_path, top=2)
+    assert found["steps"] == 2
+    assert found["step_ms"] == pytest.approx(5.0)
+    assert found["computed_ms"] == pytest.approx((2 + 3 + 2) / 2)
+    assert found["communication_exposed_ms"] == pytest.approx(1.0)
+    assert found["idle_ms"] == pytest.approx(0.5)
+    assert found["idle_share"] == pytest.approx(0.1)
+    kinds = {"attention": 1.25, "communication": 1.5, "copy": 1.0, "matrix_products": 1.0, "memory_bound": 0.5}
+    assert found["kinds_ms"] == pytest.approx(kinds)
+    assert [row["kind"] for row in found["kernels"]] == ["communication", "attention"]
+    assert found["kernels"][0]["calls_per_step"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("void at::native::(anonymous namespace)::multi_tensor_apply_kernel<FusedAdamMathFunctor>", "optimizer"),
+        ("sm90_xmma_gemm_bf16bf16_bf16f32", "matrix_products"),
+        ("triton_red_fused_rms_norm_1", "memory_bound"),
+        ("Memset (Device)", "copy"),
+    ],
+)
+def test_kernels_are_told_apart_by_their_names(name: str, kind: str) -> None:
+    """A kind that takes another's kernels."""
+    assert kind_of(name) == kind
+
+
+def test_a_run_without_a_trace_of_a_gpu_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A division by zero for the trace of a CPU run."""
+    assert main([str(tmp_path)]) == 2
+    assert "train with logging.profile_steps" in capsys.readouterr().err
+    write_trace(tmp_path, [kernel("train_step", 0, 10, cat="user_annotation")])
+    assert main([str(tmp_path)]) == 2
+    assert "1 steps and 0 kernels" in capsys.readouterr().err
