@@ -46,9 +46,9 @@ class Context(NamedTuple):
 
 # What model.attention=auto takes: the first that can run. The one place where measurements decide (H200,
 # benchmarks/roofline/attention.py). Measured: cuDNN, which sdpa takes, is the fastest for plain causal attention, and
-# has no kernel for anything else. Not measured yet: triton before flex.
-PREFERRED_PLAIN = ("sdpa", "triton", "reference")  # causal, and everything where there is no CUDA
-PREFERRED_MASKED = ("triton", "flex", "sdpa", "reference")  # on CUDA: documents, windows, sinks, ALiBi, parts of a ring
+# has no kernel for anything else. triton has not run on a GPU yet, so only model.attention=triton takes it.
+PREFERRED_PLAIN = ("sdpa", "reference")  # causal, and everything where there is no CUDA
+PREFERRED_MASKED = ("flex", "sdpa", "reference")  # on CUDA: documents, windows, sinks, parts of a ring
 
 
 def choose_attention(
@@ -61,9 +61,9 @@ def choose_attention(
 ) -> str:
     """The implementation that runs: what model.attention=auto means on `device`, with or without document masks.
 
-    dtype: of activations. On CUDA, sdpa for plain causal attention and triton for all that cuDNN has no kernel for;
-    elsewhere sdpa. Where these have no kernel for a dtype or a size of heads, and sdpa, which has none, for attention
-    sinks, the next that can. Across a sequence that is split by cp_method, one that the method runs on (see
+    dtype: of activations. On CUDA, sdpa for plain causal attention and flex where a window, documents or sinks have no
+    kernel of cuDNN's; elsewhere sdpa. Where these have none for a dtype, a size of heads or sinks, the next that can.
+    Across a sequence that is split by cp_method, one that the method runs on (see
     `runs_on_context`). Raises ValueError for an implementation that is asked for and does not run.
     """
     assert config.head_dim is not None
@@ -83,7 +83,7 @@ def choose_attention(
         if obstacle := obstacles[config.attention]:
             raise ValueError(f"model.attention={config.attention} {obstacle}; use model.attention=auto or reference")
         return config.attention
-    masked = documents or config.sliding_window is not None or config.attention_sinks or config.positions == "alibi"
+    masked = documents or config.sliding_window is not None or config.attention_sinks
     split = cp_method is not None and "sdpa" not in possible
     preferred = PREFERRED_MASKED if device.type == "cuda" and (masked or split) else PREFERRED_PLAIN
     return next(name for name in preferred if name in possible and obstacles[name] is None)
