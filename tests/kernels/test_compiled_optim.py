@@ -1,0 +1,43 @@
+"""The optimizer's, the loss's and the experts' kernels compiled for an H200, on whatever machine this runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tests.kernels.cross_compile import Compilation, report
+
+ADAMW = {
+    **dict.fromkeys(("addresses_ptr", "constants_ptr"), "*i64:16"),
+    "chunks_ptr": "*i32:16",
+    **dict.fromkeys(("decays_ptr", "step_ptr", "grad_scale_ptr", "skip_ptr"), "*fp32:16"),
+    **dict.fromkeys(("lr_ptr", "log_beta1", "log_beta2", "rest1", "rest2", "eps"), "fp32"),
+}
+
+
+def adamw(rows: int, num_warps: int, **changes: Any) -> Compilation:
+    constants: dict[str, Any] = {
+        "CHUNK": 16384,
+        "ROWS": rows,
+        "PARAMETER": "tl.float32",
+        "GRADIENT": "tl.float32",
+        "MOMENT": "tl.float32",
+        "COPY": "tl.bfloat16",
+        "STOCHASTIC": False,
+        "RUN": True,
+        "LR_ON_DEVICE": False,
+    }
+    return Compilation("kernels.adamw.kernel:_update", ADAMW, constants | changes, num_warps)
+
+
+def test_kernels_compile_for_an_h200_without_spilling() -> None:
+    """What the interpreter accepts and the compiler does not; memory read four bytes at a time."""
+    bf16 = {"PARAMETER": "tl.bfloat16", "GRADIENT": "tl.bfloat16", "COPY": None, "STOCHASTIC": True}
+    compilations = [
+        adamw(8, 4),
+        adamw(8, 8, MOMENT="tl.int8"),
+        adamw(8, 8, MOMENT="tl.int8", **bf16),
+        adamw(8, 4, MOMENT="tl.bfloat16", **bf16, RUN=False),
+    ]
+    for each, machine in zip(compilations, report(compilations), strict=True):
+        assert machine.spills == 0, each
+        assert machine.wide_loads > 0, each
