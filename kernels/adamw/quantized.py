@@ -5,8 +5,9 @@ q = 2^i + j, 0 <= j < 2^i, stands for
 
     10^(i - K) (0.1 + 0.9 (j + 1) / 2^i)        K = 6 with a sign (|q| <= 127), 7 without (q <= 255)
 
-and 0 for 0, so that the largest code is exactly 1 and precision is best near it, yet seven decades are covered. An element is its code's value times its block's largest magnitude. Against the map of the paper the ends of the
-intervals are taken instead of their middles, which makes 1 and -1 exact, and the sign is symmetric.
+and 0 for 0, so that the largest code is exactly 1 and precision is best near it, yet seven decades are covered. An
+element is its code's value times its block's largest magnitude. Against the map of the paper the ends of the intervals
+are taken instead of their middles, which makes 1 and -1 exact, and the sign is symmetric.
 
 A second moment that is not zero never gets code 0: its element would be divided by epsilon alone in the next step.
 """

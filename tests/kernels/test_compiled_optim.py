@@ -14,6 +14,10 @@ ADAMW = {
 }
 
 
+NARROW = ("kernels.global_norm.kernel:_total",)
+"""Kernels whose time does not matter."""
+
+
 def adamw(rows: int, num_warps: int, **changes: Any) -> Compilation:
     constants: dict[str, Any] = {
         "CHUNK": 16384,
@@ -37,7 +41,23 @@ def test_kernels_compile_for_an_h200_without_spilling() -> None:
         adamw(8, 8, MOMENT="tl.int8"),
         adamw(8, 8, MOMENT="tl.int8", **bf16),
         adamw(8, 4, MOMENT="tl.bfloat16", **bf16, RUN=False),
+        Compilation(
+            "kernels.global_norm.kernel:_partial_sums",
+            {
+                "chunks_ptr": "*i32:16",
+                **dict.fromkeys(("addresses_ptr", "sizes_ptr"), "*i64:16"),
+                "partial_ptr": "*fp32",
+            },
+            {"CHUNK": 16384, "BLOCK": 4096, "TYPE": "tl.bfloat16"},
+            num_warps=8,
+        ),
+        Compilation(
+            "kernels.global_norm.kernel:_total",
+            {"partial_ptr": "*fp32:16", "total_ptr": "*fp64:16", "num_partials": "i32"},
+            {"BLOCK": 4096},
+            num_warps=16,
+        ),
     ]
     for each, machine in zip(compilations, report(compilations), strict=True):
         assert machine.spills == 0, each
-        assert machine.wide_loads > 0, each
+        assert machine.wide_loads > 0 or each.kernel in NARROW, each
