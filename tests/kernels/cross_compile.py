@@ -35,7 +35,7 @@ class Machine:
 
     registers: int
     spills: int  # bytes stored
-    wide_loads: int  # of 16 bytes
+    wide_loads: int  # of 16 bytes, or asynchronous copies
     wgmma: int
 
 
@@ -84,7 +84,7 @@ def _compile(each: dict[str, Any]) -> dict[str, int]:
     return {
         "registers": max(map(int, re.findall(r"Used (\d+) registers", said))),
         "spills": sum(map(int, re.findall(r"(\d+) bytes spill stores", said))),
-        "wide_loads": len(re.findall(r"ld\.global\S*\.v(?:4\.b32|2\.b64)", ptx)),
+        "wide_loads": len(re.findall(r"ld\.global\S*\.v(?:4\.b32|2\.b64)|cp\.async\.cg|cp\.async\.bulk", ptx)),
         "wgmma": ptx.count("wgmma.mma_async"),
     }
 

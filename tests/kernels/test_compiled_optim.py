@@ -33,6 +33,20 @@ def adamw(rows: int, num_warps: int, **changes: Any) -> Compilation:
     return Compilation("kernels.adamw.kernel:_update", ADAMW, constants | changes, num_warps)
 
 
+def cross_entropy(name: str, rows: int, columns: int, num_warps: int, stages: int, **constants: Any) -> Compilation:
+    numbers = ("num_words", "num_rows", "stride", "d_stride")
+    signature = {
+        **dict.fromkeys(("logits_ptr", "d_logits_ptr"), "*bf16:16"),
+        "labels_ptr": "*i64:16",
+        **dict.fromkeys(("losses_ptr", "lse_ptr", "scale_ptr", "grad_ptr", "statistics_ptr"), "*fp32:16"),
+        **dict.fromkeys(numbers, "i32:16"),
+        **dict.fromkeys(("first", "ignore_index", "grad_stride"), "i32"),
+        **dict.fromkeys(("smoothing", "z_loss"), "fp32"),
+    }
+    constants = {"ROWS": rows, "COLUMNS": columns, "STAGES": stages} | constants
+    return Compilation(f"kernels.cross_entropy.kernel:{name}", signature, constants, num_warps)
+
+
 def test_kernels_compile_for_an_h200_without_spilling() -> None:
     """What the interpreter accepts and the compiler does not; memory read four bytes at a time."""
     bf16 = {"PARAMETER": "tl.bfloat16", "GRADIENT": "tl.bfloat16", "COPY": None, "STOCHASTIC": True}
@@ -57,6 +71,9 @@ def test_kernels_compile_for_an_h200_without_spilling() -> None:
             {"BLOCK": 4096},
             num_warps=16,
         ),
+        cross_entropy("_forward", 4, 4096, 16, 1, SMOOTH=True, GRADIENT=True),
+        cross_entropy("_gradient", 2, 8192, 32, 2),
+        cross_entropy("_shard_statistics", 4, 2048, 8, 2),
     ]
     for each, machine in zip(compilations, report(compilations), strict=True):
         assert machine.spills == 0, each
