@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.roofline.peers import liger
 from benchmarks.roofline.problem import Problem
 from kernels.cross_entropy import cross_entropy, cross_entropy_in_place, loss_and_gradient_
 from kernels.linear_cross_entropy import linear_cross_entropy
@@ -20,73 +21,40 @@ def eager(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits.float(), labels, reduction="sum")
 
 
-def liger() -> Callable[[Tensor, Tensor], Tensor] | None:
-    """Writes the gradient over the logits as well."""
-    try:
-        from liger_kernel.ops.cross_entropy import LigerCrossEntropyFunction
-    except ImportError:
-        return None
-
-    def function(logits: Tensor, labels: Tensor) -> Tensor:
-        return LigerCrossEntropyFunction.apply(logits, labels, None, -100, 0.0, 0.0, "sum")[0]
-
-    return function
-
-
-def liger_linear() -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
-    """Linear head and cross entropy, in chunks."""
-    try:
-        from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
-    except ImportError:
-        return None
-
-    def function(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        settings = (
-            None,
-            None,
-            -100,
-            0.0,
-            0.0,
-            "sum",
-        )  # bias, class weights, ignore_index, z-loss, smoothing, reduction
-        return LigerFusedLinearCrossEntropyFunction.apply(hidden, weight, labels, *settings)[0]
-
-    return function
-
-
-def both(function: Callable[..., Tensor], inputs: list[Tensor], *rest: Tensor) -> tuple[Tensor, ...]:
-    """Loss and gradients."""
-    loss = function(*inputs, *rest).sum()
+def both(function: Callable[..., Any], inputs: list[Tensor], *rest: Tensor) -> tuple[Tensor, ...]:
+    """Loss, or the first of several outputs, and gradients."""
+    output = function(*inputs, *rest)
+    loss = (output[0] if isinstance(output, tuple) else output).sum()
     return loss.detach(), *torch.autograd.grad(loss, inputs)
 
 
 def problems(device: torch.device) -> Iterator[Problem]:
     """Made one after the other, so that the memory of one is free before the next.
 
-    Who writes over the logits reads its own gradient at the next call: the same traffic and arithmetic.
+    Who writes over the logits has its own, and reads its gradient at the next call: the same traffic and arithmetic.
     """
+    rest = (None, -100, 0.0, 0.0, "sum")  # class weights, ignore_index, z-loss, smoothing, reduction
     for rows, words in ((8192, 131072), (8192, 128256), (16384, 32768)):
         logits = torch.randn(rows, words, device=device, dtype=torch.bfloat16, requires_grad=True)
         labels = torch.randint(words, (rows,), device=device)
         size, shape = logits.numel() * 2, f"{rows}x{words}"
-        functions: dict[str, Callable[..., Tensor] | None] = {
-            "lattice": cross_entropy_in_place,
-            "lattice keeping logits": cross_entropy,
-            "eager": eager,
-            "compile": torch.compile(eager, dynamic=False),
-            "liger": liger(),
-        }
-        candidates = {name: partial(both, f, [logits], labels) for name, f in functions.items() if f is not None}
+        kept = {"lattice keeping logits": cross_entropy, "eager": eager, "compile": torch.compile(eager, dynamic=False)}
+        lost = {"lattice": cross_entropy_in_place} | liger("cross_entropy:LigerCrossEntropyFunction", *rest)
+        candidates = {name: partial(both, f, [logits], labels) for name, f in kept.items()}
+        for name, function in lost.items():
+            own = logits.detach().clone().requires_grad_()
+            candidates[name] = partial(both, function, [own], labels)
         yield Problem("cross_entropy", "both", shape, "bf16", 2 * size, candidates)
-        scale = torch.ones((), device=device)
+        plain = logits.detach()
         forward: dict[str, Callable[[], Any]] = {
-            "lattice": partial(cross_entropy, logits.detach(), labels),
-            "eager": partial(eager, logits.detach(), labels),
+            name: partial(function, plain, labels) for name, function in kept.items()
         }
+        forward["lattice"] = forward.pop("lattice keeping logits")
         yield Problem("cross_entropy", "forward", shape, "bf16", size, forward)
-        chunk = {"lattice": partial(loss_and_gradient_, logits.detach(), labels, scale=scale)}
+        scale = torch.ones((), device=device)
+        chunk = {"lattice": partial(loss_and_gradient_, plain.clone(), labels, scale=scale)}
         yield Problem("cross_entropy", "chunk of a linear head", shape, "bf16", 2 * size, chunk)
-        del logits, candidates, forward, chunk
+        del logits, plain, own, candidates, forward, chunk
 
     rows, hidden_size, words = 8192, 4096, 131072
     hidden, weight = (
@@ -94,12 +62,13 @@ def problems(device: torch.device) -> Iterator[Problem]:
         for n in (rows, words)
     )
     labels = torch.randint(words, (rows,), device=device)
-    functions = {
+
+    functions: dict[str, Callable[..., Any]] = {
         "lattice": partial(linear_cross_entropy, triton=True),
         "compile": partial(linear_cross_entropy, compile=True),
-        "liger": liger_linear(),
+        **liger("fused_linear_cross_entropy:LigerFusedLinearCrossEntropyFunction", None, *rest),
     }
-    candidates = {name: partial(both, f, [hidden, weight], labels) for name, f in functions.items() if f is not None}
+    candidates = {name: partial(both, f, [hidden, weight], labels) for name, f in functions.items()}
     size = 2 * (2 * hidden.numel() + 2 * weight.numel())
     flops = 6 * rows * hidden_size * words
     shape = f"{rows}x{hidden_size}x{words}"

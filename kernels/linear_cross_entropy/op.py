@@ -54,14 +54,11 @@ def linear_cross_entropy(
     memory against one pass over d_weight per chunk; it changes results by rounding only.
 
     Raises TypeError for DTensors and for wrong dtypes, ValueError for shapes that do not fit, for chunk_tokens < 1 and
-    for compile with triton.
-    A label that is neither ignore_index nor in [0, V) is torch's index error, on CUDA its device-side assertion.
+    for compile with triton. A label that is neither ignore_index nor in [0, V) is torch's index error, on CUDA its
+    device-side assertion.
     """
     _check(hidden, weight, labels, chunk_tokens)
-    if compile and triton:
-        raise ValueError("compile=True and triton=True both choose what runs between the products; use one of them")
-    if triton and hidden.dtype == torch.float64:
-        raise TypeError("hidden has dtype torch.float64, which the kernel does not have; use triton=False")
+    check_choice(hidden, compile=compile, triton=triton)
     chunk_functions = _compiled() if compile else _FUSED if triton else (_chunk_loss, _chunk_loss_and_gradient)
     # Inside a Function grad mode is always off and requires_grad tells nothing about no_grad: look here.
     grad_hidden, grad_weight = (torch.is_grad_enabled() and tensor.requires_grad for tensor in (hidden, weight))
@@ -85,6 +82,14 @@ def _check(hidden: Tensor, weight: Tensor, labels: Tensor, chunk_tokens: int) ->
         )
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens={chunk_tokens} must be at least 1; 4096 suits a GPU")
+
+
+def check_choice(hidden: Tensor, *, compile: bool, triton: bool) -> None:
+    """Raise for two ways at once, and for a kernel that does not exist."""
+    if compile and triton:
+        raise ValueError("compile=True and triton=True both choose what runs between the products; use one of them")
+    if triton and hidden.dtype == torch.float64:
+        raise TypeError("hidden has dtype torch.float64, which the kernel does not have; use triton=False")
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
