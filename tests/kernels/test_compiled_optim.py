@@ -14,7 +14,7 @@ ADAMW = {
 }
 
 
-NARROW = ("kernels.global_norm.kernel:_total",)
+NARROW = ("kernels.global_norm.kernel:_total", "kernels.moe_permute.kernel:_count", "kernels.moe_permute.kernel:_place")
 """Kernels whose time does not matter."""
 
 
@@ -47,6 +47,20 @@ def cross_entropy(name: str, rows: int, columns: int, num_warps: int, stages: in
     return Compilation(f"kernels.cross_entropy.kernel:{name}", signature, constants, num_warps)
 
 
+def moe(name: str, block: int, num_warps: int, **constants: Any) -> Compilation:
+    pointers = ("x_ptr", "rows_ptr", "y_ptr", "d_y_ptr", "d_rows_ptr")
+    numbers = ("choice_of_row_ptr", "row_of_choice_ptr", "ends_ptr", "counts_ptr", "running_ptr")
+    signature = {
+        **dict.fromkeys(pointers, "*bf16:16"),
+        **dict.fromkeys(("weights_ptr", "d_weights_ptr"), "*fp32:16"),
+        **dict.fromkeys(numbers, "*i32:16"),
+        "experts_ptr": "*i64:16",
+        **dict.fromkeys(("num_features", "num_tokens", "num_rows"), "i32:16"),
+        **dict.fromkeys(("num_choices", "num_experts", "num_blocks"), "i32"),
+    }
+    return Compilation(f"kernels.moe_permute.kernel:{name}", signature, {"BLOCK": block} | constants, num_warps)
+
+
 def test_kernels_compile_for_an_h200_without_spilling() -> None:
     """What the interpreter accepts and the compiler does not; memory read four bytes at a time."""
     bf16 = {"PARAMETER": "tl.bfloat16", "GRADIENT": "tl.bfloat16", "COPY": None, "STOCHASTIC": True}
@@ -74,6 +88,11 @@ def test_kernels_compile_for_an_h200_without_spilling() -> None:
         cross_entropy("_forward", 4, 4096, 16, 1, SMOOTH=True, GRADIENT=True),
         cross_entropy("_gradient", 2, 8192, 32, 2),
         cross_entropy("_shard_statistics", 4, 2048, 8, 2),
+        moe("_gather", 2048, 4, K=8),
+        moe("_combine", 2048, 4, K=8, WEIGHTED=True),
+        moe("_combine_backward", 2048, 4, K=8, CLEARED=64),
+        moe("_count", 64, 4, EXPERTS=128),
+        moe("_place", 64, 4, EXPERTS=128, MULTIPLE=8),
     ]
     for each, machine in zip(compilations, report(compilations), strict=True):
         assert machine.spills == 0, each
