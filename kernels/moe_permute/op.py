@@ -44,7 +44,8 @@ def sort_by_expert(experts: Tensor, num_experts: int, *, multiple: int = 1) -> P
         raise ValueError(f"multiple={multiple} and num_experts={num_experts} must be at least 1")
     if num_rows(experts.numel(), num_experts, multiple) >= 2**31:
         raise ValueError(f"{experts.numel()} choices need more than 2^31 rows; use smaller micro-batches")
-    return Permutation(*_sort_by_expert(experts.flatten(), num_experts, multiple), k=experts.shape[1])
+    choice_of_row, row_of_choice, ends = _sort_by_expert(experts.flatten(), num_experts, multiple)
+    return Permutation(choice_of_row, row_of_choice, ends, k=experts.shape[1])
 
 
 def permute(x: Tensor, permutation: Permutation) -> Tensor:
