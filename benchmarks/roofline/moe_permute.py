@@ -45,12 +45,11 @@ def problems(device: torch.device) -> Iterator[Problem]:
             "eager": eager,
             "compile": torch.compile(eager, dynamic=False),
         }
-        with torch.no_grad():
-            sorting = {
-                "lattice": partial(sort_by_expert, experts, num_experts),
-                "eager": partial(torch.argsort, experts.flatten(), stable=True),
-            }
-            yield Problem("moe_permute", "sort", shape, "int64", 2 * flat, sorting)
+        sorting = {
+            "lattice": partial(sort_by_expert, experts, num_experts),
+            "eager": partial(torch.argsort, experts.flatten(), stable=True),
+        }
+        yield Problem("moe_permute", "sort", shape, "int64", 2 * flat, sorting)
         forward = {
             name: partial(f, x.detach(), weights.detach(), experts, num_experts) for name, f in functions.items()
         }

@@ -12,7 +12,7 @@ N rows, G groups, K features in, M features out.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import triton
 import triton.language as tl
@@ -24,7 +24,8 @@ from kernels.backend import Tuned
 
 @dataclass(frozen=True)
 class Tile:
-    """[m, n] outputs of a program, k terms at a time; tiles of `band` rows are computed together, for the L2 cache."""
+    """[m, n] outputs of a program, k terms at a time (half of them in fp32); tiles of `band` rows of tiles are computed
+    together, for the L2 cache."""
 
     m: int
     n: int
@@ -35,17 +36,14 @@ class Tile:
 
 
 def _choose(itemsize: int, rows_per_group: int) -> Tile:
-    if itemsize > 2:
-        return Tile(64, 64, 32, 4, 3)
-    return Tile(128, 256, 64, 8, 3) if rows_per_group >= 256 else Tile(64, 128, 64, 4, 4)
+    large = itemsize == 2 and rows_per_group >= 256
+    return Tile(128, 256, 64, 8, 3) if large else Tile(64, 128, 64, 4, 4)
 
 
 TILES = Tuned(
     (Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 4), Tile(64, 128, 64, 4, 4), Tile(64, 256, 64, 8, 4)),
     _choose,
 )
-FP32_TILE = Tile(64, 64, 32, 4, 3)
-"""Of fp32, whose tiles are twice as large."""
 
 
 @triton.jit
@@ -159,7 +157,7 @@ def _weight_gradient(
 
 def _tile_for(x: Tensor, num_groups: int) -> Tile:
     tile = TILES(x.element_size(), x.shape[0] // num_groups)
-    return FP32_TILE if x.element_size() > 2 else tile
+    return replace(tile, k=tile.k * 2 // x.element_size())
 
 
 def _descriptor(matrix: Tensor, block: tuple[int, int]) -> TensorDescriptor:

@@ -61,6 +61,25 @@ def moe(name: str, block: int, num_warps: int, **constants: Any) -> Compilation:
     return Compilation(f"kernels.moe_permute.kernel:{name}", signature, {"BLOCK": block} | constants, num_warps)
 
 
+def grouped(name: str, tile: tuple[int, int, int], num_warps: int, num_stages: int, **constants: Any) -> Compilation:
+    m, n, k = tile
+    if name == "_weight_gradient":
+        blocks = {"grad_desc": (k, m), "x_desc": (k, n)}
+    else:
+        blocks = {"rows_desc": (m, k), "weight_desc": (n, k) if constants["TRANSPOSED"] else (k, n)}
+    numbers = ("num_rows", "num_terms", "width", "group_rows")
+    signature = {
+        **{key: f"tensordesc<bf16[{rows},{columns}]>" for key, (rows, columns) in blocks.items()},
+        **dict.fromkeys(("y_ptr", "grad_ptr", "x_ptr", "d_weight_ptr"), "*bf16:16"),
+        "ends_ptr": "*i32:16",
+        **dict.fromkeys(numbers, "i32:16"),
+        "num_groups": "i32",
+    }
+    tiles = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "BAND": 8, "PRECISION": "ieee"}
+    kernel = f"kernels.grouped_linear.kernel:{name}"
+    return Compilation(kernel, signature, tiles | constants, num_warps, num_stages)
+
+
 def test_kernels_compile_for_an_h200_without_spilling() -> None:
     """What the interpreter accepts and the compiler does not; memory read four bytes at a time."""
     bf16 = {"PARAMETER": "tl.bfloat16", "GRADIENT": "tl.bfloat16", "COPY": None, "STOCHASTIC": True}
@@ -92,6 +111,9 @@ def test_kernels_compile_for_an_h200_without_spilling() -> None:
         moe("_combine", 2048, 4, K=8, WEIGHTED=True),
         moe("_combine_backward", 2048, 4, K=8, CLEARED=64),
         moe("_count", 64, 4, EXPERTS=128),
+        grouped("_rows_times_weights", (128, 256, 64), 8, 3, TRANSPOSED=True, GROUPS=128),
+        grouped("_rows_times_weights", (128, 256, 64), 8, 3, TRANSPOSED=False, GROUPS=128),
+        grouped("_weight_gradient", (128, 256, 64), 8, 3),
         moe("_place", 64, 4, EXPERTS=128, MULTIPLE=8),
     ]
     for each, machine in zip(compilations, report(compilations), strict=True):
