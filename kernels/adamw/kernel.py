@@ -283,10 +283,10 @@ def launch(
         step,
         grad_scale,
         skip,
-        lr,
+        lr if isinstance(lr, Tensor) else float(lr),  # an int would be compiled in
         *(math.log(beta) if beta else -math.inf for beta in betas),
         *(1 - beta for beta in betas),
-        eps,
+        float(eps),
         CHUNK=CHUNK,
         ROWS=block.size // 256,
         PARAMETER=TYPES[types.parameter],

@@ -85,7 +85,6 @@ def test_kernels_compile_for_an_h200_without_spilling() -> None:
     bf16 = {"PARAMETER": "tl.bfloat16", "GRADIENT": "tl.bfloat16", "COPY": None, "STOCHASTIC": True}
     compilations = [
         adamw(8, 4),
-        adamw(8, 8, MOMENT="tl.int8"),
         adamw(8, 8, MOMENT="tl.int8", **bf16),
         adamw(8, 4, MOMENT="tl.bfloat16", **bf16, RUN=False),
         Compilation(
@@ -106,13 +105,11 @@ def test_kernels_compile_for_an_h200_without_spilling() -> None:
         ),
         cross_entropy("_forward", 4, 4096, 16, 1, SMOOTH=True, GRADIENT=True),
         cross_entropy("_gradient", 2, 8192, 32, 2),
-        cross_entropy("_shard_statistics", 4, 2048, 8, 2),
         moe("_gather", 2048, 4, K=8),
         moe("_combine", 2048, 4, K=8, WEIGHTED=True),
         moe("_combine_backward", 2048, 4, K=8, CLEARED=64),
         moe("_count", 64, 4, EXPERTS=128),
         grouped("_rows_times_weights", (128, 256, 64), 8, 3, TRANSPOSED=True, GROUPS=128),
-        grouped("_rows_times_weights", (128, 256, 64), 8, 3, TRANSPOSED=False, GROUPS=128),
         grouped("_weight_gradient", (128, 256, 64), 8, 3),
         moe("_place", 64, 4, EXPERTS=128, MULTIPLE=8),
     ]
