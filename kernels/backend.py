@@ -59,11 +59,23 @@ def reference_gradients(
     """Gradients of reference(*inputs) by the inputs numbered in `wanted`, for those of its outputs: backward on the
     CPU."""
     leaves = [x.detach().requires_grad_(i in wanted) if isinstance(x, Tensor) else x for i, x in enumerate(inputs)]
-    with torch.enable_grad():
+    with _recording():
         outputs = reference(*leaves)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     known = [(y, grad) for y, grad in zip(outputs, grads, strict=True) if grad is not None]
     return torch.autograd.grad([y for y, _ in known], [leaves[i] for i in wanted], [grad for _, grad in known])
+
+
+@contextmanager
+def _recording() -> Iterator[None]:
+    """Autograd records, which the dispatcher keeps it from doing inside a custom op, whatever the grad mode."""
+    keys = torch._C.DispatchKey
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for key in (keys.AutogradFunctionality, keys.AutogradOther, keys.AutogradNestedTensor, keys.ADInplaceOrView):
+        excluded = excluded.remove(key)
+    included = torch._C._dispatch_tls_local_include_set()
+    with torch._C._ForceDispatchKeyGuard(included, excluded), torch.enable_grad():
+        yield
 
 
 class Tuned(Generic[Config]):

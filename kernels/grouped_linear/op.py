@@ -1,10 +1,11 @@
 """The grouped linear layer as one op, so that compiled graphs and activation checkpointing see no loop inside.
 
-Three implementations, all with the same result up to rounding:
+Four implementations, all with the same result up to rounding:
 
     grouped_mm  CUDA, bf16: torch._grouped_mm, one kernel, group sizes read on the device
     masked      CUDA, all else: every group's product over all rows, G times the arithmetic, but no host synchronisation
     split       CPU: a product per group, over slices
+    triton      CUDA, fp32 and half precision, only where it is asked for: kernel.py, group sizes read on the device
 
 N rows, G groups, K features in, M features out.
 """
@@ -23,6 +24,9 @@ GROUPED_MM_MULTIPLE = 8
 """torch._grouped_mm wants rows of a multiple of 16 bytes: of 8 elements in bf16."""
 
 
+IMPLEMENTATIONS = ("grouped_mm", "masked", "split")
+
+
 def choose_grouped_linear(device: torch.device, dtype: torch.dtype, *sizes: int) -> str:
     """The implementation that runs for rows of these sizes: grouped_mm, masked or split."""
     if device.type == "cpu":
@@ -31,12 +35,13 @@ def choose_grouped_linear(device: torch.device, dtype: torch.dtype, *sizes: int)
     return "grouped_mm" if device.type == "cuda" and dtype == torch.bfloat16 and aligned else "masked"
 
 
-def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor, *, implementation: str | None = None) -> Tensor:
     """Row n of group g becomes x[n] weight[g]^T: x [N, K], weight [G, M, K] to [N, M], of one floating dtype.
 
     ends [G] int32, ascending, on x's device: group g is rows ends[g - 1] to ends[g]; a group may be empty. Rows from
-    ends[G - 1] on belong to no group: their output and their gradient are 0. Raises TypeError for a DTensor and for
-    wrong dtypes, ValueError for shapes that do not fit.
+    ends[G - 1] on belong to no group: their output and their gradient are 0. implementation: of the list above, for
+    backward as well; None: `choose_grouped_linear` chooses. Raises TypeError for a DTensor and for wrong dtypes,
+    ValueError for shapes that do not fit, or not this implementation.
     """
     for name, tensor in (("x", x), ("weight", weight), ("ends", ends)):
         if isinstance(tensor, DTensor):
@@ -48,14 +53,27 @@ def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
             f"shapes x {list(x.shape)}, weight {list(weight.shape)}, ends {list(ends.shape)} do not fit; "
             "they are [N, K], [G, M, K] and [G]"
         )
-    return _grouped_linear(x, weight, ends)
+    if implementation == "triton":
+        multiple = 16 // x.element_size()
+        if x.dtype == torch.float64 or weight.shape[1] % multiple or weight.shape[2] % multiple:
+            raise ValueError(
+                f"weight {list(weight.shape)} in {x.dtype}: implementation=triton wants fp32, bf16 or fp16, and "
+                f"features in multiples of 16 bytes, here {multiple}"
+            )
+    elif implementation not in (None, *IMPLEMENTATIONS):
+        raise ValueError(f"implementation={implementation}; use one of {', '.join(IMPLEMENTATIONS)}, triton, or None")
+    return _grouped_linear(x, weight, ends, implementation)
 
 
 @torch.library.custom_op("lattice::grouped_linear", mutates_args=())
-def _grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+def _grouped_linear(x: Tensor, weight: Tensor, ends: Tensor, implementation: str | None = None) -> Tensor:
     if not x.shape[0]:  # experts of a rank that nobody chose: not a size to ask a library for
         return x.new_zeros(0, weight.shape[1])
-    implementation = choose_grouped_linear(x.device, x.dtype, *weight.shape[1:])
+    implementation = implementation or choose_grouped_linear(x.device, x.dtype, *weight.shape[1:])
+    if implementation == "triton":
+        from kernels.grouped_linear.kernel import rows_times_weights
+
+        return rows_times_weights(x.contiguous(), weight.contiguous(), ends.contiguous(), transposed=True)
     if implementation == "grouped_mm":
         y = torch._grouped_mm(x.contiguous(), weight.contiguous().transpose(1, 2), offs=ends)
         return torch.where(_grouped(x, ends), y, 0)
@@ -70,16 +88,20 @@ def _grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 
 
 @_grouped_linear.register_fake
-def _(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+def _(x: Tensor, weight: Tensor, ends: Tensor, implementation: str | None = None) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[1])
 
 
 @torch.library.custom_op("lattice::grouped_linear_input_gradient", mutates_args=())
-def input_gradient(grad: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+def input_gradient(grad: Tensor, weight: Tensor, ends: Tensor, implementation: str | None = None) -> Tensor:
     """Gradient of x [N, K] from that of the output, grad [N, M]."""
     if not grad.shape[0]:
         return grad.new_zeros(0, weight.shape[2])
-    implementation = choose_grouped_linear(grad.device, grad.dtype, *weight.shape[1:])
+    implementation = implementation or choose_grouped_linear(grad.device, grad.dtype, *weight.shape[1:])
+    if implementation == "triton":
+        from kernels.grouped_linear.kernel import rows_times_weights
+
+        return rows_times_weights(grad.contiguous(), weight.contiguous(), ends.contiguous(), transposed=False)
     if implementation == "grouped_mm":
         d_x = torch._grouped_mm(grad.contiguous(), weight.contiguous(), offs=ends)
         return torch.where(_grouped(grad, ends), d_x, 0)
@@ -94,17 +116,21 @@ def input_gradient(grad: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 
 
 @input_gradient.register_fake
-def _(grad: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+def _(grad: Tensor, weight: Tensor, ends: Tensor, implementation: str | None = None) -> Tensor:
     return grad.new_empty(grad.shape[0], weight.shape[2])
 
 
 @torch.library.custom_op("lattice::grouped_linear_weight_gradient", mutates_args=())
-def weight_gradient(grad: Tensor, x: Tensor, ends: Tensor) -> Tensor:
+def weight_gradient(grad: Tensor, x: Tensor, ends: Tensor, implementation: str | None = None) -> Tensor:
     """Gradient of weight [G, M, K] from that of the output, grad [N, M], and the input x [N, K]."""
+    implementation = implementation or choose_grouped_linear(x.device, x.dtype, grad.shape[1], x.shape[1])
+    if implementation == "triton" and x.shape[0]:
+        from kernels.grouped_linear import kernel
+
+        return kernel.weight_gradient(grad.contiguous(), x.contiguous(), ends.contiguous())
     d_weight = grad.new_zeros(ends.shape[0], grad.shape[1], x.shape[1])
     if not x.shape[0]:
         return d_weight
-    implementation = choose_grouped_linear(x.device, x.dtype, *d_weight.shape[1:])
     if implementation == "grouped_mm":
         return torch._grouped_mm(grad.contiguous().t(), x.contiguous(), offs=ends)
     if implementation == "masked":
@@ -117,17 +143,19 @@ def weight_gradient(grad: Tensor, x: Tensor, ends: Tensor) -> Tensor:
 
 
 @weight_gradient.register_fake
-def _(grad: Tensor, x: Tensor, ends: Tensor) -> Tensor:
+def _(grad: Tensor, x: Tensor, ends: Tensor, implementation: str | None = None) -> Tensor:
     return grad.new_empty(ends.shape[0], grad.shape[1], x.shape[1])
 
 
-def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.implementation = inputs
+    ctx.save_for_backward(*tensors)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
     x, weight, ends = ctx.saved_tensors
-    return input_gradient(grad, weight, ends), weight_gradient(grad, x, ends), None
+    d_x = input_gradient(grad, weight, ends, ctx.implementation)
+    return d_x, weight_gradient(grad, x, ends, ctx.implementation), None, None
 
 
 _grouped_linear.register_autograd(_backward, setup_context=_save)

@@ -19,6 +19,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
+from kernels.cross_entropy import cross_entropy, loss_and_gradient_
+from kernels.cross_entropy.op import assert_words
+
+ChunkFunctions = tuple[Callable[..., Tensor], Callable[..., tuple[Tensor, Tensor]]]
+"""What runs between the products: without and with a gradient."""
+
 # fp16 cannot hold a probability below 6e-8, and most of a large vocabulary is below that. d_logits lies in [-1, 1], so
 # it is kept times the largest power of two that fits, and the fp32 sums are divided by it again without rounding.
 FP16_GRADIENT_SCALE = 2.0**15
@@ -32,6 +38,7 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     chunk_tokens: int = 4096,
     compile: bool = False,
+    triton: bool = False,
 ) -> Tensor:
     """Sum over valid tokens of -log softmax(hidden weight^T)[label]; 0 where no token is valid.
 
@@ -42,17 +49,21 @@ def linear_cross_entropy(
     gradients themselves survive. Two calls with the same arguments give the same bits.
 
     Besides d_hidden [N, D] and d_weight [V, D] in fp32, memory holds 9 bytes per logit of a chunk in half precision, 4
-    with compile=True, which fuses what lies between the matrix products. chunk_tokens trades that memory against one
-    pass over d_weight per chunk; it changes results by rounding only.
+    with compile=True, which fuses what lies between the matrix products, and 2 with triton=True, where one kernel
+    (kernels/cross_entropy) writes the gradient over the logits; fp64 has no such kernel. chunk_tokens trades that
+    memory against one pass over d_weight per chunk; it changes results by rounding only.
 
-    Raises TypeError for DTensors and for wrong dtypes, ValueError for shapes that do not fit and for chunk_tokens < 1.
-    A label that is neither ignore_index nor in [0, V) is torch's index error, on CUDA its device-side assertion.
+    Raises TypeError for DTensors and for wrong dtypes, ValueError for shapes that do not fit, for chunk_tokens < 1 and
+    for compile with triton. A label that is neither ignore_index nor in [0, V) is torch's index error, on CUDA its
+    device-side assertion.
     """
     _check(hidden, weight, labels, chunk_tokens)
+    check_choice(hidden, compile=compile, triton=triton)
+    chunk_functions = _compiled() if compile else _FUSED if triton else (_chunk_loss, _chunk_loss_and_gradient)
     # Inside a Function grad mode is always off and requires_grad tells nothing about no_grad: look here.
     grad_hidden, grad_weight = (torch.is_grad_enabled() and tensor.requires_grad for tensor in (hidden, weight))
     return _LinearCrossEntropy.apply(
-        hidden, weight, labels, ignore_index, chunk_tokens, compile, grad_hidden, grad_weight
+        hidden, weight, labels, ignore_index, chunk_tokens, chunk_functions, grad_hidden, grad_weight
     )
 
 
@@ -73,6 +84,14 @@ def _check(hidden: Tensor, weight: Tensor, labels: Tensor, chunk_tokens: int) ->
         raise ValueError(f"chunk_tokens={chunk_tokens} must be at least 1; 4096 suits a GPU")
 
 
+def check_choice(hidden: Tensor, *, compile: bool, triton: bool) -> None:
+    """Raise for two ways at once, and for a kernel that does not exist."""
+    if compile and triton:
+        raise ValueError("compile=True and triton=True both choose what runs between the products; use one of them")
+    if triton and hidden.dtype == torch.float64:
+        raise TypeError("hidden has dtype torch.float64, which the kernel does not have; use triton=False")
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -82,11 +101,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         labels: Tensor,
         ignore_index: int,
         chunk_tokens: int,
-        compile: bool,
+        chunk_functions: ChunkFunctions,
         grad_hidden: bool,
         grad_weight: bool,
     ) -> Tensor:
-        loss_only, loss_and_gradient = _compiled() if compile else (_chunk_loss, _chunk_loss_and_gradient)
+        loss_only, loss_and_gradient = chunk_functions
         scale = FP16_GRADIENT_SCALE if hidden.dtype == torch.float16 else 1.0
         dtype = _accumulation_dtype(hidden)
         flat_ND, labels_N = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
@@ -164,8 +183,24 @@ def _chunk_loss_and_gradient(
     return loss, d_logits_CV.to(logits_CV.dtype)
 
 
+def _fused_chunk_loss(logits_CV: Tensor, labels_C: Tensor, ignore_index: int) -> Tensor:
+    return cross_entropy(logits_CV, labels_C, ignore_index=ignore_index).sum(dtype=torch.float64)
+
+
+def _fused_chunk_loss_and_gradient(
+    logits_CV: Tensor, labels_C: Tensor, ignore_index: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    assert_words(labels_C, logits_CV.shape[1], ignore_index)
+    factor = torch.full((), scale, dtype=torch.float32, device=logits_CV.device)
+    losses_C = loss_and_gradient_(logits_CV, labels_C, scale=factor, ignore_index=ignore_index)
+    return losses_C.sum(dtype=torch.float64), logits_CV
+
+
+_FUSED: ChunkFunctions = (_fused_chunk_loss, _fused_chunk_loss_and_gradient)
+
+
 @cache
-def _compiled() -> tuple[Callable[..., Tensor], Callable[..., tuple[Tensor, Tensor]]]:
+def _compiled() -> ChunkFunctions:
     """The two chunk functions under torch.compile; one pair per process, so that each shape is compiled once."""
     return torch.compile(_chunk_loss, fullgraph=True), torch.compile(_chunk_loss_and_gradient, fullgraph=True)
 

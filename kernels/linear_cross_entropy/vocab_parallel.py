@@ -6,15 +6,16 @@ Rank r holds the words V_r and for each token its logits x_v, v in V_r. With m t
     d loss / d x_v = exp(x_v - m) / sum - [v = label]
 
 so an all-reduce (maximum) of one number and one (sum) of two numbers per token suffice, chunk by chunk. (A third
-number counts the ranks that have the label, which must be one.) Shapes as in
-op.py; V is the number of words of this rank.
+number counts the ranks that have the label, which must be one.) With triton=True each rank takes its own maximum, reads
+the logits once, and one gather of four numbers does (kernels/cross_entropy/shards.py). Shapes as in op.py; V is the
+number of words of this rank.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -23,7 +24,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.linear_cross_entropy.op import FP16_GRADIENT_SCALE, _accumulation_dtype, _add_product, _check
+from kernels.cross_entropy import combine_shards, shard_gradient_, shard_statistics
+from kernels.linear_cross_entropy.op import (
+    FP16_GRADIENT_SCALE,
+    _accumulation_dtype,
+    _add_product,
+    _check,
+    check_choice,
+)
+
+Exchange = Callable[[Tensor, Tensor, "VocabularyShard", int], tuple[Tensor, Callable[[float], Tensor]]]
+"""From logits, labels, shard and ignore_index: sum of the losses, 0-d fp64, and d_logits from its scale. Collective."""
 
 
 @dataclass(frozen=True)
@@ -43,18 +54,21 @@ def vocab_parallel_linear_cross_entropy(
     ignore_index: int = -100,
     chunk_tokens: int = 4096,
     compile: bool = False,
+    triton: bool = False,
 ) -> Tensor:
     """Sum over valid tokens of -log softmax(hidden weight^T)[label], the same on every rank of shard.group. 0-d.
 
     hidden [..., D] and labels [...] are the same on all ranks, weight [V, D] has this rank's words; labels number the
     words of all ranks. The gradient of hidden is this rank's summand: add it up over the group. Dtypes, rounding,
-    compile and errors are those of `linear_cross_entropy`; a label that no rank has is a failed assertion (on CUDA on
-    the device). Collective over shard.group.
+    compile, triton and errors are those of `linear_cross_entropy`; a label that no rank has is a failed assertion (on
+    CUDA on the device). Collective over shard.group.
     """
     _check(hidden, weight, labels, chunk_tokens)
+    check_choice(hidden, compile=compile, triton=triton)
+    exchange = _fused if triton else partial(_by_reductions, _compiled() if compile else (_local_sums, _d_logits))
     grad_hidden, grad_weight = (torch.is_grad_enabled() and tensor.requires_grad for tensor in (hidden, weight))
     return _VocabParallel.apply(
-        hidden, weight, labels, shard, ignore_index, chunk_tokens, compile, grad_hidden, grad_weight
+        hidden, weight, labels, shard, ignore_index, chunk_tokens, exchange, grad_hidden, grad_weight
     )
 
 
@@ -68,11 +82,10 @@ class _VocabParallel(torch.autograd.Function):
         shard: VocabularyShard,
         ignore_index: int,
         chunk_tokens: int,
-        compile: bool,
+        exchange: Exchange,
         grad_hidden: bool,
         grad_weight: bool,
     ) -> Tensor:
-        local_sums, d_logits = _compiled() if compile else (_local_sums, _d_logits)
         scale = FP16_GRADIENT_SCALE if hidden.dtype == torch.float16 else 1.0
         dtype = _accumulation_dtype(hidden)
         flat_ND, labels_N = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
@@ -82,19 +95,16 @@ class _VocabParallel(torch.autograd.Function):
         for start in range(0, flat_ND.shape[0], chunk_tokens):
             chunk = slice(start, start + chunk_tokens)
             logits_CV, labels_C = F.linear(flat_ND[chunk], weight), labels_N[chunk]
-            max_C1 = logits_CV.amax(dim=-1, keepdim=True).to(dtype)
-            dist.all_reduce(max_C1, dist.ReduceOp.MAX, group=shard.group)
-            sums_3C = local_sums(logits_CV, max_C1, labels_C, shard.first, ignore_index)
-            dist.all_reduce(sums_3C, group=shard.group)
-            loss += _loss_of(sums_3C, labels_C, ignore_index)
+            chunk_sum, gradient = exchange(logits_CV, labels_C, shard, ignore_index)
+            loss += chunk_sum
             if not (grad_hidden or grad_weight):
                 continue
-            d_logits_CV = d_logits(logits_CV, max_C1, sums_3C[0], labels_C, shard.first, ignore_index, scale)
+            d_logits_CV = gradient(scale)
             if d_hidden_ND is not None:
                 _add_product(d_hidden_ND[chunk], d_logits_CV, weight)
             if d_weight_VD is not None:
                 _add_product(d_weight_VD, d_logits_CV.t(), flat_ND[chunk])
-            del logits_CV, d_logits_CV  # before those of the next chunk are allocated
+            del logits_CV, d_logits_CV, gradient  # before those of the next chunk are allocated
         ctx.save_for_backward(d_hidden_ND, d_weight_VD)
         ctx.hidden_shape, ctx.dtype, ctx.scale = hidden.shape, hidden.dtype, scale
         return loss.to(dtype)
@@ -109,6 +119,41 @@ class _VocabParallel(torch.autograd.Function):
         )
         d_hidden = None if d_hidden is None else d_hidden.view(ctx.hidden_shape)
         return d_hidden, d_weight, *[None] * 7
+
+
+def _by_reductions(
+    functions: tuple[Callable[..., Tensor], Callable[..., Tensor]],
+    logits_CV: Tensor,
+    labels_C: Tensor,
+    shard: VocabularyShard,
+    ignore_index: int,
+) -> tuple[Tensor, Callable[[float], Tensor]]:
+    local_sums, d_logits = functions
+    max_C1 = logits_CV.amax(dim=-1, keepdim=True).to(_accumulation_dtype(logits_CV))
+    dist.all_reduce(max_C1, dist.ReduceOp.MAX, group=shard.group)
+    sums_3C = local_sums(logits_CV, max_C1, labels_C, shard.first, ignore_index)
+    dist.all_reduce(sums_3C, group=shard.group)
+    return _loss_of(sums_3C, labels_C, ignore_index), lambda scale: d_logits(
+        logits_CV, max_C1, sums_3C[0], labels_C, shard.first, ignore_index, scale
+    )
+
+
+def _fused(
+    logits_CV: Tensor, labels_C: Tensor, shard: VocabularyShard, ignore_index: int
+) -> tuple[Tensor, Callable[[float], Tensor]]:
+    own_4C = shard_statistics(logits_CV, labels_C, first=shard.first, ignore_index=ignore_index)
+    all_R4C = own_4C.new_empty(shard.group.size(), *own_4C.shape)
+    dist.all_gather_into_tensor(all_R4C.flatten(0, 1), own_4C, group=shard.group)
+    lse_C, at_label_C, ranks_C = combine_shards(all_R4C)
+    valid_C = labels_C != ignore_index
+    torch._assert_async((ranks_C == valid_C).all(), "a label is not in the vocabulary")
+
+    def gradient(scale: float) -> Tensor:
+        factor = torch.full((), scale, dtype=torch.float32, device=logits_CV.device)
+        shard_gradient_(logits_CV, labels_C, lse_C, first=shard.first, scale=factor, ignore_index=ignore_index)
+        return logits_CV
+
+    return torch.where(valid_C, lse_C - at_label_C, 0.0).sum(dtype=torch.float64), gradient
 
 
 def _loss_of(sums_3C: Tensor, labels_C: Tensor, ignore_index: int) -> Tensor:

@@ -33,7 +33,8 @@ class Compiled:
     registers: int  # per thread
     stack_bytes: int  # per thread; anything but 0 is registers spilled to memory
     shared_bytes: int
-    wide_loads: bool  # 16 bytes at once, into registers or shared memory
+    wide_loads: bool  # 16 bytes at once or more, into registers or shared memory
+    wgmma: bool  # matrix products of a whole warp group
 
 
 class _Driver:
@@ -71,6 +72,8 @@ def _describe(kernel: Any) -> Compiled:
         tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
         usage = subprocess.run([tool, "--dump-resource-usage", cubin.name], capture_output=True, text=True).stdout
     registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))  # type: ignore[index]
-    wide = re.search(r"ld\.global\S*\.v4|cp\.async\.cg", kernel.asm["ptx"]) is not None
+    wide = re.search(r"ld\.global\S*\.v4|cp\.async\.(cg|bulk)", kernel.asm["ptx"]) is not None
     about = kernel.metadata
-    return Compiled(about.name, about.num_warps, registers, stack, about.shared, wide)
+    return Compiled(
+        about.name, about.num_warps, registers, stack, about.shared, wide, "wgmma.mma_async" in kernel.asm["ptx"]
+    )

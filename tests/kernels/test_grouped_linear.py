@@ -48,6 +48,15 @@ def test_values_and_gradients_are_those_of_the_reference(
         torch.testing.assert_close(ours.double(), theirs, rtol=TOLERANCE[dtype], atol=5 * TOLERANCE[dtype])
 
 
+def test_an_implementation_that_does_not_fit_is_refused() -> None:
+    """A kernel that reads rows at addresses its copies cannot start at; a misspelt name that is ignored."""
+    x, weight, ends = problem(ENDS["all rows"], torch.float32)
+    with pytest.raises(ValueError, match="multiples of 16 bytes, here 4"):
+        grouped_linear(x, weight, ends, implementation="triton")
+    with pytest.raises(ValueError, match="implementation=tritn; use one of grouped_mm"):
+        grouped_linear(x, weight, ends, implementation="tritn")
+
+
 def test_a_shifted_group_would_be_seen() -> None:
     """Negative control: ends off by one row."""
     x, weight, ends = problem(ENDS["all rows"], torch.float32)

@@ -31,7 +31,7 @@ def _shard(weight: torch.Tensor) -> tuple[torch.Tensor, VocabularyShard]:
     return weight.detach().chunk(size)[rank].clone().requires_grad_(), VocabularyShard(dist.group.WORLD, rank * step)
 
 
-def _deviation(dtype: torch.dtype, chunk_tokens: int, compile: bool) -> list[float]:
+def _deviation(dtype: torch.dtype, chunk_tokens: int, compile: bool, triton: bool = False) -> list[float]:
     """On each rank: of loss, d_hidden (summed over ranks) and d_weight, relative to the maximum of each."""
     hidden, weight, labels = _inputs(dtype)
     expected = linear_cross_entropy(hidden, weight, labels, chunk_tokens=chunk_tokens)
@@ -39,7 +39,7 @@ def _deviation(dtype: torch.dtype, chunk_tokens: int, compile: bool) -> list[flo
     ours = hidden.detach().clone().requires_grad_()
     local, shard = _shard(weight)
     loss = vocab_parallel_linear_cross_entropy(
-        ours, local, labels, shard=shard, chunk_tokens=chunk_tokens, compile=compile
+        ours, local, labels, shard=shard, chunk_tokens=chunk_tokens, compile=compile, triton=triton
     )
     (loss * 0.37).backward()
     assert ours.grad is not None
@@ -71,6 +71,14 @@ def test_compiled_and_eager_agree(ranks: RankPool) -> None:
     """An integer label or offset that a graph specialises or rounds."""
     (deviations,) = ranks.run(1, _deviation, torch.float32, 4, True)
     assert max(deviations) <= 2e-6
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.float16, 3e-3)])
+def test_one_gather_of_statistics_does_as_well(ranks: RankPool, dtype: torch.dtype, tolerance: float) -> None:
+    """Sums of different maxima added up; logits overwritten before the label's was read."""
+    for world_size in (2, 4):
+        for deviations in ranks.run(world_size, _deviation, dtype, 4, False, True):
+            assert max(deviations) <= tolerance
 
 
 def _collectives() -> tuple[Counter[str], int]:
