@@ -1,0 +1,99 @@
+"""What Triton's interpreter cannot show of the quantized kernels: the hardware's casts, bf16, cuBLASLt, inductor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.fp8 import (
+    E4M3,
+    E5M2,
+    DelayedScaling,
+    Recipe,
+    dequantize,
+    fp8_linear,
+    fp8_matmul,
+    quantize_blocks,
+    quantize_rowwise,
+    quantize_tensorwise,
+)
+
+pytestmark = pytest.mark.gpu
+
+Quantize = Callable[..., tuple[Tensor | None, ...]]
+QUANTIZE: dict[str, Quantize] = {
+    "dynamic": lambda x, **options: quantize_tensorwise(x, **options)[0],
+    "scaled": lambda x, **options: quantize_tensorwise(x, torch.full((), 0.02, device=x.device), **options)[0],
+    "rowwise": quantize_rowwise,
+    "1x128": lambda x, **options: quantize_blocks(x, square=False, **options),
+    "128x128": lambda x, **options: quantize_blocks(x, square=True, **options),
+}
+
+
+@pytest.mark.parametrize("dtype", [E4M3, E5M2], ids=["e4m3", "e5m2"])
+@pytest.mark.parametrize("kind", QUANTIZE)
+def test_fp8_bits_are_those_of_the_cpu(kind: str, dtype: torch.dtype) -> None:
+    """A cast or a division of the GPU that rounds in its own way, in bf16 and at sizes of many programs."""
+    x = (torch.randn(1000, 4112) * torch.randn(1000, 1).exp()).bfloat16()
+    for power_of_two in (False, True):
+        options = {"dtype": dtype, "transpose": True, "power_of_two": power_of_two}
+        for ours, truth in zip(QUANTIZE[kind](x.cuda(), **options), QUANTIZE[kind](x, **options), strict=True):
+            assert ours is not None
+            assert truth is not None
+            view = torch.uint8 if truth.element_size() == 1 else torch.int32
+            assert torch.equal(ours.cpu().contiguous().view(view), truth.contiguous().view(view))
+
+
+def test_all_fp32_numbers_of_a_binade_are_cast_as_on_the_cpu() -> None:
+    """Rounding that differs on few numbers only: a million between 2^-10 and 2^9."""
+    x = torch.rand(1024, 1024).mul_(2).sub_(1) * 2.0 ** torch.randint(-10, 10, (1024, 1024))
+    one = torch.ones(())
+    ours, truth = quantize_tensorwise(x.cuda(), one.cuda())[0].data, quantize_tensorwise(x, one)[0].data
+    assert torch.equal(ours.cpu().view(torch.uint8), truth.view(torch.uint8))
+
+
+@pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("kind", ["dynamic", "rowwise", "1x128", "128x128"])
+@pytest.mark.parametrize("biased", [False, True])
+def test_fp8_products(kind: str, out_dtype: torch.dtype, biased: bool) -> None:
+    """Every way through torch._scaled_mm and our kernel; E5M2 as the gradient is; a number of rows of no multiple."""
+    x, w = torch.randn(1003, 1040, device="cuda"), torch.randn(528, 1040, device="cuda")
+    bias = torch.randn(528, device="cuda", dtype=torch.bfloat16) if biased else None
+    for dtype in (E4M3, E5M2):
+        a = QUANTIZE["1x128" if kind == "128x128" else kind](x, dtype=dtype)
+        b = QUANTIZE[kind](w)
+        exact = dequantize(a[0], a[1]).double() @ dequantize(b[0], b[1]).double().t()
+        exact = exact if bias is None else exact + bias.double()
+        y = fp8_matmul(a[0], a[1], b[0], b[1], bias=bias, out_dtype=out_dtype)
+        assert (y.double() - exact).norm() <= 4e-3 * exact.norm()
+
+
+@pytest.mark.parametrize("kind", ["tensorwise_delayed", "tensorwise_dynamic", "rowwise", "block128"])
+def test_the_compiled_fp8_layer_is_the_eager_one(kind: str) -> None:
+    """Inductor, which fuses the scales' arithmetic and lays memory out anew; and the layer against its emulation."""
+    recipe = Recipe(kind)
+    results = []
+    for device, compiled in (("cuda", False), ("cuda", True), ("cpu", False)):
+        scaling = DelayedScaling(1, recipe=recipe, device=device) if kind == "tensorwise_delayed" else None
+
+        def layer(x: Tensor, w: Tensor, scaling: DelayedScaling | None = scaling) -> Tensor:
+            return fp8_linear(torch.nn.functional.silu(x), w, recipe=recipe, scaling=scaling)
+
+        generator = torch.Generator().manual_seed(0)
+        x, w, d_y = (torch.randn(*s, generator=generator) for s in ((3, 77, 256), (384, 256), (3, 77, 384)))
+        x, w = (t.to(device, torch.bfloat16).requires_grad_() for t in (x, w))
+        function = torch.compile(layer, fullgraph=True, dynamic=False) if compiled else layer
+        for step in range(2):
+            y = function(x, w)
+            x.grad = w.grad = None
+            y.backward(d_y.to(device, torch.bfloat16))
+            if scaling is not None and not step:
+                scaling.update()
+        results.append([t.float().cpu() for t in (y.detach(), x.grad, w.grad)])
+    for eager, compiled_, emulated in zip(*results, strict=True):
+        # Flips of single roundings, where inductor keeps silu in fp32 and eager rounds it to bf16.
+        assert (compiled_ - eager).norm() <= 0.02 * eager.norm()
+        assert (emulated - eager).norm() <= 0.02 * eager.norm()
