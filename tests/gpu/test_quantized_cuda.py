@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import Tensor
 
+import kernels.int4_linear.kernel as int4_kernel
+import kernels.int8_linear.kernel as int8_kernel
 from kernels.fp8 import (
     E4M3,
     E5M2,
@@ -97,3 +100,24 @@ def test_the_compiled_fp8_layer_is_the_eager_one(kind: str) -> None:
         # Flips of single roundings, where inductor keeps silu in fp32 and eager rounds it to bf16.
         assert (compiled_ - eager).norm() <= 0.02 * eager.norm()
         assert (emulated - eager).norm() <= 0.02 * eager.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("rows", [1, 16, 17, 64, 100, 300])
+@pytest.mark.parametrize("kind", ["int8", "int4", "int4_64"])
+def test_integer_linear(kind: str, rows: int, dtype: torch.dtype) -> None:
+    """The bits that int4 codes become, which only the GPU forms; splits of a real size; every configuration."""
+    from tests.kernels.ops.integer_linear import DEQUANTIZE, OPS, QUANTIZE
+
+    table = (int8_kernel if kind == "int8" else int4_kernel).TILES
+    x = torch.randn(rows, 4096, device="cuda", dtype=dtype)
+    quantized = QUANTIZE[kind](torch.randn(1000, 4096, device="cuda") + 0.3)
+    bias = torch.randn(1000, device="cuda", dtype=dtype)
+    exact = x.double() @ DEQUANTIZE[kind](*quantized).double().t() + bias.double()
+    for config in (None, *table.configs):
+        if config is not None and dtype == torch.float32 and config.rows > 32:
+            continue  # more registers than there are
+        with nullcontext() if config is None else table.forced(config):
+            y = OPS[kind](x, *quantized, bias)
+            assert torch.equal(y, OPS[kind](x, *quantized, bias))
+        assert (y.double() - exact).norm() <= {4: 1e-5, 2: 5e-3}[dtype.itemsize] * exact.norm()
