@@ -23,6 +23,7 @@ from kernels.fp8 import (
     quantize_rowwise,
     quantize_tensorwise,
 )
+from kernels.nf4 import NF4, dequantize_nf4, quantize_nf4
 
 pytestmark = pytest.mark.gpu
 
@@ -121,3 +122,20 @@ def test_integer_linear(kind: str, rows: int, dtype: torch.dtype) -> None:
             y = OPS[kind](x, *quantized, bias)
             assert torch.equal(y, OPS[kind](x, *quantized, bias))
         assert (y.double() - exact).norm() <= {4: 1e-5, 2: 5e-3}[dtype.itemsize] * exact.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=["bf16", "fp16", "fp32"])
+def test_nf4_bits_are_those_of_the_cpu(dtype: torch.dtype) -> None:
+    """A fused multiply-add, a fast division, a rounding of the GPU's own; sizes of many programs and no multiple."""
+    from kernels.nf4.kernel import TILES, quantize_values
+    from kernels.nf4.reference import quantize_values_reference
+
+    for values in (64 * 5000, 64 * 4099 + 33):
+        x = (torch.randn(values) * torch.rand(values).mul(4).exp()).to(dtype)
+        truth = quantize_nf4(x)
+        for config in TILES.configs:
+            with TILES.forced(config):
+                for ours, expected in zip(quantize_values(x.cuda()), quantize_values_reference(x), strict=True):
+                    assert torch.equal(ours.cpu(), expected)
+                parts = NF4(*(part.cuda() for part in truth))
+                assert torch.equal(dequantize_nf4(parts, x.shape, dtype).cpu(), dequantize_nf4(truth, x.shape, dtype))
