@@ -139,3 +139,20 @@ def test_nf4_bits_are_those_of_the_cpu(dtype: torch.dtype) -> None:
                     assert torch.equal(ours.cpu(), expected)
                 parts = NF4(*(part.cuda() for part in truth))
                 assert torch.equal(dequantize_nf4(parts, x.shape, dtype).cpu(), dequantize_nf4(truth, x.shape, dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_the_teaching_product_and_its_epilogue(dtype: torch.dtype) -> None:
+    """Every configuration on tensor cores, at sizes of several tiles and no multiple; transposed operands."""
+    from kernels.matmul import linear_gelu, matmul
+    from kernels.matmul.kernel import TILES
+
+    x, w = torch.randn(1000, 520, device="cuda", dtype=dtype), torch.randn(777, 520, device="cuda", dtype=dtype) * 0.04
+    bias, residual = torch.randn(777, device="cuda", dtype=dtype), torch.randn(1000, 777, device="cuda", dtype=dtype)
+    exact = x.double() @ w.double().t()
+    activated = torch.nn.functional.gelu(exact + bias.double()) + residual.double()
+    for config in TILES.configs:
+        with TILES.forced(config):
+            assert (matmul(x, w.t()).double() - exact).norm() <= 4e-3 * exact.norm()
+            assert (matmul(x.t().contiguous().t(), w.t()).double() - exact).norm() <= 4e-3 * exact.norm()
+            assert (linear_gelu(x, w, bias, residual).double() - activated).norm() <= 4e-3 * activated.norm()
