@@ -29,6 +29,18 @@ from kernels.fp8.quantize.reference import (
     quantize_tensorwise_reference,
 )
 
+_KERNEL = "kernels.fp8.quantize.kernel"
+TABLES = {
+    "tensorwise": f"{_KERNEL}:FLAT",
+    "dynamic": f"{_KERNEL}:FLAT",
+    "1x128": f"{_KERNEL}:ROWS_OF_BLOCKS",
+    "128x128": f"{_KERNEL}:BLOCK_WARPS",
+}
+TRANSPOSED_TABLES = {
+    **dict.fromkeys(("tensorwise", "dynamic", "rowwise"), f"{_KERNEL}:TILE"),
+    **dict.fromkeys(("1x128", "128x128"), f"{_KERNEL}:BLOCK_WARPS"),
+}
+
 
 def problems(device: torch.device) -> Iterator[Problem]:
     """Made one after the other, so that the memory of one is free before the next."""
@@ -71,7 +83,8 @@ def _quantizations(rows: int, columns: int, device: torch.device) -> Iterator[Pr
                 candidates |= {"eager": partial(plain, x, transpose), "compile": partial(compiled, x, transpose)}
             name = f"{kind} {rows}x{columns}{' and transposed' if transpose else ''}"
             size = x.numel() * (read + (2 if transpose else 1))
-            yield Problem("fp8_quantize", "forward", name, "bf16", size, candidates)
+            tables = TRANSPOSED_TABLES if transpose else TABLES
+            yield Problem("fp8_quantize", "forward", name, "bf16", size, candidates, tuned=tables.get(kind))
 
 
 def _products(M: int, N: int, K: int, device: torch.device) -> Iterator[Problem]:
@@ -86,7 +99,8 @@ def _products(M: int, N: int, K: int, device: torch.device) -> Iterator[Problem]
     for kind, (a, b) in kinds.items():
         product = partial(fp8_matmul, a.data, a.scale, b.data, b.scale, fast_accumulation=True)
         candidates = {"lattice": product, "bf16": partial(torch.mm, x, w.t())}
-        yield Problem("fp8_matmul", "forward", f"{kind} {M}x{N}x{K}", "fp8", size, candidates, flops, "fp8")
+        tuned = "kernels.fp8.matmul.kernel:TILES" if "1x128" in kind else None
+        yield Problem("fp8_matmul", "forward", f"{kind} {M}x{N}x{K}", "fp8", size, candidates, flops, "fp8", tuned)
 
 
 def _linears(M: int, N: int, K: int, device: torch.device) -> Iterator[Problem]:

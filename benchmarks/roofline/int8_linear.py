@@ -33,4 +33,7 @@ def problems(device: torch.device) -> Iterator[Problem]:
                 "compile": partial(torch.compile(_dequantized, dynamic=False), x, *quantized),
             }
             size = sum(t.numel() * t.element_size() for t in (x, *quantized)) + 2 * M * N
-            yield Problem("int8_linear", "forward", f"{M}x{K}x{N}", "bf16", size, candidates, 2 * M * N * K)
+            yield Problem(
+                "int8_linear", "forward", f"{M}x{K}x{N}", "bf16", size, candidates, 2 * M * N * K,
+                tuned="kernels.int8_linear.kernel:TILES",
+            )  # fmt: skip

@@ -11,6 +11,7 @@ from benchmarks.roofline.problem import Problem, both_directions
 from kernels.matmul import linear_gelu, matmul
 from kernels.matmul.reference import linear_gelu_reference
 
+TUNED = "kernels.matmul.kernel:TILES"
 SQUARES = ((4096, 4096, 4096), (8192, 8192, 8192))
 LAYERS = ((8192, 16384, 4096), (8192, 4096, 16384))
 
@@ -21,7 +22,7 @@ def problems(device: torch.device) -> Iterator[Problem]:
         a, b = (torch.randn(*shape, device=device, dtype=torch.bfloat16) for shape in ((M, K), (K, N)))
         candidates = {"lattice": partial(matmul, a, b), "eager": partial(torch.mm, a, b)}
         size = 2 * (M * K + K * N + M * N)
-        yield Problem("matmul", "forward", f"{M}x{N}x{K}", "bf16", size, candidates, 2 * M * N * K)
+        yield Problem("matmul", "forward", f"{M}x{N}x{K}", "bf16", size, candidates, 2 * M * N * K, tuned=TUNED)
     for M, N, K in LAYERS:
         shapes = ((M, K), (N, K), (N,), (M, N))
         inputs = [torch.randn(*s, device=device, dtype=torch.bfloat16).mul_(0.1).requires_grad_() for s in shapes]
@@ -30,4 +31,6 @@ def problems(device: torch.device) -> Iterator[Problem]:
         # Forward writes y and what GELU was applied to; backward reads that, d_y, x and the weight, writes gradients.
         moved = (2 * (M * K + N * K + 3 * M * N), 2 * (2 * M * K + 2 * N * K + 2 * M * N))
         flops = (2 * M * N * K, 4 * M * N * K)
-        yield from both_directions("linear_gelu", f"{M}x{N}x{K}", functions, inputs, bytes=moved, flops=flops)
+        yield from both_directions(
+            "linear_gelu", f"{M}x{N}x{K}", functions, inputs, bytes=moved, flops=flops, tuned=(TUNED, None)
+        )

@@ -13,6 +13,7 @@ from benchmarks.roofline.problem import Problem
 from kernels.nf4 import dequantize_nf4, quantize_nf4
 from kernels.nf4.reference import BLOCK, GROUP, levels, magnitude_levels
 
+TUNED = "kernels.nf4.kernel:TILES"
 SHAPES = ((32768, 32768), (14336, 4096))
 
 
@@ -28,9 +29,15 @@ def problems(device: torch.device) -> Iterator[Problem]:
             "compile": partial(compiled, *q, levels(device), magnitude_levels(device)),
             **_bitsandbytes(x),
         }
-        yield Problem("nf4_dequantize", "forward", f"{rows}x{columns}", "bf16", size, read)
+        yield Problem("nf4_dequantize", "forward", f"{rows}x{columns}", "bf16", size, read, tuned=TUNED)
         yield Problem(
-            "nf4_quantize", "forward", f"{rows}x{columns}", "bf16", size, {"lattice": partial(quantize_nf4, x)}
+            "nf4_quantize",
+            "forward",
+            f"{rows}x{columns}",
+            "bf16",
+            size,
+            {"lattice": partial(quantize_nf4, x)},
+            tuned=TUNED,
         )
 
 
