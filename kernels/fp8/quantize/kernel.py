@@ -1,0 +1,364 @@
+"""Quantization to fp8 in Triton. Largest magnitudes are found as integers: for |x| the order of fp32 numbers is that of
+their bits, NaN above inf above all else, so NaN is not lost, and an atomic maximum has one result in any order.
+
+x [R, C] contiguous; the transposed copy is [C, R padded to 16]. Scales are multiplied by as inverses, as in the
+reference, so results are the reference's to the bit. EMULATE is for the interpreter, whose casts to fp8 do not round:
+there a number is rounded in fp32 before.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.backend import Tuned, num_multiprocessors
+from kernels.fp8.formats import BLOCK, LARGEST, block_outputs, blocks, padded
+
+
+@dataclass(frozen=True)
+class Flat:
+    """Elements of one program, and its warps."""
+
+    size: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Rows and columns of one program, and its warps."""
+
+    rows: int
+    columns: int
+    num_warps: int
+
+
+FLAT = Tuned((Flat(2048, 4), Flat(4096, 8), Flat(8192, 8)), lambda num_elements: Flat(4096, 8))
+TILE = Tuned((Tile(64, 128, 4), Tile(128, 64, 4), Tile(128, 128, 8)), lambda rows, columns: Tile(128, 64, 4))
+ROWS_OF_BLOCKS = Tuned((16, 32, 64), lambda rows, columns: 32)  # of one program that writes no transposed copy
+BLOCK_WARPS = Tuned((4, 8, 16), lambda rows, columns, square: 8 if square else 16)  # of a program on 128x128
+PROGRAMS_PER_MULTIPROCESSOR = 8  # that look for the largest magnitude of a tensor
+LONGEST_ROW = 16384  # kept in registers; longer ones are read twice
+
+
+@triton.jit
+def _largest(bits, axis: tl.constexpr):
+    return tl.max(bits, axis=axis).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _magnitude_bits(x):
+    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def _scale_of(amax, LARGEST: tl.constexpr, POWER_OF_TWO: tl.constexpr):
+    """(scale, inverse): formats.scale_from_amax. The comparison leaves NaN where it is."""
+    ratio = tl.div_rn(amax, tl.full(amax.shape, LARGEST, tl.float32))
+    scale = tl.where(amax == 0.0, 1.0, tl.where(ratio < 1.1754943508222875e-38, 1.1754943508222875e-38, ratio))
+    if POWER_OF_TWO:
+        bits = scale.to(tl.int32, bitcast=True)
+        up = ((bits + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
+        scale = tl.where((bits & 0x7FFFFFFF) >= 0x7F800000, scale, up)  # inf and NaN stay
+    return scale, tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
+
+
+@triton.jit
+def _to_fp8(x, dtype: tl.constexpr, LARGEST: tl.constexpr, EMULATE: tl.constexpr):
+    x = tl.clamp(x, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)
+    if EMULATE:
+        MANTISSA: tl.constexpr = 3 if dtype == tl.float8e4nv else 2
+        LOWEST: tl.constexpr = 127 - 6 if dtype == tl.float8e4nv else 127 - 14
+        exponent = tl.maximum((x.to(tl.int32, bitcast=True) >> 23) & 255, LOWEST)
+        # 1.5 * 2^23 units in the last place of the format: adding it leaves no bits below.
+        magic = (((exponent - MANTISSA + 23) << 23) | 0x400000).to(tl.float32, bitcast=True)
+        rounded = (x + magic) - magic
+        bits = (rounded.to(tl.int32, bitcast=True) & 0x7FFFFFFF) | (x.to(tl.int32, bitcast=True) & -0x80000000)
+        cast = bits.to(tl.float32, bitcast=True).to(dtype).to(tl.uint8, bitcast=True)  # with the sign of minus zero
+        return tl.where(x != x, 0x7F, cast).to(tl.uint8).to(dtype, bitcast=True)  # NaN, which the cast loses
+    else:
+        return x.to(dtype)
+
+
+@triton.jit
+def _amax(x_ptr, partials_ptr, num_elements, num_blocks, SIZE: tl.constexpr):
+    """Each program the largest magnitude of a run of blocks."""
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    largest = tl.zeros((SIZE,), dtype=tl.int32)
+    offsets = program.to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    for _ in range(program, num_blocks, programs):
+        x = tl.load(x_ptr + offsets, mask=offsets < num_elements, other=0.0).to(tl.float32)
+        largest = tl.maximum(largest, _magnitude_bits(x))
+        offsets += programs * SIZE
+    tl.store(partials_ptr + program, _largest(largest, 0))
+
+
+@triton.jit
+def _tensor_scale(
+    scale_ptr, amax_ptr, partials_ptr, num_partials, first,
+    DYNAMIC: tl.constexpr, LARGEST: tl.constexpr, POWER_OF_TWO: tl.constexpr, PARTIALS: tl.constexpr,
+):  # fmt: skip
+    """The inverse scale of a tensor: of the scale given, or of partial maxima; the first program then writes it."""
+    if DYNAMIC:
+        n = tl.arange(0, PARTIALS)
+        partials = tl.load(partials_ptr + n, mask=n < num_partials, other=0.0)
+        amax = _largest(_magnitude_bits(partials), 0)
+        scale, inverse = _scale_of(amax, LARGEST, POWER_OF_TWO)
+        if first:
+            tl.store(scale_ptr, scale)
+            tl.store(amax_ptr, amax)
+    else:
+        scale = tl.load(scale_ptr)
+        inverse = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
+    return inverse
+
+
+@triton.jit
+def _cast(
+    x_ptr, y_ptr, scale_ptr, amax_ptr, partials_ptr, num_elements, num_partials,
+    SIZE: tl.constexpr, DYNAMIC: tl.constexpr, LARGEST: tl.constexpr, POWER_OF_TWO: tl.constexpr,
+    PARTIALS: tl.constexpr, EMULATE: tl.constexpr,
+):  # fmt: skip
+    # Last block first: what _amax read last may still lie in the L2 cache.
+    block = tl.num_programs(0) - 1 - tl.program_id(0)
+    inverse = _tensor_scale(
+        scale_ptr, amax_ptr, partials_ptr, num_partials, block == 0, DYNAMIC, LARGEST, POWER_OF_TWO, PARTIALS
+    )
+    offsets = block.to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    inside = offsets < num_elements
+    x = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y_ptr + offsets, _to_fp8(x * inverse, y_ptr.dtype.element_ty, LARGEST, EMULATE), mask=inside)
+    if not DYNAMIC:
+        tl.atomic_max(amax_ptr, tl.max(_magnitude_bits(x), axis=0), sem="relaxed")
+
+
+@triton.jit
+def _cast_transpose(
+    x_ptr, y_ptr, t_ptr, scale_ptr, amax_ptr, partials_ptr, R, C, R_padded, num_partials,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DYNAMIC: tl.constexpr, LARGEST: tl.constexpr,
+    POWER_OF_TWO: tl.constexpr, PARTIALS: tl.constexpr, EMULATE: tl.constexpr,
+):  # fmt: skip
+    row_tile, column_tile = _tile_of(C, COLUMNS)
+    inverse = _tensor_scale(
+        scale_ptr, amax_ptr, partials_ptr, num_partials, (row_tile == 0) & (column_tile == 0),
+        DYNAMIC, LARGEST, POWER_OF_TWO, PARTIALS,
+    )  # fmt: skip
+    r = row_tile * ROWS + tl.arange(0, ROWS)
+    c = column_tile * COLUMNS + tl.arange(0, COLUMNS)
+    x = _load_tile(x_ptr, r, c, R, C)
+    y = _to_fp8(x * inverse, y_ptr.dtype.element_ty, LARGEST, EMULATE)
+    _store_tile(y_ptr, y, r, c, R, C)
+    _store_transposed(t_ptr, y, r, c, R_padded, C)
+    if not DYNAMIC:
+        tl.atomic_max(amax_ptr, tl.max(tl.max(_magnitude_bits(x), axis=1), axis=0), sem="relaxed")
+
+
+@triton.jit
+def _tile_of(C, COLUMNS: tl.constexpr):
+    """Neighbouring programs take neighbouring columns; last tile first, see _cast."""
+    program = tl.num_programs(0) - 1 - tl.program_id(0)
+    across = tl.cdiv(C, COLUMNS)
+    return program // across, program % across
+
+
+@triton.jit
+def _load_tile(x_ptr, r, c, R, C):
+    inside = (r < R)[:, None] & (c < C)[None, :]
+    return tl.load(x_ptr + r.to(tl.int64)[:, None] * C + c[None, :], mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _store_tile(y_ptr, y, r, c, R, C):
+    tl.store(y_ptr + r.to(tl.int64)[:, None] * C + c[None, :], y, mask=(r < R)[:, None] & (c < C)[None, :])
+
+
+@triton.jit
+def _store_transposed(t_ptr, y, r, c, R_padded, C):
+    """y [rows, columns] of the tile at (c, r). Rows from R to R_padded were loaded as zeros."""
+    inside = (c < C)[:, None] & (r < R_padded)[None, :]
+    tl.store(t_ptr + c.to(tl.int64)[:, None] * R_padded + r[None, :], tl.trans(y), mask=inside)
+
+
+@triton.jit
+def _rowwise(
+    x_ptr, y_ptr, scale_ptr, C,
+    SIZE: tl.constexpr, LARGEST: tl.constexpr, POWER_OF_TWO: tl.constexpr, EMULATE: tl.constexpr, ONCE: tl.constexpr,
+):  # fmt: skip
+    """A row per program; read once if it fits."""
+    row = tl.program_id(0).to(tl.int64)
+    x_ptr += row * C
+    y_ptr += row * C
+    c = tl.arange(0, SIZE)
+    x = tl.load(x_ptr + c, mask=c < C, other=0.0).to(tl.float32)
+    bits = _magnitude_bits(x)
+    if not ONCE:
+        for start in range(SIZE, C, SIZE):
+            part = tl.load(x_ptr + start + c, mask=start + c < C, other=0.0).to(tl.float32)
+            bits = tl.maximum(bits, _magnitude_bits(part))
+    scale, inverse = _scale_of(_largest(bits, 0), LARGEST, POWER_OF_TWO)
+    tl.store(scale_ptr + row, scale)
+    tl.store(y_ptr + c, _to_fp8(x * inverse, y_ptr.dtype.element_ty, LARGEST, EMULATE), mask=c < C)
+    if not ONCE:
+        for start in range(SIZE, C, SIZE):
+            part = tl.load(x_ptr + start + c, mask=start + c < C, other=0.0).to(tl.float32)
+            y = _to_fp8(part * inverse, y_ptr.dtype.element_ty, LARGEST, EMULATE)
+            tl.store(y_ptr + start + c, y, mask=start + c < C)
+
+
+@triton.jit
+def _row_and_column_amax(x_ptr, row_ptr, column_ptr, R, C, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    program = tl.program_id(0)
+    across = tl.cdiv(C, COLUMNS)
+    r = (program // across) * ROWS + tl.arange(0, ROWS)
+    c = (program % across) * COLUMNS + tl.arange(0, COLUMNS)
+    bits = _magnitude_bits(_load_tile(x_ptr, r, c, R, C))
+    tl.atomic_max(row_ptr + r, tl.max(bits, axis=1), mask=r < R, sem="relaxed")
+    tl.atomic_max(column_ptr + c, tl.max(bits, axis=0), mask=c < C, sem="relaxed")
+
+
+@triton.jit
+def _cast_rows_and_columns(
+    x_ptr, y_ptr, t_ptr, row_amax_ptr, column_amax_ptr, row_scale_ptr, column_scale_ptr, R, C, R_padded,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, LARGEST: tl.constexpr, POWER_OF_TWO: tl.constexpr,
+    EMULATE: tl.constexpr,
+):  # fmt: skip
+    row_tile, column_tile = _tile_of(C, COLUMNS)
+    r = row_tile * ROWS + tl.arange(0, ROWS)
+    c = column_tile * COLUMNS + tl.arange(0, COLUMNS)
+    x = _load_tile(x_ptr, r, c, R, C)
+    amax = tl.load(row_amax_ptr + r, mask=r < R, other=0).to(tl.float32, bitcast=True)
+    scale, inverse = _scale_of(amax, LARGEST, POWER_OF_TWO)
+    tl.store(row_scale_ptr + r, scale, mask=(r < R) & (column_tile == 0))
+    _store_tile(y_ptr, _to_fp8(x * inverse[:, None], y_ptr.dtype.element_ty, LARGEST, EMULATE), r, c, R, C)
+    amax = tl.load(column_amax_ptr + c, mask=c < C, other=0).to(tl.float32, bitcast=True)
+    scale, inverse = _scale_of(amax, LARGEST, POWER_OF_TWO)
+    tl.store(column_scale_ptr + c, scale, mask=(c < C) & (row_tile == 0))
+    y = _to_fp8(x * inverse[None, :], y_ptr.dtype.element_ty, LARGEST, EMULATE)
+    _store_transposed(t_ptr, y, r, c, R_padded, C)
+
+
+@triton.jit
+def _blocks(
+    x_ptr, y_ptr, scale_ptr, t_ptr, t_scale_ptr, R, C, R_padded,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, LARGEST: tl.constexpr, POWER_OF_TWO: tl.constexpr,
+    SQUARE: tl.constexpr, TRANSPOSE: tl.constexpr, EMULATE: tl.constexpr,
+):  # fmt: skip
+    """A tile ROWS x 128, of 128 rows for square blocks and for the transposed copy. Scales of 1x128 lie column by
+    column in memory, as a tile of a matrix product reads them; those of 128x128 row by row."""
+    program = tl.program_id(0)
+    across = tl.cdiv(C, COLUMNS)
+    row_tile, column_tile = program // across, program % across
+    r = row_tile * ROWS + tl.arange(0, ROWS)
+    c = column_tile * COLUMNS + tl.arange(0, COLUMNS)
+    x = _load_tile(x_ptr, r, c, R, C)
+    bits = _magnitude_bits(x)
+    by_row = tl.max(bits, axis=1)
+    if SQUARE:
+        scale, inverse = _scale_of(_largest(by_row, 0), LARGEST, POWER_OF_TWO)
+        y = _to_fp8(x * inverse, y_ptr.dtype.element_ty, LARGEST, EMULATE)
+        tl.store(scale_ptr + row_tile * across + column_tile, scale)
+        if TRANSPOSE:
+            tl.store(t_scale_ptr + column_tile * tl.cdiv(R, ROWS) + row_tile, scale)
+            _store_transposed(t_ptr, y, r, c, R_padded, C)
+    else:
+        scale, inverse = _scale_of(by_row.to(tl.float32, bitcast=True), LARGEST, POWER_OF_TWO)
+        y = _to_fp8(x * inverse[:, None], y_ptr.dtype.element_ty, LARGEST, EMULATE)
+        tl.store(scale_ptr + column_tile.to(tl.int64) * R + r, scale, mask=r < R)
+        if TRANSPOSE:
+            scale, inverse = _scale_of(_largest(bits, 0), LARGEST, POWER_OF_TWO)
+            tl.store(t_scale_ptr + row_tile.to(tl.int64) * C + c, scale, mask=c < C)
+            t = _to_fp8(x * inverse[None, :], y_ptr.dtype.element_ty, LARGEST, EMULATE)
+            _store_transposed(t_ptr, t, r, c, R_padded, C)
+    _store_tile(y_ptr, y, r, c, R, C)
+
+
+def amax_partials(x: Tensor) -> Tensor:
+    """fp32 [P]: the largest magnitudes of parts of contiguous x, which is not empty."""
+    n, flat = x.numel(), FLAT(x.numel())
+    num_blocks = triton.cdiv(n, flat.size)
+    programs = min(num_blocks, PROGRAMS_PER_MULTIPROCESSOR * num_multiprocessors(x.device))
+    partials = torch.empty(programs, dtype=torch.float32, device=x.device)
+    _amax[(programs,)](x, partials, n, num_blocks, SIZE=flat.size, num_warps=flat.num_warps)
+    return partials
+
+
+def quantize_tensorwise(
+    x: Tensor, scale: Tensor | None, dtype: torch.dtype, power_of_two: bool, transpose: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(data, transposed, scale, amax) of x [R, C], contiguous and not empty; dynamic if no scale is given."""
+    R, C = x.shape
+    data = torch.empty(R, C, dtype=dtype, device=x.device)
+    partials = amax_partials(x) if scale is None else None
+    amax = torch.zeros((), device=x.device) if partials is None else torch.empty((), device=x.device)
+    used = torch.empty((), device=x.device) if scale is None else scale
+    num_partials = 1 if partials is None else len(partials)
+    shared = {
+        "DYNAMIC": scale is None,
+        "LARGEST": LARGEST[dtype],
+        "POWER_OF_TWO": power_of_two,
+        "PARTIALS": triton.next_power_of_2(num_partials),
+        "EMULATE": not x.is_cuda,
+    }
+    partials = used if partials is None else partials  # not read
+    maximum = amax if scale is None else amax.view(torch.int32)  # the atomic maximum is one of bits
+    if transpose:
+        tile = TILE(R, C)
+        transposed = torch.empty(C, padded(R), dtype=dtype, device=x.device)
+        grid = (triton.cdiv(padded(R), tile.rows) * triton.cdiv(C, tile.columns),)
+        _cast_transpose[grid](
+            x, data, transposed, used, maximum, partials, R, C, padded(R), num_partials,
+            ROWS=tile.rows, COLUMNS=tile.columns, num_warps=tile.num_warps, **shared,
+        )  # fmt: skip
+        return data, transposed, used, amax
+    flat = FLAT(x.numel())
+    grid = (triton.cdiv(x.numel(), flat.size),)
+    _cast[grid](
+        x, data, used, maximum, partials, x.numel(), num_partials, SIZE=flat.size, num_warps=flat.num_warps, **shared
+    )
+    return data, data.new_empty(0), used, amax
+
+
+def quantize_rowwise(
+    x: Tensor, dtype: torch.dtype, power_of_two: bool, transpose: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(data, scale, transposed, its scale) of x [R, C], contiguous and not empty."""
+    R, C = x.shape
+    data = torch.empty(R, C, dtype=dtype, device=x.device)
+    scale = torch.empty(R, 1, device=x.device)
+    shared = {"LARGEST": LARGEST[dtype], "POWER_OF_TWO": power_of_two, "EMULATE": not x.is_cuda}
+    if not transpose:
+        size = min(triton.next_power_of_2(C), LONGEST_ROW)
+        warps = min(max(size // 1024, 1), 8 if size < LONGEST_ROW else 16)
+        _rowwise[(R,)](x, data, scale, C, SIZE=size, ONCE=size >= C, num_warps=warps, **shared)
+        return data, scale, data.new_empty(0), scale.new_empty(0)
+    transposed = torch.empty(C, padded(R), dtype=dtype, device=x.device)
+    transposed_scale = torch.empty(C, 1, device=x.device)
+    amax = torch.zeros(R + C, dtype=torch.int32, device=x.device)
+    tile = TILE(R, C)
+    sizes = {"ROWS": tile.rows, "COLUMNS": tile.columns, "num_warps": tile.num_warps}
+    grid = (triton.cdiv(padded(R), tile.rows) * triton.cdiv(C, tile.columns),)
+    _row_and_column_amax[grid](x, amax, amax[R:], R, C, **sizes)
+    _cast_rows_and_columns[grid](
+        x, data, transposed, amax, amax[R:], scale, transposed_scale, R, C, padded(R), **sizes, **shared
+    )
+    return data, scale, transposed, transposed_scale
+
+
+def quantize_blocks(
+    x: Tensor, dtype: torch.dtype, power_of_two: bool, square: bool, transpose: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(data, scale, transposed, its scale) of x [R, C], contiguous and not empty."""
+    R, C = x.shape
+    data = torch.empty(R, C, dtype=dtype, device=x.device)
+    scale, transposed, transposed_scale = block_outputs(x, dtype, square, transpose)
+    rows = BLOCK if square or transpose else ROWS_OF_BLOCKS(R, C)
+    warps = BLOCK_WARPS(R, C, square) if rows == BLOCK else 4
+    _blocks[(triton.cdiv(R, rows) * blocks(C),)](
+        x, data, scale, transposed, transposed_scale, R, C, padded(R), ROWS=rows, COLUMNS=BLOCK,
+        LARGEST=LARGEST[dtype], POWER_OF_TWO=power_of_two, SQUARE=square, TRANSPOSE=transpose, EMULATE=not x.is_cuda,
+        num_warps=warps,
+    )  # fmt: skip
+    return data, scale, transposed, transposed_scale

@@ -1,0 +1,43 @@
+"""A case of NF4: a tensor quantized and dequantized."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels.nf4 import dequantize_nf4, quantize_nf4
+from kernels.nf4.op import _dequantize, _quantize
+from kernels.nf4.reference import dequantize_nf4_reference, quantize_nf4_reference
+from tests.kernels.ops.case import Case, Inputs, Shape, normal
+
+
+def _inputs(shape: Shape, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
+    return (normal(shape, dtype, generator),)
+
+
+def _both(x: Tensor) -> tuple[Tensor, Tensor]:
+    q = quantize_nf4(x)
+    return dequantize_nf4(q, x.shape, torch.float32), q.packed.float()
+
+
+def _both_reference(x: Tensor) -> tuple[Tensor, Tensor]:
+    q = quantize_nf4_reference(x)
+    return dequantize_nf4_reference(*q, x.numel(), torch.float32).view(x.shape), q.packed.float()
+
+
+CASES = [
+    Case(
+        name="nf4",
+        op=_both,
+        reference=_both_reference,
+        inputs=_inputs,
+        shapes=[(5, 123), (64,), (3, 1), (300, 64), (0, 5)],
+        differentiable=(),
+        checks=lambda inputs: [
+            (_quantize, inputs),
+            (_dequantize, (*quantize_nf4_reference(*inputs), inputs[0].numel(), torch.float32)),
+        ],
+        tuned="kernels.nf4.kernel:TILES",
+        batch_dim=None,
+    )
+]
