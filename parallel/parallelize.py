@@ -56,7 +56,9 @@ def parallelize(
         # Blocks of one kind share their graphs, but a constant of a layer (the site of its dropout, a window) makes one
         # of its own. Beyond the limit, 8, one graph is an error and several fall back to eager code.
         limit = 8 * len(list(model.blocks.children()))  # type: ignore[union-attr]
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, limit)
+        dynamo = torch._dynamo.config
+        dynamo.recompile_limit = max(dynamo.recompile_limit, limit)
+        dynamo.accumulated_recompile_limit = max(dynamo.accumulated_recompile_limit, limit)
     for block in model.blocks:  # type: ignore[union-attr]
         if not around:
             apply_activation_checkpoint(block, blocks.activation_checkpoint)
@@ -86,7 +88,9 @@ def compile_block(block: nn.Module, *, backend: str, in_parts: bool = False) -> 
 
     Hooks on the block stay outside the graph, parameter names as they are.
     """
-    block.forward = torch.compile(block.forward, backend=backend, fullgraph=not in_parts)
+    # dynamic=False: a graph per shape. Of a second shape torch would make one graph for any, find that for the first
+    # shape as well, and a checkpoint around the block would be recomputed by another graph than it was made by.
+    block.forward = torch.compile(block.forward, backend=backend, fullgraph=not in_parts, dynamic=False)
 
 
 def forward_units(model: nn.Module) -> list[tuple[nn.Module, list[str]]]:

@@ -31,7 +31,7 @@ Changes = dict[str, Any]
 SHAPE: Changes = {  # four layers, so that every pipeline has stages of whole layers
     "train__steps": STEPS,
     "train__seq_len": 32,
-    "train__global_batch_size": 16,
+    "train__global_batch_size": 8,
     "model__num_layers": 4,
     "model__hidden_size": 32,
     "model__num_heads": 8,
