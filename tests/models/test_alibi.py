@@ -42,7 +42,7 @@ def _mpt_with_weights_of(model: Decoder, num_heads: int) -> MptForCausalLM:
 @pytest.mark.parametrize("num_heads", [4, 6])
 @pytest.mark.parametrize("attention", ["reference", "sdpa"])
 def test_logits_with_alibi_are_those_of_mpt(attention: str, num_heads: int) -> None:
-    """A penalty of the wrong sign or scale, slopes given to the wrong heads, distances that count from the other end."""
+    """A penalty of the wrong sign or scale, slopes given to the wrong heads, distances from the other end."""
     changes = {"activation": "gelu", "gated_mlp": False, "num_heads": num_heads, "attention": attention}
     model = random_decoder(tiny(positions="alibi", **SHAPE, **changes))
     with torch.no_grad():
