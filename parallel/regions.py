@@ -43,7 +43,9 @@ def local_region(tensor: Tensor) -> tuple[slice, ...]:
 def largest_piece(tensor: Tensor, dim: int) -> int:
     """Indices of a dim that the rank with most of them holds; the same answer on all ranks."""
     piece = tensor.shape[dim]
-    for axis, placement in enumerate(tensor.placements if isinstance(tensor, DTensor) else ()):
+    if not isinstance(tensor, DTensor):
+        return piece
+    for axis, placement in enumerate(tensor.placements):
         if _cuts_dim(placement, dim):
             piece = -(-piece // tensor.device_mesh.size(axis))  # in whatever order
     return piece

@@ -88,7 +88,7 @@ class KernelAdamW:
 
     def state(self) -> dict[str, Tensor]:
         """exp_avg/NAME and exp_avg_sq/NAME of every parameter; of those in 8 bits also KIND_scales/NAME."""
-        state = {}
+        state: dict[str, Tensor] = {}
         for kind, moments in (("exp_avg", self.exp_avg), ("exp_avg_sq", self.exp_avg_sq)):
             state |= {f"{kind}/{name}": moment.values for name, moment in moments.items()}
             state |= {f"{kind}_scales/{name}": m.scales for name, m in moments.items() if m.scales is not None}

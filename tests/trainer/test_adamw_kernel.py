@@ -440,7 +440,7 @@ def wide_config(**changes: Any) -> TrainConfig:
     ("changes", "says"),
     [
         (
-            {"parallel__tp": 4},
+            {"parallel__tp": 4, "model__intermediate_size": 1024},
             "parallel.tp=4 cuts model.num_heads x head_dim=512 into pieces of 128; use parallel.tp=1 or 2",
         ),
         ({"parallel__tp": 2, "model__intermediate_size": 768}, "model.intermediate_size=768 into pieces of 384; use"),
