@@ -383,6 +383,22 @@ def test_stages_train_pure_bf16_with_8_bit_moments_to_the_same_bits(
     assert kernels["gradient_norm"] == "torch"
 
 
+def test_the_trainer_by_the_kernels_is_the_trainer_by_torch(
+    ranks: RankPool, corpus: DataConfig, tmp_path: Path
+) -> None:
+    """A clipping coefficient, a shard or a norm that only one of the two gets right."""
+    config = tiny_config(tmp_path / "torch", corpus, train__steps=5, parallel__zero_stage=3)
+    expected = run_on(ranks, 2, config)
+    outcome = run_on(ranks, 2, changed(config, tmp_path / "triton", optim__kernel="triton"))
+    assert outcome.losses == pytest.approx(expected.losses, rel=1e-6)
+    assert outcome.grad_norms == pytest.approx(expected.grad_norms, rel=1e-5)
+    kernels = json.loads((tmp_path / "triton" / "run.json").read_text())["kernels"]
+    assert kernels["optimizer"] == "adamw (reference of the triton kernel)"
+    assert kernels["gradient_norm"] == "reference of the triton kernel"
+    other = run_on(ranks, 2, changed(config, tmp_path / "other", optim__kernel="triton", optim__beta2=0.951))
+    assert other.losses != pytest.approx(expected.losses, rel=1e-6)  # control
+
+
 FP16_WITH_OVERFLOW: dict[str, Any] = {
     "precision__compute": "fp16",
     "precision__loss_scale": 2.0**24,
