@@ -344,7 +344,7 @@ class BucketedDataParallel(DataParallel):
         """
         self.masters = {}
         self._local: dict[str, torch.Tensor] = {}
-        self._narrow_gradients: dict[str, torch.Tensor] = {}  # summed in a narrower dtype than the master's
+        self._narrow_gradients: dict[str, torch.Tensor] = {}  # summed in another dtype than the master's
         for name, parameter in self.params.items():
             bucket, slot = self._bucket_of[name]
             rows = slot.local_part(self._values[name], bucket.holders.shard_rank)

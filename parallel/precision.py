@@ -14,7 +14,9 @@ class PrecisionConfig:
     """`precision`."""
 
     compute: str = "fp32"  # of parameters and activations in forward and backward: fp32, bf16, fp16
-    master: str = "fp32"  # of the weights the optimizer updates: fp32, or that of compute
+    # Of the weights the optimizer updates: fp32, or that of compute. bf16: there is no wider copy of them, and updates
+    # are rounded stochastically, without which those below 1/256 of a weight would be lost.
+    master: str = "fp32"
     reduce: str = "fp32"  # gradients are summed over micro-batches and ranks in this: fp32, or that of compute
     loss_scale: float = 65536.0  # fp16: first dynamic loss scale
     loss_scale_growth_interval: int = 2000  # fp16: good steps before the scale doubles

@@ -40,5 +40,16 @@ def local_region(tensor: Tensor) -> tuple[slice, ...]:
     return tuple(region)
 
 
+def largest_piece(tensor: Tensor, dim: int) -> int:
+    """Indices of a dim that the rank with most of them holds; the same answer on all ranks."""
+    piece = tensor.shape[dim]
+    if not isinstance(tensor, DTensor):
+        return piece
+    for axis, placement in enumerate(tensor.placements):
+        if _cuts_dim(placement, dim):
+            piece = -(-piece // tensor.device_mesh.size(axis))  # in whatever order
+    return piece
+
+
 def _cuts_dim(placement: Placement, dim: int) -> bool:
     return isinstance(placement, (Shard, _StridedShard)) and placement.dim == dim

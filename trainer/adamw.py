@@ -1,4 +1,4 @@
-"""AdamW: the update rule of all parameters, or of those that Muon is not for."""
+"""AdamW by torch's fused kernel: the update rule of all parameters, or of those that Muon is not for."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ class AdamW:
     """Adam with decoupled weight decay (Loshchilov & Hutter, 1711.05101, algorithm 2) and bias correction.
 
     Each rank updates its local shards with torch's fused kernel, which needs no communication. The moments have the
-    dtype and placements of their parameter, as in torch.optim.AdamW: fp32 for fp32 masters, bf16 for bf16 masters.
+    dtype and placements of their parameter, as in torch.optim.AdamW. Other moments, and bf16 parameters, which this
+    kernel rounds to nearest: trainer/adamw_kernel.py.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], decay: Mapping[str, float], config: OptimConfig) -> None:

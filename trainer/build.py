@@ -17,7 +17,7 @@ from parallel.pipeline.weight_gradients import defer_weight_gradients
 from trainer.config import TrainConfig
 from trainer.loss import loss_weights, vocabulary_shard
 from trainer.loss_scale import LossScale
-from trainer.optim import build_optimizer
+from trainer.optim import build_optimizer, describe
 from trainer.pipelined import PipelinedPasses, pipeline_layout
 from trainer.routing import RoutingMonitor
 from trainer.sequence import context_parallelism
@@ -74,7 +74,7 @@ def build_state(config: TrainConfig, dims: ParallelDims, mesh: Meshes, device: t
     return TrainState(
         model=model,
         data_parallel=data_parallel,
-        optimizer=build_optimizer(data_parallel.masters, config.optim),
+        optimizer=build_optimizer(data_parallel.masters, config.optim, seed=config.train.seed),
         loss_scale=LossScale(config.precision, device),
         token_group=token_group,
         device=device,
@@ -113,7 +113,7 @@ def implementations(config: TrainConfig, dims: ParallelDims, state: TrainState, 
         "loss": "linear_cross_entropy" + (", compiled" if compiles_loss(config) else ""),
         "blocks": f"torch.compile({train.compile_backend})" if train.compile else "eager",
         "activation_checkpoint": model.activation_checkpoint,
-        "optimizer": config.optim.name,
+        **describe(state.optimizer, config.optim),
         "context_parallel": context_parallelism(config.parallel, dims),
         "data_parallel": f"zero{config.parallel.zero_stage}",
         "pipeline": state.passes.layout.summary if isinstance(state.passes, PipelinedPasses) else "none",

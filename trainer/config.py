@@ -13,6 +13,8 @@ from parallel.precision import PrecisionConfig
 
 NONFINITE = ("skip", "stop")
 OPTIMIZERS = ("adamw", "muon")
+OPTIMIZER_KERNELS = ("auto", "torch", "triton")
+STATE_DTYPES = ("fp32", "bf16", "int8")
 SCHEDULES = ("constant", "linear", "cosine", "wsd")
 
 
@@ -55,6 +57,11 @@ class OptimConfig:
     momentum: float = 0.95  # muon
     nesterov: bool = True  # muon
     newton_schulz_steps: int = 5  # muon
+    # Of AdamW's update and the gradient norm. triton: kernels/adamw and kernels/global_norm, off CUDA their references;
+    # auto: torch's where it can (trainer/optim.py, AUTO_KERNEL).
+    kernel: str = "auto"  # one of OPTIMIZER_KERNELS
+    # adamw: of both moments, one of STATE_DTYPES. int8: of matrices, a scale per 256 elements; vectors stay fp32
+    state_dtype: str = "fp32"
 
 
 @dataclass

@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from kernels.global_norm import sum_of_squares
+
 
 def local_shard_of(t: Tensor) -> Tensor:
     """What this rank holds of t: the shard of a DTensor (writing to it writes to t), or t itself."""
@@ -63,10 +65,13 @@ def local_gradient(name: str, parameter: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def global_grad_norm(parameters: Iterable[Tensor], *, stages: dist.ProcessGroup | None = None) -> Tensor:
+def global_grad_norm(
+    parameters: Iterable[Tensor], *, stages: dist.ProcessGroup | None = None, kernel: str = "torch"
+) -> Tensor:
     """L2 norm over all elements of all gradients (`p.grad`), each counted once wherever it lies.
 
-    stages: ranks that hold the model's other parameters, those of other pipeline stages.
+    stages: ranks that hold the model's other parameters, those of other pipeline stages. kernel: torch, or triton
+    (kernels/global_norm), which sums a rank's squares.
 
     Returns a 0-d fp32 tensor on the device that communicates (of the mesh; without one, of the gradients), with the
     same bits on every rank: partial sums are gathered and added in rank order, which an all-reduce does not promise
@@ -84,7 +89,7 @@ def global_grad_norm(parameters: Iterable[Tensor], *, stages: dist.ProcessGroup 
         raise ValueError("the global gradient norm of no parameters is not defined; pass at least one")
     squares = []
     for (mesh, axes), gradients in groups.items():
-        square = _sum_of_squares(gradients)
+        square = sum_of_squares(gradients) if kernel == "triton" else _sum_of_squares(gradients)
         if mesh is not None:
             square = square.to(mesh.device_type)
             for axis in axes:

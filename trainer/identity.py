@@ -47,6 +47,23 @@ def check_same_model(path: Path, config: ModelConfig) -> None:
         )
 
 
+def check_same_moments(path: Path, config: TrainConfig) -> None:
+    """Raise ConfigError if the moments in a checkpoint are kept in another form than this run's."""
+    extra = read_extra(path)
+    if extra.get("weights_only", False):
+        return
+    saved = extra["config"]["optim"]
+    # Before the field was there, moments had the dtype of the master weights.
+    theirs = saved.get("state_dtype", extra["config"]["precision"]["master"])
+    if config.optim.name == saved["name"] == "adamw" and theirs != config.optim.state_dtype:
+        raise ConfigError(
+            [
+                f"optim.state_dtype={config.optim.state_dtype}, and the moments in {path} are {theirs}; use "
+                f"optim.state_dtype={theirs}, or another run.dir"
+            ]
+        )
+
+
 def check_tokenizer_is_known(path: Path, data: DataConfig) -> None:
     """Raise ConfigError if weights from elsewhere (launch/convert.py import) would meet a tokenizer trained here.
 

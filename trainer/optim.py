@@ -9,8 +9,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from kernels.backend import runs_triton
 from trainer.adamw import AdamW
-from trainer.config import OPTIMIZERS, OptimConfig
+from trainer.adamw_kernel import KernelAdamW, is_quantized
+from trainer.config import OPTIMIZER_KERNELS, OPTIMIZERS, STATE_DTYPES, OptimConfig
 from trainer.gradients import clip_coefficient, global_grad_norm, local_shard_of
 from trainer.muon import Muon
 
@@ -20,6 +22,12 @@ EMBEDDINGS = ("embedding.", "positions.")
 """Names of the parameters that are tables of vectors start with one of these."""
 OUTPUT = ("head.",)
 """The untied output projection."""
+AUTO_KERNEL = "torch"
+"""What optim.kernel=auto takes where torch can do the same: kernels/adamw and kernels/global_norm have been timed on no
+GPU yet (benchmarks/kernels.py). Where torch cannot (int8, bf16 moments, stochastic rounding), auto is triton."""
+
+SMALLEST_BF16_STEP = 2.0**-8
+"""Of a bf16 number, relative, that rounding to nearest does not undo wherever the number lies between powers of 2."""
 
 
 class UpdateRule(Protocol):
@@ -42,9 +50,13 @@ class Optimizer:
     it as it is.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], rules: list[UpdateRule]) -> None:
+    def __init__(
+        self, parameters: Mapping[str, Tensor], rules: list[UpdateRule], *, norm_kernel: str = "torch"
+    ) -> None:
+        """norm_kernel: what `global_grad_norm` of these parameters is to be taken by."""
         self.parameters = dict(parameters)
         self.rules = rules
+        self.norm_kernel = norm_kernel
         devices = {p.device for p in parameters.values()}
         if len(devices) != 1:
             raise ValueError(f"parameters are on {len(devices)} devices {sorted(map(str, devices))}; they need one")
@@ -77,7 +89,10 @@ class Optimizer:
             parameter.grad = None
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """All state by name: "step" (0-d fp32, updates done) and KIND/PARAMETER, with the parameter's placements."""
+        """All state by name: "step" (0-d fp32, updates done) and KIND/PARAMETER, with the parameter's placements.
+
+        Moments in 8 bits are codes (KIND) and scales (KIND_scales).
+        """
         state = {"step": self._num_steps}
         for rule in self.rules:
             state |= rule.state()
@@ -96,20 +111,56 @@ def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
     return parameter.ndim == 2 and not name.startswith(EMBEDDINGS + OUTPUT)
 
 
-def build_optimizer(parameters: Mapping[str, Tensor], config: OptimConfig) -> Optimizer:
+def choose_kernel(config: OptimConfig, *, stochastic: bool) -> str:
+    """torch or triton: what updates by AdamW. stochastic: parameters are bf16 and rounded stochastically."""
+    if config.kernel != "auto":
+        return config.kernel
+    return "triton" if stochastic or config.state_dtype != "fp32" else AUTO_KERNEL
+
+
+def build_optimizer(parameters: Mapping[str, Tensor], config: OptimConfig, *, seed: int = 0) -> Optimizer:
     """The optimizer that config names, over master parameters by name (order and names the same on all ranks).
 
-    muon: hidden matrices by Muon, all else by AdamW with the same lr and weight decay. Raises ValueError for an unknown
-    name, no parameters, or, with muon, a layout that it cannot divide.
+    muon: hidden matrices by Muon, all else by AdamW with the same lr and weight decay. seed: of the stochastic rounding
+    of bf16 parameters. Raises ValueError for settings that do not go together, no parameters, or a layout that muon, or
+    moments in 8 bits, cannot divide.
     """
-    if found := problems(config):
+    stochastic = any(p.dtype == torch.bfloat16 for p in parameters.values())
+    if found := problems(config) + precision_problems(config, master="bf16" if stochastic else "fp32"):
         raise ValueError("; ".join(found))
     decay = {name: decay_of(name, p, config) for name, p in parameters.items()}
+    norm_kernel = AUTO_KERNEL if config.kernel == "auto" else config.kernel
+
+    def adamw(some: Mapping[str, Tensor]) -> UpdateRule:
+        if choose_kernel(config, stochastic=stochastic) == "torch":
+            return AdamW(some, decay, config)
+        return KernelAdamW(some, decay, config, seed=seed)
+
     if config.name == "adamw":
-        return Optimizer(parameters, [AdamW(parameters, decay, config)])
+        return Optimizer(parameters, [adamw(parameters)], norm_kernel=norm_kernel)
     hidden = {name: p for name, p in parameters.items() if is_hidden_matrix(name, p)}
     others = {name: p for name, p in parameters.items() if name not in hidden}
-    return Optimizer(parameters, [Muon(hidden, decay, config), AdamW(others, decay, config)])
+    return Optimizer(parameters, [Muon(hidden, decay, config), adamw(others)], norm_kernel=norm_kernel)
+
+
+def describe(optimizer: Optimizer, config: OptimConfig) -> dict[str, str]:
+    """What really updates the parameters and takes the norm of their gradients, for run.json."""
+    parameters = optimizer.parameters.values()
+    on_gpu = runs_triton(next(iter(parameters)))
+
+    def implementation(kernel: str) -> str:
+        return kernel if kernel == "torch" or on_gpu else "reference of the triton kernel"
+
+    stochastic = any(p.dtype == torch.bfloat16 for p in parameters)
+    update = [implementation(choose_kernel(config, stochastic=stochastic))]
+    if config.state_dtype == "int8":
+        share = sum(p.numel() for p in parameters if is_quantized(p)) / sum(p.numel() for p in parameters)
+        update.append(f"int8 moments of {share:.1%} of the weights, fp32 of the others")
+    elif config.state_dtype != "fp32":
+        update.append(f"{config.state_dtype} moments")
+    if stochastic:
+        update.append("stochastic rounding")
+    return {"optimizer": f"{config.name} ({', '.join(update)})", "gradient_norm": implementation(optimizer.norm_kernel)}
 
 
 def problems(config: OptimConfig) -> list[str]:
@@ -129,4 +180,52 @@ def problems(config: OptimConfig) -> list[str]:
         found.append(f"optim.eps={config.eps} must be positive; 1e-8 is usual")
     if config.newton_schulz_steps < 1:
         found.append(f"optim.newton_schulz_steps={config.newton_schulz_steps} must be at least 1; 5 is usual")
+    return found + _kernel_problems(config)
+
+
+def _kernel_problems(config: OptimConfig) -> list[str]:
+    """What is wrong with optim.kernel and optim.state_dtype."""
+    found = []
+    if config.kernel not in OPTIMIZER_KERNELS:
+        found.append(f"optim.kernel={config.kernel} is unknown; use {', '.join(OPTIMIZER_KERNELS)}")
+    if config.state_dtype not in STATE_DTYPES:
+        return [*found, f"optim.state_dtype={config.state_dtype} is unknown; use {', '.join(STATE_DTYPES)}"]
+    if config.state_dtype == "fp32":
+        return found
+    if config.name == "muon":
+        found.append(
+            f"optim.state_dtype={config.state_dtype} is for optim.name=adamw; the momentum of muon has the dtype of "
+            "precision.master; use optim.state_dtype=fp32"
+        )
+    if config.kernel == "torch":
+        found.append(
+            f"optim.state_dtype={config.state_dtype} is not in optim.kernel=torch, whose moments have the dtype of the "
+            "weights; use optim.kernel=auto or triton"
+        )
+    for beta in ("beta1", "beta2"):
+        value = getattr(config, beta)
+        if config.state_dtype == "bf16" and 1 - value < SMALLEST_BF16_STEP:
+            found.append(
+                f"optim.state_dtype=bf16 with optim.{beta}={value}: a moment that shrinks by a factor of {value} is "
+                "rounded back to what it was (bf16 has 8 bits) and never forgets; use at most 0.996, or "
+                "optim.state_dtype=int8 or fp32"
+            )
+    return found
+
+
+def precision_problems(config: OptimConfig, *, master: str) -> list[str]:
+    """Why these settings cannot be used with precision.master, one line each."""
+    if master != "bf16":
+        return []
+    found = []
+    if config.name == "muon":
+        found.append(
+            "precision.master=bf16 is for optim.name=adamw: muon rounds to nearest, which loses updates below 1/256 of "
+            "a weight; use precision.master=fp32"
+        )
+    if config.kernel == "torch":
+        found.append(
+            "precision.master=bf16 is rounded stochastically, and optim.kernel=torch rounds to nearest; use "
+            "optim.kernel=auto or triton"
+        )
     return found

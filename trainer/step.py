@@ -166,7 +166,9 @@ def train_step(state: TrainState, microbatches: list[Batch], *, lr: float) -> St
     loss, *further = (loss_sums / valid.clamp(min=1)).float().unbind()
 
     counted = [master for name, master in state.data_parallel.masters.items() if name not in state.copies]
-    grad_norm = global_grad_norm(counted, stages=state.stage_group).to(state.device) / scale
+    grad_norm = (
+        global_grad_norm(counted, stages=state.stage_group, kernel=state.optimizer.norm_kernel).to(state.device) / scale
+    )
     finite = torch.isfinite(grad_norm) & torch.isfinite(loss_sums).all()
     skipped = 1.0 - finite.float()
     coefficient = clip_coefficient(grad_norm, state.grad_clip) / scale

@@ -27,7 +27,14 @@ from trainer.build import attention_used, build_state, implementations
 from trainer.checkpoint import CheckpointManager, read_extra
 from trainer.config import ConfigError, TrainConfig, configuration_errors
 from trainer.determinism import make_deterministic
-from trainer.identity import changed_settings, check_same_model, check_tokenizer_is_known, model_identity, run_identity
+from trainer.identity import (
+    changed_settings,
+    check_same_model,
+    check_same_moments,
+    check_tokenizer_is_known,
+    model_identity,
+    run_identity,
+)
 from trainer.metrics import MetricLogger
 from trainer.pipelined import PipelinedPasses
 from trainer.profiling import StepProfiler
@@ -88,6 +95,7 @@ class Trainer:
         self.resume_from = find_start(config, self.checkpoints.group)
         if self.resume_from is not None:
             check_same_model(self.resume_from, config.model)
+            check_same_moments(self.resume_from, config)
             check_tokenizer_is_known(self.resume_from, config.data)
         self.train_data, self.validation_data = self._build_data()
         tokenizer = self.train_data.tokenizer

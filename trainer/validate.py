@@ -26,6 +26,7 @@ from trainer.schedule import problems as schedule_problems
 from trainer.sequence import problems as sequence_problems
 from trainer.sinks import WANDB_MODES
 from trainer.validate_experts import expert_problems
+from trainer.validate_optim import optimizer_problems
 from trainer.validate_tensor import tensor_parallel_problems
 
 
@@ -54,6 +55,7 @@ def finalize(config: TrainConfig, *, world_size: int) -> TrainConfig:
     found += missing or data_problems(data)
     found += dims_problems(config.parallel, world_size)
     found += precision_problems(config.precision)
+    found += optimizer_problems(config, model, world_size)
     found += schedule_problems(config.schedule, config.optim, config.train.steps)
     found += _loop_problems(config.train)
     found += _checkpoint_problems(config.checkpoint)

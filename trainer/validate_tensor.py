@@ -34,7 +34,7 @@ def tensor_parallel_problems(config: TrainConfig, model: ModelConfig, world_size
 def _model_problems(model: ModelConfig, tp: int) -> list[str]:
     assert model.num_kv_heads is not None  # resolved
     found = []
-    for name in ("num_heads", "intermediate_size") if _has_mlp(model) else ("num_heads",):
+    for name in ("num_heads", "intermediate_size") if has_mlp(model) else ("num_heads",):
         size = getattr(model, name)
         if size % tp:
             what = "attention heads" if name == "num_heads" else "the inner features of an MLP"
@@ -57,7 +57,7 @@ def _kv_heads_fit(num_kv_heads: int, tp: int) -> bool:
     return num_kv_heads % tp == 0 or tp % num_kv_heads == 0
 
 
-def _has_mlp(model: ModelConfig) -> bool:
+def has_mlp(model: ModelConfig) -> bool:
     """Whether any layer is without experts."""
     return not all(model.moe.in_layer(layer) for layer in range(model.num_blocks))
 
@@ -68,6 +68,6 @@ def _legal(model: ModelConfig) -> str:
     legal = [
         d
         for d in divisors(model.num_heads)
-        if (model.intermediate_size % d == 0 or not _has_mlp(model)) and _kv_heads_fit(model.num_kv_heads, d)
+        if (model.intermediate_size % d == 0 or not has_mlp(model)) and _kv_heads_fit(model.num_kv_heads, d)
     ]
     return f"parallel.tp={' or '.join(map(str, legal))}"

@@ -212,18 +212,20 @@ def test_a_parameter_without_gradient_is_an_error(ranks: RankPool) -> None:
         ranks.run(2, _unused)
 
 
-def _bytes(stage: int, precision: PrecisionConfig) -> tuple[int, dict[str, int]]:
+def _bytes(
+    stage: int, precision: PrecisionConfig, optim: OptimConfig | None = None, width: int = 16, hidden: int = 32
+) -> tuple[int, dict[str, int]]:
     """(number of parameters, bytes of state on this rank when gradients are complete), with rows that divide by 4."""
     config = ParallelConfig(zero_stage=stage)
     mesh = build_mesh(ParallelDims.resolve(config, dist.get_world_size()), "cpu")
     with torch.device("meta"):
-        model = _Model(width=16, hidden=32, vocab=12)
+        model = _Model(width=width, hidden=hidden, vocab=12)
     device = torch.device("cpu")
     data_parallel = parallelize(model, mesh, config, precision=precision, blocks=BlockOptions(), device=device)
     for master in data_parallel.masters.values():
         (master.to_local() if isinstance(master, DTensor) else master).detach().fill_(0.1)
     data_parallel.publish()
-    optimizer = build_optimizer(data_parallel.masters, OptimConfig())
+    optimizer = build_optimizer(data_parallel.masters, optim or OptimConfig())
     inputs, labels = _data()
     data_parallel.start_microbatch(last=True)
     F.cross_entropy(model(inputs).float().flatten(0, 1), labels.flatten()).backward()
@@ -260,6 +262,23 @@ def test_fp32_costs_no_second_copy_of_the_weights(ranks: RankPool, stage: int) -
     for num_parameters, measured in ranks.run(2, _bytes, stage, PrecisionConfig()):
         expected = {"parameters": 4, "gradients": 4, "master": 0, "optimizer": 8 if stage == 0 else 4}
         assert measured == {kind: size * num_parameters for kind, size in expected.items()}
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_moments_in_8_bits_cost_two_bytes_and_a_scale_per_256_elements(ranks: RankPool, stage: int) -> None:
+    """A second copy in fp32, scales per element. Without fp32 masters too: 2 + 2 + 0 + 2.03 bytes, not 16."""
+    precision = PrecisionConfig(compute="bf16", master="bf16", reduce="bf16")
+    width, hidden = 256, 512
+    vectors = NUM_BLOCKS * (2 * width + hidden) + 2 * width
+    n = 1 if stage == 0 else 2
+    for state_dtype, matrix in (("int8", 2 * (1 + 4 / 256)), ("bf16", 4), ("fp32", 8)):
+        optim = OptimConfig(state_dtype=state_dtype)
+        for num_parameters, measured in ranks.run(2, _bytes, stage, precision, optim, width, hidden):
+            vector = 4 if state_dtype == "bf16" else 8
+            assert measured["optimizer"] == (matrix * (num_parameters - vectors) + vector * vectors) / n
+            assert measured["master"] == 0
+            if stage < 2:
+                assert measured["parameters"] == measured["gradients"] == 2 * num_parameters
 
 
 class _CollectiveCounter(TorchDispatchMode):

@@ -41,7 +41,7 @@ def _mix_sequences(original: Callable[..., None]) -> Callable[..., None]:
 
 
 def _one_stage(original: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda parameters, stages: original(parameters)
+    return lambda parameters, stages, kernel: original(parameters, kernel=kernel)
 
 
 FAULTS: dict[str, tuple[Any, str, Callable[[Any], Any]]] = {

@@ -33,6 +33,8 @@ def test_a_good_configuration_has_no_problem_and_gets_its_sizes() -> None:
     assert isinstance(config, TrainConfig)
 
 
+PURE_BF16: dict[str, Any] = {"precision__compute": "bf16", "precision__reduce": "bf16", "precision__master": "bf16"}
+
 # Changes, and what the line must say.
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"train__steps": 0, "schedule__warmup_steps": 0}, "train.steps=0 must be at least 1"),
@@ -55,6 +57,26 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"model__family": "hf", "model__path": "/nowhere"}, "model.path=/nowhere does not exist"),
     ({"precision__compute": "fp8"}, "precision.compute=fp8 is not available"),
     ({"precision__master": "bf16"}, "precision.master=bf16 must be fp32 or that of precision.compute"),
+    (
+        {"precision__compute": "bf16", "precision__master": "bf16", "parallel__zero_stage": 3},
+        "precision.reduce=fp32 with precision.master=bf16 and parallel.zero_stage=3: fully_shard adds the gradients",
+    ),
+    (PURE_BF16 | {"optim__name": "muon"}, "precision.master=bf16 is for optim.name=adamw: muon rounds to nearest"),
+    (PURE_BF16 | {"optim__kernel": "torch"}, "precision.master=bf16 is rounded stochastically, and optim.kernel=torch"),
+    (
+        PURE_BF16 | {"parallel__zero_stage": 3, "parallel__cpu_offload": True},
+        "updates weights in host memory, where the kernel that precision.master=bf16 needs does not run",
+    ),
+    (
+        {"optim__kernel": "triton", "parallel__zero_stage": 3, "parallel__cpu_offload": True},
+        "updates weights in host memory, where the kernel that optim.kernel=triton needs does not run",
+    ),
+    ({"optim__kernel": "cuda"}, "optim.kernel=cuda is unknown; use auto, torch, triton"),
+    ({"optim__state_dtype": "fp8"}, "optim.state_dtype=fp8 is unknown; use fp32, bf16, int8"),
+    ({"optim__state_dtype": "bf16", "optim__name": "muon"}, "optim.state_dtype=bf16 is for optim.name=adamw"),
+    ({"optim__state_dtype": "bf16", "optim__kernel": "torch"}, "optim.state_dtype=bf16 is not in optim.kernel=torch"),
+    ({"optim__state_dtype": "bf16", "optim__beta2": 0.999}, "optim.state_dtype=bf16 with optim.beta2=0.999: a moment"),
+    ({"optim__state_dtype": "int8"}, "model.hidden_size=36, the length of most, is no multiple; use 256, or"),
     ({"optim__lr": float("nan")}, "optim.lr=nan must be a number of at least 0"),
     ({"optim__name": "sgd"}, "optim.name=sgd is not an optimizer; use one of adamw, muon"),
     ({"schedule__name": "step"}, "schedule.name=step"),
