@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -27,11 +27,11 @@ MAX_POINTS = 8192
 
 @dataclass(frozen=True)
 class Operation:
-    """One call in a block's forward whose output may be kept."""
+    """A call in a block's forward whose output may be kept, or several whose outputs are kept only together."""
 
-    name: str  # aten.mm#2: the third call of aten.mm
-    num_bytes: int  # of its output
-    seconds: float  # to run it again
+    calls: tuple[str, ...]  # aten.mm#2: the third call of aten.mm
+    num_bytes: int  # of the outputs
+    seconds: float  # to run them again
 
 
 @dataclass(frozen=True)
@@ -107,17 +107,30 @@ def block_choices(block: BlockCost, limit: int) -> list[Choice]:
         frontiers.append(_extend(frontiers[-1], kept_or_not, limit=limit, grain=limit))
     choices = []
     for last in range(len(frontiers[-1].seconds)):
-        point, kept = last, []
+        point, kept = last, list[str]()
         for op, frontier in zip(reversed(block.operations), reversed(frontiers[1:]), strict=True):
-            kept += [op.name] if frontier.right[point] else []
+            kept = [*op.calls, *kept] if frontier.right[point] else kept
             point = int(frontier.left[point])
-        checkpoint = ActivationCheckpoint("selective" if kept else "full", kept[::-1])
+        checkpoint = ActivationCheckpoint("selective" if kept else "full", kept)
         num_bytes, seconds = int(frontiers[-1].num_bytes[last]), float(frontiers[-1].seconds[last])
         choices.append(Choice(checkpoint, num_bytes, max(0.0, seconds)))
     if block.all_bytes is not None and block.all_bytes <= limit:
         choices = [c for c in choices if c.num_bytes < block.all_bytes]
         choices.append(Choice(ActivationCheckpoint("none"), block.all_bytes, 0.0))
     return choices
+
+
+def all_or_none(block: BlockCost) -> BlockCost:
+    """The same block where all operations are kept or none is."""
+    operations = block.operations
+    if not operations:
+        return block
+    together = Operation(
+        tuple(call for op in operations for call in op.calls),
+        sum(op.num_bytes for op in operations),
+        sum(op.seconds for op in operations),
+    )
+    return replace(block, operations=(together,))
 
 
 def describe(choices: Sequence[Choice]) -> str:

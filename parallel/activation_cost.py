@@ -136,7 +136,7 @@ def measure_block(
     return BlockCost(
         input_bytes=sum(storages(inputs).values()),
         operations=tuple(
-            Operation(call.name, sum(call.output_storages.values()), call.seconds(rates)) for call in kept
+            Operation((call.name,), sum(call.output_storages.values()), call.seconds(rates)) for call in kept
         ),
         other_seconds=sum(call.seconds(rates) for call in others),
         all_bytes=None if fused else all_bytes,

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from models.decoder import Decoder, MTPBlock
 from models.layers.attention import build_context
-from parallel.activation_budget import BlockCost, BudgetTooSmallError, Choice, choose
+from parallel.activation_budget import BlockCost, BudgetTooSmallError, Choice, all_or_none, choose
 from parallel.activation_cost import Rates, measure_block
 from parallel.groups import ModelParallel
 from trainer.config import ConfigError, TrainConfig
@@ -85,4 +85,7 @@ def _cost(block: nn.Module, config: TrainConfig, groups: ModelParallel, device: 
         )
     rates = Rates()
     options = {"context": context}
-    return measure_block(block, inputs, options, mode=mode, dtype=dtype, fused=train.compile, rates=rates)
+    cost = measure_block(block, inputs, options, mode=mode, dtype=dtype, fused=train.compile, rates=rates)
+    # Where a product with a tensor-parallel parameter is computed again inside a graph, AOTAutograd (2.11, 2.13) fails:
+    # it tries to save the device mesh. With all products kept, or with all of the graph run again, none is.
+    return all_or_none(cost) if train.compile and groups.tp is not None else cost

@@ -16,7 +16,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from models.config import ModelConfig
 from models.layers.attention import build_context
 from models.registry import build_model, resolve_model
-from parallel.activation_budget import BlockCost, BudgetTooSmallError, Operation, block_choices, choose, describe
+from parallel.activation_budget import (
+    BlockCost,
+    BudgetTooSmallError,
+    Operation,
+    all_or_none,
+    block_choices,
+    choose,
+    describe,
+)
 from parallel.activation_checkpoint import ActivationCheckpoint, apply_activation_checkpoint, problems
 from parallel.activation_cost import storages, tensors_of
 from parallel.groups import NO_GROUPS
@@ -42,7 +50,7 @@ def every_way(block: BlockCost) -> list[Alternative]:
 
 def random_block(draw: random.Random) -> BlockCost:
     operations = tuple(
-        Operation(f"aten.mm#{number}", draw.randint(1, 30), draw.choice([0.0, 1.0, draw.random() * 10]))
+        Operation((f"aten.mm#{number}",), draw.randint(1, 30), draw.choice([0.0, 1.0, draw.random() * 10]))
         for number in range(draw.randint(0, 4))
     )
     total = sum(op.num_bytes for op in operations)
@@ -71,7 +79,7 @@ def test_the_choice_is_the_best_of_all_that_fit(seed: int) -> None:
             if choice.checkpoint.mode == "none":
                 assert (choice.num_bytes, choice.seconds) == (block.all_bytes, 0.0)
                 continue
-            again = [op for op in block.operations if op.name not in choice.checkpoint.save]
+            again = [op for op in block.operations if op.calls[0] not in choice.checkpoint.save]
             kept = sum(op.num_bytes for op in block.operations) - sum(op.num_bytes for op in again)
             assert choice.num_bytes == block.input_bytes + kept
             assert choice.seconds == pytest.approx(block.other_seconds + sum(op.seconds for op in again))
@@ -79,7 +87,7 @@ def test_the_choice_is_the_best_of_all_that_fit(seed: int) -> None:
 
 def test_blocks_may_differ_and_later_ones_keep_more() -> None:
     """Catches one choice for all, which leaves half of this budget unused."""
-    block = BlockCost(10, (Operation("aten.mm#0", 100, 1.0),), 0.5, None)
+    block = BlockCost(10, (Operation(("aten.mm#0",), 100, 1.0),), 0.5, None)
     assert [c.num_bytes for c in choose([block] * 4, 240 + 9)] == [10, 10, 110, 110]
     assert "2 of 4 blocks keep aten.mm#0" in describe(choose([block] * 4, 249))
     with pytest.raises(BudgetTooSmallError) as error:
@@ -88,10 +96,20 @@ def test_blocks_may_differ_and_later_ones_keep_more() -> None:
     assert len(choose([block] * 4, 40)) == 4
 
 
+def test_operations_that_are_kept_together_are_all_kept_or_none() -> None:
+    """Catches a part of them being computed again inside a graph with tensor-parallel parameters, which fails."""
+    operations = tuple(Operation((f"aten.mm#{n}",), 10, 1.0) for n in range(3))
+    block = all_or_none(BlockCost(1, operations, 0.5, None))
+    choices = block_choices(block, 100)
+    assert [(c.num_bytes, c.seconds, c.checkpoint.mode) for c in choices] == [(1, 3.5, "full"), (31, 0.5, "selective")]
+    assert choices[1].checkpoint.save == ["aten.mm#0", "aten.mm#1", "aten.mm#2"]
+    assert [c.num_bytes for c in block_choices(block, 30)] == [1]
+
+
 def test_a_frontier_that_is_thinned_stays_within_the_budget_and_near_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches rounding of bytes that lets many blocks exceed the budget together."""
     draw = random.Random(0)
-    operations = tuple(Operation(f"aten.mm#{n}", draw.randint(10**6, 10**7), draw.random()) for n in range(12))
+    operations = tuple(Operation((f"aten.mm#{n}",), draw.randint(10**6, 10**7), draw.random()) for n in range(12))
     blocks = [BlockCost(10**6, operations, 0.0, None)] * 6
     budget = 6 * 25 * 10**6
     exact = sum(choice.seconds for choice in choose(blocks, budget))
@@ -214,7 +232,7 @@ def test_a_compiled_block_keeps_the_calls_that_were_chosen() -> None:
         gradients = [x.grad, *(parameter.grad for parameter in block.parameters())]
         for gradient, reference in zip(gradients, expected, strict=True):
             torch.testing.assert_close(gradient, reference, rtol=1e-4, atol=1e-5)
-    by_name = {op.name: op.num_bytes for op in cost.operations}
+    by_name = {op.calls[0]: op.num_bytes for op in cost.operations}
     assert sizes["aten.mm#4"] - sizes["aten.mm#1"] == by_name["aten.mm#4"] - by_name["aten.mm#1"]
 
 
