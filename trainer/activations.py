@@ -63,8 +63,9 @@ def block_costs(
 
 
 def _cost(block: nn.Module, config: TrainConfig, groups: ModelParallel, device: torch.device) -> BlockCost:
-    """Of a micro-batch of whole size, every token of which sees all before it: documents only make it cheaper."""
+    """Of a micro-batch of whole size, and as if every token saw all before it: documents only make it cheaper."""
     train, dtype = config.train, config.precision.compute_dtype
+    shape_of_tokens, masked = (train.micro_batch_size, train.seq_len), config.data.mask_documents
     slices = groups.tp.size() if groups.tp is not None and groups.sequence_parallel else 1
     shape = (train.micro_batch_size, train.seq_len // slices, config.model.hidden_size)
     mode = FakeTensorMode()
@@ -79,8 +80,8 @@ def _cost(block: nn.Module, config: TrainConfig, groups: ModelParallel, device: 
             device=device,
             dtype=dtype,
             positions=None,
-            documents=None,
-            samples=torch.empty(train.micro_batch_size, dtype=torch.int64, device=device),
+            documents=torch.empty(shape_of_tokens, dtype=torch.int32, device=device) if masked else None,
+            samples=torch.empty(shape_of_tokens[0], dtype=torch.int64, device=device),
             groups=replace(groups, cp_ring=None, cp_ulysses=None),
         )
     rates = Rates()

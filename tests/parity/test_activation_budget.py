@@ -15,6 +15,7 @@ from tests.pool import RankError, RankPool
 SHAPE: dict[str, Any] = {
     "model__num_layers": 4,
     "model__dropout": 0.1,
+    "data__mask_documents": True,
     "train__steps": 3,
     "train__micro_batch_size": 2,
     "schedule__warmup_steps": 1,
