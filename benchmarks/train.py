@@ -63,37 +63,57 @@ def summarize(run_dir: Path, *, skip: int) -> dict[str, Any]:
     # Every start warms up anew, perhaps on other devices: only the newest one is measured.
     first_step = info["starts"][-1]["resume_step"] + 1
     steps = [step for step in map(json.loads, lines) if step["step"] >= first_step]
-    measured = steps[skip:]
-    if not measured:
+    if not steps[skip:]:
         raise ValueError(
             f"{run_dir} has {len(steps)} steps since its newest start; --skip {skip} leaves none to measure"
         )
-    seconds = [step["step_seconds"] for step in measured]
     return {
         "run": config["run"]["name"],
         "device": info["device"]["name"],
         "world_size": info["world_size"],
         "mesh": info["mesh"],
-        "steps_measured": len(measured),
-        "steps_skipped": skip,
-        "tokens_per_second_per_gpu": _mean_over_time(measured, "tokens_per_second_per_gpu"),
-        "mfu": _mean_over_time(measured, "mfu"),
-        "mfu_causal": _mean_over_time(measured, "mfu", scale=info["flops_per_token_causal"] / info["flops_per_token"]),
-        "flops_per_token": info["flops_per_token"],
-        "flops_per_token_causal": info["flops_per_token_causal"],
-        "peak_flops": info["peak_flops"],
-        "peak_memory_gib": _largest(steps, "peak_memory_gib"),
-        "step_seconds_median": statistics.median(seconds),
-        "step_seconds_mean": statistics.fmean(seconds),
-        "data_wait_fraction": sum(step.get("data_wait_seconds") or 0.0 for step in measured) / sum(seconds),
-        "loss_first": steps[0]["loss"],
-        "loss_last": steps[-1]["loss"],
+        **speed_of(
+            steps,
+            skip=skip,
+            flops_per_token=info["flops_per_token"],
+            flops_per_token_causal=info["flops_per_token_causal"],
+            peak_flops=info["peak_flops"],
+        ),
         "profile": profile_of(run_dir, top=0) if trace_path(run_dir, 0).is_file() else None,
         "kernels": info["kernels"],
         "precision": info["precision"],
         "versions": info["versions"],
         "config": {f"{group}.{key}": config[group].get(key) for group, keys in _CONFIG_KEYS.items() for key in keys},
         "overrides": _overrides(info["command"]),
+    }
+
+
+def speed_of(
+    steps: list[dict[str, Any]],
+    *,
+    skip: int,
+    flops_per_token: float,
+    flops_per_token_causal: float,
+    peak_flops: float | None,
+) -> dict[str, Any]:
+    """The numbers of a run from its records in the form of metrics.jsonl, more than `skip` of them."""
+    measured = steps[skip:]
+    seconds = [step["step_seconds"] for step in measured]
+    return {
+        "steps_measured": len(measured),
+        "steps_skipped": skip,
+        "tokens_per_second_per_gpu": _mean_over_time(measured, "tokens_per_second_per_gpu"),
+        "mfu": _mean_over_time(measured, "mfu"),
+        "mfu_causal": _mean_over_time(measured, "mfu", scale=flops_per_token_causal / flops_per_token),
+        "flops_per_token": flops_per_token,
+        "flops_per_token_causal": flops_per_token_causal,
+        "peak_flops": peak_flops,
+        "peak_memory_gib": _largest(steps, "peak_memory_gib"),
+        "step_seconds_median": statistics.median(seconds),
+        "step_seconds_mean": statistics.fmean(seconds),
+        "data_wait_fraction": sum(step.get("data_wait_seconds") or 0.0 for step in measured) / sum(seconds),
+        "loss_first": steps[0]["loss"],
+        "loss_last": steps[-1]["loss"],
     }
 
 

@@ -5,6 +5,7 @@ One dataclass for every family; a family is a setting of it (configs/model/).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 
@@ -43,7 +44,7 @@ ROPE_SCALINGS = {  # and the fields of RopeConfig that each reads, besides theta
     ),
     "llama3": ("factor", "original_max_seq_len", "low_freq_factor", "high_freq_factor"),
 }
-ACTIVATION_CHECKPOINTS = ("none", "full", "selective", "offload")
+ACTIVATION_CHECKPOINTS = ("none", "full", "selective", "offload", "budget")
 ATTENTION_IMPLEMENTATIONS = ("auto", "reference", "sdpa", "flex", "triton")
 
 
@@ -109,8 +110,9 @@ class ModelConfig:
     routing: RoutingConfig = field(default_factory=RoutingConfig)
     attention: str = "auto"  # one of ATTENTION_IMPLEMENTATIONS
     activation_checkpoint: str = "none"  # one of ACTIVATION_CHECKPOINTS
+    activation_memory_gib: float | None = None  # budget: of what all blocks of a GPU keep of one micro-batch
     activation_checkpoint_save: list[str] = field(
-        # selective: outputs of these ops are kept, all else is recomputed
+        # selective: outputs of these ops are kept (aten.mm#2: of its third call alone), all else is recomputed
         default_factory=lambda: [
             "aten.mm",
             "aten.addmm",
@@ -229,6 +231,7 @@ def _choice(name: str, value: str, allowed: Collection[str]) -> list[str]:
 def _run_time_problems(config: ModelConfig) -> list[str]:
     found = _choice("attention", config.attention, ATTENTION_IMPLEMENTATIONS)
     found += _choice("activation_checkpoint", config.activation_checkpoint, ACTIVATION_CHECKPOINTS)
+    found += _budget_problems(config)
     for name in ("dropout", "attention_dropout"):
         value = getattr(config, name)
         if not 0.0 <= value < 1.0:
@@ -244,6 +247,24 @@ def _run_time_problems(config: ModelConfig) -> list[str]:
             "that sinks need; use attention=auto, reference or (on CUDA) triton or flex"
         )
     return found
+
+
+def _budget_problems(config: ModelConfig) -> list[str]:
+    budget, mode = config.activation_memory_gib, config.activation_checkpoint
+    if mode != "budget":
+        unused = f"model.activation_memory_gib={budget} has no effect with model.activation_checkpoint={mode}"
+        return [] if budget is None else [f"{unused}; use activation_checkpoint=budget, or leave it out"]
+    if budget is None or not 0 < budget < math.inf:
+        return [
+            f"model.activation_memory_gib={'null' if budget is None else budget} must be positive: "
+            "model.activation_checkpoint=budget needs the GiB that all blocks of a GPU may keep of a micro-batch"
+        ]
+    if config.moe.num_experts:
+        return [
+            f"model.activation_checkpoint=budget does not work with model.moe.num_experts={config.moe.num_experts}: "
+            "what experts keep depends on the routing; use selective, full or none"
+        ]
+    return []
 
 
 def _size_problems(config: ModelConfig) -> list[str]:

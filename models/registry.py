@@ -38,6 +38,7 @@ RUN_TIME_FIELDS = (
     "attention",
     "activation_checkpoint",
     "activation_checkpoint_save",
+    "activation_memory_gib",
 )
 """Fields that say how a model is run, not what it is: a Hugging Face folder does not decide them."""
 

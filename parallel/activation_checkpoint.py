@@ -7,7 +7,8 @@ Nothing here needs the random state: dropout is a function of position (models/l
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,7 +27,7 @@ from torch.utils.checkpoint import (
 _RECORDING = (_CachingTorchDispatchMode, _CachedTorchDispatchMode)
 """What selective checkpointing runs a forward and its recomputation under."""
 
-MODES = ("none", "full", "selective", "offload")
+MODES = ("none", "full", "selective", "offload", "budget")
 
 
 @dataclass(frozen=True)
@@ -34,16 +35,19 @@ class ActivationCheckpoint:
     """What is kept between forward and backward of a block.
 
     none: everything. full: the block's input. selective: outputs of the ops in `save`. offload: the input, in (pinned)
-    host memory.
+    host memory. budget: one of the first three for each block (parallel/activation_budget.py chooses).
     """
 
     mode: str = "none"
-    save: list[str] = field(default_factory=list)  # selective: names such as "aten.mm"
+    save: list[str] = field(default_factory=list)  # selective: "aten.mm", or "aten.mm#2" for its third call alone
 
 
 def resolve_op(name: str) -> torch._ops.OpOverload | None:
-    """`aten.mm` -> torch.ops.aten.mm.default; None when torch has no such op."""
+    """`aten.mm` or `aten.mm#2` -> torch.ops.aten.mm.default; None when torch has no such op, or the number is none."""
     op: Any = torch.ops
+    name, hash_sign, number = name.partition("#")
+    if hash_sign and not number.isdecimal():
+        return None
     for part in name.split("."):
         op = getattr(op, part, None)
         if op is None:
@@ -51,6 +55,12 @@ def resolve_op(name: str) -> torch._ops.OpOverload | None:
     if isinstance(op, torch._ops.OpOverloadPacket):
         return getattr(op, "default", None)
     return op if isinstance(op, torch._ops.OpOverload) else None
+
+
+def op_name(op: torch._ops.OpOverload) -> str:
+    """The name that `resolve_op` knows this op by."""
+    overload = "" if op._overloadname == "default" else f".{op._overloadname}"
+    return f"{op.namespace}.{op._opname}{overload}"
 
 
 def problems(config: ActivationCheckpoint) -> list[str]:
@@ -67,11 +77,32 @@ def problems(config: ActivationCheckpoint) -> list[str]:
     return found
 
 
-def _selective_contexts(saved_ops: frozenset[torch._ops.OpOverload]) -> Any:
+def _selective_contexts(saved: Mapping[torch._ops.OpOverload, frozenset[int] | None]) -> Any:
+    """Contexts of one forward and its recomputation. saved: numbers of the calls of an op that are kept; None: all."""
+    counts: dict[bool, Counter[torch._ops.OpOverload]] = {False: Counter(), True: Counter()}
+
     def policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        return CheckpointPolicy.MUST_SAVE if op in saved_ops else CheckpointPolicy.PREFER_RECOMPUTE
+        if op not in saved:
+            return CheckpointPolicy.PREFER_RECOMPUTE
+        number = counts[ctx.is_recompute][op]
+        counts[ctx.is_recompute][op] += 1
+        numbers = saved[op]
+        keep = numbers is None or number in numbers
+        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
     return create_selective_checkpoint_contexts(policy)
+
+
+def _saved_calls(names: Sequence[str]) -> dict[torch._ops.OpOverload, frozenset[int] | None]:
+    """`ActivationCheckpoint.save` by op: the numbers of its calls, or None for all of them."""
+    saved: dict[torch._ops.OpOverload, frozenset[int] | None] = {}
+    for name in names:
+        op, (_, _, number) = resolve_op(name), name.partition("#")
+        if op is None:
+            continue
+        before = saved.get(op, frozenset())
+        saved[op] = None if not number or before is None else before | {int(number)}
+    return saved
 
 
 def apply_activation_checkpoint(block: nn.Module, config: ActivationCheckpoint) -> None:
@@ -80,8 +111,7 @@ def apply_activation_checkpoint(block: nn.Module, config: ActivationCheckpoint) 
         return
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
     if config.mode == "selective":
-        ops = frozenset(op for name in config.save if (op := resolve_op(name)) is not None)
-        options["context_fn"] = functools.partial(_selective_contexts, ops)
+        options["context_fn"] = functools.partial(_selective_contexts, _saved_calls(config.save))
     inner = block.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:

@@ -11,6 +11,7 @@ layout says so, and unspecified values: fill `masters`, then call `publish`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +36,7 @@ class BlockOptions:
 
     activation_checkpoint: ActivationCheckpoint = field(default_factory=ActivationCheckpoint)
     compile_backend: str | None = None  # None: not compiled
+    of_block: Mapping[str, ActivationCheckpoint] = field(default_factory=dict)  # budget: by name in model.blocks
 
 
 def parallelize(
@@ -51,7 +53,7 @@ def parallelize(
     # their device mesh for backward. Around the graph it works; what the graph saves is dropped and made again. The
     # same where attention over cp parts the graph in two: what contains both would not be compiled at all.
     in_parts = mesh.batch["cp"].size() > 1
-    around = (mesh.state["tp"].size() > 1 or in_parts) and blocks.activation_checkpoint.mode in ("full", "offload")
+    outside = mesh.state["tp"].size() > 1 or in_parts
     if blocks.compile_backend is not None:
         # Blocks of one kind share their graphs, but a constant of a layer (the site of its dropout, a window) makes one
         # of its own. Beyond the limit, 8, one graph is an error and several fall back to eager code.
@@ -59,14 +61,16 @@ def parallelize(
         dynamo = torch._dynamo.config
         dynamo.recompile_limit = max(dynamo.recompile_limit, limit)
         dynamo.accumulated_recompile_limit = max(dynamo.accumulated_recompile_limit, limit)
-    for block in model.blocks:  # type: ignore[union-attr]
+    for name, block in model.blocks.named_children():  # type: ignore[union-attr]
+        checkpointing = blocks.of_block.get(name, blocks.activation_checkpoint)
+        around = outside and checkpointing.mode in ("full", "offload")
         if not around:
-            apply_activation_checkpoint(block, blocks.activation_checkpoint)
+            apply_activation_checkpoint(block, checkpointing)
         if blocks.compile_backend is not None:
             compile_block(block, backend=blocks.compile_backend, in_parts=in_parts)
         if around:
-            apply_activation_checkpoint(block, blocks.activation_checkpoint)
-        if blocks.activation_checkpoint.mode == "offload":
+            apply_activation_checkpoint(block, checkpointing)
+        if checkpointing.mode == "offload":
             apply_offload(block, pin_memory=device.type == "cuda")
     if config.zero_stage >= 2:
         return _shard_fully(model, mesh, config, precision=precision, device=device)

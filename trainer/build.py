@@ -8,12 +8,14 @@ from kernels.grouped_linear import choose_grouped_linear
 from models.layers.attention import choose_attention
 from models.layers.router import Router
 from models.registry import build_model
+from parallel.activation_budget import describe
 from parallel.activation_checkpoint import ActivationCheckpoint
 from parallel.dims import ParallelDims
 from parallel.mesh import Meshes, groups_in_layers
 from parallel.parallelize import BlockOptions, parallelize
 from parallel.pipeline.schedules import SPLIT_BACKWARD
 from parallel.pipeline.weight_gradients import defer_weight_gradients
+from trainer.activations import plan_activations
 from trainer.config import TrainConfig
 from trainer.loss import loss_weights, vocabulary_shard
 from trainer.loss_scale import LossScale
@@ -39,12 +41,19 @@ def build_state(config: TrainConfig, dims: ParallelDims, mesh: Meshes, device: t
     checkpointing = ActivationCheckpoint(
         mode=config.model.activation_checkpoint, save=config.model.activation_checkpoint_save
     )
+    plan = {}
+    if checkpointing.mode == "budget":
+        plan = plan_activations(model, config, groups, device)
     data_parallel = parallelize(
         model,
         mesh,
         config.parallel,
         precision=config.precision,
-        blocks=BlockOptions(checkpointing, config.train.compile_backend if config.train.compile else None),
+        blocks=BlockOptions(
+            checkpointing,
+            config.train.compile_backend if config.train.compile else None,
+            of_block={name: choice.checkpoint for name, choice in plan.items()},
+        ),
         device=device,
     )
     model.train()
@@ -86,6 +95,7 @@ def build_state(config: TrainConfig, dims: ParallelDims, mesh: Meshes, device: t
         passes=passes,
         stage_group=passes.group if isinstance(passes, PipelinedPasses) else None,
         copies=passes.copies if isinstance(passes, PipelinedPasses) else frozenset(),
+        activation_plan=plan,
     )
 
 
@@ -96,13 +106,19 @@ def compiles_loss(config: TrainConfig) -> bool:
 
 def attention_used(config: TrainConfig, device: torch.device) -> str:
     """The implementation of attention. Raises ValueError where the one asked for does not run."""
-    return choose_attention(
+    used = choose_attention(
         config.model,
         device,
         config.precision.compute_dtype,
         documents=config.data.mask_documents,
         cp_method=config.parallel.cp_method if config.parallel.cp > 1 else None,
     )
+    if used == "flex" and config.model.activation_checkpoint == "budget":
+        raise ValueError(
+            "model.activation_checkpoint=budget cannot measure model.attention=flex, which is no single operation; use "
+            "model.attention=triton or sdpa, or activation_checkpoint=selective or full"
+        )
+    return used
 
 
 def implementations(config: TrainConfig, dims: ParallelDims, state: TrainState, device: torch.device) -> dict[str, str]:
@@ -112,8 +128,14 @@ def implementations(config: TrainConfig, dims: ParallelDims, state: TrainState, 
         "attention": attention_used(config, device),
         "loss": "linear_cross_entropy" + (", compiled" if compiles_loss(config) else ""),
         "blocks": f"torch.compile({train.compile_backend})" if train.compile else "eager",
+<<<<<<< HEAD
         "activation_checkpoint": model.activation_checkpoint,
         **describe(state.optimizer, config.optim),
+=======
+        "activation_checkpoint": model.activation_checkpoint
+        + (f": {describe(list(state.activation_plan.values()))}" if state.activation_plan else ""),
+        "optimizer": config.optim.name,
+>>>>>>> peers
         "context_parallel": context_parallelism(config.parallel, dims),
         "data_parallel": f"zero{config.parallel.zero_stage}",
         "pipeline": state.passes.layout.summary if isinstance(state.passes, PipelinedPasses) else "none",

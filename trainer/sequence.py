@@ -47,6 +47,11 @@ def problems(config: TrainConfig, model: ModelConfig) -> list[str]:
         runs_on_context(model.attention, method, sinks=model.attention_sinks)
     except ValueError as error:
         found.append(str(error))
+    if model.activation_checkpoint == "budget":
+        found.append(
+            f"model.activation_checkpoint=budget does not work with parallel.cp={cp}, whose attention exchanges keys "
+            "that no single process can measure; use none, full, selective or offload"
+        )
     if config.train.compile and model.activation_checkpoint == "selective":
         found.append(
             "model.activation_checkpoint=selective with train.compile=true picks operations of one graph, which "

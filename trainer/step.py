@@ -19,6 +19,7 @@ from torch import nn
 from data.batch import Batch
 from kernels.linear_cross_entropy import VocabularyShard
 from models.decoder import Decoder, Head
+from parallel.activation_budget import Choice
 from parallel.data import DataParallel
 from parallel.pipeline.stages import Stage
 from trainer.loss import count_all_valid, count_valid, token_loss_sum
@@ -65,6 +66,9 @@ class TrainState:
     routing: RoutingMonitor | None = None  # of a mixture of experts
     stage_group: dist.ProcessGroup | None = None  # ranks with the other stages of the model; None: this one has all
     copies: frozenset[str] = frozenset()  # masters here that are copies of another stage's (a tied embedding)
+    activation_plan: dict[str, Choice] = field(
+        default_factory=dict
+    )  # by block; empty: no budget. Filled by build_state
     step: int = 0  # updates attempted so far; filled by train_step
 
     def weights(self) -> dict[str, torch.Tensor]:

@@ -20,6 +20,7 @@ from data.loader import Loader, build_loader
 from models.flops import causal_flops_per_token, flops_per_token, num_parameters
 from models.hf import load_hf_weights
 from models.init import initialize
+from parallel.activation_budget import describe
 from parallel.dims import ParallelDims
 from parallel.mesh import build_mesh, init_distributed, pick_device
 from trainer.agreement import check_same_on_all_ranks
@@ -219,6 +220,14 @@ class Trainer:
             + (f"; resumed from {self.resume_from} at step {self.state.step}" if self.resume_from else ""),
             step=self.state.step,
         )
+        if plan := self.state.activation_plan:
+            what = describe(list(plan.values()))
+            self.metrics.event(
+                "activations",
+                f"activations of rank 0: {what}",
+                gib=sum(choice.num_bytes for choice in plan.values()) / 2**30,
+                recomputed_seconds=sum(choice.seconds for choice in plan.values()),
+            )
         if self._changed:
             self.metrics.event("changed", f"since the checkpoint: {', '.join(self._changed)}", step=self.state.step)
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from kernels import backend
 from kernels.attention.mask import Mask, Ranges, run_mask
@@ -160,6 +161,12 @@ def _attention(
     q_, k_, v_ = (_rows(x, q.dtype) for x in (q, k, v))
     dtype = _wide(q) if wide else q.dtype
     return attention_forward(q_, k_, v_, mask, scale=scale, slopes=slopes, sinks=sinks, dtype=dtype)
+
+
+@register_flop_formula(torch.ops.lattice.attention)
+def _attention_flops(q: torch.Size, k: torch.Size, v: torch.Size, *_: Any, **__: Any) -> int:
+    """For torch's FlopCounterMode, whose formulas count all pairs, masked or not; the arguments are shapes."""
+    return 2 * q[0] * q[1] * q[2] * k[1] * (q[3] + v[3])
 
 
 @torch.library.custom_op("lattice::attention_backward", mutates_args=())

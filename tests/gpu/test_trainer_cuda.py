@@ -100,6 +100,8 @@ def reference(ranks: RankPool, corpus: DataConfig, tmp_path_factory: pytest.Temp
     return config, run_on(ranks, 1, config)
 
 
+BUDGET = {"model__activation_checkpoint": "budget", "model__activation_memory_gib": 2e-4}
+
 ONE_GPU: dict[str, dict[str, Any]] = {
     "zero0": {"parallel__zero_stage": 0},
     "zero1": {"parallel__zero_stage": 1},
@@ -110,6 +112,8 @@ ONE_GPU: dict[str, dict[str, Any]] = {
     "checkpoint-full": {"model__activation_checkpoint": "full"},
     "checkpoint-selective": {"model__activation_checkpoint": "selective"},
     "checkpoint-offload": {"model__activation_checkpoint": "offload"},
+    "checkpoint-budget": {"model__attention": "sdpa", **BUDGET},
+    "compiled-budget": {"model__attention": "triton", "train__compile": True, **BUDGET},
     "compiled": {"train__compile": True},
     "compiled-zero3-selective": {
         "train__compile": True,

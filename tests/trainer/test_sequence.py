@@ -65,6 +65,10 @@ def _config(**changes: Any) -> TrainConfig:
             {"train__compile": True, "model__activation_checkpoint": "selective"},
             "model.activation_checkpoint=selective with train.compile=true picks operations of one graph",
         ),
+        (
+            {"model__activation_checkpoint": "budget", "model__activation_memory_gib": 1.0},
+            "model.activation_checkpoint=budget does not work with parallel.cp=4",
+        ),
     ],
 )
 def test_what_cannot_be_split_is_refused_with_field_value_and_fix(changes: dict[str, Any], expected: str) -> None:

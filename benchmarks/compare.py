@@ -1,0 +1,195 @@
+"""This project and others on the same shape, one after the other on the same GPUs, and the ratios between them.
+
+    python benchmarks/compare.py llama3_8b --gpus 4 --micro-batch-size 2 --rounds 2 \\
+        --lattice "parallel.zero_stage=3" --lattice "parallel.zero_stage=3 model.activation_checkpoint=selective" \\
+        --peer "titan --checkpoint selective-op" --peer "hugging_face --checkpoint full --liger all" \\
+        --out benchmarks/results/compare_llama3_8b_4xh200.json
+
+Each contestant is a launch of its own with a time limit, in bf16 with fp32 masters, on random tokens; --lattice gives
+overrides of launch/train.py, --peer a program of benchmarks/peers and its arguments. Every other round runs in reverse
+order, so that a machine that warms up favours nobody. The JSON file is rewritten after every run; its form is `runs`, a
+list of {contestant, round, command, seconds, result}, where `result` is the object of benchmarks/train.py, or null
+beside an `error`. The table shows the best round of each; `ratio` is the first contestant's speed over that one's.
+Exit code 1 when a run failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a clone, installed or not
+
+from benchmarks.train import summarize
+
+ROOT = Path(__file__).resolve().parent.parent
+PEERS = ("titan", "hugging_face")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
+    record: dict[str, Any] = {
+        "model": args.model,
+        "gpus": args.gpus,
+        "seq_len": args.seq_len,
+        "micro_batch_size": args.micro_batch_size,
+        "runs": [],
+    }
+    contestants = [f"lattice {overrides}".strip() for overrides in args.lattice] + args.peer
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_tokens(args, folder / "tokens.npy")
+        for number in range(args.rounds):
+            for contestant in contestants if number % 2 == 0 else reversed(contestants):
+                run_dir = folder / str(len(record["runs"]))
+                record["runs"].append({"contestant": contestant, "round": number, **run(contestant, args, run_dir)})
+                if args.out:
+                    args.out.parent.mkdir(parents=True, exist_ok=True)
+                    args.out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+                print(table(record["runs"], contestants), file=sys.stderr, flush=True)
+    print(json.dumps(record, indent=2))
+    return 1 if any(entry["error"] for entry in record["runs"]) else 0
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="a file of configs/model")
+    parser.add_argument("--gpus", type=int, default=1)
+    parser.add_argument("--seq-len", type=int, default=8192)
+    parser.add_argument("--micro-batch-size", type=int, default=1, help="sequences per GPU and step")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--skip", type=int, default=5, help="first steps that are not measured")
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--limit", type=float, default=300.0, help="seconds of one run, compilation included")
+    parser.add_argument("--lattice", action="append", default=[], metavar="OVERRIDES", help="repeatable; default: one")
+    parser.add_argument("--peer", action="append", default=[], metavar="PROGRAM ARGUMENTS", help="repeatable")
+    parser.add_argument("--out", type=Path, help="also write the object to this file, after every run")
+    args = parser.parse_args(argv)
+    args.lattice = args.lattice or [""]
+    unknown = [peer for peer in args.peer if peer.split()[:1] not in ([name] for name in PEERS)]
+    if unknown:
+        parser.error(f"--peer {unknown[0]!r} is no program of benchmarks/peers; use {' or '.join(PEERS)}")
+    if min(args.gpus, args.seq_len, args.micro_batch_size, args.rounds) < 1 or args.limit <= 0:
+        parser.error("--gpus, --seq-len, --micro-batch-size, --rounds and --limit must be positive")
+    if not 0 <= args.skip < args.steps:
+        parser.error(f"--skip {args.skip} of --steps {args.steps} leaves nothing to measure")
+    return args
+
+
+def write_tokens(args: argparse.Namespace, path: Path) -> None:
+    """As many uniform tokens as the run reads; ids that every vocabulary has."""
+    num_tokens = (args.steps * args.gpus * args.micro_batch_size + 1) * args.seq_len + 1
+    np.save(path, np.random.default_rng(0).integers(0, 256, num_tokens, dtype=np.int32))
+
+
+def command_of(contestant: str, args: argparse.Namespace, run_dir: Path) -> list[str]:
+    """The launch of a contestant; a peer leaves run_dir/result.json, Lattice a run folder."""
+    name, *rest = shlex.split(contestant)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(args.gpus)]
+    if name == "lattice":
+        return [
+            *launch,
+            str(ROOT / "launch" / "train.py"),
+            f"model={args.model}",
+            "precision=bf16",
+            "data=tokens",
+            f"data.path={run_dir.parent / 'tokens.npy'}",
+            f"train.seq_len={args.seq_len}",
+            f"train.micro_batch_size={args.micro_batch_size}",
+            f"train.global_batch_size={args.micro_batch_size * args.gpus}",
+            f"train.steps={args.steps}",
+            "train.compile=true",
+            "train.eval_interval=0",
+            "checkpoint.at_end=false",
+            "logging.console=false",
+            *rest,
+            f"run.dir={run_dir}",
+        ]
+    shape = {"--seq-len": args.seq_len, "--micro-batch-size": args.micro_batch_size}
+    shape |= {"--steps": args.steps, "--skip": args.skip, "--out": run_dir / "result.json"}
+    options = [str(part) for pair in shape.items() for part in pair]
+    return [*launch, str(ROOT / "benchmarks" / "peers" / f"{name}.py"), args.model, *options, *rest]
+
+
+def run(contestant: str, args: argparse.Namespace, run_dir: Path) -> dict[str, Any]:
+    """Launch, wait, read. What it prints goes to a log, whose last lines are the error of one that fails."""
+    command = command_of(contestant, args, run_dir)
+    print(f"{contestant}: started", file=sys.stderr, flush=True)
+    run_dir.mkdir()
+    began = time.monotonic()
+    with open(run_dir / "log", "w+", encoding="utf-8", errors="replace") as log:
+        code = launch(command, log.fileno(), limit=args.limit)
+        log.seek(0)
+        lines = [line for line in log.read().splitlines() if line.strip()]
+    entry: dict[str, Any] = {"command": shlex.join(command), "seconds": time.monotonic() - began, "result": None}
+    if code is None:
+        return entry | {"error": f"longer than --limit {args.limit:g} seconds"}
+    if code != 0:
+        # torchrun's own report comes last; the reason is a line before it.
+        reasons = [line.strip() for line in lines if "Error" in line and "ChildFailedError" not in line]
+        return entry | {"error": " | ".join((reasons or lines)[-3:])[:1000] or f"exit code {code}"}
+    if contestant.split()[0] == "lattice":
+        result = summarize(run_dir, skip=args.skip)
+    else:
+        result = json.loads((run_dir / "result.json").read_text(encoding="utf-8"))
+    return entry | {"result": result, "error": None}
+
+
+def launch(command: Sequence[str], output: int, *, limit: float) -> int | None:
+    """Run a command and all that it starts to its end: its exit code, or None when `limit` seconds ended it."""
+    process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True, cwd=ROOT)
+    try:
+        return process.wait(limit)
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        # torchrun starts its workers in sessions of their own and ends them when it is asked to.
+        if process.poll() is None:
+            process.terminate()
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+def table(runs: Sequence[dict[str, Any]], contestants: Sequence[str]) -> str:
+    """The best round of each contestant so far as a Markdown table, with ratios of the first one's speed to theirs."""
+    best: dict[str, dict[str, Any]] = {}
+    for entry in runs:
+        result, name = entry["result"], entry["contestant"]
+        if result is not None and (name not in best or _speed(result) > _speed(best[name])):
+            best[name] = result
+    rows = ["| run | tokens/s/GPU | MFU | peak memory | ratio |", "|---|---|---|---|---|"]
+    first = best.get(contestants[0])
+    for name in contestants:
+        result = best.get(name)
+        if result is None:
+            failed = any(entry["contestant"] == name for entry in runs)
+            rows += [f"| {name} | {'failed' if failed else '...'} | | | |"]
+            continue
+        mfu = "" if result["mfu"] is None else f"{result['mfu']:.1%}"
+        memory = "" if result["peak_memory_gib"] is None else f"{result['peak_memory_gib']:.1f} GiB"
+        ratio = "" if first is None else f"{_speed(first) / _speed(result):.3f}"
+        rows += [f"| {name} | {_speed(result):,.0f} | {mfu} | {memory} | {ratio} |"]
+    return "\n".join(rows)
+
+
+def _speed(result: dict[str, Any]) -> float:
+    return float(result["tokens_per_second_per_gpu"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
