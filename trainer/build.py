@@ -8,7 +8,7 @@ from kernels.grouped_linear import choose_grouped_linear
 from models.layers.attention import choose_attention
 from models.layers.router import Router
 from models.registry import build_model
-from parallel.activation_budget import describe
+from parallel.activation_budget import describe as describe_plan
 from parallel.activation_checkpoint import ActivationCheckpoint
 from parallel.dims import ParallelDims
 from parallel.mesh import Meshes, groups_in_layers
@@ -19,7 +19,8 @@ from trainer.activations import plan_activations
 from trainer.config import TrainConfig
 from trainer.loss import loss_weights, vocabulary_shard
 from trainer.loss_scale import LossScale
-from trainer.optim import build_optimizer, describe
+from trainer.optim import build_optimizer
+from trainer.optim import describe as describe_optimizer
 from trainer.pipelined import PipelinedPasses, pipeline_layout
 from trainer.routing import RoutingMonitor
 from trainer.sequence import context_parallelism
@@ -128,14 +129,9 @@ def implementations(config: TrainConfig, dims: ParallelDims, state: TrainState, 
         "attention": attention_used(config, device),
         "loss": "linear_cross_entropy" + (", compiled" if compiles_loss(config) else ""),
         "blocks": f"torch.compile({train.compile_backend})" if train.compile else "eager",
-<<<<<<< HEAD
-        "activation_checkpoint": model.activation_checkpoint,
-        **describe(state.optimizer, config.optim),
-=======
         "activation_checkpoint": model.activation_checkpoint
-        + (f": {describe(list(state.activation_plan.values()))}" if state.activation_plan else ""),
-        "optimizer": config.optim.name,
->>>>>>> peers
+        + (f": {describe_plan(list(state.activation_plan.values()))}" if state.activation_plan else ""),
+        **describe_optimizer(state.optimizer, config.optim),
         "context_parallel": context_parallelism(config.parallel, dims),
         "data_parallel": f"zero{config.parallel.zero_stage}",
         "pipeline": state.passes.layout.summary if isinstance(state.passes, PipelinedPasses) else "none",
