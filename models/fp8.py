@@ -15,14 +15,14 @@ micro-batch. Parameters and their scales are the same on every rank of dp and cp
 
                     y, dx                               dW                         over tp
     tensorwise      of the micro-batch's tokens here    the same                   one scale, agreed on
-    delayed         of no layout: one scale of all ranks' last steps               the same
+    delayed         of all ranks' last steps            the same                   the same
     rowwise         of each token alone                 of the micro-batch's       each rank its part of a row
     block128        of each token alone                 of runs of 128 tokens      the same where parts divide by 128
 
 so a layout that leaves a micro-batch whole (dp, pp, ZeRO, and tp of tensorwise scales) quantizes the very numbers that
-one process does, and one that divides its tokens (cp, another micro_batch_size) differs by rounding to fp8 unless
-scaling is delayed. A rank of tp with a part of a row scales that part by itself under rowwise, which is finer than the
-whole row's scale.
+one process does, and one that divides its tokens (cp, another micro_batch_size) differs by rounding to fp8, with
+delayed scaling in the first step of a run only. A rank of tp with a part of a row scales that part by itself under
+rowwise, which is finer than the whole row's scale.
 
 Over tp tensorwise_dynamic agrees on the largest magnitudes of what is cut: one small all-reduce per branch's beginning
 (weights) and end (weight and input) in forward and one per beginning in backward (gradients).
@@ -156,7 +156,7 @@ class Fp8Linears:
             whole = whole_input(whole, plan.axis, sequence_parallel=True)
         rows = whole.reshape(-1, whole.shape[-1])
         num, scaling = len(layers), self.scaling
-        numbers = [layer.fp8_number for layer in layers] if scaling is not None else []
+        numbers: list[Any] = [layer.fp8_number for layer in layers] if scaling is not None else []
         scales: list[Tensor | None]
         gradient_scales: list[Tensor | None] = [None] * num
         if scaling is not None and self.started:
@@ -175,8 +175,10 @@ class Fp8Linears:
                 scaling.record(i, INPUT, x_amax)
                 scaling.record(i, WEIGHT, amax)
             carriers = [scaling.carriers[i] for i in numbers]
+        # A compiled graph takes no tensor twice: tensorwise, both copies have one scale.
+        other_scale = None if x_q.transposed_scale is x_q.scale else x_q.transposed_scale
         ys = _Products.apply(
-            x, plan, x_q.data, x_q.scale, x_q.transposed, x_q.transposed_scale, *weights, *biases, *carriers,
+            x, plan, x_q.data, x_q.scale, x_q.transposed, other_scale, *weights, *biases, *carriers,
             *(q.data for q, _ in weights_q), *(q.scale for q, _ in weights_q), *gradient_scales,
         )  # fmt: skip
         return tuple(y.view(*whole.shape[:-1], y.shape[-1]) for y in ys)
@@ -201,7 +203,8 @@ class _Products(torch.autograd.Function):
         ctx.plan, ctx.shape, ctx.dtype = plan, x.shape, x.dtype
         ctx.biased = [bias is not None for bias in biases]
         ctx.recorded = [carrier is not None for carrier in carriers]
-        ctx.save_for_backward(x_transposed, x_transposed_scale, *weights, *scales, *gradient_scales)
+        transposed_scale = x_scale if x_transposed_scale is None else x_transposed_scale
+        ctx.save_for_backward(x_transposed, transposed_scale, *weights, *scales, *gradient_scales)
         return tuple(
             fp8_matmul(x_data, x_scale, w, w_scale, bias=bias, out_dtype=x.dtype, fast_accumulation=_fast(plan)[0])
             for w, w_scale, bias in zip(data, scales, biases, strict=True)
@@ -301,16 +304,17 @@ def apply_fp8(blocks: nn.Module, linears: Fp8Linears) -> None:
         layer: Any = module
         number = numbers.get(f"blocks.{name}")
         layer.in_fp8 = number is not None
-        if isinstance(layer, ColumnParallelLinear | nn.Linear):
+        if isinstance(module, ColumnParallelLinear | nn.Linear):
             layer.together = linears._together
         if number is None:
             continue
         layer.fp8_number = number
-        if isinstance(layer, nn.Linear):
+        kind = type(module)
+        if kind is nn.Linear:
             layer.forward = partial(linears._linear, layer=layer)
-        elif isinstance(layer, ReplicatedLinear):
+        elif kind is ReplicatedLinear:
             layer.forward = partial(linears._replicated, layer=layer)
-        elif isinstance(layer, RowParallelLinear):
+        elif kind is RowParallelLinear:
             layer.summand = partial(linears._summand, layer=layer)
         else:
             layer.inside = partial(linears._inside, layer=layer)
