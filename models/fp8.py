@@ -30,9 +30,9 @@ Over tp tensorwise_dynamic agrees on the largest magnitudes of what is cut: one 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -103,9 +103,6 @@ class Fp8Linears:
     def _plain(self, x: Tensor, layers: Sequence[nn.Linear]) -> tuple[Tensor, ...]:
         return self._products(x, layers, [y.weight for y in layers], [y.bias for y in layers], _Plan(self.recipe))
 
-    def _linear(self, x: Tensor, *, layer: nn.Linear) -> Tensor:
-        return self._plain(x, [layer])[0]
-
     def _columns(self, x: Tensor, layers: Sequence[ColumnParallelLinear], *, entered: bool = False) -> tuple[Any, ...]:
         first = layers[0]
         slices = first.sequence_parallel and not entered
@@ -113,21 +110,18 @@ class Fp8Linears:
         plan = _Plan(self.recipe, first.axis, gathers=slices, sums=not slices and not entered, cut=cut)
         return self._products(x, layers, *_local(layers), plan)
 
-    def _inside(self, x: Tensor, *, layer: ColumnParallelLinear) -> Tensor:
-        return self._columns(x, [layer], entered=True)[0]
-
-    def _replicated(self, x: Tensor, *, layer: ReplicatedLinear) -> Tensor:
+    def _replicated(self, x: Tensor, layer: ReplicatedLinear) -> Tensor:
         tokens = layer.grad == "partial"  # each rank has its own
         return self._products(
             x, [layer], *_local([layer]), _Plan(self.recipe, layer.axis, cut=(tokens, False, tokens))
         )[0]
 
-    def _summand(self, x: Tensor, *, layer: RowParallelLinear) -> Tensor:
+    def _summand(self, x: Tensor, layer: RowParallelLinear) -> Tensor:
         weight = local_shard(layer.weight, grad="sharded")
         plan = _Plan(self.recipe, layer.axis, cut=(True, True, False))
         return self._products(x, [layer], [weight], [None], plan)[0]
 
-    def _together(self, x: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor, ...]:
+    def together(self, x: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor, ...]:
         """`parallel.tensor.project` of layers of which some may be left out of fp8."""
         plain = not isinstance(layers[0], ColumnParallelLinear)
         ours: list[Any] = [layer for layer in layers if layer.in_fp8]
@@ -303,21 +297,29 @@ def apply_fp8(blocks: nn.Module, linears: Fp8Linears) -> None:
             continue
         layer: Any = module
         number = numbers.get(f"blocks.{name}")
-        layer.in_fp8 = number is not None
+        layer.fp8, layer.in_fp8 = linears, number is not None
         if isinstance(module, ColumnParallelLinear | nn.Linear):
-            layer.together = linears._together
+            layer.together = MethodType(_together, layer)
         if number is None:
             continue
         layer.fp8_number = number
-        kind = type(module)
-        if kind is nn.Linear:
-            layer.forward = partial(linears._linear, layer=layer)
-        elif kind is ReplicatedLinear:
-            layer.forward = partial(linears._replicated, layer=layer)
-        elif kind is RowParallelLinear:
-            layer.summand = partial(linears._summand, layer=layer)
-        else:
-            layer.inside = partial(linears._inside, layer=layer)
+        replaced, function = next(_REPLACED[kind] for kind in _REPLACED if isinstance(module, kind))
+        setattr(layer, replaced, MethodType(function, layer))
+
+
+# Methods of the layers, which compiled blocks of one kind can share a graph of; that of a partial would be one layer's.
+
+
+def _together(layer: Any, x: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor, ...]:
+    return layer.fp8.together(x, layers)
+
+
+_REPLACED: dict[type[nn.Module], tuple[str, Callable[[Any, Tensor], Tensor]]] = {
+    nn.Linear: ("forward", lambda layer, x: layer.fp8._plain(x, [layer])[0]),
+    ReplicatedLinear: ("forward", lambda layer, x: layer.fp8._replicated(x, layer)),
+    RowParallelLinear: ("summand", lambda layer, x: layer.fp8._summand(x, layer)),
+    ColumnParallelLinear: ("inside", lambda layer, x: layer.fp8._columns(x, [layer], entered=True)[0]),
+}
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -3,10 +3,10 @@
 Rounding to fp8 has steps of 6% to 25%, so what deviates is decided by whether two runs quantize the same numbers:
 
     the same   dp, ZeRO, pp with whole micro-batches: sums of fp32 differ and nothing else. Tolerances of fp32.
-    nearly     tp with scales that its ranks agree on: sums over features differ by 1e-7, which moves a handful of a
-               million numbers over the edge between two of fp8. Activations are left in fp32 to see this, as bf16
-               would move every hundredth. Each such number is one of hundreds in its sum: 1e-3 of gradients, a
-               hundredth of what other scales do (the control).
+    nearly     tp with scales that its ranks agree on: sums over features differ by 1e-7, which moves about one number
+               of a million over the edge between two of fp8 (activations are left in fp32 here; bf16 would move one of
+               a hundred). One that is moved changes gradients by up to 1e-2, and for most seeds none is: tolerances
+               near those of fp32, of one seed in three. Scales of each rank's own miss them with every seed (control).
     others     cp, and tp of rowwise scales: scales of other parts. What that does, one process shows with other
                micro-batches, whose scales are of other parts too; twice their deviation is allowed.
 """
@@ -20,7 +20,9 @@ from typing import Any
 import pytest
 
 from data.config import DataConfig
+from models.mla_config import MLAConfig
 from models.moe_config import MoEConfig
+from models.mtp_config import MTPConfig
 from tests.parity.harness import (
     Outcome,
     changed,
@@ -109,23 +111,50 @@ def test_whole_micro_batches_are_trained_on_alike(
     assert gradient_deviation(outcome, reference) <= 1e-5
 
 
+def _some_seed_agrees(
+    runs: Runs, folder: Path, recipe: str, model: dict[str, Any], function: Any, **layout: Any
+) -> bool:
+    """Whether for one seed of three the run is that of one process, as closely as in fp32: an error is one for all."""
+    for seed in (7, 8, 9):
+        changes = model | {"train__seed": seed}
+        reference = runs.one(recipe, run_with_fp32_activations, **changes)
+        outcome = runs.several(folder / str(seed), recipe, function, **changes, **layout)
+        if loss_deviation(outcome, reference) <= 1e-6 and gradient_deviation(outcome, reference) <= 1e-4:
+            return True
+    return False
+
+
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 @pytest.mark.parametrize("recipe", ["tensorwise_dynamic", "tensorwise_delayed"])
 def test_tensor_parallel_ranks_quantize_the_numbers_of_one_process(
     runs: Runs, tmp_path: Path, recipe: str, sequence_parallel: bool
 ) -> None:
     """A scale of a rank's own shard."""
-    reference = runs.one(recipe, run_with_fp32_activations)
-    outcome = runs.several(tmp_path, recipe, run_with_fp32_activations, **_tp(sequence_parallel=sequence_parallel))
-    assert outcome.losses[0] == pytest.approx(reference.losses[0], rel=1e-6)
-    assert gradient_deviation(outcome, reference) <= 1e-3
+    layout = _tp(sequence_parallel=sequence_parallel)
+    assert _some_seed_agrees(runs, tmp_path, recipe, {}, run_with_fp32_activations, **layout)
+
+
+LATENT = {
+    "model__family": "deepseek_v3",
+    "model__mla": MLAConfig(kv_rank=16, q_rank=32, nope_dim=16, rope_dim=16, value_dim=16),
+    "model__num_kv_heads": None,
+    "model__head_dim": None,
+    "model__mtp": MTPConfig(depth=1),
+}
+EXPERTS = {"model__moe": MoEConfig(num_experts=4, top_k=2, intermediate_size=32, num_shared=1)}
+
+
+@pytest.mark.parametrize("model", [LATENT, EXPERTS], ids=["latent+mtp", "experts"])
+def test_other_blocks_quantize_the_numbers_of_one_process(runs: Runs, tmp_path: Path, model: dict[str, Any]) -> None:
+    """Projections that are whole on every rank and see some tokens; shared experts, whose input has been gathered."""
+    layout = _tp(sequence_parallel=True)
+    assert _some_seed_agrees(runs, tmp_path, "tensorwise_delayed", model, run_with_fp32_activations, **layout)
 
 
 def test_ranks_that_agree_on_no_scale_are_noticed(runs: Runs, tmp_path: Path) -> None:
     """Negative control."""
-    reference = runs.one("tensorwise_dynamic", run_with_fp32_activations)
-    outcome = runs.several(tmp_path, "tensorwise_dynamic", run_with_scales_of_each_rank, **_tp(sequence_parallel=False))
-    assert gradient_deviation(outcome, reference) > 2e-2
+    layout = _tp(sequence_parallel=False)
+    assert not _some_seed_agrees(runs, tmp_path, "tensorwise_dynamic", {}, run_with_scales_of_each_rank, **layout)
 
 
 def _sensitivity(runs: Runs, recipe: str) -> float:
@@ -180,10 +209,8 @@ def test_recomputed_and_compiled_blocks_train_the_same_model(runs: Runs, recipe:
 
 def test_compiled_tensor_parallel_blocks_train_the_same_model(runs: Runs, tmp_path: Path) -> None:
     """A collective for a scale that a graph drops."""
-    reference = runs.one("tensorwise_dynamic", run_with_fp32_activations)
     changes = COMPILED | _tp(sequence_parallel=True)
-    outcome = runs.several(tmp_path, "tensorwise_dynamic", run_with_fp32_activations, **changes)
-    assert gradient_deviation(outcome, reference) <= 1e-3
+    assert _some_seed_agrees(runs, tmp_path, "tensorwise_dynamic", {}, run_with_fp32_activations, **changes)
 
 
 @pytest.mark.parametrize("recipe", ["tensorwise_dynamic", "tensorwise_delayed", "rowwise", "block128"])
