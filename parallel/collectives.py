@@ -81,6 +81,11 @@ def start_reduce_scatter(x: Tensor, axis: Axis, *, dim: int) -> Tensor:
     return torch.ops._c10d_functional.reduce_scatter_tensor(slices, "sum", axis.size, axis.name)
 
 
+def maximum(x: Tensor, axis: Axis) -> Tensor:
+    """The largest of each element over the axis. Without a gradient; NaN may give way to a number."""
+    return wait(torch.ops._c10d_functional.all_reduce(x.contiguous(), "max", axis.name))
+
+
 def wait(pending: Tensor) -> Tensor:
     """The result of a collective that was started."""
     return torch.ops._c10d_functional.wait_tensor(pending)

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# fp8: linear layers of blocks multiply in it; all else is as for bf16.
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
+FP8_RECIPES = ("tensorwise_dynamic", "tensorwise_delayed", "rowwise", "block128")
+FP8_GRADIENTS = {"e5m2": torch.float8_e5m2, "e4m3": torch.float8_e4m3fn}
 
 
 @dataclass
 class PrecisionConfig:
     """`precision`."""
 
-    compute: str = "fp32"  # of parameters and activations in forward and backward: fp32, bf16, fp16
+    compute: str = "fp32"  # of parameters and activations in forward and backward: fp32, bf16, fp16; fp8: see DTYPES
     # Of the weights the optimizer updates: fp32, or that of compute. bf16: there is no wider copy of them, and updates
     # are rounded stochastically, without which those below 1/256 of a weight would be lost.
     master: str = "fp32"
     reduce: str = "fp32"  # gradients are summed over micro-batches and ranks in this: fp32, or that of compute
+    fp8_recipe: str = "tensorwise_dynamic"  # how scales are found, one of FP8_RECIPES (kernels/fp8/scaling.py)
+    fp8_gradient: str = "e5m2"  # gradients of outputs: e5m2 reaches further, e4m3 rounds less
+    fp8_amax_history: int = 16  # tensorwise_delayed: steps whose largest magnitude makes the scale
+    fp8_skip: list[str] = field(default_factory=list)  # linear layers with one of these in their name stay in bf16
     loss_scale: float = 65536.0  # fp16: first dynamic loss scale
     loss_scale_growth_interval: int = 2000  # fp16: good steps before the scale doubles
 
@@ -34,6 +41,11 @@ class PrecisionConfig:
         return DTYPES[self.reduce]
 
     @property
+    def fp8(self) -> bool:
+        """Whether linear layers of blocks multiply in fp8."""
+        return self.compute == "fp8"
+
+    @property
     def scales_loss(self) -> bool:
         """fp16 gradients underflow without a loss scale; bf16 has the exponent range of fp32."""
         return self.compute == "fp16"
@@ -42,14 +54,13 @@ class PrecisionConfig:
 def problems(config: PrecisionConfig) -> list[str]:
     """Every reason why these dtypes cannot be used together, one line each."""
     found = []
-    if config.compute == "fp8":
-        found.append("precision.compute=fp8 is not available in this version; use bf16")
-    elif config.compute not in DTYPES:
+    if config.compute not in DTYPES:
         found.append(f"precision.compute={config.compute} is not a precision; use {', '.join(DTYPES)}")
+    own = "bf16" if config.fp8 else config.compute
     for name in ("master", "reduce"):
         value = getattr(config, name)
-        if value not in ("fp32", config.compute):
-            found.append(f"precision.{name}={value} must be fp32 or that of precision.compute ({config.compute})")
+        if value not in ("fp32", own):
+            found.append(f"precision.{name}={value} must be fp32 or that of precision.compute ({own})")
     if config.compute == "fp16" and config.master == "fp16":
         found.append("precision.master=fp16 loses small updates (11 bits of mantissa); use fp32")
     if not 0 < config.loss_scale <= 2.0**24:
@@ -60,5 +71,14 @@ def problems(config: PrecisionConfig) -> list[str]:
         found.append(
             f"precision.loss_scale_growth_interval={config.loss_scale_growth_interval} must be at least 1; "
             "2000 is usual"
+        )
+    if config.fp8_recipe not in FP8_RECIPES:
+        found.append(f"precision.fp8_recipe={config.fp8_recipe} is unknown; use {', '.join(FP8_RECIPES)}")
+    if config.fp8_gradient not in FP8_GRADIENTS:
+        found.append(f"precision.fp8_gradient={config.fp8_gradient} is unknown; use {' or '.join(FP8_GRADIENTS)}")
+    if not 1 <= config.fp8_amax_history <= 4096:
+        nearest = min(max(config.fp8_amax_history, 1), 4096)
+        found.append(
+            f"precision.fp8_amax_history={config.fp8_amax_history} must be 1 to 4096; use {nearest}; 16 is usual"
         )
     return found

@@ -142,7 +142,7 @@ class ColumnParallelLinear(nn.Module):
         return wait(start_all_reduce(summand, self.axis))
 
     def together(self, x: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor, ...]:
-        """`project`; split backward replaces it (parallel/pipeline/weight_gradients.py)."""
+        """`project`; replaced by split backward (parallel/pipeline/weight_gradients.py) and fp8 (models/fp8.py)."""
         weights: list[Tensor] = []
         biases: list[Tensor | None] = []
         for layer in layers:
@@ -164,8 +164,8 @@ def project(x: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor, ...]:
 
     x [B, T, I], or [B, T/R, I] with sequence parallelism, to [B, T, O/R] per layer.
     """
-    first = layers[0]
-    return first.together(x, layers) if isinstance(first, ColumnParallelLinear) else tuple(layer(x) for layer in layers)
+    together = getattr(layers[0], "together", None)  # plain layers have one if they share work (models/fp8.py)
+    return tuple(layer(x) for layer in layers) if together is None else together(x, layers)
 
 
 def whole_input(x: Tensor, axis: Axis, *, sequence_parallel: bool) -> Tensor:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-import torch
+from dataclasses import replace
 
+import torch
+import torch.distributed as dist
+
+from kernels.fp8 import Recipe
 from kernels.grouped_linear import choose_grouped_linear
+from models.decoder import Decoder
+from models.fp8 import Fp8Linears, apply_fp8, linears_in_fp8
 from models.layers.attention import choose_attention
 from models.layers.router import Router
 from models.registry import build_model
@@ -15,6 +21,7 @@ from parallel.mesh import Meshes, groups_in_layers
 from parallel.parallelize import BlockOptions, parallelize
 from parallel.pipeline.schedules import SPLIT_BACKWARD
 from parallel.pipeline.weight_gradients import defer_weight_gradients
+from parallel.precision import FP8_GRADIENTS, PrecisionConfig
 from trainer.activations import plan_activations
 from trainer.config import TrainConfig
 from trainer.loss import loss_weights, vocabulary_shard
@@ -39,12 +46,15 @@ def build_state(config: TrainConfig, dims: ParallelDims, mesh: Meshes, device: t
         model = build_model(config.model, seed=config.train.seed, groups=groups, stages=stages)
     split_backward = pipeline is not None and pipeline.schedule in SPLIT_BACKWARD
     weight_gradients = defer_weight_gradients(model.blocks, at_once=(Router,)) if split_backward else None
+    fp8 = _multiply_in_fp8(model, config.precision, device) if config.precision.fp8 else None
     checkpointing = ActivationCheckpoint(
         mode=config.model.activation_checkpoint, save=config.model.activation_checkpoint_save
     )
     plan = {}
     if checkpointing.mode == "budget":
         plan = plan_activations(model, config, groups, device)
+    if fp8 is not None and "aten.mm" in checkpointing.save:
+        checkpointing = replace(checkpointing, save=[*checkpointing.save, "lattice.fp8_matmul"])  # the same, in fp8
     data_parallel = parallelize(
         model,
         mesh,
@@ -93,11 +103,35 @@ def build_state(config: TrainConfig, dims: ParallelDims, mesh: Meshes, device: t
         loss_weights=loss_weights(config.model.mtp, device) if config.model.mtp.depth else None,
         vocabulary=vocabulary_shard(config.model.vocab_size, groups),
         routing=routing,
+        fp8=fp8,
         passes=passes,
         stage_group=passes.group if isinstance(passes, PipelinedPasses) else None,
         copies=passes.copies if isinstance(passes, PipelinedPasses) else frozenset(),
         activation_plan=plan,
     )
+
+
+def _multiply_in_fp8(model: Decoder, precision: PrecisionConfig, device: torch.device) -> Fp8Linears:
+    """Collective over all ranks."""
+    names: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(names, linears_in_fp8(model.blocks, skip=precision.fp8_skip))
+    fp8 = Fp8Linears(
+        Recipe(precision.fp8_recipe, gradient=FP8_GRADIENTS[precision.fp8_gradient]),
+        names=sorted({name for part in names for name in part}),  # of all stages of a pipeline
+        history_length=precision.fp8_amax_history,
+        device=device,
+    )
+    apply_fp8(model.blocks, fp8)
+    return fp8
+
+
+def check_fp8_runs(config: TrainConfig, device: torch.device) -> None:
+    """Raises ValueError where precision.compute=fp8 asks for tensor cores that a GPU does not have."""
+    if config.precision.fp8 and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        raise ValueError(
+            f"precision.compute=fp8 needs a GPU of compute capability 8.9 or above, and {torch.cuda.get_device_name()} "
+            "has less; use precision.compute=bf16"
+        )
 
 
 def compiles_loss(config: TrainConfig) -> bool:
@@ -142,4 +176,11 @@ def implementations(config: TrainConfig, dims: ParallelDims, state: TrainState, 
         if dims.ep > 1:
             fixed = model.routing.capacity_factor > 0 and dims.cp == 1
             used["experts"] += f", all_to_all({dims.ep}) of {'slots' if fixed else 'rows'}"
+    if state.fp8 is not None:
+        precision = config.precision
+        used["linear"] = (
+            f"fp8, {precision.fp8_recipe}, gradients {precision.fp8_gradient}, {len(state.fp8.names)} layers"
+        )
+        if model.moe.num_experts:
+            used["experts"] += ", bf16"
     return used

@@ -9,6 +9,7 @@ from typing import Any
 from data.config import DataConfig, parts
 from models.config import ModelConfig
 from models.registry import shape_of
+from parallel.precision import PrecisionConfig
 from trainer.checkpoint import read_extra
 from trainer.config import ConfigError, TrainConfig
 
@@ -60,6 +61,30 @@ def check_same_moments(path: Path, config: TrainConfig) -> None:
             [
                 f"optim.state_dtype={config.optim.state_dtype}, and the moments in {path} are {theirs}; use "
                 f"optim.state_dtype={theirs}, or another run.dir"
+            ]
+        )
+
+
+def check_same_scaling(path: Path, precision: PrecisionConfig) -> None:
+    """Raise ConfigError if the checkpoint holds other scales of fp8 than this run goes on from: a state of its own for
+    delayed scaling, with a row per layer and step."""
+    extra = read_extra(path)
+    if extra.get("weights_only", False):
+        return
+
+    def state(values: dict[str, Any]) -> dict[str, Any] | None:
+        if values["compute"] != "fp8" or values["fp8_recipe"] != "tensorwise_delayed":
+            return None
+        return {name: values[name] for name in ("fp8_amax_history", "fp8_skip")}
+
+    theirs, ours = extra["config"]["precision"], asdict(precision)
+    if state(theirs) != state(ours):
+        names = [n for n in ("compute", "fp8_recipe", "fp8_amax_history", "fp8_skip") if theirs.get(n) != ours[n]]
+        found = ", ".join(f"precision.{name}={ours[name]} (checkpoint: {theirs.get(name)})" for name in names)
+        raise ConfigError(
+            [
+                f"checkpoint {path} and this run differ in the state of fp8_recipe=tensorwise_delayed: {found}; use "
+                "what the checkpoint was made with, or begin a new run from its weights (launch/convert.py)"
             ]
         )
 

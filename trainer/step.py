@@ -19,6 +19,7 @@ from torch import nn
 from data.batch import Batch
 from kernels.linear_cross_entropy import VocabularyShard
 from models.decoder import Decoder, Head
+from models.fp8 import Fp8Linears
 from parallel.activation_budget import Choice
 from parallel.data import DataParallel
 from parallel.pipeline.stages import Stage
@@ -64,6 +65,7 @@ class TrainState:
     loss_weights: torch.Tensor | None = None  # [1 + D]: trainer.loss.loss_weights; None: the next token is all
     vocabulary: VocabularyShard | None = None  # this rank's words of the output layer; None: all
     routing: RoutingMonitor | None = None  # of a mixture of experts
+    fp8: Fp8Linears | None = None  # the layers that multiply in fp8
     stage_group: dist.ProcessGroup | None = None  # ranks with the other stages of the model; None: this one has all
     copies: frozenset[str] = frozenset()  # masters here that are copies of another stage's (a tied embedding)
     activation_plan: dict[str, Choice] = field(
@@ -79,6 +81,8 @@ class TrainState:
         """Every tensor a checkpoint holds, by name. Loaded in place."""
         tensors = {f"model/{name}": tensor for name, tensor in self.weights().items()}
         tensors |= {f"optim/{name}": tensor for name, tensor in self.optimizer.state_tensors().items()}
+        if self.fp8 is not None:
+            tensors |= {f"fp8/{name}": tensor for name, tensor in self.fp8.state_tensors().items()}
         return tensors | {f"loss_scale/{name}": t for name, t in self.loss_scale.state_tensors().items()}
 
 
@@ -164,8 +168,12 @@ def train_step(state: TrainState, microbatches: list[Batch], *, lr: float) -> St
     per_token = scale / valid.clamp(min=1)
     if state.loss_weights is not None:
         per_token = per_token * state.loss_weights
+    if state.fp8 is not None:
+        state.fp8.begin_step(first=state.step == 0)
 
     loss_sums = state.passes.backward(state, microbatches, per_token)
+    if state.fp8 is not None:
+        state.fp8.end_step()
     dist.all_reduce(loss_sums, group=state.token_group)
     loss, *further = (loss_sums / valid.clamp(min=1)).float().unbind()
 

@@ -24,7 +24,7 @@ from parallel.activation_budget import describe
 from parallel.dims import ParallelDims
 from parallel.mesh import build_mesh, init_distributed, pick_device
 from trainer.agreement import check_same_on_all_ranks
-from trainer.build import attention_used, build_state, implementations
+from trainer.build import attention_used, build_state, check_fp8_runs, implementations
 from trainer.checkpoint import CheckpointManager, read_extra
 from trainer.config import ConfigError, TrainConfig, configuration_errors
 from trainer.determinism import make_deterministic
@@ -32,6 +32,7 @@ from trainer.identity import (
     changed_settings,
     check_same_model,
     check_same_moments,
+    check_same_scaling,
     check_tokenizer_is_known,
     model_identity,
     run_identity,
@@ -81,6 +82,7 @@ class Trainer:
         with configuration_errors():
             self.device = pick_device(config.train.device)
             attention_used(config, self.device)
+            check_fp8_runs(config, self.device)
         make_deterministic(config.train.deterministic, self.device)
         init_distributed(self.device, config.train.timeout_seconds)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
@@ -97,6 +99,7 @@ class Trainer:
         if self.resume_from is not None:
             check_same_model(self.resume_from, config.model)
             check_same_moments(self.resume_from, config)
+            check_same_scaling(self.resume_from, config.precision)
             check_tokenizer_is_known(self.resume_from, config.data)
         self.train_data, self.validation_data = self._build_data()
         tokenizer = self.train_data.tokenizer

@@ -26,6 +26,7 @@ from trainer.schedule import problems as schedule_problems
 from trainer.sequence import problems as sequence_problems
 from trainer.sinks import WANDB_MODES
 from trainer.validate_experts import expert_problems
+from trainer.validate_fp8 import fp8_problems
 from trainer.validate_optim import optimizer_problems
 from trainer.validate_tensor import tensor_parallel_problems
 
@@ -64,6 +65,8 @@ def finalize(config: TrainConfig, *, world_size: int) -> TrainConfig:
     if config.parallel.cp > 1 and not dims_problems(config.parallel, world_size):
         found += sequence_problems(config, model)
     found += tensor_parallel_problems(config, model, world_size)
+    if not (model_problems(model, seq_len=config.train.seq_len) or dims_problems(config.parallel, world_size)):
+        found += fp8_problems(config, model)
     found += pipeline_problems(config.parallel, model.num_layers)
     found += launcher_problems(os.environ)
     if found:

@@ -86,13 +86,15 @@ def _quantized(
         scale = scaling.scale[index, which]
     elif amax is not None:
         scale = scale_from_amax(amax.detach(), E4M3, power_of_two=recipe.power_of_two)
-    quantized, found = _quantize(tensor, recipe.kind, E4M3, recipe.power_of_two, transpose, which == WEIGHT, scale)
+    quantized, found = quantize_by_kind(
+        tensor, recipe.kind, E4M3, recipe.power_of_two, transpose, which == WEIGHT, scale
+    )
     if scaling is not None and found is not None:
         scaling.record(index, which, found)
     return quantized
 
 
-def _quantize(
+def quantize_by_kind(
     tensor: Tensor,
     kind: str,
     dtype: torch.dtype,
@@ -101,7 +103,7 @@ def _quantize(
     square: bool,
     scale: Tensor | None,
 ) -> tuple[Quantized, Tensor | None]:
-    """By a recipe's kind; also the largest magnitude, if that is tensorwise."""
+    """By a recipe's kind; also the largest magnitude, if that is tensorwise. square: of block128, as for weights."""
     if kind == "rowwise":
         return quantize_rowwise(tensor, dtype=dtype, power_of_two=power_of_two, transpose=transpose), None
     if kind == "block128":
@@ -159,7 +161,7 @@ def _gradients(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
     wants_x, wants_weight, wants_bias, wants_amax = ctx.needs_input_grad[:4]
     d_x = d_weight = d_bias = amax = None
     if wants_x or wants_weight or wants_amax:
-        d_q, amax = _quantize(d_y, ctx.kind, ctx.gradient, ctx.power_of_two, wants_weight, False, gradient_scale)
+        d_q, amax = quantize_by_kind(d_y, ctx.kind, ctx.gradient, ctx.power_of_two, wants_weight, False, gradient_scale)
         if wants_x:
             d_x = fp8_matmul(
                 d_q.data, d_q.scale, weight_t, weight_t_scale, out_dtype=x_dtype, fast_accumulation=ctx.fast

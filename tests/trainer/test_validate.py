@@ -55,7 +55,10 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"model__num_heads": 5}, "model.num_heads=5 does not divide model.hidden_size=36"),
     ({"model__activation_checkpoint": "some"}, "model.activation_checkpoint=some is unknown"),
     ({"model__family": "hf", "model__path": "/nowhere"}, "model.path=/nowhere does not exist"),
-    ({"precision__compute": "fp8"}, "precision.compute=fp8 is not available"),
+    ({"precision__compute": "fp4"}, "precision.compute=fp4 is not a precision; use fp32, bf16, fp16, fp8"),
+    ({"precision__fp8_recipe": "block"}, "precision.fp8_recipe=block is unknown; use tensorwise_dynamic, tensorwise"),
+    ({"precision__fp8_gradient": "e3m4"}, "precision.fp8_gradient=e3m4 is unknown; use e5m2 or e4m3"),
+    ({"precision__fp8_amax_history": 0}, "precision.fp8_amax_history=0 must be 1 to 4096; use 1"),
     ({"precision__master": "bf16"}, "precision.master=bf16 must be fp32 or that of precision.compute"),
     (
         {"precision__compute": "bf16", "precision__master": "bf16", "parallel__zero_stage": 3},

@@ -1,0 +1,326 @@
+"""Linear layers of blocks in fp8, applied to a model from outside: their product functions are replaced.
+
+    y = x W^T        x and W in E4M3              per micro-batch
+    dx = dy W        dy in E5M2 or E4M3
+    dW = dy^T x
+
+Projections of attention and MLPs (shared experts and those of multi-token prediction among them) run like this; master
+weights, activations and the residual stream, norms, attention itself, embedding, head, routers and the stacked experts
+of a mixture stay what they are. Layers of one input (q, k, v; gate, up) quantize it once. Backward keeps x^T in fp8 and
+the weight as it came: fully_shard frees that one and gathers it anew, and quantizing it twice costs less than keeping
+both.
+
+**What the numbers depend on.** A scale reaches over some of a tensor, and a tensor is what one rank has of one
+micro-batch. Parameters and their scales are the same on every rank of dp and cp and in every stage of a pipeline. Then
+
+                    y, dx                               dW                         over tp
+    tensorwise      of the micro-batch's tokens here    the same                   one scale, agreed on
+    delayed         of all ranks' last steps            the same                   the same
+    rowwise         of each token alone                 of the micro-batch's       each rank its part of a row
+    block128        of each token alone                 of runs of 128 tokens      the same where parts divide by 128
+
+so a layout that leaves a micro-batch whole (dp, pp, ZeRO, and tp of tensorwise scales) quantizes the very numbers that
+one process does, and one that divides its tokens (cp, another micro_batch_size) differs by rounding to fp8, with
+delayed scaling in the first step of a run only. A rank of tp with a part of a row scales that part by itself under
+rowwise, which is finer than the whole row's scale.
+
+Over tp tensorwise_dynamic agrees on the largest magnitudes of what is cut: one small all-reduce per branch's beginning
+(weights) and end (weight and input) in forward and one per beginning in backward (gradients).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from kernels.fp8 import E4M3, GRADIENT, INPUT, WEIGHT, DelayedScaling, Recipe, fp8_matmul, scale_from_amax
+from kernels.fp8.linear import quantize_by_kind
+from parallel.collectives import Axis, maximum, start_all_reduce, start_reduce_scatter, wait
+from parallel.tensor import (
+    SEQUENCE_DIM,
+    ColumnParallelLinear,
+    ReplicatedLinear,
+    RowParallelLinear,
+    local_shard,
+    whole_input,
+)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How some layers of one input are evaluated; constants of a compiled graph."""
+
+    recipe: Recipe
+    axis: Axis | None = None  # tp
+    gathers: bool = False  # the input is this rank's slice of the tokens, and so is its gradient
+    sums: bool = False  # the input is the same on all ranks, and its gradient the sum of theirs
+    cut: tuple[bool, bool, bool] = (False, False, False)  # INPUT, WEIGHT, GRADIENT: this rank has a part of it
+
+    def agrees_on(self, which: int) -> bool:
+        """Whether ranks have to find a largest magnitude together."""
+        return self.cut[which] and self.recipe.kind.startswith("tensorwise")
+
+
+class Fp8Linears:
+    """What the fp8 layers of a model share: recipe, and with delayed scaling its state.
+
+    `names` of all ranks' layers number the rows of that state, so it does not depend on which rank has which stage. The
+    first step of a run, which has no past, finds its scales as tensorwise_dynamic does.
+    """
+
+    def __init__(
+        self, recipe: Recipe, *, names: Sequence[str], history_length: int, device: torch.device | str | None = None
+    ) -> None:
+        self.recipe = recipe
+        self.names = list(names)
+        self.started = False  # there are scales of earlier steps
+        self.scaling: DelayedScaling | None = None
+        if recipe.kind == "tensorwise_delayed":
+            self.scaling = DelayedScaling(len(names), recipe=recipe, history_length=history_length, device=device)
+
+    def begin_step(self, *, first: bool) -> None:
+        """first: of the run, not of this start."""
+        self.started = not first
+
+    def end_step(self) -> None:
+        """After a step's last backward: the scales of the next. With delayed scaling collective over all ranks."""
+        if self.scaling is not None:
+            dist.all_reduce(self.scaling.amax, op=dist.ReduceOp.MAX)
+            self.scaling.update()
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint holds; between steps nothing else is kept. The same on every rank."""
+        return {} if self.scaling is None else {"history": self.scaling.history, "scale": self.scaling.scale}
+
+    # ---- the layers' product functions
+
+    def _plain(self, x: Tensor, layers: Sequence[nn.Linear]) -> tuple[Tensor, ...]:
+        return self._products(x, layers, [y.weight for y in layers], [y.bias for y in layers], _Plan(self.recipe))
+
+    def _columns(self, x: Tensor, layers: Sequence[ColumnParallelLinear], *, entered: bool = False) -> tuple[Any, ...]:
+        first = layers[0]
+        slices = first.sequence_parallel and not entered
+        cut = (False, True, True)
+        plan = _Plan(self.recipe, first.axis, gathers=slices, sums=not slices and not entered, cut=cut)
+        return self._products(x, layers, *_local(layers), plan)
+
+    def _replicated(self, x: Tensor, layer: ReplicatedLinear) -> Tensor:
+        tokens = layer.grad == "partial"  # each rank has its own
+        return self._products(
+            x, [layer], *_local([layer]), _Plan(self.recipe, layer.axis, cut=(tokens, False, tokens))
+        )[0]
+
+    def _summand(self, x: Tensor, layer: RowParallelLinear) -> Tensor:
+        weight = local_shard(layer.weight, grad="sharded")
+        plan = _Plan(self.recipe, layer.axis, cut=(True, True, False))
+        return self._products(x, [layer], [weight], [None], plan)[0]
+
+    def together(self, x: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor, ...]:
+        """`parallel.tensor.project` of layers of which some may be left out of fp8."""
+        plain = not isinstance(layers[0], ColumnParallelLinear)
+        ours: list[Any] = [layer for layer in layers if layer.in_fp8]
+        others: list[Any] = [layer for layer in layers if not layer.in_fp8]
+        results = list((self._plain if plain else self._columns)(x, ours)) if ours else []
+        rest: list[Tensor] = []
+        if others:
+            rest = [y(x) for y in others] if plain else list(ColumnParallelLinear.together(others[0], x, others))
+        return tuple(results.pop(0) if layer.in_fp8 else rest.pop(0) for layer in layers)
+
+    # ---- products
+
+    def _products(
+        self,
+        x: Tensor,
+        layers: Sequence[nn.Module],
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor | None],
+        plan: _Plan,
+    ) -> tuple[Tensor, ...]:
+        """y_i = x W_i^T + b_i: x [..., K], weights [N_i, K], to [..., N_i]."""
+        recorded = torch.is_grad_enabled()
+        whole = x.detach()
+        if plan.gathers:
+            assert plan.axis is not None
+            whole = whole_input(whole, plan.axis, sequence_parallel=True)
+        rows = whole.reshape(-1, whole.shape[-1])
+        num, scaling = len(layers), self.scaling
+        numbers: list[Any] = [layer.fp8_number for layer in layers] if scaling is not None else []
+        scales: list[Tensor | None]
+        gradient_scales: list[Tensor | None] = [None] * num
+        if scaling is not None and self.started:
+            scales = [scaling.scale[numbers[0], INPUT], *(scaling.scale[i, WEIGHT] for i in numbers)]
+            gradient_scales = [scaling.scale[i, GRADIENT] for i in numbers]
+        else:
+            cut = [plan.agrees_on(INPUT), *[plan.agrees_on(WEIGHT)] * num]
+            scales = _agreed_scales([rows, *weights], cut, E4M3, plan)
+        x_q, x_amax = _quantized(rows, plan, E4M3, scales[0], transpose=recorded)
+        weights_q = [_quantized(w, plan, E4M3, s, square=True) for w, s in zip(weights, scales[1:], strict=True)]
+        carriers: list[Tensor | None] = [None] * num
+        if scaling is not None and recorded:
+            assert x_amax is not None
+            for i, (_, amax) in zip(numbers, weights_q, strict=True):
+                assert amax is not None
+                scaling.record(i, INPUT, x_amax)
+                scaling.record(i, WEIGHT, amax)
+            carriers = [scaling.carriers[i] for i in numbers]
+        # A compiled graph takes no tensor twice: tensorwise, both copies have one scale.
+        other_scale = None if x_q.transposed_scale is x_q.scale else x_q.transposed_scale
+        ys = _Products.apply(
+            x, plan, x_q.data, x_q.scale, x_q.transposed, other_scale, *weights, *biases, *carriers,
+            *(q.data for q, _ in weights_q), *(q.scale for q, _ in weights_q), *gradient_scales,
+        )  # fmt: skip
+        return tuple(y.view(*whole.shape[:-1], y.shape[-1]) for y in ys)
+
+
+class _Products(torch.autograd.Function):
+    """Of matrices that are quantized already. x, neither read nor kept, stands for what its gradient belongs to."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        plan: _Plan,
+        x_data: Tensor,
+        x_scale: Tensor,
+        x_transposed: Tensor | None,
+        x_transposed_scale: Tensor | None,
+        *layers: Any,
+    ) -> tuple[Tensor, ...]:
+        num = len(layers) // 6
+        weights, biases, carriers, data, scales, gradient_scales = (layers[i * num : (i + 1) * num] for i in range(6))
+        ctx.plan, ctx.shape, ctx.dtype = plan, x.shape, x.dtype
+        ctx.biased = [bias is not None for bias in biases]
+        ctx.recorded = [carrier is not None for carrier in carriers]
+        transposed_scale = x_scale if x_transposed_scale is None else x_transposed_scale
+        ctx.save_for_backward(x_transposed, transposed_scale, *weights, *scales, *gradient_scales)
+        return tuple(
+            fp8_matmul(x_data, x_scale, w, w_scale, bias=bias, out_dtype=x.dtype, fast_accumulation=_fast(plan)[0])
+            for w, w_scale, bias in zip(data, scales, biases, strict=True)
+        )
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        plan, num, fast = ctx.plan, len(grads), _fast(ctx.plan)[1]
+        x_t, x_t_scale, *saved = ctx.saved_tensors
+        weights, weight_scales, scales = (saved[i * num : (i + 1) * num] for i in range(3))
+        gradient = plan.recipe.gradient
+        if scales[0] is None:
+            scales = _agreed_scales(grads, [plan.agrees_on(GRADIENT)] * num, gradient, plan)
+        quantized = [_quantized(d, plan, gradient, s, transpose=True) for d, s in zip(grads, scales, strict=True)]
+        d_x: Any = None
+        for (d_y, _), weight, scale in zip(quantized, weights, weight_scales, strict=True):
+            known = scale if plan.recipe.kind.startswith("tensorwise") else None
+            w, _ = _quantized(weight, plan, E4M3, known, square=True, transpose=True)
+            part = fp8_matmul(
+                d_y.data, d_y.scale, w.transposed, w.transposed_scale, out_dtype=ctx.dtype, fast_accumulation=fast
+            )
+            d_x = part if d_x is None else d_x + part
+        d_x = _start_to_ranks(d_x, ctx.shape, plan)  # travels while the weight gradients are computed
+        d_weights = [
+            fp8_matmul(
+                d_y.transposed, d_y.transposed_scale, x_t, x_t_scale, out_dtype=weight.dtype, fast_accumulation=fast
+            )
+            for (d_y, _), weight in zip(quantized, weights, strict=True)
+        ]
+        d_biases = [
+            d.sum(0, dtype=torch.float32).to(d.dtype) if b else None for d, b in zip(grads, ctx.biased, strict=True)
+        ]
+        amaxes = [amax if wanted else None for (_, amax), wanted in zip(quantized, ctx.recorded, strict=True)]
+        d_x = wait(d_x) if plan.gathers or plan.sums else d_x
+        return d_x, *[None] * 5, *d_weights, *d_biases, *amaxes, *[None] * (3 * num)
+
+
+def _start_to_ranks(d_x: Tensor, shape: Sequence[int], plan: _Plan) -> Tensor:
+    """From the gradient [rows, K] of what was multiplied, that of the input: summed over tp where each rank has a
+    summand, and then on its way."""
+    if plan.gathers:
+        assert plan.axis is not None
+        return start_reduce_scatter(d_x.view(shape[0], -1, shape[-1]), plan.axis, dim=SEQUENCE_DIM)
+    if plan.sums:
+        assert plan.axis is not None
+        return start_all_reduce(d_x.view(shape), plan.axis)
+    return d_x.view(shape)
+
+
+def _fast(plan: _Plan) -> tuple[bool, bool]:
+    return plan.recipe.fast_accumulation
+
+
+def _local(layers: Sequence[ColumnParallelLinear | ReplicatedLinear]) -> tuple[list[Tensor], list[Tensor | None]]:
+    """Weights and biases as this rank multiplies with them."""
+    return [y.local(y.weight) for y in layers], [None if y.bias is None else y.local(y.bias) for y in layers]
+
+
+def _quantized(
+    tensor: Tensor,
+    plan: _Plan,
+    dtype: torch.dtype,
+    scale: Tensor | None,
+    *,
+    square: bool = False,
+    transpose: bool = False,
+) -> tuple[Any, Tensor | None]:
+    recipe = plan.recipe
+    return quantize_by_kind(tensor.detach(), recipe.kind, dtype, recipe.power_of_two, transpose, square, scale)
+
+
+def _agreed_scales(
+    tensors: Sequence[Tensor], cut: Sequence[bool], dtype: torch.dtype, plan: _Plan
+) -> list[Tensor | None]:
+    """Tensorwise scales of the tensors of which ranks have parts, found in one collective; None for the others."""
+    parts = [tensor.detach() for tensor, is_cut in zip(tensors, cut, strict=True) if is_cut]
+    if not parts:
+        return [None] * len(tensors)
+    assert plan.axis is not None
+    largest = torch.stack([torch.linalg.vector_norm(part, ord=torch.inf).float() for part in parts])
+    scales = list(scale_from_amax(maximum(largest, plan.axis), dtype, power_of_two=plan.recipe.power_of_two).unbind())
+    return [scales.pop(0) if is_cut else None for is_cut in cut]
+
+
+def linears_in_fp8(blocks: nn.Module, *, skip: Sequence[str]) -> list[str]:
+    """Names in the model, which has these as its `blocks`, of the layers that `apply_fp8` changes."""
+    names = [f"blocks.{name}" for name, module in blocks.named_modules() if _is_linear(module)]
+    return [name for name in names if not any(fragment in name for fragment in skip)]
+
+
+def apply_fp8(blocks: nn.Module, linears: Fp8Linears) -> None:
+    """Make the layers of `linears.names` multiply in fp8, in place. Before compilation and data parallelism."""
+    numbers = {name: number for number, name in enumerate(linears.names)}
+    for name, module in blocks.named_modules():
+        if not _is_linear(module):
+            continue
+        layer: Any = module
+        number = numbers.get(f"blocks.{name}")
+        layer.fp8, layer.in_fp8 = linears, number is not None
+        if isinstance(module, ColumnParallelLinear | nn.Linear):
+            layer.together = MethodType(_together, layer)
+        if number is None:
+            continue
+        layer.fp8_number = number
+        replaced, function = next(_REPLACED[kind] for kind in _REPLACED if isinstance(module, kind))
+        setattr(layer, replaced, MethodType(function, layer))
+
+
+# Methods of the layers, which compiled blocks of one kind can share a graph of; that of a partial would be one layer's.
+
+
+def _together(layer: Any, x: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor, ...]:
+    return layer.fp8.together(x, layers)
+
+
+_REPLACED: dict[type[nn.Module], tuple[str, Callable[[Any, Tensor], Tensor]]] = {
+    nn.Linear: ("forward", lambda layer, x: layer.fp8._plain(x, [layer])[0]),
+    ReplicatedLinear: ("forward", lambda layer, x: layer.fp8._replicated(x, layer)),
+    RowParallelLinear: ("summand", lambda layer, x: layer.fp8._summand(x, layer)),
+    ColumnParallelLinear: ("inside", lambda layer, x: layer.fp8._columns(x, [layer], entered=True)[0]),
+}
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return type(module) is nn.Linear or isinstance(module, ColumnParallelLinear | ReplicatedLinear | RowParallelLinear)

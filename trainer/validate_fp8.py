@@ -1,0 +1,88 @@
+"""What linear layers in fp8 ask of a model and a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from kernels.fp8.formats import PAD
+from models.config import ModelConfig
+from models.fp8 import linears_in_fp8
+from models.registry import build_model
+from parallel.pipeline.schedules import SPLIT_BACKWARD
+from trainer.config import TrainConfig
+
+CUT_BY_INPUT = ("o", "down")  # the end of a branch; parallel/tensor.py
+WHOLE = ("q_a", "kv_a", "project")  # on every rank of tp
+
+
+def fp8_problems(config: TrainConfig, model: ModelConfig) -> list[str]:
+    """Every reason why this run cannot multiply in fp8, one line each.
+
+    None of sizes while parallel.tp is illegal. model: legal, resolved if that was possible.
+    """
+    precision, parallel = config.precision, config.parallel
+    if not precision.fp8 or model.num_kv_heads is None:
+        return []
+    found = []
+    if parallel.pp > 1 and parallel.pp_schedule in SPLIT_BACKWARD:
+        found.append(
+            f"precision.compute=fp8 does not work with parallel.pp_schedule={parallel.pp_schedule}, which keeps inputs "
+            "and gradients for later in bf16; use gpipe, 1f1b or interleaved_1f1b, or precision.compute=bf16"
+        )
+    if model.activation_checkpoint == "budget":
+        found.append(
+            "precision.compute=fp8 does not work with model.activation_checkpoint=budget, which has no cost of products "
+            "in fp8; use selective or full, or precision.compute=bf16"
+        )
+    with torch.device("meta"):
+        whole = build_model(model)
+    every = linears_in_fp8(whole.blocks, skip=())
+    for fragment in precision.fp8_skip:
+        if not any(fragment in name for name in every):
+            kinds = sorted({name.split(".", 2)[2] for name in every})
+            found.append(
+                f"precision.fp8_skip={fragment} is in the name of no linear layer; they are {', '.join(kinds)}"
+            )
+    names = linears_in_fp8(whole.blocks, skip=precision.fp8_skip)
+    if not names and not found:
+        found.append(
+            f"precision.fp8_skip={precision.fp8_skip} leaves no layer in fp8; skip less, or use precision.compute=bf16"
+        )
+    shapes = ((name, *whole.get_submodule(name).weight.shape) for name in names)  # type: ignore[misc]
+    return [*found, *_size_problems(shapes, model, parallel.tp)]
+
+
+def _size_problems(shapes: Iterator[tuple[str, int, int]], model: ModelConfig, tp: int) -> list[str]:
+    """Of layers (name, features out, in): one line for each kind that has sizes fp8 does not take."""
+    found: dict[str, str] = {}
+    for name, out, inside in shapes:
+        kind = name.split(".", 2)[2]
+        parts = _parts(kind, model, tp)
+        wrong = [(size, n) for size, n in zip((out, inside), parts, strict=True) if size % n == 0 and size // n % PAD]
+        if not wrong or kind in found:
+            continue
+        instead = " and ".join(f"{_nearest(size, PAD * n)} for {size}" for size, n in wrong)
+        share = f", {out // parts[0]} by {inside // parts[1]} on each of parallel.tp={tp} ranks" if tp > 1 else ""
+        found[kind] = (
+            f"precision.compute=fp8 multiplies matrices whose sizes are multiples of {PAD}, and {name} has {out} "
+            f"features out by {inside} in{share}; use {instead}, or precision.fp8_skip=[{kind}]"
+        )
+    return list(found.values())
+
+
+def _parts(kind: str, model: ModelConfig, tp: int) -> tuple[int, int]:
+    """Into how many parts the features out and in of a layer are cut over tp."""
+    layer = kind.rsplit(".", 1)[-1]
+    if layer in WHOLE:
+        return 1, 1
+    if layer in CUT_BY_INPUT:
+        return 1, tp
+    assert model.num_kv_heads is not None
+    return min(tp, model.num_kv_heads) if kind in ("attention.k", "attention.v") else tp, 1
+
+
+def _nearest(size: int, step: int) -> str:
+    below = size // step * step
+    return f"{below} or {below + step}" if below else str(step)
