@@ -33,8 +33,8 @@ def fp8_problems(config: TrainConfig, model: ModelConfig) -> list[str]:
         )
     if model.activation_checkpoint == "budget":
         found.append(
-            "precision.compute=fp8 does not work with model.activation_checkpoint=budget, which has no cost of products "
-            "in fp8; use selective or full, or precision.compute=bf16"
+            "precision.compute=fp8 does not work with model.activation_checkpoint=budget, which has no cost of "
+            "products in fp8; use selective or full, or precision.compute=bf16"
         )
     with torch.device("meta"):
         whole = build_model(model)
