@@ -38,7 +38,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     export = commands.add_parser("export", help="a checkpoint to a Hugging Face folder")
     export.add_argument("source", metavar="CHECKPOINT_DIR", type=Path, help="or a run: its newest good checkpoint")
     export.add_argument("out", metavar="OUT_DIR", type=Path, help="must be new or empty")
-    export.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="of the files; default: that of the checkpoint")
+    export.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="of the files; default: as they are")
     into = commands.add_parser("import", help="a Hugging Face folder to a checkpoint (OUT_DIR/step_0)")
     into.add_argument("source", metavar="HF_DIR", type=Path, help="config.json and safetensors")
     into.add_argument("out", metavar="OUT_DIR", type=Path, help="must be new or empty")
