@@ -174,3 +174,10 @@ def test_a_package_that_passes_on_its_own_modules_is_no_circle(tmp_path: Path) -
     files = {"__init__.py": "from data.x.y import f", "y.py": "from data.x.z import g", "z.py": ""}
     write(tmp_path, {f"data/x/{name}": text for name, text in files.items()})
     assert cycle(tmp_path) == []
+
+
+@pytest.mark.parametrize("folder", ["launch", "benchmarks"])
+def test_a_script_hides_no_module_of_python(folder: str) -> None:
+    """A script's folder comes first in sys.path: with a profile.py beside it, `import cProfile` inside torch fails."""
+    names = {path.stem for path in (ROOT / folder).iterdir() if path.suffix == ".py" or path.is_dir()}
+    assert not names & set(sys.stdlib_module_names)

@@ -1,4 +1,4 @@
-"""Traces of a few steps, for ui.perfetto.dev, chrome://tracing and benchmarks/profile.py."""
+"""Traces of a few steps, for ui.perfetto.dev, chrome://tracing and benchmarks/breakdown.py."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """`make parity`: train the cross product of the axes, compare each layout with one process, write docs/COMPOSES.md.
 
 The product is of pipeline, tensor, context and expert parallelism and the ZeRO stages; the other features take turns.
-A run takes about an hour on two cores. Its measurements are in docs/composes.json from the first layout on: --resume
+A run takes most of an hour on two cores. Its measurements are in docs/composes.json from the first layout on: --resume
 takes them as they are and trains what is missing, --write-only trains nothing. Exits 1 if a layout deviates.
 """
 
@@ -13,7 +13,9 @@ import json
 import random
 import sys
 import tempfile
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ from tests.parity.lattice import (
     Legality,
     Pair,
     base_config,
+    cost,
     models,
     name_of,
     read_layouts,
@@ -41,6 +44,10 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "COMPOSES.md"
 MEASURED = ROOT / "docs" / "composes.json"
 CROSSED = ("pipeline", "tensor", "context", "expert", "zero")
+SIDE_BY_SIDE = 2
+"""Layouts in training at a time: the ranks of one spend half of their time waiting for each other."""
+COMPILED_EVERY = 16
+"""Compiling on eight ranks takes several times what training does."""
 
 
 def cross_product(legality: Legality) -> tuple[list[Layout], int]:
@@ -48,44 +55,66 @@ def cross_product(legality: Legality) -> tuple[list[Layout], int]:
 
     Where a turn is refused (compile with split backward), the next one is taken.
     """
-    rest = [name for name in LAYOUT_FEATURES if name not in CROSSED]
+    rest = [name for name in LAYOUT_FEATURES if name not in (*CROSSED, "compile")]
     settings = (dict(zip(rest, values, strict=True)) for values in itertools.product(*(FEATURES[n] for n in rest)))
     product = [model | setting for setting in settings for model in models()]
     random.Random(0).shuffle(product)
-    turns = itertools.cycle(product)
+    eager, compiled = FEATURES["compile"]
+    turns = (
+        turn | {"compile": eager if number % COMPILED_EVERY else compiled}
+        for number, turn in enumerate(itertools.cycle(product))
+    )
     layouts, refused = [], 0
     for values in itertools.product(*(FEATURES[name] for name in CROSSED)):
         crossed = dict(zip(CROSSED, values, strict=True))
         candidates = (crossed | next(turns) for _ in range(40))
         complete = ({name: candidate[name] for name in FEATURES} for candidate in candidates)
-        legal = next((layout for layout in complete if not legality.problems(layout)), None)
-        if legal is None:
-            refused += 1
+        legal = list(itertools.islice((layout for layout in complete if not legality.problems(layout)), 3))
+        if legal:
+            layouts.append(min(legal, key=cost))
         else:
-            layouts.append(legal)
+            refused += 1
     return layouts, refused
 
 
 def measure(layouts: list[Layout], records: list[dict[str, Any]]) -> None:
     """Train and compare each layout; adds one record each, and saves all."""
-    ranks = RankPool()
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        comparison = Comparison(ranks, text_corpus(folder), folder)
-        for index, layout in enumerate(layouts):
+    pools = [RankPool() for _ in range(SIDE_BY_SIDE)]  # before there are threads, because they are forked
+    waiting = enumerate(layouts, 1)
+    turn = threading.Lock()
+
+    def work(comparison: Comparison) -> None:
+        while True:
+            with turn:
+                number, layout = next(waiting, (0, None))
+            if layout is None:
+                return
             started = time.monotonic()
-            record: dict[str, Any] = {"layout": layout}
-            try:
-                deviation = comparison.deviation(layout)
-                record |= asdict(deviation) | {"problems": deviation.problems()}
-            except RankError as error:
-                record["problems"] = [str(error).strip().splitlines()[-1]]
-            records.append(record)
-            save(records)
-            verdict = "; ".join(record["problems"]) or "ok"
-            seconds = time.monotonic() - started
-            print(f"{index + 1}/{len(layouts)} {name_of(layout)}: {verdict} ({seconds:.1f} s)", flush=True)
-    ranks.close()
+            record = _measure_one(comparison, layout)
+            with turn:
+                records.append(record)
+                save(records)
+                verdict = "; ".join(record["problems"]) or "ok"
+                seconds = time.monotonic() - started
+                print(f"{number}/{len(layouts)} {name_of(layout)}: {verdict} ({seconds:.1f} s)", flush=True)
+
+    with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(SIDE_BY_SIDE) as threads:
+        corpus = text_corpus(Path(name))
+        folders = [Path(name) / str(i) for i in range(SIDE_BY_SIDE)]
+        comparisons = [Comparison(ranks, corpus, folder) for ranks, folder in zip(pools, folders, strict=True)]
+        for done in [threads.submit(work, comparison) for comparison in comparisons]:
+            done.result()
+    for ranks in pools:
+        ranks.close()
+
+
+def _measure_one(comparison: Comparison, layout: Layout) -> dict[str, Any]:
+    record: dict[str, Any] = {"layout": layout}
+    try:
+        deviation = comparison.deviation(layout)
+        return record | asdict(deviation) | {"problems": deviation.problems()}
+    except RankError as error:
+        return record | {"problems": [str(error).strip().splitlines()[-1]]}
 
 
 def save(records: list[dict[str, Any]]) -> None:

@@ -92,7 +92,8 @@ LAYOUT_FEATURES: dict[str, dict[str, Changes]] = {
         "ring(2)xulysses(2)": {"parallel__cp": 4, "parallel__cp_ulysses": 2},
     },
     "expert": {"none": {}, "ep2": {"parallel__ep": 2}},
-    "microbatch": {size: {"train__micro_batch_size": int(size)} for size in ("1", "2", "3")},
+    # 8 samples do not divide into micro-batches of 3; few large ones are the plain case because they cost least.
+    "microbatch": {size: {"train__micro_batch_size": int(size)} for size in ("3", "2", "1")},
     "checkpointing": {
         "none": {},
         "full": {"model__activation_checkpoint": "full"},
@@ -208,6 +209,18 @@ def _reason(pair: Pair, legality: Legality) -> str:
     return next((problem for problem in together if problem not in alone), together[0])
 
 
+def cost(layout: Layout) -> float:
+    """Of one step, about, in micro-batches of a rank: ranks that share samples all work on all of these."""
+    changes: Changes = {}
+    for feature in LAYOUT_FEATURES:
+        changes |= FEATURES[feature][layout[feature]]
+    tp, pp, cp = (changes.get(f"parallel__{axis}", 1) for axis in ("tp", "pp", "cp"))
+    samples = SHAPE["train__global_batch_size"] * tp * pp * cp / WORLD_SIZE
+    micro_batches = samples / changes["train__micro_batch_size"] / pp
+    micro_batches *= 2 if changes.get("parallel__sequence_parallel") else 1
+    return micro_batches * (2 if cp > 1 else 1) * (1.5 if layout["checkpointing"] != "none" else 1)
+
+
 def choose_layouts(base: TrainConfig) -> list[Layout]:
     """At least MIN_LAYOUTS legal layouts that show every pair which is not refused: greedily, the same every time."""
     legality = Legality(base)
@@ -216,13 +229,17 @@ def choose_layouts(base: TrainConfig) -> list[Layout]:
     draw = random.Random(0)
     chosen: list[Layout] = []
 
+    def worth(layout: Layout) -> float:
+        """New pairs; the cheaper of two with as many."""
+        return len(pairs_of(layout) & missing) - cost(layout) / 3
+
     def add(fixed: Layout, *, candidates: int) -> None:
         random_ones = (_random_layout(fixed, draw) for _ in range(400))
         fresh = (layout for layout in random_ones if not legality.problems(layout) and layout not in chosen)
         plain = default() | _models_with(fixed)[0] | fixed
         legal = list(itertools.islice(fresh, candidates)) or [plain]
         if not legality.problems(legal[0]):
-            chosen.append(max(legal, key=lambda layout: len(pairs_of(layout) & missing)))
+            chosen.append(max(legal, key=worth))
             missing.difference_update(pairs_of(chosen[-1]))
 
     # Compiling on eight ranks takes several times what training does: few layouts, chosen from many, show all of it.
@@ -231,7 +248,7 @@ def choose_layouts(base: TrainConfig) -> list[Layout]:
         add(dict(min(pairs)), candidates=100)
     rest = [pair for pair in all_pairs() if pair not in refused and compiled not in pair]
     while missing or len(chosen) < MIN_LAYOUTS:
-        add(dict(min(missing or [draw.choice(rest)])) | {"compile": "none"}, candidates=25)
+        add(dict(min(missing or [draw.choice(rest)])) | {"compile": "none"}, candidates=40)
     return chosen
 
 

@@ -6,7 +6,7 @@ import gzip
 import json
 from pathlib import Path
 
-from benchmarks.profile import STEP, trace_path
+from benchmarks.breakdown import STEP, trace_path
 from tests.parity.harness import changed, run_on, text_corpus, tiny_config
 from tests.pool import RankPool
 from trainer import profiling

@@ -1,7 +1,7 @@
 """Where the time of a training step goes, from the trace that the run itself wrote.
 
     torchrun --nproc-per-node 4 launch/train.py +exp=llama3_8b train.steps=12 logging.profile_steps=3 run.dir=RUN_DIR
-    python benchmarks/profile.py RUN_DIR --out benchmarks/results/profile_llama3_8b.json
+    python benchmarks/breakdown.py RUN_DIR --out benchmarks/results/profile_llama3_8b.json
 
 Prints one JSON object of rank 0 (--rank R for another): milliseconds per step of each kind of kernel, of communication
 that no computation hides, and of an idle GPU; and the kernels that take longest. Kinds run side by side on several

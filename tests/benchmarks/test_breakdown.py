@@ -1,4 +1,4 @@
-"""benchmarks/profile.py on a trace whose numbers are worked out by hand."""
+"""benchmarks/breakdown.py on a trace whose numbers are worked out by hand."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.profile import kind_of, main, profile_of, trace_path
+from benchmarks.breakdown import kind_of, main, profile_of, trace_path
 
 
 def kernel(name: str, begin: float, end: float, *, cat: str = "kernel") -> dict[str, Any]:
