@@ -16,6 +16,8 @@ RUN ?= runs/$(EXP)-$(shell date +%Y%m%d-%H%M%S)
 # Eight sequences per GPU and micro-batch, 64 or a little more per step: divides for every number of GPUs.
 BATCH := $(if $(filter stdlib_gpu,$(EXP)),train.global_batch_size=$(shell n=$(NPROC); echo $$(( 8 * n * ((8 + n - 1) / n) ))))
 ARGS ?=
+# Ranks of one test spend half of their time waiting for each other: two files of tests at a time.
+TESTS_AT_A_TIME ?= 2
 
 .PHONY: install train test parity check lint types clean
 
@@ -31,7 +33,7 @@ train: install
 	$(BIN)/torchrun --standalone --nproc-per-node $(NPROC) launch/train.py +exp=$(EXP) run.dir=$(RUN) $(BATCH) $(ARGS)
 
 test: install
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(TESTS_AT_A_TIME) --dist loadfile $(ARGS)
 
 parity: install
 	$(BIN)/python -m tests.parity.compose $(ARGS)
