@@ -8,6 +8,9 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
+# Whether there is a GPU is asked before the pool is forked: of its driver's management library, because the CUDA
+# runtime, once called, works in no forked process.
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
 
 import pytest
 import torch
@@ -39,8 +42,11 @@ def pytest_sessionfinish() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
+    absent, reason = (
+        ("interpreter", "kernels run on the GPU here, not in the interpreter")
+        if torch.cuda.is_available()
+        else ("gpu", "needs a CUDA device")
+    )
     for item in items:
-        if item.get_closest_marker("gpu"):
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        if item.get_closest_marker(absent):
+            item.add_marker(pytest.mark.skip(reason=reason))

@@ -54,7 +54,8 @@ def scale_from_amax(amax: Tensor, dtype: torch.dtype, *, power_of_two: bool = Fa
     they are, so a tensor that holds one dequantizes to NaN everywhere its scale reaches.
     """
     require_fp8(dtype)
-    ratio = amax.float() / LARGEST[dtype]
+    # A tensor's quotient is rounded as IEEE says; by a number, CUDA multiplies with its inverse.
+    ratio = amax.float() / torch.full_like(amax, LARGEST[dtype], dtype=torch.float32)
     scale = torch.where(amax == 0, 1.0, torch.where(ratio < SMALLEST_SCALE, SMALLEST_SCALE, ratio))
     return next_power_of_two(scale) if power_of_two else scale
 

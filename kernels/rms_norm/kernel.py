@@ -135,7 +135,8 @@ def _forward(
             tl.store(stream_ptr + rows * D + cols, stream, mask=inside)
             x = stream.to(tl.float32)  # what the backward will see
         if CENTER:
-            mean = tl.sum(x, axis=1, keep_dims=True) / D
+            # Rounded as IEEE says: a row of equal numbers has exactly that mean, or 1 / sqrt(eps) blows the rest up.
+            mean = tl.div_rn(tl.sum(x, axis=1, keep_dims=True), tl.full([ROWS, 1], D, tl.float32))
             x = tl.where(inside, x - mean, 0.0)
             tl.store(mean_ptr + rows, mean, mask=rows < num_rows)
         rstd = tl.rsqrt(tl.sum(x * x, axis=1, keep_dims=True) / D + eps)

@@ -123,17 +123,18 @@ def _rope(
             q_ptr, q_out_ptr, q_stride_b, q_stride_t, q_stride_h, q_out_stride_b, q_out_stride_t, q_out_stride_h,
             cos_ptr, sin_ptr, table_stride, block, num_tokens, seq_len, H, HALF, BLOCK, ROWS, TURN,
         )  # fmt: skip
-    elif block < q_blocks + kv_blocks:
-        _turn(
-            k_ptr, k_out_ptr, k_stride_b, k_stride_t, k_stride_h, k_out_stride_b, k_out_stride_t, k_out_stride_h,
-            cos_ptr, sin_ptr, table_stride, block - q_blocks, num_tokens, seq_len, H_KV, HALF, BLOCK, ROWS, TURN,
-        )  # fmt: skip
-    elif v_ptr is not None:
-        _turn(
-            v_ptr, v_out_ptr, v_stride_b, v_stride_t, v_stride_h, v_out_stride_b, v_out_stride_t, v_out_stride_h,
-            cos_ptr, sin_ptr, table_stride, block - q_blocks - kv_blocks, num_tokens, seq_len, H_KV, HALF, BLOCK, ROWS,
-            0,
-        )  # fmt: skip
+    elif k_ptr is not None:  # known at compile time, as what is behind it needs: None has no type
+        if block < q_blocks + kv_blocks:
+            _turn(
+                k_ptr, k_out_ptr, k_stride_b, k_stride_t, k_stride_h, k_out_stride_b, k_out_stride_t, k_out_stride_h,
+                cos_ptr, sin_ptr, table_stride, block - q_blocks, num_tokens, seq_len, H_KV, HALF, BLOCK, ROWS, TURN,
+            )  # fmt: skip
+        elif v_ptr is not None:
+            _turn(
+                v_ptr, v_out_ptr, v_stride_b, v_stride_t, v_stride_h, v_out_stride_b, v_out_stride_t, v_out_stride_h,
+                cos_ptr, sin_ptr, table_stride, block - q_blocks - kv_blocks, num_tokens, seq_len, H_KV, HALF, BLOCK,
+                ROWS, 0,
+            )  # fmt: skip
 
 
 def heads_side_by_side(x: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from triton.compiler import ASTSource
 def resources(
     kernel: Any, arguments: Mapping[str, str], constants: Mapping[str, Any], *, num_warps: int = 4, num_stages: int = 3
 ) -> dict[str, int]:
-    """Registers per thread, bytes spilled and bytes of shared memory of a kernel.
+    """Registers per thread, bytes spilled and bytes of shared memory of a kernel, and how many casts it uses twice.
 
     arguments: Triton types by name, "*bf16" or "i32"; pointers and the integers written "i32:16" are multiples of 16.
     """
@@ -41,4 +42,15 @@ def resources(
         report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     registers = max(int(n) for n in re.findall(r"Used (\d+) registers", report))
     spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill stores", report))
-    return {"registers": registers, "spilled": spilled, "shared": compiled.metadata.shared}
+    shared = compiled.metadata.shared
+    return {"registers": registers, "spilled": spilled, "shared": shared, "casts": _casts_used_twice(compiled.asm["ptx"])}
+
+
+def _casts_used_twice(ptx: str) -> int:
+    """Casts of two numbers to fp8 that are packed into a word with another such cast and used elsewhere as well, which
+    ptxas 12.8 and 12.9 translate wrongly."""
+    casts = set(re.findall(r"cvt\.rn\.satfinite\.e\dm\dx2\.f32\s+(%rs\d+)", ptx))
+    pairs = [pair for pair in re.findall(r"mov\.b32\s+%r\d+, \{(%rs\d+), (%rs\d+)\}", ptx) if casts.issuperset(pair)]
+    packed = Counter(register for pair in pairs for register in pair)
+    mentioned = Counter(re.findall(r"%rs\d+", ptx))
+    return sum(mentioned[register] > times + 1 for register, times in packed.items())

@@ -141,11 +141,22 @@ def test_the_transposed_copy_is_the_quantized_transpose(rows: int) -> None:
         assert torch.equal(bits(q.data), bits(quantize(x).data))
 
 
+def test_a_given_scale_is_copied_to_memory_of_its_own() -> None:
+    """cuBLASLt, which takes scales at multiples of 16 bytes only: the state of delayed scaling holds them side by
+    side."""
+    scales = torch.tensor([0.5, 0.25], device=DEVICE)
+    for transpose in (False, True):
+        q, _ = quantize_tensorwise(randn(20, 16), scales[1], transpose=transpose)
+        assert torch.equal(q.scale, scales[1])
+        assert q.scale.data_ptr() % 16 == 0
+        assert q.transposed_scale is (q.scale if transpose else None)
+
+
 def test_long_rows_are_read_in_parts() -> None:
     """Rows beyond 16384 elements."""
     x = randn(2, 20001)
     q = quantize_rowwise(x)
-    assert torch.equal(q.scale.flatten(), x.abs().amax(dim=1) / 448.0)
+    assert torch.equal(q.scale.flatten().cpu(), x.cpu().abs().amax(dim=1) / 448.0)  # CUDA multiplies by 1 / 448
     assert torch.equal(bits(q.data), bits((x.cpu() * (1.0 / q.scale.cpu())).to(E4M3)))
 
 

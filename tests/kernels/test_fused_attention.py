@@ -313,7 +313,7 @@ def test_two_sets_of_keys_merge_into_one_with_gradients() -> None:
     """A log-sum-exp of another base or scale, or without gradient: what ring attention lives on."""
     problem = Problem(run(0, 50), run(0, 50), documents=[18])
     leaves, grad, _ = tensors(problem)
-    expected = by_torch(problem, leaves, grad, torch.zeros(1, 1, 50))
+    expected = by_torch(problem, leaves, grad, torch.zeros(1, 1, 50, device=DEVICE))
     leaves = [x.requires_grad_() for x in leaves]
     q, k, v = leaves
     halves = []

@@ -43,6 +43,7 @@ def launches() -> Iterator[tuple[str, Callable[[], Any]]]:
         torch.empty(1, ROWS, 1, 64),
     )
     yield "rope", lambda: rope(q, k, table, table)
+    yield "rope of queries", lambda: rope(q, None, table, table)
     yield "rope_qkv", lambda: rope_qkv(qkv, table, table, num_heads=32, num_kv_heads=8)
     gate_up, d_y = draw(ROWS, 2 * 14336), draw(ROWS, 14336)
     yield "swiglu", lambda: swiglu_fused(gate_up)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -16,11 +17,14 @@ from kernels.matmul import kernel as kernels_matmul
 from kernels.matmul import linear_gelu, matmul
 
 
+CUDA = torch.cuda.is_available()
+
+
 def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to("cuda" if CUDA else "cpu")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="forces configurations in the interpreter")
+@pytest.mark.interpreter
 @pytest.mark.parametrize("group", [1, 2, 3, 8])
 def test_the_swizzle_visits_every_tile_once(group: int) -> None:
     """Tiles left out or computed twice where the last group of rows is lower than the others."""
@@ -39,7 +43,7 @@ def test_bias_and_residual_are_optional(biased: bool, added: bool) -> None:
     inputs: list[Any] = [randn(*shape, seed=i).requires_grad_() for i, shape in enumerate(shapes)]
     inputs[2], inputs[3] = inputs[2] if biased else None, inputs[3] if added else None
     leaves = [x for x in inputs if x is not None]
-    with interpreted():
+    with nullcontext() if CUDA else interpreted():
         y = linear_gelu(*inputs)
         found = torch.autograd.grad(y, leaves, randn(2, 9, 40, seed=7))
     truth = F.gelu(F.linear(*inputs[:3])) + (inputs[3] if added else 0.0)

@@ -23,20 +23,24 @@ def specifications() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], Any]
     import kernels.nf4.kernel as nf4
 
     copies = {"x_ptr": "*bf16", "y_ptr": "*fp8e4nv", "t_ptr": "*fp8e4nv", "R": N16, "C": N16, "R_padded": N16}
-    tensor = {"scale_ptr": "*fp32", "amax_ptr": "*i32", "partials_ptr": "*fp32", "num_partials": "i32"}
+    tensor = {"scale_ptr": "*fp32", "amax_ptr": "*i32", "source_ptr": "*fp32", "num_partials": "i32", "one": "fp32"}
     flat, tile = quantize.FLAT(1 << 28), quantize.TILE(8192, 4096)
     whole = {"x_ptr": "*bf16", "y_ptr": "*fp8e5", "num_elements": "i64:16"}
     sizes = {"ROWS": tile.rows, "COLUMNS": tile.columns}
     given = {**FP8, "DYNAMIC": False, "PARTIALS": 1}
-    yield quantize._cast, {**whole, **tensor}, {"SIZE": flat.size, **given}, flat
+    yield quantize._cast, {**whole, **{k: v for k, v in tensor.items() if k != "one"}}, {"SIZE": flat.size, **given}, flat
     dynamic = {**FP8, "DYNAMIC": True, "PARTIALS": 1024}
-    yield quantize._cast_transpose, {**copies, **tensor, "amax_ptr": "*fp32"}, {**sizes, **dynamic}, tile
+    for kind in ("*bf16", "*fp32"):
+        found = {**copies, **tensor, "x_ptr": kind, "amax_ptr": "*fp32"}
+        yield quantize._cast_transpose, found, {**sizes, **dynamic}, tile
     both = ("row_amax_ptr", "column_amax_ptr", "row_scale_ptr", "column_scale_ptr")
     amax = {name: "*i32" if "amax" in name else "*fp32" for name in both}
     yield quantize._cast_rows_and_columns, {**copies, **amax}, {**sizes, **FP8}, tile
-    in_blocks = {**copies, "scale_ptr": "*fp32", "t_scale_ptr": "*fp32"}
-    constants = {"ROWS": 128, "COLUMNS": 128, **FP8, "SQUARE": False, "TRANSPOSE": True}
-    yield quantize._blocks, in_blocks, constants, quantize.Tile(128, 128, quantize.BLOCK_WARPS(8192, 4096, False))
+    in_blocks = {**copies, "scale_ptr": "*fp32", "t_scale_ptr": "*fp32", "one": "fp32"}
+    constants = {"ROWS": 128, "COLUMNS": 128, **FP8, "TRANSPOSE": True}
+    for square in (False, True):
+        warps = quantize.BLOCK_WARPS(8192, 4096, square)
+        yield quantize._blocks, in_blocks, {**constants, "SQUARE": square}, quantize.Tile(128, 128, warps)
 
     block = fp8_matmul.TILES(8192, 8192, 8192)
     operands = {f"{name}_desc": f"tensordesc<fp8e4nv[{size},128]>" for name, size in
@@ -90,15 +94,16 @@ def main() -> None:
 
 def test_the_kernels_compile_for_an_h200_and_fit() -> None:
     """What the interpreter accepts and the compiler does not; accumulators that spill; more shared memory than 227
-    KiB."""
+    KiB; casts to fp8 of which ptxas loses bytes."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "tests.kernels.test_quantized_sm90"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     lines = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(lines) == 11
+    assert len(lines) == 13
     for line in lines:
         assert line["spilled"] == 0, line
+        assert line["casts"] == 0, line
         assert line["shared"] <= 227 * 1024, line
         assert line["registers"] * line["warps"] * 32 <= 65536, line
 

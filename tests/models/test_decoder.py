@@ -135,7 +135,7 @@ def context_of(model: Decoder, x: Tensor, **given: Any) -> Any:
     return build_context(model.config, seq_len=x.shape[1], device=x.device, dtype=x.dtype, **fields)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "reference", "triton"])
+@pytest.mark.parametrize("attention", ["sdpa", "reference", pytest.param("triton", marks=pytest.mark.interpreter)])
 def test_a_block_compiles_without_a_graph_break(attention: str) -> None:
     """Python that the tracer cannot follow, with windows, documents and dropout all on."""
     probabilities = 0.1 if attention == "reference" else 0.0
@@ -246,6 +246,7 @@ def test_what_auto_means_is_said_and_kernels_are_refused_where_they_do_not_run()
             random_decoder(replace(plain, attention=kernel))(sample_tokens())
 
 
+@pytest.mark.interpreter
 @pytest.mark.parametrize(
     "changes",
     [

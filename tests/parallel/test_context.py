@@ -212,6 +212,7 @@ def _ring() -> Any:
     return mesh["cp_ring"]
 
 
+@pytest.mark.interpreter
 @pytest.mark.parametrize("method", ["ring", "allgather"])
 def test_blocks_by_the_triton_kernels_are_those_of_the_reference(ranks: RankPool, method: str) -> None:
     """What runs on CUDA: a log-sum-exp, a delta or a gradient that does not fit the merging. In the interpreter."""

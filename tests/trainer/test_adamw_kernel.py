@@ -143,7 +143,7 @@ def step_error(case: Case) -> float:
 
 
 @pytest.mark.parametrize("skipped", [(), (1, 4)])
-@pytest.mark.parametrize("path", ["reference", "interpreter"])
+@pytest.mark.parametrize("path", ["reference", pytest.param("interpreter", marks=pytest.mark.interpreter)])
 def test_in_fp32_it_is_adamw_of_torch(path: str, skipped: tuple[int, ...]) -> None:
     """The wrong weight decay for a name, a skipped step that counts, clipping that divides."""
     case = Case(OptimConfig(kernel="triton"), skipped=skipped)
@@ -173,6 +173,7 @@ def _forgetful(rule: adamw_kernel.KernelAdamW) -> Any:
     return _prepared(rule)
 
 
+@pytest.mark.interpreter
 def test_the_kernel_in_the_interpreter_and_its_reference_keep_the_same_8_bit_state() -> None:
     """CI would test the reference alone, and the GPU would run something else."""
     case = Case(OptimConfig(state_dtype="int8"), num_steps=3)

@@ -111,8 +111,8 @@ def _scaled_mm(
         return torch._scaled_mm(
             a.contiguous(),
             b.contiguous().t(),
-            scale_a=a_scale.contiguous(),
-            scale_b=b_scale.contiguous().t(),
+            scale_a=_aligned(a_scale.contiguous()),
+            scale_b=_aligned(b_scale.contiguous()).t(),
             bias=None if bias is None else bias.to(out_dtype),
             out_dtype=out_dtype,
             use_fast_accum=fast_accumulation,
@@ -123,6 +123,12 @@ def _scaled_mm(
     )
     y = y * a_scale * (b_scale if b_scale.ndim == 0 else b_scale.t())
     return (y if bias is None else y + bias.float()).to(out_dtype)
+
+
+def _aligned(scale: Tensor) -> Tensor:
+    """cuBLASLt refuses scales whose address is not a multiple of 16 (CUBLAS_STATUS_NOT_SUPPORTED), as that of one among
+    several is."""
+    return scale if scale.data_ptr() % 16 == 0 else scale.clone()
 
 
 def _stride_1_along_rows(scale: Tensor) -> Tensor:

@@ -4,6 +4,11 @@ their bits, NaN above inf above all else, so NaN is not lost, and an atomic maxi
 x [R, C] contiguous; the transposed copy is [C, R padded to 16]. Scales are multiplied by as inverses, as in the
 reference, so results are the reference's to the bit. EMULATE is for the interpreter, whose casts to fp8 do not round:
 there a number is rounded in fp32 before.
+
+A cast to fp8 must not be used twice. ptxas 12.8 and 12.9 (Triton 3.6 and 3.7 bring 12.8) merge the casts of four numbers
+into the 32-bit word of a vectorised store, and leave other uses of the first two undefined: on an H200 two columns of
+four were garbage in transposed copies. So where both copies have the same numbers, the second is multiplied by `one`
+as well, 1.0, which no compiler knows, and cast for itself.
 """
 
 from __future__ import annotations
@@ -98,34 +103,36 @@ def _amax(x_ptr, partials_ptr, num_elements, num_blocks, SIZE: tl.constexpr):
 
 @triton.jit
 def _tensor_scale(
-    scale_ptr, amax_ptr, partials_ptr, num_partials, first,
+    scale_ptr, amax_ptr, source_ptr, num_partials, first,
     DYNAMIC: tl.constexpr, LARGEST: tl.constexpr, POWER_OF_TWO: tl.constexpr, PARTIALS: tl.constexpr,
 ):  # fmt: skip
-    """The inverse scale of a tensor: of the scale given, or of partial maxima; the first program then writes it."""
+    """The inverse scale of a tensor: of partial maxima at source_ptr, or of the scale that is there. The first program
+    writes the scale, which so gets memory of its own, as a product by cuBLASLt wants it: aligned."""
     if DYNAMIC:
         n = tl.arange(0, PARTIALS)
-        partials = tl.load(partials_ptr + n, mask=n < num_partials, other=0.0)
+        partials = tl.load(source_ptr + n, mask=n < num_partials, other=0.0)
         amax = _largest(_magnitude_bits(partials), 0)
         scale, inverse = _scale_of(amax, LARGEST, POWER_OF_TWO)
         if first:
-            tl.store(scale_ptr, scale)
             tl.store(amax_ptr, amax)
     else:
-        scale = tl.load(scale_ptr)
+        scale = tl.load(source_ptr)
         inverse = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
+    if first:
+        tl.store(scale_ptr, scale)
     return inverse
 
 
 @triton.jit
 def _cast(
-    x_ptr, y_ptr, scale_ptr, amax_ptr, partials_ptr, num_elements, num_partials,
+    x_ptr, y_ptr, scale_ptr, amax_ptr, source_ptr, num_elements, num_partials,
     SIZE: tl.constexpr, DYNAMIC: tl.constexpr, LARGEST: tl.constexpr, POWER_OF_TWO: tl.constexpr,
     PARTIALS: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
     # Last block first: what _amax read last may still lie in the L2 cache.
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     inverse = _tensor_scale(
-        scale_ptr, amax_ptr, partials_ptr, num_partials, block == 0, DYNAMIC, LARGEST, POWER_OF_TWO, PARTIALS
+        scale_ptr, amax_ptr, source_ptr, num_partials, block == 0, DYNAMIC, LARGEST, POWER_OF_TWO, PARTIALS
     )
     offsets = block.to(tl.int64) * SIZE + tl.arange(0, SIZE)
     inside = offsets < num_elements
@@ -137,21 +144,21 @@ def _cast(
 
 @triton.jit
 def _cast_transpose(
-    x_ptr, y_ptr, t_ptr, scale_ptr, amax_ptr, partials_ptr, R, C, R_padded, num_partials,
+    x_ptr, y_ptr, t_ptr, scale_ptr, amax_ptr, source_ptr, R, C, R_padded, num_partials, one,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DYNAMIC: tl.constexpr, LARGEST: tl.constexpr,
     POWER_OF_TWO: tl.constexpr, PARTIALS: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
     row_tile, column_tile = _tile_of(C, COLUMNS)
     inverse = _tensor_scale(
-        scale_ptr, amax_ptr, partials_ptr, num_partials, (row_tile == 0) & (column_tile == 0),
+        scale_ptr, amax_ptr, source_ptr, num_partials, (row_tile == 0) & (column_tile == 0),
         DYNAMIC, LARGEST, POWER_OF_TWO, PARTIALS,
     )  # fmt: skip
     r = row_tile * ROWS + tl.arange(0, ROWS)
     c = column_tile * COLUMNS + tl.arange(0, COLUMNS)
     x = _load_tile(x_ptr, r, c, R, C)
-    y = _to_fp8(x * inverse, y_ptr.dtype.element_ty, LARGEST, EMULATE)
-    _store_tile(y_ptr, y, r, c, R, C)
-    _store_transposed(t_ptr, y, r, c, R_padded, C)
+    _store_tile(y_ptr, _to_fp8(x * inverse, y_ptr.dtype.element_ty, LARGEST, EMULATE), r, c, R, C)
+    t = _to_fp8(x * (inverse * one), y_ptr.dtype.element_ty, LARGEST, EMULATE)
+    _store_transposed(t_ptr, t, r, c, R_padded, C)
     if not DYNAMIC:
         tl.atomic_max(amax_ptr, tl.max(tl.max(_magnitude_bits(x), axis=1), axis=0), sem="relaxed")
 
@@ -242,7 +249,7 @@ def _cast_rows_and_columns(
 
 @triton.jit
 def _blocks(
-    x_ptr, y_ptr, scale_ptr, t_ptr, t_scale_ptr, R, C, R_padded,
+    x_ptr, y_ptr, scale_ptr, t_ptr, t_scale_ptr, R, C, R_padded, one,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, LARGEST: tl.constexpr, POWER_OF_TWO: tl.constexpr,
     SQUARE: tl.constexpr, TRANSPOSE: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
@@ -262,7 +269,8 @@ def _blocks(
         tl.store(scale_ptr + row_tile * across + column_tile, scale)
         if TRANSPOSE:
             tl.store(t_scale_ptr + column_tile * tl.cdiv(R, ROWS) + row_tile, scale)
-            _store_transposed(t_ptr, y, r, c, R_padded, C)
+            t = _to_fp8(x * (inverse * one), y_ptr.dtype.element_ty, LARGEST, EMULATE)
+            _store_transposed(t_ptr, t, r, c, R_padded, C)
     else:
         scale, inverse = _scale_of(by_row.to(tl.float32, bitcast=True), LARGEST, POWER_OF_TWO)
         y = _to_fp8(x * inverse[:, None], y_ptr.dtype.element_ty, LARGEST, EMULATE)
@@ -288,13 +296,13 @@ def amax_partials(x: Tensor) -> Tensor:
 def quantize_tensorwise(
     x: Tensor, scale: Tensor | None, dtype: torch.dtype, power_of_two: bool, transpose: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(data, transposed, scale, amax) of x [R, C], contiguous and not empty; dynamic if no scale is given."""
+    """(data, transposed, scale used, amax) of x [R, C], contiguous and not empty; dynamic if no scale is given."""
     R, C = x.shape
     data = torch.empty(R, C, dtype=dtype, device=x.device)
-    partials = amax_partials(x) if scale is None else None
-    amax = torch.zeros((), device=x.device) if partials is None else torch.empty((), device=x.device)
-    used = torch.empty((), device=x.device) if scale is None else scale
-    num_partials = 1 if partials is None else len(partials)
+    source = amax_partials(x) if scale is None else scale
+    amax = torch.empty((), device=x.device) if scale is None else torch.zeros((), device=x.device)
+    used = torch.empty((), device=x.device)
+    num_partials = source.numel()
     shared = {
         "DYNAMIC": scale is None,
         "LARGEST": LARGEST[dtype],
@@ -302,21 +310,20 @@ def quantize_tensorwise(
         "PARTIALS": triton.next_power_of_2(num_partials),
         "EMULATE": not x.is_cuda,
     }
-    partials = used if partials is None else partials  # not read
     maximum = amax if scale is None else amax.view(torch.int32)  # the atomic maximum is one of bits
     if transpose:
         tile = TILE(R, C)
         transposed = torch.empty(C, padded(R), dtype=dtype, device=x.device)
         grid = (triton.cdiv(padded(R), tile.rows) * triton.cdiv(C, tile.columns),)
         _cast_transpose[grid](
-            x, data, transposed, used, maximum, partials, R, C, padded(R), num_partials,
+            x, data, transposed, used, maximum, source, R, C, padded(R), num_partials, 1.0,
             ROWS=tile.rows, COLUMNS=tile.columns, num_warps=tile.num_warps, **shared,
         )  # fmt: skip
         return data, transposed, used, amax
     flat = FLAT(x.numel())
     grid = (triton.cdiv(x.numel(), flat.size),)
     _cast[grid](
-        x, data, used, maximum, partials, x.numel(), num_partials, SIZE=flat.size, num_warps=flat.num_warps, **shared
+        x, data, used, maximum, source, x.numel(), num_partials, SIZE=flat.size, num_warps=flat.num_warps, **shared
     )
     return data, data.new_empty(0), used, amax
 
@@ -357,7 +364,7 @@ def quantize_blocks(
     rows = BLOCK if square or transpose else ROWS_OF_BLOCKS(R, C)
     warps = BLOCK_WARPS(R, C, square) if rows == BLOCK else 4
     _blocks[(triton.cdiv(R, rows) * blocks(C),)](
-        x, data, scale, transposed, transposed_scale, R, C, padded(R), ROWS=rows, COLUMNS=BLOCK,
+        x, data, scale, transposed, transposed_scale, R, C, padded(R), 1.0, ROWS=rows, COLUMNS=BLOCK,
         LARGEST=LARGEST[dtype], POWER_OF_TWO=power_of_two, SQUARE=square, TRANSPOSE=transpose, EMULATE=not x.is_cuda,
         num_warps=warps,
     )  # fmt: skip

@@ -31,14 +31,14 @@ def quantize_tensorwise(
 ) -> tuple[Quantized, Tensor]:
     """One scale for all of x. Also returns the largest magnitude, fp32 [], of which delayed scaling keeps a history.
 
-    With a `scale` (fp32 []), x is read once: delayed scaling, and larger numbers saturate. Without one, it follows from
-    the largest magnitude: x is read twice, by two launches.
+    With a `scale` (fp32 []), x is read once: delayed scaling, and larger numbers saturate; the result has a copy of it.
+    Without one, it follows from the largest magnitude: x is read twice, by two launches.
     """
     _check(x, dtype)
     if scale is not None and (scale.dtype != torch.float32 or scale.ndim):
         raise ValueError(f"scale is {scale.dtype} {list(scale.shape)}; pass a float32 tensor of no dimensions")
     if scale is not None:
-        data, transposed, amax = _quantize_scaled(x.detach(), scale.detach(), dtype, transpose)
+        data, transposed, scale, amax = _quantize_scaled(x.detach(), scale.detach(), dtype, transpose)
     else:
         data, transposed, scale, amax = _quantize_dynamic(x.detach(), dtype, power_of_two, transpose)
     return Quantized(data, scale, *((transposed, scale) if transpose else ())), amax
@@ -76,15 +76,16 @@ def _check(x: Tensor, dtype: torch.dtype) -> None:
 
 
 @torch.library.custom_op("lattice::fp8_quantize_scaled", mutates_args=())
-def _quantize_scaled(x: Tensor, scale: Tensor, dtype: torch.dtype, transpose: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """data, transposed (empty without), amax."""
+def _quantize_scaled(
+    x: Tensor, scale: Tensor, dtype: torch.dtype, transpose: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """data, transposed (empty without), the scale in memory of its own, amax."""
     if not runs_triton(x) or not x.numel():
         made = quantize_tensorwise_reference(x, scale, dtype, transpose)
-        return made.data, _or_empty(made.transposed, made.data), amax_reference(x)
+        return made.data, _or_empty(made.transposed, made.data), scale.clone(), amax_reference(x)
     from kernels.fp8.quantize.kernel import quantize_tensorwise
 
-    data, transposed, _, amax = quantize_tensorwise(x.contiguous(), scale, dtype, False, transpose)
-    return data, transposed, amax
+    return quantize_tensorwise(x.contiguous(), scale, dtype, False, transpose)
 
 
 @torch.library.custom_op("lattice::fp8_quantize_dynamic", mutates_args=())
@@ -146,8 +147,9 @@ def _fake_copies(x: Tensor, dtype: torch.dtype, transpose: bool) -> tuple[Tensor
 
 
 @_quantize_scaled.register_fake
-def _(x: Tensor, scale: Tensor, dtype: torch.dtype, transpose: bool) -> tuple[Tensor, Tensor, Tensor]:
-    return *_fake_copies(x, dtype, transpose), x.new_empty((), dtype=torch.float32)
+def _(x: Tensor, scale: Tensor, dtype: torch.dtype, transpose: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    used, amax = (x.new_empty((), dtype=torch.float32) for _ in range(2))
+    return *_fake_copies(x, dtype, transpose), used, amax
 
 
 @_quantize_dynamic.register_fake

@@ -29,6 +29,7 @@ class Case:
     differentiable: Sequence[int]  # numbers of the arguments that get a gradient
     checks: Callable[[Inputs], list[tuple[Any, tuple[Any, ...]]]] | None = None  # custom ops and arguments, for opcheck
     tuned: str | None = None  # "module:NAME" of a kernels.backend.Tuned, all of whose configurations are tested
+    tuned_dtype: torch.dtype = torch.float32  # of that test on a GPU: one that all configurations are meant for
     batch_dim: int | None = 0  # output rows [:k] depend on input rows [:k] alone, to the bit; None: not promised
     batched: Sequence[int] = (0,)  # the arguments that have this dimension
     dtypes: Sequence[torch.dtype] = (torch.float32, torch.float16, torch.bfloat16)
