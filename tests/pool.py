@@ -200,5 +200,6 @@ class RankPool:
         """End all ranks and the nursery."""
         for world_size in list(self._groups):
             self._discard(world_size)
+        self._control.shutdown(socket.SHUT_RDWR)  # processes forked since, another pool's, hold the socket too
         self._control.close()
         os.waitpid(self._nursery, 0)

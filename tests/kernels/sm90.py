@@ -43,7 +43,12 @@ def resources(
     registers = max(int(n) for n in re.findall(r"Used (\d+) registers", report))
     spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill stores", report))
     shared = compiled.metadata.shared
-    return {"registers": registers, "spilled": spilled, "shared": shared, "casts": _casts_used_twice(compiled.asm["ptx"])}
+    return {
+        "registers": registers,
+        "spilled": spilled,
+        "shared": shared,
+        "casts": _casts_used_twice(compiled.asm["ptx"]),
+    }
 
 
 def _casts_used_twice(ptx: str) -> int:

@@ -16,7 +16,6 @@ from kernels.backend import interpreted
 from kernels.matmul import kernel as kernels_matmul
 from kernels.matmul import linear_gelu, matmul
 
-
 CUDA = torch.cuda.is_available()
 
 

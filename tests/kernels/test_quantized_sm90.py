@@ -28,7 +28,12 @@ def specifications() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], Any]
     whole = {"x_ptr": "*bf16", "y_ptr": "*fp8e5", "num_elements": "i64:16"}
     sizes = {"ROWS": tile.rows, "COLUMNS": tile.columns}
     given = {**FP8, "DYNAMIC": False, "PARTIALS": 1}
-    yield quantize._cast, {**whole, **{k: v for k, v in tensor.items() if k != "one"}}, {"SIZE": flat.size, **given}, flat
+    yield (
+        quantize._cast,
+        {**whole, **{k: v for k, v in tensor.items() if k != "one"}},
+        {"SIZE": flat.size, **given},
+        flat,
+    )
     dynamic = {**FP8, "DYNAMIC": True, "PARTIALS": 1024}
     for kind in ("*bf16", "*fp32"):
         found = {**copies, **tensor, "x_ptr": kind, "amax_ptr": "*fp32"}
