@@ -42,13 +42,8 @@ def resources(
         report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     registers = max(int(n) for n in re.findall(r"Used (\d+) registers", report))
     spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill stores", report))
-    shared = compiled.metadata.shared
-    return {
-        "registers": registers,
-        "spilled": spilled,
-        "shared": shared,
-        "casts": _casts_used_twice(compiled.asm["ptx"]),
-    }
+    casts = _casts_used_twice(compiled.asm["ptx"])
+    return {"registers": registers, "spilled": spilled, "shared": compiled.metadata.shared, "casts": casts}
 
 
 def _casts_used_twice(ptx: str) -> int:

@@ -23,20 +23,15 @@ def specifications() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], Any]
     import kernels.nf4.kernel as nf4
 
     copies = {"x_ptr": "*bf16", "y_ptr": "*fp8e4nv", "t_ptr": "*fp8e4nv", "R": N16, "C": N16, "R_padded": N16}
-    tensor = {"scale_ptr": "*fp32", "amax_ptr": "*i32", "source_ptr": "*fp32", "num_partials": "i32", "one": "fp32"}
+    tensor = {"scale_ptr": "*fp32", "amax_ptr": "*i32", "source_ptr": "*fp32", "num_partials": "i32"}
     flat, tile = quantize.FLAT(1 << 28), quantize.TILE(8192, 4096)
     whole = {"x_ptr": "*bf16", "y_ptr": "*fp8e5", "num_elements": "i64:16"}
     sizes = {"ROWS": tile.rows, "COLUMNS": tile.columns}
     given = {**FP8, "DYNAMIC": False, "PARTIALS": 1}
-    yield (
-        quantize._cast,
-        {**whole, **{k: v for k, v in tensor.items() if k != "one"}},
-        {"SIZE": flat.size, **given},
-        flat,
-    )
+    yield quantize._cast, {**whole, **tensor}, {"SIZE": flat.size, **given}, flat
     dynamic = {**FP8, "DYNAMIC": True, "PARTIALS": 1024}
     for kind in ("*bf16", "*fp32"):
-        found = {**copies, **tensor, "x_ptr": kind, "amax_ptr": "*fp32"}
+        found = {**copies, **tensor, "x_ptr": kind, "amax_ptr": "*fp32", "one": "fp32"}
         yield quantize._cast_transpose, found, {**sizes, **dynamic}, tile
     both = ("row_amax_ptr", "column_amax_ptr", "row_scale_ptr", "column_scale_ptr")
     amax = {name: "*i32" if "amax" in name else "*fp32" for name in both}

@@ -5,10 +5,10 @@ x [R, C] contiguous; the transposed copy is [C, R padded to 16]. Scales are mult
 reference, so results are the reference's to the bit. EMULATE is for the interpreter, whose casts to fp8 do not round:
 there a number is rounded in fp32 before.
 
-A cast to fp8 must not be used twice. ptxas 12.8 and 12.9 (Triton 3.6 and 3.7 bring 12.8) merge the casts of four
-numbers into the 32-bit word of a vectorised store, and leave other uses of the first two undefined: on an H200 two
-columns of four were garbage in transposed copies. So where both copies have the same numbers, the second is multiplied
-by `one` as well, 1.0, which no compiler knows, and cast for itself.
+A cast to fp8 must not be used twice. ptxas 12.8 and 12.9 (Triton 3.6 and 3.7 bring 12.8; 13.0 does not do it) merge the
+casts of four numbers into the 32-bit word of a vectorised store and leave other uses of the first two undefined: on an
+H200 two columns of four were garbage in transposed copies. So where both copies have the same numbers, the second is
+multiplied by `one` as well, 1.0, which no compiler knows, and cast for itself.
 """
 
 from __future__ import annotations
