@@ -34,9 +34,10 @@ from tests.kernels.ops.case import Case, Inputs, Shape, normal
 
 # Hopper's tensor core adds fp8 products in a fixed point: a wgmma shifts 32 products and the sum so far to the largest
 # exponent among them and drops what lies 14 bits below. An addend so loses up to 2^-13 of the largest; the losses have
-# the signs of the addends and mostly cancel, so a block of 128 is off by some 2^-13 times its sum of |a||b|, and by at
-# most 2^-12 of that on an H200. Our kernel adds blocks in fp32, so it stays with that for any K. With random signs and
-# K <= 272, sums of |a||b| are at most four times the largest element: 2^-10 of it. The interpreter adds in fp32.
+# the signs of the addends and mostly cancel, so a block of 128 is off by some 2^-13 times its sum of |a||b|: by 0.7 of
+# that at worst in the smallest case on an H200. Twice 2^-13 is allowed. Our kernel adds blocks in fp32, so it stays at
+# that for any K. With random signs and K <= 272, sums of |a||b| are at most four times the largest element (3.4 for the
+# largest case): 2^-10 of it. The interpreter adds in fp32.
 CUDA = torch.cuda.is_available()
 TOLERANCE = {torch.float32: 2.0**-10 if CUDA else 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 SHAPES = [(5, 123), (130, 20), (3, 300), (48, 32), (0, 16)]
