@@ -17,10 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shlex
-import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -32,9 +29,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a clone, installed or not
 
+from benchmarks.launches import launch, shown, torchrun
 from benchmarks.train import summarize
 
-ROOT = Path(__file__).resolve().parent.parent
 PEERS = ("titan", "hugging_face")
 
 
@@ -97,11 +94,10 @@ def write_tokens(args: argparse.Namespace, path: Path) -> None:
 def command_of(contestant: str, args: argparse.Namespace, run_dir: Path) -> list[str]:
     """The launch of a contestant; a peer leaves run_dir/result.json, Lattice a run folder."""
     name, *rest = shlex.split(contestant)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(args.gpus)]
     if name == "lattice":
-        return [
-            *launch,
-            str(ROOT / "launch" / "train.py"),
+        return torchrun(
+            args.gpus,
+            "launch/train.py",
             f"model={args.model}",
             "precision=bf16",
             "data=tokens",
@@ -116,11 +112,11 @@ def command_of(contestant: str, args: argparse.Namespace, run_dir: Path) -> list
             "logging.console=false",
             *rest,
             f"run.dir={run_dir}",
-        ]
+        )
     shape = {"--seq-len": args.seq_len, "--micro-batch-size": args.micro_batch_size}
     shape |= {"--steps": args.steps, "--skip": args.skip, "--out": run_dir / "result.json"}
-    options = [str(part) for pair in shape.items() for part in pair]
-    return [*launch, str(ROOT / "benchmarks" / "peers" / f"{name}.py"), args.model, *options, *rest]
+    options = [part for pair in shape.items() for part in pair]
+    return torchrun(args.gpus, f"benchmarks/peers/{name}.py", args.model, *options, *rest)
 
 
 def run(contestant: str, args: argparse.Namespace, run_dir: Path) -> dict[str, Any]:
@@ -129,40 +125,14 @@ def run(contestant: str, args: argparse.Namespace, run_dir: Path) -> dict[str, A
     print(f"{contestant}: started", file=sys.stderr, flush=True)
     run_dir.mkdir()
     began = time.monotonic()
-    with open(run_dir / "log", "w+", encoding="utf-8", errors="replace") as log:
-        code = launch(command, log.fileno(), limit=args.limit)
-        log.seek(0)
-        lines = [line for line in log.read().splitlines() if line.strip()]
-    entry: dict[str, Any] = {"command": shlex.join(command), "seconds": time.monotonic() - began, "result": None}
-    if code is None:
-        return entry | {"error": f"longer than --limit {args.limit:g} seconds"}
-    if code != 0:
-        # torchrun's own report comes last; the reason is a line before it.
-        reasons = [line.strip() for line in lines if "Error" in line and "ChildFailedError" not in line]
-        return entry | {"error": " | ".join((reasons or lines)[-3:])[:1000] or f"exit code {code}"}
-    if contestant.split()[0] == "lattice":
+    error = launch(command, run_dir / "log", limit=args.limit)
+    seconds = time.monotonic() - began
+    result = None
+    if error is None and contestant.split()[0] == "lattice":
         result = summarize(run_dir, skip=args.skip)
-    else:
+    elif error is None:
         result = json.loads((run_dir / "result.json").read_text(encoding="utf-8"))
-    return entry | {"result": result, "error": None}
-
-
-def launch(command: Sequence[str], output: int, *, limit: float) -> int | None:
-    """Run a command and all that it starts to its end: its exit code, or None when `limit` seconds ended it."""
-    process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True, cwd=ROOT)
-    try:
-        return process.wait(limit)
-    except subprocess.TimeoutExpired:
-        return None
-    finally:
-        # torchrun starts its workers in sessions of their own and ends them when it is asked to.
-        if process.poll() is None:
-            process.terminate()
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+    return {"command": shown(command, run_dir.parent), "seconds": seconds, "result": result, "error": error}
 
 
 def table(runs: Sequence[dict[str, Any]], contestants: Sequence[str]) -> str:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from benchmarks import compare
+from benchmarks.launches import launch, shown, torchrun
 from benchmarks.peers import hugging_face, measure, titan
 from benchmarks.train import summarize
 from models.flops import flops_per_token
@@ -178,8 +179,15 @@ def test_rounds_alternate_and_the_file_grows_with_every_run(
 
 def test_a_run_that_takes_too_long_is_ended_and_one_that_fails_says_why(tmp_path: Path) -> None:
     """Catches a peer that hangs and holds the GPUs from those after it."""
-    with open(tmp_path / "log", "w+") as log:
-        assert compare.launch([sys.executable, "-c", "import time; time.sleep(60)"], log.fileno(), limit=0.3) is None
-        assert compare.launch([sys.executable, "-c", "print(1); exit(3)"], log.fileno(), limit=20) == 3
-        log.seek(0)
-        assert log.read() == "1\n"
+    log = tmp_path / "log"
+    sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
+    assert launch(sleep, log, limit=0.3) == "longer than the limit of 0.3 seconds"
+    assert launch([sys.executable, "-c", "print(1); exit(3)"], log, limit=20) == "1"
+    assert launch([sys.executable, "-c", "raise ValueError('x')"], log, limit=20) == "ValueError: x"
+    assert launch([sys.executable, "-c", "exit(3)"], log, limit=20) == "exit code 3"
+    assert launch([sys.executable, "-c", "pass"], log, limit=20) is None
+
+
+def test_a_record_holds_no_path_of_one_machine(tmp_path: Path) -> None:
+    command = torchrun(4, "launch/train.py", f"run.dir={tmp_path / '1'}")
+    assert shown(command, tmp_path) == "torchrun --standalone --nproc-per-node 4 launch/train.py run.dir=RUNS/1"
