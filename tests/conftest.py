@@ -19,8 +19,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-# Imported before the fork, so that not every rank imports them again.
-import torch._dynamo
+# Imported before the fork, so that not every rank imports them again; the first torch.compile takes most of these.
+import torch._dynamo.testing
+import torch._inductor.compile_fx
 import torch.distributed.checkpoint
 import torch.distributed.fsdp
 import torch.distributed.tensor

@@ -121,7 +121,7 @@ class ConsoleSink:
             if live is not None:
                 with contextlib.suppress(Exception):
                     live.stop()
-            if isinstance(error, BrokenPipeError):
+            if isinstance(error, OSError):
                 _silence(self._stream)
             raise
 
@@ -224,7 +224,8 @@ def _start_live(stream: TextIO) -> Live:
 
 
 def _silence(stream: TextIO) -> None:
-    """Point a broken pipe's descriptor at /dev/null: the flush at interpreter exit would make the exit code 120."""
+    """Point the descriptor of a broken pipe or a full disk at /dev/null: what is left in the stream's buffer is flushed
+    once more when the interpreter exits, and failing again would make the exit code 120."""
     with contextlib.suppress(Exception):
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, stream.fileno())

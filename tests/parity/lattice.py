@@ -210,15 +210,21 @@ def _reason(pair: Pair, legality: Legality) -> str:
 
 
 def cost(layout: Layout) -> float:
-    """Of one step, about, in micro-batches of a rank: ranks that share samples all work on all of these."""
+    """Of a layout, about, in micro-batches of a rank: ranks that share samples all work on all of these."""
     changes: Changes = {}
     for feature in LAYOUT_FEATURES:
         changes |= FEATURES[feature][layout[feature]]
     tp, pp, cp = (changes.get(f"parallel__{axis}", 1) for axis in ("tp", "pp", "cp"))
     samples = SHAPE["train__global_batch_size"] * tp * pp * cp / WORLD_SIZE
     micro_batches = samples / changes["train__micro_batch_size"] / pp
-    micro_batches *= 2 if changes.get("parallel__sequence_parallel") else 1
-    return micro_batches * (2 if cp > 1 else 1) * (1.5 if layout["checkpointing"] != "none" else 1)
+    sequence = 2 if changes.get("parallel__sequence_parallel") else 1
+    recomputed = {"none": 1, "full": 1.5, "selective": 2}[layout["checkpointing"]]
+    total = micro_batches * sequence * (2 if cp > 1 else 1) * recomputed
+    if layout["compile"] != "none":
+        # Graphs of a rank: for each kind of block and each size of a micro-batch (3 leaves one of 2).
+        graphs = (2 if layout["option"] == "mtp" else 1) * (2 if layout["microbatch"] == "3" else 1)
+        total += 4 * graphs * sequence * recomputed
+    return total
 
 
 def choose_layouts(base: TrainConfig) -> list[Layout]:
@@ -234,7 +240,7 @@ def choose_layouts(base: TrainConfig) -> list[Layout]:
         return len(pairs_of(layout) & missing) - cost(layout) / 3
 
     def add(fixed: Layout, *, candidates: int) -> None:
-        random_ones = (_random_layout(fixed, draw) for _ in range(400))
+        random_ones = (_random_layout(fixed, draw) for _ in range(1200 if candidates > 100 else 400))
         fresh = (layout for layout in random_ones if not legality.problems(layout) and layout not in chosen)
         plain = default() | _models_with(fixed)[0] | fixed
         legal = list(itertools.islice(fresh, candidates)) or [plain]
@@ -245,7 +251,7 @@ def choose_layouts(base: TrainConfig) -> list[Layout]:
     # Compiling on eight ranks takes several times what training does: few layouts, chosen from many, show all of it.
     compiled = ("compile", "aot_eager")
     while pairs := [pair for pair in missing if compiled in pair]:
-        add(dict(min(pairs)), candidates=100)
+        add(dict(min(pairs)), candidates=300)
     rest = [pair for pair in all_pairs() if pair not in refused and compiled not in pair]
     while missing or len(chosen) < MIN_LAYOUTS:
         add(dict(min(missing or [draw.choice(rest)])) | {"compile": "none"}, candidates=40)

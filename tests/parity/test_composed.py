@@ -29,19 +29,13 @@ MODELS: dict[str, dict[str, Any]] = {
 
 # (model, ranks, changes)
 LAYOUTS: list[tuple[str, int, dict[str, Any]]] = [
-    ("tied", 8, {"parallel__tp": 2, "parallel__cp": 2, "parallel__cp_method": "ulysses", "parallel__zero_stage": 2}),
-    ("tied", 8, {"parallel__tp": 2, "parallel__cp": 2, "parallel__dp_replicate": 2, "parallel__zero_stage": 1}),
     ("tied", 8, {"parallel__cp": 2, "parallel__pp": 2, "parallel__tp": 2, "parallel__sequence_parallel": True,
                  "parallel__zero_stage": 1, "parallel__pp_schedule": "gpipe"}),
-    ("tied", 8, {"parallel__tp": 2, "parallel__sequence_parallel": True, "parallel__dp_replicate": 2,
-                 "parallel__zero_stage": 3, "model__activation_checkpoint": "full"}),
     # Weight gradients put off.
     ("tied", 8, {"parallel__cp": 2, "parallel__pp": 2, "parallel__tp": 2, "parallel__zero_stage": 3,
                  "parallel__pp_schedule": "zero_bubble"}),
     ("one_kv", 4, {"parallel__tp": 2, "parallel__pp": 2, "parallel__sequence_parallel": True,
                    "parallel__zero_stage": 0, "parallel__pp_schedule": "zbv"}),
-    ("one_kv", 8, {"parallel__tp": 2, "parallel__pp": 2, "parallel__zero_stage": 1,
-                   "parallel__pp_schedule": "dualpipev", "model__activation_checkpoint": "full"}),
     # Micro-batches of 3, 3 and 2 sequences.
     ("one_kv", 8, {"parallel__cp": 2, "parallel__pp": 2, "parallel__tp": 2, "parallel__sequence_parallel": True,
                    "parallel__zero_stage": 1, "train__micro_batch_size": 3}),

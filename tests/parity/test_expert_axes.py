@@ -82,7 +82,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
 # (variant, ranks, ZeRO stage, other changes of `parallel`, changes outside of it)
 LAYOUTS: list[tuple[str, int, int, dict[str, Any], dict[str, Any]]] = [
     # pipelines
-    ("sigmoid", 2, 0, {"pp": 2, "pp_schedule": "zero_bubble"}, {}),
     ("mixtral", 4, 2, {"pp": 2, "pp_schedule": "zero_bubble"}, {}),
     # tensor parallelism
     ("sigmoid", 4, 3, {"tp": 2, "sequence_parallel": True}, {}),
@@ -95,12 +94,9 @@ LAYOUTS: list[tuple[str, int, int, dict[str, Any], dict[str, Any]]] = [
     ("capacity", 4, 2, {"ep": 2}, {"model__activation_checkpoint": "selective"}),
     ("switch", 4, 1, {"ep": 4}, {}),
     ("sigmoid", 4, 3, {"ep": 2, "dp_replicate": 2}, {}),
-    ("few", 8, 1, {"ep": 2}, {}),
     ("few", 8, 2, {"ep": 2, "cpu_offload": True}, {}),
     # several
-    ("few", 8, 1, {"ep": 2, "tp": 2}, {}),
     ("switch", 8, 3, {"ep": 2, "tp": 2, "sequence_parallel": True}, {}),
-    ("few", 8, 3, {"ep": 2, "pp": 2, "pp_schedule": "zero_bubble"}, {}),
     ("sigmoid", 8, 3, {"ep": 2, "pp": 2, "tp": 2, "pp_schedule": "zero_bubble", "sequence_parallel": True}, {}),
     ("deepseek", 8, 1, {"ep": 2, "cp": 2, "tp": 2, "pp": 2}, {}),
     ("capacity", 8, 3, {"ep": 2, "cp": 2, "tp": 2, "pp": 2}, {}),

@@ -128,7 +128,7 @@ def assert_same_model(outcome: Outcome, reference: Outcome, sensitivity: float) 
 
 # (variant, ranks, zero_stage, dp_replicate, micro_batch_size)
 LAYOUTS = [
-    *(("mixtral", world, stage, 1, 1) for world in (2, 4) for stage in (0, 1, 2, 3)),
+    *(("mixtral", world, stage, 1, 1) for world, stage in ((2, 0), (4, 1), (2, 2), (4, 3))),
     ("mixtral", 4, 3, 2, 2),
     ("capacity", 2, 0, 1, 4),
     ("capacity", 4, 1, 2, 1),

@@ -64,18 +64,13 @@ def _layout(tp: int = 1, cp: int = 1, method: str = "ring", *, sp: bool = False,
 
 LAYOUTS: list[tuple[str, int, dict[str, Any]]] = [
     ("v3", 2, _layout(tp=2)),
-    ("v3", 2, _layout(tp=2, sp=True)),
     ("v3", 4, _layout(tp=4, sp=True)),
-    ("v3", 4, _layout(tp=2, sp=True, zero=3)),
     ("v3", 4, _layout(tp=2, zero=1, **CHECKPOINTED)),
     ("v2", 4, _layout(tp=4)),
     ("v2", 2, _layout(tp=2, sp=True, **COMPILED)),
-    ("v3", 2, _layout(cp=2, method="ring")),
-    ("v3", 2, _layout(cp=2, method="allgather", zero=3)),
     ("v3", 2, _layout(cp=2, method="ulysses", zero=1)),
     ("v2", 4, _layout(cp=4, method="ring", parallel__cp_ulysses=2)),
     ("v2", 4, _layout(cp=4, method="allgather", zero=2, parallel__cp_ulysses=2)),
-    ("v3", 4, _layout(tp=2, cp=2, method="ring", sp=True, zero=1)),
     ("v2", 4, _layout(tp=2, cp=2, method="allgather", sp=True, zero=3)),
     ("v3", 4, _layout(tp=2, sp=True, parallel__pp=2)),
 ]

@@ -62,22 +62,17 @@ def _assert_same_model(outcome: Outcome, reference: Reference) -> None:
 
 # (variant, ranks, pp, schedule, zero_stage, micro_batch_size): with 12 sequences, 1 to 12 micro-batches
 LAYOUTS = [
-    ("plain", 4, 4, "gpipe", 1, 2),
     ("masked", 4, 2, "gpipe", 1, 2),
     ("plain", 2, 2, "1f1b", 0, 12),
     ("dropout", 4, 2, "1f1b", 1, 2),
     ("tied", 4, 4, "1f1b", 0, 1),
     ("tied_muon", 4, 2, "1f1b", 1, 1),
-    ("tied", 4, 4, "interleaved_1f1b", 0, 2),
     ("dropout", 4, 2, "interleaved_1f1b", 1, 2),
     ("biased", 4, 4, "zero_bubble", 1, 1),
     ("dropout", 2, 2, "zbv", 0, 4),
     ("tied", 4, 4, "zbv", 0, 2),
-    ("tied", 4, 2, "dualpipev", 1, 1),
     ("biased", 4, 4, "dualpipev", 0, 1),
     ("dropout", 4, 2, "1f1b", 2, 2),
-    ("plain", 4, 4, "1f1b", 3, 2),
-    ("tied", 4, 2, "zero_bubble", 3, 1),
     ("biased", 4, 2, "zbv", 3, 2),
     ("dropout", 4, 2, "dualpipev", 2, 1),
     # Micro-batches of 4 and 2 sequences, and of 5, 5 and 2.
@@ -114,8 +109,7 @@ def test_every_schedule_trains_the_same_model(
 
 @pytest.mark.parametrize(
     ("variant", "schedule", "stage"),
-    [("plain", "1f1b", 2), ("tied", "interleaved_1f1b", 3), ("tied", "zero_bubble", 2), ("tied", "zbv", 3),
-     ("plain", "dualpipev", 3)],
+    [("plain", "1f1b", 2), ("tied", "interleaved_1f1b", 3), ("tied", "zbv", 3)],
 )  # fmt: skip
 def test_replicas_of_sharded_stages_train_the_same_model(
     ranks: RankPool, references: References, tmp_path: Path, variant: str, schedule: str, stage: int
@@ -132,7 +126,6 @@ def test_replicas_of_sharded_stages_train_the_same_model(
     [
         ("dropout", "1f1b", {"model__activation_checkpoint": "full"}),
         ("dropout", "zero_bubble", {"model__activation_checkpoint": "full"}),
-        ("dropout", "1f1b", {"train__compile": True, "train__compile_backend": "aot_eager"}),
         (
             "dropout",
             "zbv",
