@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+_REASON = re.compile(r"Error\b|^(configuration )?error: ")
 
 
 def torchrun(gpus: int, program: str, *arguments: object) -> list[str]:
@@ -52,7 +54,7 @@ def launch(
         return None
     lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     # torchrun's own report comes last; the reason is a line before it.
-    reasons = [line.strip() for line in lines if "Error" in line and "ChildFailedError" not in line]
+    reasons = [line.strip() for line in lines if _REASON.search(line) and "ChildFailedError" not in line]
     return " | ".join((reasons or lines)[-3:])[:1000] or f"exit code {code}"
 
 

@@ -60,7 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         tokens = Path(folder) / "tokens.npy"
         np.save(tokens, (np.random.default_rng(0).zipf(1.3, 8_000_000) % 32000).astype(np.int32))
         common = [f"+exp={args.experiment}", "data=tokens", f"data.path={tokens}", "data.validation_fraction=0"]
-        common += [f"train.steps={args.steps}", "train.eval_interval=0"]
+        common += [f"train.steps={args.steps}", "train.eval_interval=0", "train.sample_tokens=0"]
+        # Losses of the same model differ by rounding alone while the learning rate is small.
+        common += [f"schedule.warmup_steps={args.steps}"]
         common += ["checkpoint.at_end=false", "logging.console=false", *overrides]
         for name in args.only or LAYOUTS:
             run_dir = Path(folder) / name

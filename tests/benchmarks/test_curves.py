@@ -1,32 +1,60 @@
-"""benchmarks/curves.py and benchmarks/layouts.py: real launches of the trainer on the CPU."""
+"""benchmarks/curves.py and benchmarks/layouts.py, with launches that only write what a run leaves."""
 
 from __future__ import annotations
 
 import json
+import threading
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from benchmarks import curves, layouts
+from launch.compose import compose_one
+from tests.benchmarks.test_train import write_run
+from trainer.validate import finalize
 
-SMALL = [
-    "train.steps=4", "train.seq_len=32", "train.global_batch_size=4", "train.micro_batch_size=1", "train.device=cpu",
-    "train.eval_interval=0", "train.sample_tokens=0", "model.hidden_size=32", "model.intermediate_size=64",
-    "model.num_layers=2", "model.num_heads=2", "model.num_kv_heads=2", "model.vocab_size=512", "optim=adamw",
-]  # fmt: skip
+COMPOSING = threading.Lock()
 
 
-def test_curves_of_equal_runs_are_equal_and_a_failed_one_says_why(tmp_path: Path) -> None:
-    """Catches runs of different data or seeds, and a comparison that leaves out the run that failed."""
+def launched(
+    command: Sequence[str], log: Path, *, limit: float, environment: Mapping[str, str] | None = None
+) -> str | None:
+    """Instead of the launch: the configuration is a real one, the losses are 9, 8, 7 ... times what the lr says."""
+    overrides = list(command[command.index(next(part for part in command if part.endswith("train.py"))) + 1 :])
+    with COMPOSING:  # one at a time: Hydra's state is global
+        config = compose_one(overrides)
+    processes = int(command[command.index("--nproc-per-node") + 1])
+    if environment is not None:
+        assert len(environment["CUDA_VISIBLE_DEVICES"].split(",")) == processes
+    try:
+        config = finalize(config, world_size=processes)
+    except ValueError as error:
+        return str(error)
+    write_run(Path(config.run.dir))
+    path = Path(config.run.dir) / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines:
+        line["loss"] *= config.optim.lr / 1e-3
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return None
+
+
+def test_curves_are_held_to_the_first_and_a_failed_one_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a deviation of the wrong sign or of single steps, and a table that leaves out the run that failed."""
+    monkeypatch.setattr(curves, "launch", launched)
     out = tmp_path / "curves.json"
-    tokens = _tokens(tmp_path)
-    runs = ["--run", "train.compile=false", "--run", "model.attention=sdpa", "--run", "optim.lr=-1"]
-    assert curves.main(["stdlib", *runs, "--window", "2", "--out", str(out), *SMALL, *tokens]) == 1
-    first, same, failed = json.loads(out.read_text())["runs"]
-    assert len(first["losses"]) == 4
-    assert first["end_deviation"] == 0
-    assert abs(same["end_deviation"]) < 1e-5
-    assert same["largest_deviation"] < 1e-5
+    runs = ["--run", "optim.lr=1e-3", "--run", "optim.lr=2e-3", "--run", "optim.lr=-1"]
+    arguments = ["stdlib", *runs, "--gpus", "4", "--gpus-of-one", "2", "--window", "2", "--out", str(out)]
+    assert curves.main([*arguments, "train.device=cpu", "optim=adamw"]) == 1
+    first, twice, failed = json.loads(out.read_text())["runs"]
+    assert first["losses"] == [9.0, 8.0, 7.0, 6.0, 5.0, 4.0]
+    assert (first["loss_end"], first["end_deviation"]) == (4.5, 0)
+    assert twice["end_deviation"] == pytest.approx(1.0)
+    assert twice["largest_deviation"] == pytest.approx(1.0)
     assert "optim.lr" in failed["error"]
 
 
@@ -34,17 +62,18 @@ def test_layouts_that_cannot_run_are_recorded_beside_those_that_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Catches one layout out of memory that takes the results of all others with it."""
-    monkeypatch.setattr(layouts, "LAYOUTS", {"one": [], "two": ["parallel.tp=2"]})
+    monkeypatch.setattr(layouts, "launch", launched)
     out = tmp_path / "layouts.json"
-    assert layouts.main(["stdlib", "--gpus", "1", "--out", str(out), *SMALL]) == 0
+    arguments = ["stdlib", "--gpus", "4", "--only", "zero2", "tp4+sp", "--out", str(out)]
+    changes: list[Any] = [
+        "train.device=cpu",
+        "model.num_heads=6",
+        "model.num_kv_heads=2",
+        "model.hidden_size=96",
+        "optim.lr=1e-3",
+    ]
+    assert layouts.main([*arguments, *changes, "optim=adamw"]) == 0
     result = json.loads(out.read_text())["layouts"]
-    assert len(result["one"]["losses"]) == 4
-    assert result["one"]["tokens_per_second_per_gpu"] > 0
-    assert "parallel.tp" in result["two"]["error"]
-
-
-def _tokens(folder: Path) -> list[str]:
-    import numpy as np
-
-    np.save(folder / "tokens.npy", np.random.default_rng(0).integers(0, 512, 4096).astype(np.int32))
-    return ["data=tokens", f"data.path={folder / 'tokens.npy'}", "data.validation_fraction=0"]
+    assert result["zero2"]["losses"] == [9.0, 8.0, 7.0, 6.0, 5.0, 4.0]
+    assert result["zero2"]["tokens_per_second_per_gpu"] == pytest.approx(75)
+    assert "parallel.tp=4" in result["tp4+sp"]["error"]
