@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -93,6 +95,49 @@ def test_training_commands_are_valid_configurations(
         assert refused.value.problems == ["model.path=HF_DIR does not exist; give the folder of a Hugging Face model"]
         return
     finalize(config, world_size=processes)
+
+
+RESULTS = [json.loads(path.read_text()) for path in sorted((ROOT / "benchmarks" / "results").glob("*.json"))]
+
+
+def test_speeds_in_the_readme_are_in_the_results() -> None:
+    """A table that was not written anew when a measurement was, or a number that nobody measured."""
+
+    def values(found: object, key: str) -> Iterator[float]:
+        if isinstance(found, dict):
+            yield from ([found[key]] if isinstance(found.get(key), float) else [])
+        for value in found.values() if isinstance(found, dict) else found if isinstance(found, list) else []:
+            yield from values(value, key)
+
+    measured = README.partition("## Measured")[2].partition("## Read it")[0]
+    rows = [line for line in measured.splitlines() if line.startswith("|")]
+    speeds = {f"{x:,.0f}" for x in values(RESULTS, "tokens_per_second_per_gpu")}
+    memory = {f"{x:.1f}" for x in values(RESULTS, "peak_memory_gib")}
+    utilization = {f"{100 * x:.1f}" for x in values(RESULTS, "mfu")}
+    ratios = {f"{x:.2f}" for x in values(RESULTS, "ratio")}
+    for known, pattern in (
+        (speeds, r"\| (\d+,\d{3}) \|"),
+        (memory, r"([\d.]+) GiB \|"),
+        (utilization, r"([\d.]+)% \|"),
+        (ratios, r"\b([0-2]\.\d\d)\b"),
+    ):
+        shown = {number for row in rows for number in re.findall(pattern, row)}
+        assert shown
+        assert sorted(shown - known) == []
+
+
+@pytest.mark.parametrize("processes", [4, 8])
+def test_llama3_8b_runs_as_it_is_and_as_its_file_says_for_smaller_gpus(
+    processes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch that does not divide, or overrides in a comment that no longer exist."""
+    monkeypatch.chdir(tmp_path)
+    comment = (ROOT / "configs" / "exp" / "llama3_8b.yaml").read_text().partition("defaults:")[0]
+    smaller = re.findall(r"[a-z_]+\.[a-z_]+=\w+", comment)
+    assert " ".join(smaller) in README
+    assert len(smaller) == 3
+    for overrides in ([], smaller):
+        finalize(compose_one(["+exp=llama3_8b", *overrides]), world_size=processes)
 
 
 def test_links_and_files_named_in_the_readme_exist() -> None:

@@ -58,7 +58,7 @@ class OptimConfig:
     nesterov: bool = True  # muon
     newton_schulz_steps: int = 5  # muon
     # Of AdamW's update and the gradient norm. triton: kernels/adamw and kernels/global_norm, off CUDA their references;
-    # auto: torch's where it can (trainer/optim.py, AUTO_KERNEL).
+    # auto: what was measured to be faster (trainer/optim.py, AUTO_KERNEL): triton on CUDA, else torch's where it can.
     kernel: str = "auto"  # one of OPTIMIZER_KERNELS
     # adamw: of both moments, one of STATE_DTYPES. int8: of matrices, a scale per 256 elements; vectors stay fp32
     state_dtype: str = "fp32"

@@ -22,9 +22,11 @@ EMBEDDINGS = ("embedding.", "positions.")
 """Names of the parameters that are tables of vectors start with one of these."""
 OUTPUT = ("head.",)
 """The untied output projection."""
-AUTO_KERNEL = "torch"
-"""What optim.kernel=auto takes where torch can do the same: kernels/adamw and kernels/global_norm have been timed on no
-GPU yet (benchmarks/kernels.py). Where torch cannot (int8, bf16 moments, stochastic rounding), auto is triton."""
+AUTO_KERNEL = {"cuda": "triton"}
+"""By where the weights are, what optim.kernel=auto takes where torch can do the same; elsewhere torch. On 4 H200 a step
+of llama3_8b took 1.534 s with kernels/adamw and kernels/global_norm and 1.562 s with torch's, although the bare update
+of fp32 state has 0.85 of the speed of torch's fused one. Where torch cannot (int8 and bf16 moments, stochastic
+rounding), auto is triton everywhere."""
 
 SMALLEST_BF16_STEP = 2.0**-8
 """Of a bf16 number, relative, that rounding to nearest does not undo wherever the number lies between powers of 2."""
@@ -111,11 +113,24 @@ def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
     return parameter.ndim == 2 and not name.startswith(EMBEDDINGS + OUTPUT)
 
 
-def choose_kernel(config: OptimConfig, *, stochastic: bool) -> str:
-    """torch or triton: what updates by AdamW. stochastic: parameters are bf16 and rounded stochastically."""
+def choose_kernel(config: OptimConfig, *, stochastic: bool, device: torch.device) -> str:
+    """torch or triton: what updates by AdamW.
+
+    stochastic: parameters are bf16 and rounded stochastically. device: that they are on.
+    """
     if config.kernel != "auto":
         return config.kernel
-    return "triton" if stochastic or config.state_dtype != "fp32" else AUTO_KERNEL
+    return "triton" if _only_by_kernel(config, stochastic) else AUTO_KERNEL.get(device.type, "torch")
+
+
+def _only_by_kernel(config: OptimConfig, stochastic: bool) -> bool:
+    """Whether torch has no such update."""
+    return stochastic or config.state_dtype != "fp32"
+
+
+def choose_norm_kernel(config: OptimConfig, device: torch.device) -> str:
+    """torch or triton: what sums the squares of gradients on device."""
+    return AUTO_KERNEL.get(device.type, "torch") if config.kernel == "auto" else config.kernel
 
 
 def build_optimizer(parameters: Mapping[str, Tensor], config: OptimConfig, *, seed: int = 0) -> Optimizer:
@@ -129,10 +144,11 @@ def build_optimizer(parameters: Mapping[str, Tensor], config: OptimConfig, *, se
     if found := problems(config) + precision_problems(config, master="bf16" if stochastic else "fp32"):
         raise ValueError("; ".join(found))
     decay = {name: decay_of(name, p, config) for name, p in parameters.items()}
-    norm_kernel = AUTO_KERNEL if config.kernel == "auto" else config.kernel
+    device = next((p.device for p in parameters.values()), torch.device("cpu"))  # of none, Optimizer complains
+    norm_kernel = choose_norm_kernel(config, device)
 
     def adamw(some: Mapping[str, Tensor]) -> UpdateRule:
-        if choose_kernel(config, stochastic=stochastic) == "torch":
+        if choose_kernel(config, stochastic=stochastic, device=device) == "torch":
             return AdamW(some, decay, config)
         return KernelAdamW(some, decay, config, seed=seed)
 
@@ -144,15 +160,18 @@ def build_optimizer(parameters: Mapping[str, Tensor], config: OptimConfig, *, se
 
 
 def describe(optimizer: Optimizer, config: OptimConfig) -> dict[str, str]:
-    """What really updates the parameters and takes the norm of their gradients, for run.json."""
+    """What really updates the parameters and takes the norm of their gradients, and why, for run.json."""
     parameters = optimizer.parameters.values()
-    on_gpu = runs_triton(next(iter(parameters)))
+    first = next(iter(parameters))
 
-    def implementation(kernel: str) -> str:
-        return kernel if kernel == "torch" or on_gpu else "reference of the triton kernel"
+    def implementation(kernel: str, why: str) -> str:
+        name = kernel if kernel == "torch" or runs_triton(first) else "reference of the triton kernel"
+        return f"{name}, auto: {why}" if config.kernel == "auto" else name
 
     stochastic = any(p.dtype == torch.bfloat16 for p in parameters)
-    update = [implementation(choose_kernel(config, stochastic=stochastic))]
+    place = f"on {first.device.type}"
+    why = "not in torch" if _only_by_kernel(config, stochastic) else place
+    update = [implementation(choose_kernel(config, stochastic=stochastic, device=first.device), why)]
     if config.state_dtype == "int8":
         share = sum(p.numel() for p in parameters if is_quantized(p)) / sum(p.numel() for p in parameters)
         update.append(f"int8 moments of {share:.1%} of the weights, fp32 of the others")
@@ -160,7 +179,10 @@ def describe(optimizer: Optimizer, config: OptimConfig) -> dict[str, str]:
         update.append(f"{config.state_dtype} moments")
     if stochastic:
         update.append("stochastic rounding")
-    return {"optimizer": f"{config.name} ({', '.join(update)})", "gradient_norm": implementation(optimizer.norm_kernel)}
+    return {
+        "optimizer": f"{config.name} ({', '.join(update)})",
+        "gradient_norm": implementation(optimizer.norm_kernel, place),
+    }
 
 
 def problems(config: OptimConfig) -> list[str]:

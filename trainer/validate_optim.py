@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from kernels.adamw.quantized import BLOCK
 from models.config import ModelConfig
 from parallel.dims import ParallelDims
@@ -15,7 +17,8 @@ def optimizer_problems(config: TrainConfig, model: ModelConfig, world_size: int)
     """Every reason why the optimizer's settings (each legal by itself) cannot be used in this run, one line each."""
     optim, precision, parallel = config.optim, config.precision, config.parallel
     found = precision_problems(optim, master=precision.master)
-    kernel = choose_kernel(optim, stochastic=precision.master == "bf16")
+    offloaded = torch.device("cpu")
+    kernel = choose_kernel(optim, stochastic=precision.master == "bf16", device=offloaded)
     if parallel.cpu_offload and kernel == "triton":
         asked = (
             "optim.kernel=triton" if optim.kernel == "triton"

@@ -44,11 +44,12 @@ class Context(NamedTuple):
     aux_scale: Tensor | None = None  # 0-d, gradient of the training loss by auxiliary losses; filled by Decoder.forward
 
 
-# What model.attention=auto takes: the first that can run. The one place where measurements decide (H200,
-# benchmarks/roofline/attention.py). Measured: cuDNN, which sdpa takes, is the fastest for plain causal attention, and
-# has no kernel for anything else. triton has not run on a GPU yet, so only model.attention=triton takes it.
+# What model.attention=auto takes: the first that can run. The one place where measurements decide (H200, bf16, heads of
+# 64 and 128; benchmarks/roofline/attention.py). cuDNN, which sdpa takes, is the fastest for plain causal attention
+# (triton has 0.65 to 0.88 of its speed) and has no kernel for anything else; of what has, triton has 1.06 to 1.48 times
+# the speed of flex with windows and documents.
 PREFERRED_PLAIN = ("sdpa", "reference")  # causal, and everything where there is no CUDA
-PREFERRED_MASKED = ("flex", "sdpa", "reference")  # on CUDA: documents, windows, sinks, parts of a ring
+PREFERRED_MASKED = ("triton", "flex", "sdpa", "reference")  # on CUDA: documents, windows, sinks, parts of a ring
 
 
 def choose_attention(
@@ -61,11 +62,64 @@ def choose_attention(
 ) -> str:
     """The implementation that runs: what model.attention=auto means on `device`, with or without document masks.
 
-    dtype: of activations. On CUDA, sdpa for plain causal attention and flex where a window, documents or sinks have no
-    kernel of cuDNN's; elsewhere sdpa. Where these have none for a dtype, a size of heads or sinks, the next that can.
-    Across a sequence that is split by cp_method, one that the method runs on (see
+    dtype: of activations. On CUDA, sdpa for plain causal attention and triton where a window, documents, sinks or the
+    blocks of a split sequence have no kernel of cuDNN's; elsewhere sdpa. Where these have none for a dtype, a size of
+    heads or sinks, the next that can. Across a sequence that is split by cp_method, one that the method runs on (see
     `runs_on_context`). Raises ValueError for an implementation that is asked for and does not run.
     """
+    return _choose(config, device, dtype, documents, cp_method)[0]
+
+
+def describe_attention(
+    config: ModelConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    documents: bool = False,
+    cp_method: str | None = None,
+) -> str:
+    """What `choose_attention` chooses and, where the configuration left it open, why: for run.json."""
+    name, why = _choose(config, device, dtype, documents, cp_method)
+    return f"{name} (auto: {why})" if why else name
+
+
+def _choose(
+    config: ModelConfig, device: torch.device, dtype: torch.dtype, documents: bool, cp_method: str | None
+) -> tuple[str, str]:
+    """The implementation, and why; "": because it was asked for."""
+    obstacles = _obstacles(config, device, dtype)
+    possible = tuple(obstacles)
+    if cp_method is not None:
+        possible = runs_on_context(config.attention, cp_method, sinks=config.attention_sinks)
+    if config.attention != "auto":
+        if obstacle := obstacles[config.attention]:
+            raise ValueError(f"model.attention={config.attention} {obstacle}; use model.attention=auto or reference")
+        return config.attention, ""
+    elsewhere = f"does not run under parallel.cp_method={cp_method}"
+    obstacles |= {name: obstacles[name] or elsewhere for name in obstacles if name not in possible}
+    asked = {
+        "documents": documents,
+        "a sliding window": config.sliding_window is not None,
+        "attention sinks": config.attention_sinks,
+        "keys of other ranks": cp_method not in (None, "ulysses"),
+    }
+    needs = [name for name, needed in asked.items() if needed]
+    preferred: tuple[str, ...] = PREFERRED_PLAIN
+    if device.type != "cuda":
+        why = f"on {device.type}"
+    elif needs:
+        preferred, why = PREFERRED_MASKED, f"{', '.join(needs)}, for which cuDNN has no kernel"
+    elif config.positions == "alibi":
+        why = "ALiBi, as a mask in memory"
+    else:
+        why = "plain causal attention, cuDNN's where it can"
+    chosen = next(name for name in preferred if obstacles[name] is None)
+    passed_over = [f"{name} {obstacles[name]}" for name in preferred[: preferred.index(chosen)]]
+    return chosen, "; ".join([why, *passed_over])
+
+
+def _obstacles(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
+    """By implementation, why it cannot run on one rank; None: it can."""
     assert config.head_dim is not None
     assert config.value_dim is not None  # resolved
     obstacles = {
@@ -76,17 +130,7 @@ def choose_attention(
     }
     if config.attention_sinks:
         obstacles["sdpa"] = "does not return the log-sum-exp that model.attention_sinks=true needs"
-    possible = tuple(obstacles)
-    if cp_method is not None:
-        possible = runs_on_context(config.attention, cp_method, sinks=config.attention_sinks)
-    if config.attention != "auto":
-        if obstacle := obstacles[config.attention]:
-            raise ValueError(f"model.attention={config.attention} {obstacle}; use model.attention=auto or reference")
-        return config.attention
-    masked = documents or config.sliding_window is not None or config.attention_sinks
-    split = cp_method is not None and "sdpa" not in possible
-    preferred = PREFERRED_MASKED if device.type == "cuda" and (masked or split) else PREFERRED_PLAIN
-    return next(name for name in preferred if name in possible and obstacles[name] is None)
+    return obstacles
 
 
 def build_context(

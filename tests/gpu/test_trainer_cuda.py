@@ -141,8 +141,8 @@ ONE_GPU: dict[str, dict[str, Any]] = {
     "fp8-block128": {**FP8, "precision__fp8_recipe": "block128"},
     "fp8-dynamic-zero3": {**FP8, "precision__fp8_recipe": "tensorwise_dynamic", "parallel__zero_stage": 3},
     "fp8-delayed-compiled": {**FP8, "precision__fp8_recipe": "tensorwise_delayed", "train__compile": True},
-    "adamw-kernel": {"optim__kernel": "triton"},
-    "adamw-kernel-zero3": {"optim__kernel": "triton", "parallel__zero_stage": 3},
+    "adamw-torch": {"optim__kernel": "torch"},  # auto is the kernel
+    "adamw-torch-zero3": {"optim__kernel": "torch", "parallel__zero_stage": 3},
     "moments-bf16": {"optim__state_dtype": "bf16"},
     "moments-int8": INT8,
     "moments-int8-zero3": {**INT8, "parallel__zero_stage": 3},
@@ -281,8 +281,8 @@ MODELS: dict[str, dict[str, Any]] = {
 PRECISIONS: dict[str, dict[str, Any]] = {"fp32": {}, "bf16": {"precision__compute": "bf16"}}
 SPLITS = (1, 2, 4)
 """Micro-batch sizes that one GPU is measured with; layouts use 1."""
-OTHER_ATTENTION = ("reference", "sdpa", "triton")
-"""What one GPU is measured with in bf16 as well (auto is flex here).
+OTHER_ATTENTION = ("reference", "sdpa", "flex")
+"""What one GPU is measured with in bf16 as well (auto is triton here).
 
 Splits do not change the rounding of the forward pass, and layouts with tp, cp or ep do. In a mixture of experts that
 sends some token to another expert, which moves a first gradient by 5e-2 and later losses by 4e-3 of their size, ten

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from kernels.backend import interpreted
 from models.decoder import Decoder
 from models.init import initialize
 from models.initializers import Constant, Normal
-from models.layers.attention import build_context, choose_attention
+from models.layers.attention import build_context, choose_attention, describe_attention
 from models.registry import build_model
 from tests.models.on_ranks import sharded_logits_and_grads
 from tests.models.small import random_decoder, sample_tokens, tiny
@@ -224,26 +225,46 @@ def test_what_auto_means_is_said_and_kernels_are_refused_where_they_do_not_run()
     plain, windowed = tiny(head_dim=16), tiny(head_dim=16, sliding_window=5)
     bf16, fp32 = torch.bfloat16, torch.float32
     assert choose_attention(plain, cuda, bf16) == choose_attention(windowed, cpu, fp32, documents=True) == "sdpa"
-    assert choose_attention(windowed, cuda, bf16) == choose_attention(plain, cuda, bf16, documents=True) == "flex"
+    assert choose_attention(windowed, cuda, bf16) == choose_attention(plain, cuda, bf16, documents=True) == "triton"
     for kernel in ("flex", "triton"):
         assert choose_attention(replace(plain, attention=kernel), cuda, bf16) == kernel
     assert choose_attention(plain, cuda, torch.float64) == "reference"
     assert choose_attention(replace(windowed, attention="reference"), cuda, bf16) == "reference"
     sinks = tiny(head_dim=16, attention_sinks=True)
-    assert [choose_attention(sinks, device, bf16) for device in (cpu, cuda)] == ["reference", "flex"]
+    assert [choose_attention(sinks, device, bf16) for device in (cpu, cuda)] == ["reference", "triton"]
     assert choose_attention(sinks, cpu, fp32, cp_method="ulysses") == "reference"
     for method in ("ring", "allgather"):
-        for device in (cpu, cuda):
-            assert choose_attention(plain, device, bf16, cp_method=method) == "reference"
+        for device, expected in ((cpu, "reference"), (cuda, "triton")):
+            assert choose_attention(plain, device, bf16, cp_method=method) == expected
         assert choose_attention(replace(plain, attention="triton"), cuda, bf16, cp_method=method) == "triton"
         with pytest.raises(ValueError, match=r"model\.attention=triton does not run on cpu"):
             choose_attention(replace(plain, attention="triton"), cpu, fp32, cp_method=method)
     assert choose_attention(plain, cuda, bf16, cp_method="ulysses") == "sdpa"
+    assert choose_attention(windowed, cuda, bf16, cp_method="ulysses") == "triton"
     with pytest.raises(ValueError, match=r"runs on triton or reference with model\.attention_sinks=true"):
         choose_attention(replace(sinks, attention="sdpa"), cpu, fp32, cp_method="ulysses")
     for kernel in ("flex", "triton"):
         with pytest.raises(ValueError, match=rf"model\.attention={kernel} does not run on cpu"):
             random_decoder(replace(plain, attention=kernel))(sample_tokens())
+
+
+def test_what_auto_chose_is_said_with_its_reason() -> None:
+    """A mask or heads for which another kernel runs than a reader of run.json expects."""
+    cpu, cuda, bf16 = torch.device("cpu"), torch.device("cuda"), torch.bfloat16
+    said = partial(describe_attention, device=cuda, dtype=bf16)
+    assert said(tiny(attention="triton")) == "triton"
+    assert said(tiny(head_dim=16)) == "sdpa (auto: plain causal attention, cuDNN's where it can)"
+    assert said(tiny(head_dim=16), device=cpu) == "sdpa (auto: on cpu)"
+    masked = tiny(head_dim=16, sliding_window=5)
+    why = "auto: documents, a sliding window, for which cuDNN has no kernel"
+    assert said(masked, documents=True) == f"triton ({why})"
+    large = "triton has no kernel for heads of 320 features, more than 256"
+    assert said(replace(masked, head_dim=320), documents=True) == f"flex ({why}; {large})"
+    split = tiny(head_dim=320)
+    assert said(split, cp_method="ring") == (
+        f"reference (auto: keys of other ranks, for which cuDNN has no kernel; {large}; "
+        "flex does not run under parallel.cp_method=ring; sdpa does not run under parallel.cp_method=ring)"
+    )
 
 
 @pytest.mark.interpreter
@@ -276,7 +297,8 @@ def test_attention_that_only_a_slow_kernel_could_do_is_not_chosen_silently() -> 
     cuda, bf16 = torch.device("cuda"), torch.bfloat16
     small = tiny(head_dim=8, sliding_window=4)  # heads of 8
     odd = tiny(head_dim=6)  # heads of 6
-    assert choose_attention(small, cuda, bf16) == "sdpa"
+    assert choose_attention(small, cuda, bf16) == "triton"
+    assert choose_attention(small, cuda, torch.float64) == "reference"
     assert choose_attention(odd, cuda, bf16) == "reference"
     with pytest.raises(ValueError, match=r"model\.attention=flex has no kernel for heads of 8 features"):
         choose_attention(replace(small, attention="flex"), cuda, bf16)

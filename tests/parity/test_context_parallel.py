@@ -200,7 +200,7 @@ def test_a_checkpoint_moves_between_splits_and_a_sample_is_the_same(
         assert rest.losses == pytest.approx(reference.outcome.losses[2:], rel=1e-6)
     told = [json.loads((tmp_path / name / "run.json").read_text())["kernels"] for name in ("whole", "other")]
     assert [t["context_parallel"] for t in told] == ["none", f"{method}(2)"]
-    assert told[1]["attention"] == attention
+    assert told[1]["attention"].split()[0] == attention
 
 
 def _mask_of_the_chunk_before(true: Callable[..., Tensor]) -> Callable[..., Tensor]:

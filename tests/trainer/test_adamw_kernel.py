@@ -29,7 +29,14 @@ from tests.pool import RankPool
 from tests.trainer.optimized import bits, largest_difference
 from trainer.config import ConfigError, OptimConfig, TrainConfig
 from trainer.identity import check_same_moments
-from trainer.optim import Optimizer, build_optimizer, decay_of, global_grad_norm
+from trainer.optim import (
+    Optimizer,
+    build_optimizer,
+    choose_kernel,
+    choose_norm_kernel,
+    decay_of,
+    global_grad_norm,
+)
 from trainer.validate import finalize
 
 SHAPES: dict[str, tuple[int, ...]] = {
@@ -397,10 +404,22 @@ def test_stages_train_pure_bf16_with_8_bit_moments_to_the_same_bits(
     assert expected.losses[-1] < expected.losses[0] - 0.3
     kernels = json.loads((tmp_path / "run" / "run.json").read_text())["kernels"]
     assert kernels["optimizer"] == (
-        "adamw (reference of the triton kernel, int8 moments of 99.9% of the weights, fp32 of the others, "
-        "stochastic rounding)"
+        "adamw (reference of the triton kernel, auto: not in torch, int8 moments of 99.9% of the weights, fp32 of the "
+        "others, stochastic rounding)"
     )
-    assert kernels["gradient_norm"] == "torch"
+    assert kernels["gradient_norm"] == "torch, auto: on cpu"
+
+
+def test_auto_is_the_kernel_where_it_was_measured_to_be_faster() -> None:
+    """A GPU that trains by torch's update, or a CPU that trains by the kernels' slow reference."""
+    auto, cpu, cuda = OptimConfig(), torch.device("cpu"), torch.device("cuda")
+    for device, expected in ((cpu, "torch"), (cuda, "triton")):
+        assert choose_kernel(auto, stochastic=False, device=device) == expected
+        assert choose_norm_kernel(auto, device) == expected
+        assert choose_kernel(auto, stochastic=True, device=device) == "triton"
+        assert choose_kernel(OptimConfig(state_dtype="int8"), stochastic=False, device=device) == "triton"
+        asked = OptimConfig(kernel="torch")
+        assert choose_kernel(asked, stochastic=False, device=device) == choose_norm_kernel(asked, device) == "torch"
 
 
 def test_the_trainer_by_the_kernels_is_the_trainer_by_torch(
