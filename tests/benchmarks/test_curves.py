@@ -75,5 +75,5 @@ def test_layouts_that_cannot_run_are_recorded_beside_those_that_do(
     assert layouts.main([*arguments, *changes, "optim=adamw"]) == 0
     result = json.loads(out.read_text())["layouts"]
     assert result["zero2"]["losses"] == [9.0, 8.0, 7.0, 6.0, 5.0, 4.0]
-    assert result["zero2"]["tokens_per_second_per_gpu"] == pytest.approx(75)
+    assert result["zero2"]["tokens_per_second_per_gpu"] == pytest.approx(50)  # of the one step that is measured
     assert "parallel.tp=4" in result["tp4+sp"]["error"]
