@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import Queue
+from threading import Lock
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a clone, installed or not
@@ -38,32 +39,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--run", action="append", required=True, metavar="OVERRIDES", help="repeatable")
     parser.add_argument("--window", type=int, default=50, help="steps whose losses are averaged")
     parser.add_argument("--limit", type=float, default=1800.0, help="seconds of one run")
-    parser.add_argument("--out", type=Path, help="also write the object to this file")
+    parser.add_argument("--out", type=Path, help="also write the object to this file, after every run")
     args, overrides = parser.parse_known_args(argv)
     if min(args.gpus_of_one, args.window) < 1 or args.gpus < args.gpus_of_one:
         parser.error("--window and --gpus-of-one must be positive, --gpus at least --gpus-of-one")
     free: Queue[list[str]] = Queue()
     for first in range(0, args.gpus - args.gpus_of_one + 1, args.gpus_of_one):
         free.put([str(gpu) for gpu in range(first, first + args.gpus_of_one)])
+    runs: list[dict[str, Any] | None] = [None] * len(args.run)
+    record: dict[str, Any] = {"experiment": args.experiment, "overrides": overrides, "window": args.window}
+    writing = Lock()
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(free.qsize()) as pool:
 
-        def train(number: int) -> dict[str, Any]:
+        def train(number: int) -> None:
             gpus = free.get()
             try:
-                return _train(args, overrides, Path(folder) / str(number), args.run[number], gpus)
+                run = _train(args, overrides, Path(folder) / str(number), args.run[number], gpus)
             finally:
                 free.put(gpus)
+            with writing:
+                runs[number] = run
+                record["runs"] = [run | _compared(run, runs[0], args.window) for run in runs if run is not None]
+                if args.out:
+                    args.out.parent.mkdir(parents=True, exist_ok=True)
+                    args.out.write_text(json.dumps(record, indent=1) + "\n")
 
-        runs = list(pool.map(train, range(len(args.run))))
-    for run in runs:
-        run |= _compared(run, runs[0], args.window)
-    record = {"experiment": args.experiment, "overrides": overrides, "window": args.window, "runs": runs}
-    text = json.dumps(record, indent=1)
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(text + "\n")
-    print(text)
-    return 1 if any(run["error"] for run in runs) else 0
+        list(pool.map(train, range(len(args.run))))
+    print(json.dumps(record, indent=1))
+    return 1 if any(run["error"] for run in record["runs"]) else 0
 
 
 def _train(
@@ -89,9 +92,9 @@ def _train(
     return run
 
 
-def _compared(run: dict[str, Any], first: dict[str, Any], window: int) -> dict[str, Any]:
-    """Means over windows, because the loss of one step is noise."""
-    if run["error"] or first["error"]:
+def _compared(run: dict[str, Any], first: dict[str, Any] | None, window: int) -> dict[str, Any]:
+    """Means over windows, because the loss of one step is noise. Nothing while the first run is not there."""
+    if run["error"] or first is None or first["error"]:
         return {}
     means, reference = (
         [statistics.fmean(r["losses"][i : i + window]) for i in range(0, len(r["losses"]) - window + 1, window)]
