@@ -44,7 +44,6 @@ def within(inputs: float) -> dict[str, Any]:
     ("world_size", "inputs", "changes"),
     [
         (2, 18, {"parallel__zero_stage": 3}),
-        (2, 9, {"parallel__zero_stage": 1, **COMPILED}),
         (2, 12, {**TP, "parallel__sequence_parallel": True}),
         (2, 12, {**TP, **COMPILED, "parallel__zero_stage": 1}),
         (2, 9, {"parallel__pp": 2, "parallel__pp_schedule": "zero_bubble"}),

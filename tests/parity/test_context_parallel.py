@@ -146,7 +146,6 @@ def test_every_split_of_a_sequence_trains_the_same_model(
     [
         ("masked", "ring", {}),
         ("dropout", "ulysses", {"parallel__zero_stage": 3, "model__activation_checkpoint": "full"}),
-        ("window", "allgather", {"parallel__zero_stage": 1}),
     ],
 )
 def test_compiled_blocks_around_attention_train_the_same_model(
@@ -163,14 +162,13 @@ def test_compiled_blocks_around_attention_train_the_same_model(
     assert graphs >= 4  # before and behind attention, with gradients and, in validation, without
 
 
-@pytest.mark.parametrize("cp", [1, 2])
-def test_every_one_of_many_layers_is_compiled(ranks: RankPool, references: References, tmp_path: Path, cp: int) -> None:
+def test_every_one_of_many_layers_is_compiled(ranks: RankPool, references: References, tmp_path: Path) -> None:
     """More layers with dropout than torch compiles variants of a function: an error, or the rest eager."""
     config = references.of("dropout").config
     layers = {"model__num_layers": 9, "train__steps": 1, "schedule__warmup_steps": 0, "train__eval_interval": 0}
-    layers |= {"parallel__cp": cp, "train__compile": True, "train__compile_backend": "eager"}
-    _, graphs = ranks.run(cp, _run_and_count_graphs, changed(config, tmp_path / "run", **layers))[0]
-    assert graphs >= {1: 9, 2: 9 + 3}[cp]  # one per layer; around attention three more that layers share
+    layers |= {"parallel__cp": 2, "train__compile": True, "train__compile_backend": "eager"}
+    _, graphs = ranks.run(2, _run_and_count_graphs, changed(config, tmp_path / "run", **layers))[0]
+    assert graphs >= 9 + 3  # one per layer; around attention three more that layers share
 
 
 def _run_and_count_graphs(config: TrainConfig) -> tuple[Outcome | None, int]:

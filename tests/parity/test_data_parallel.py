@@ -95,9 +95,6 @@ def test_every_layout_trains_the_same_model(
         (2, 2, {"model__activation_checkpoint": "offload"}),
         (2, 3, {"parallel__cpu_offload": True}),
         (1, 0, {"train__compile": True, "train__compile_backend": "aot_eager", "train__micro_batch_size": 3}),
-        (2, 1, {
-            "train__compile": True, "train__compile_backend": "aot_eager", "model__activation_checkpoint": "selective",
-        }),
         (2, 3, {
             "train__compile": True, "train__compile_backend": "aot_eager", "model__activation_checkpoint": "full",
         }),

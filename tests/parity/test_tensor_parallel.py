@@ -141,7 +141,6 @@ def test_every_layout_trains_the_same_model(
 @pytest.mark.parametrize(
     ("variant", "changes"),
     [
-        ("llama", _layout(2, 0, sequence_parallel=True)),
         ("gpt2", _layout(2, 3, sequence_parallel=True, model__activation_checkpoint="full")),
         ("qwen", _layout(4, 1, sequence_parallel=False, model__activation_checkpoint="selective")),
     ],
