@@ -85,4 +85,6 @@ def problems(device: torch.device) -> Iterator[Problem]:
         if moment == dtype and not copies:
             candidates["eager"] = fused(parameters, gradients)
         size = sum(p.numel() for p in parameters)
-        yield Problem("adamw", "forward", f"{size} {name}", str(dtype)[6:], int(size * bytes_each), candidates)
+        table = f"kernels.adamw.kernel:{'BLOCKS_8_BIT' if moment == int8 else 'BLOCKS'}"
+        shape, moved = f"{size} {name}", int(size * bytes_each)
+        yield Problem("adamw", "forward", shape, str(dtype)[6:], moved, candidates, tuned=table)

@@ -141,19 +141,44 @@ def test_tensors_anywhere_in_memory_give_the_same_bits() -> None:
         assert torch.equal(p, q)
 
 
-def test_every_block_size_gives_the_same_bits() -> None:
-    """A configuration that only another GPU would pick."""
-    from kernels.adamw.kernel import BLOCKS
+@pytest.mark.parametrize("eight_bit", [False, True])
+def test_every_configuration_gives_the_same_bits(eight_bit: bool) -> None:
+    """A configuration that only another GPU would pick; blocks of 256 that are not a warp's."""
+    from kernels.adamw.kernel import BLOCKS, BLOCKS_8_BIT
 
-    results = []
-    for block in BLOCKS.configs:
+    results: dict[bool, list[list[Tensor]]] = {}
+    table = BLOCKS_8_BIT if eight_bit else BLOCKS
+    for block in table.configs:
         parameters = tensors(0)
-        with BLOCKS.forced(block):
-            update = AdamWUpdate(parameters, zeros_of(parameters), zeros_of(parameters), decay=DECAY)
-            update.update(tensors(1), **SETTINGS, step=number(1))
-        results.append(parameters)
-    for parameters in results[1:]:
-        assert all(torch.equal(p, q) for p, q in zip(parameters, results[0], strict=True))
+        states: list[list[Any]] = [
+            [
+                QuantizedMoment.zeros(p.numel(), signed=signed, device=DEVICE) if eight_bit else torch.zeros_like(p)
+                for p in parameters
+            ]
+            for signed in (True, False)
+        ]
+        with table.forced(block):
+            update = AdamWUpdate(parameters, *states, decay=DECAY)
+            for step in (1, 2):
+                update.update(tensors(step), **SETTINGS, step=number(step))
+        moments = [x for kind in states for x in kind]
+        codes = [x for m in moments for x in ((m.codes, m.scales) if eight_bit else (m,))]
+        results.setdefault(block.table, []).append([*parameters, *codes])
+    for same in results.values():
+        for found in same[1:]:
+            assert all(torch.equal(p, q) for p, q in zip(found, same[0], strict=True))
+
+
+def test_looked_up_codes_have_the_values_of_the_map() -> None:
+    """A table in another order than the bits of signed codes."""
+    from kernels.adamw.kernel import code_values
+
+    table = code_values(torch.device(DEVICE))
+    codes = torch.arange(256, device=DEVICE).to(torch.uint8)
+    ones = torch.ones(1, device=DEVICE)
+    signed = codes[codes != 128]  # -128 is no code
+    assert torch.equal(table[signed.long()], dequantize(signed.view(torch.int8), ones))
+    assert torch.equal(table[256:], dequantize(codes, ones))
 
 
 @pytest.mark.parametrize("signed", [True, False])
