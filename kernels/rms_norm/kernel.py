@@ -32,6 +32,7 @@ class Tiles:
     per_thread: int  # elements of a tile
     programs: int  # on each multiprocessor, looping over tiles; 0: a program for every tile
     stages: int = 1  # tiles in flight: above 1 the next is fetched while one is computed
+    again: bool = False  # what is needed after a row's sum is read after it, from the L1 cache, and not kept in registers
 
     def block(self, width: int) -> int:
         return triton.next_power_of_2(width)
@@ -62,9 +63,11 @@ FORWARD = Tuned(
         Tiles(4096, 16, 4, 2),
         Tiles(4096, 16, 5),
         Tiles(8192, 32, 2, 3),
+        Tiles(4096, 16, 0, again=True),
+        Tiles(4096, 32, 0, again=True),
+        Tiles(2048, 8, 0, again=True),
     ),
-    # Of rows wider than 8192 a multiprocessor holds one program, so what hides its loads is the next row's fetch.
-    lambda num_rows, width: Tiles(4096, 16, 0) if width <= 8192 else Tiles(4096, 16, 1, 2),
+    lambda width, center, added, fp8: _forward_tiles(width, center, added, fp8),
 )
 BACKWARD = Tuned(
     (
@@ -76,21 +79,54 @@ BACKWARD = Tuned(
         Tiles(4096, 16, 2, 3),
         Tiles(2048, 16, 4),
         Tiles(4096, 8, 2, 2),
+        Tiles(4096, 16, 1, again=True),
+        Tiles(4096, 16, 2, again=True),
+        Tiles(4096, 32, 1, again=True),
     ),
-    lambda num_rows, width, has_bias: _backward_tiles(width, has_bias),
+    lambda width, center, added: _backward_tiles(width, center, added),
 )
 
 
-def _backward_tiles(width: int, has_bias: bool) -> Tiles:
-    """As many programs as a multiprocessor holds at once: one that waits for its turn doubles the time.
-
-    x, dy, the weight and its gradient are in registers together: 80 to 128 of them per thread.
-    """
+def _forward_tiles(width: int, center: bool, added: bool, fp8: bool) -> Tiles:
+    """Of an H200. Not by the number of rows: a row's bits would depend on the others."""
+    if center:
+        return Tiles(8192, 32, 2, 3)
     if width <= 2048:
-        return Tiles(2048, 16, 4, 2)
-    if width > 4096:
-        return Tiles(4096, 16, 1, 2)
-    return Tiles(4096, 16, 3 if width == 4096 and not has_bias else 2, 2)
+        return Tiles(4096, 32, 0) if fp8 else Tiles(2048, 16, 0)
+    if width <= 8192:
+        return Tiles(4096, 32, 0)
+    return Tiles(8192, 32, 0) if added else Tiles(8192, 32, 2, 3)
+
+
+def _backward_tiles(width: int, center: bool, added: bool) -> Tiles:
+    """Of an H200. x, dy, the weight and its gradient, and that of a bias, are in registers together: of a LayerNorm
+    too many for rows wider than 8192."""
+    if width > 8192 and center:
+        return Tiles(4096, 32, 1, again=True)
+    if width > 8192 and added:
+        return Tiles(4096, 16, 3)
+    return Tiles(4096, 16, 2, 3)
+
+
+@triton.jit
+def _vector(pointer, cols, D: tl.constexpr, POLICY: tl.constexpr):
+    """fp32 of weight or bias. POLICY differs between two reads of the same, which the compiler would make one."""
+    return tl.load(pointer + cols, mask=cols < D, other=0.0, eviction_policy=POLICY).to(tl.float32)
+
+
+@triton.jit
+def _rows(pointer, rows, cols, inside, stride, POLICY: tl.constexpr):
+    """fp32 of a tile; POLICY as above."""
+    return tl.load(pointer + rows * stride + cols, mask=inside, other=0.0, eviction_policy=POLICY).to(tl.float32)
+
+
+@triton.jit
+def _sum_of_two(x_ptr, y_ptr, rows, cols, inside, x_stride, y_stride, POLICY: tl.constexpr):
+    """x, or x + y as it is stored: what the backward will see."""
+    x = _rows(x_ptr, rows, cols, inside, x_stride, POLICY)
+    if y_ptr is not None:
+        x = (x + _rows(y_ptr, rows, cols, inside, y_stride, POLICY)).to(x_ptr.dtype.element_ty).to(tl.float32)
+    return x
 
 
 @triton.jit
@@ -115,12 +151,14 @@ def _forward(
     CENTER: tl.constexpr,
     OUTPUT: tl.constexpr,
     STAGES: tl.constexpr,
+    AGAIN: tl.constexpr,
 ):
     cols = tl.arange(0, BLOCK)[None, :]
-    if weight_ptr is not None:
-        weight = tl.load(weight_ptr + cols, mask=cols < D, other=0.0).to(tl.float32)
-    if bias_ptr is not None:
-        bias = tl.load(bias_ptr + cols, mask=cols < D, other=0.0).to(tl.float32)
+    if not AGAIN and weight_ptr is not None:
+        weight = _vector(weight_ptr, cols, D, "")
+    if not AGAIN and bias_ptr is not None:
+        bias = _vector(bias_ptr, cols, D, "")
+    KEEP: tl.constexpr = "evict_last" if AGAIN else ""
     if OUTPUT == TENSORWISE:
         inverse_scale = 1.0 / tl.load(scale_ptr)
         largest = tl.zeros([ROWS, 1], tl.float32)
@@ -128,12 +166,9 @@ def _forward(
         # 64-bit: the activations of a step pass 2^31 elements.
         rows = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
         inside = (cols < D) if ROWS == 1 else (rows < num_rows) & (cols < D)
-        x = tl.load(x_ptr + rows * x_stride + cols, mask=inside, other=0.0).to(tl.float32)
+        x = _sum_of_two(x_ptr, residual_ptr, rows, cols, inside, x_stride, residual_stride, KEEP)
         if residual_ptr is not None:
-            x += tl.load(residual_ptr + rows * residual_stride + cols, mask=inside, other=0.0).to(tl.float32)
-            stream = x.to(stream_ptr.dtype.element_ty)
-            tl.store(stream_ptr + rows * D + cols, stream, mask=inside)
-            x = stream.to(tl.float32)  # what the backward will see
+            tl.store(stream_ptr + rows * D + cols, x.to(stream_ptr.dtype.element_ty), mask=inside)
         if CENTER:
             # Rounded as IEEE says: a row of equal numbers has exactly that mean, or 1 / sqrt(eps) blows the rest up.
             mean = tl.div_rn(tl.sum(x, axis=1, keep_dims=True), tl.full([ROWS, 1], D, tl.float32))
@@ -141,6 +176,14 @@ def _forward(
             tl.store(mean_ptr + rows, mean, mask=rows < num_rows)
         rstd = tl.rsqrt(tl.sum(x * x, axis=1, keep_dims=True) / D + eps)
         tl.store(rstd_ptr + rows, rstd, mask=rows < num_rows)
+        if AGAIN:
+            if weight_ptr is not None:
+                weight = _vector(weight_ptr, cols, D, "evict_last")
+            if bias_ptr is not None:
+                bias = _vector(bias_ptr, cols, D, "evict_last")
+            x = _sum_of_two(x_ptr, residual_ptr, rows, cols, inside, x_stride, residual_stride, "evict_first")
+            if CENTER:
+                x -= mean
         y = x * rstd
         if weight_ptr is not None:
             y *= weight
@@ -181,30 +224,42 @@ def _backward(
     CENTER: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     STAGES: tl.constexpr,
+    AGAIN: tl.constexpr,
 ):
     cols = tl.arange(0, BLOCK)[None, :]
+    KEEP: tl.constexpr = "evict_last" if AGAIN else ""
+    if not AGAIN and weight_ptr is not None:
+        weight = _vector(weight_ptr, cols, D, "")
     if weight_ptr is not None:
-        weight = tl.load(weight_ptr + cols, mask=cols < D, other=0.0).to(tl.float32)
         d_weight = tl.zeros([ROWS, BLOCK], tl.float32)
         if HAS_BIAS:
             d_bias = tl.zeros([ROWS, BLOCK], tl.float32)
     for tile in tl.range(tl.program_id(0), tl.cdiv(num_rows, ROWS), tl.num_programs(0), num_stages=STAGES):
         rows = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
         inside = (cols < D) if ROWS == 1 else (rows < num_rows) & (cols < D)
-        x = tl.load(x_ptr + rows * x_stride + cols, mask=inside, other=0.0).to(tl.float32)
-        d_y = tl.load(d_y_ptr + rows * d_y_stride + cols, mask=inside, other=0.0).to(tl.float32)
+        x = _rows(x_ptr, rows, cols, inside, x_stride, KEEP)
+        d_y = _rows(d_y_ptr, rows, cols, inside, d_y_stride, KEEP)
         rstd = tl.load(rstd_ptr + rows, mask=rows < num_rows, other=0.0)
+        mean = tl.load(mean_ptr + rows, mask=rows < num_rows, other=0.0) if CENTER else 0.0
+        normed = (x - mean) * rstd
+        if AGAIN and weight_ptr is not None:
+            weight = _vector(weight_ptr, cols, D, "evict_last")
+        d_normed = d_y * weight if weight_ptr is not None else d_y
+        along = tl.sum(d_normed * normed, axis=1, keep_dims=True) / D
         if CENTER:
-            x -= tl.load(mean_ptr + rows, mask=rows < num_rows, other=0.0)
-        normed = x * rstd
+            shift = tl.sum(d_normed, axis=1, keep_dims=True) / D
+        if AGAIN:
+            x = _rows(x_ptr, rows, cols, inside, x_stride, "evict_first")
+            d_y = _rows(d_y_ptr, rows, cols, inside, d_y_stride, "evict_first")
+            normed = (x - mean) * rstd
+            d_normed = d_y * _vector(weight_ptr, cols, D, "") if weight_ptr is not None else d_y
         if weight_ptr is not None:
             d_weight += d_y * normed
             if HAS_BIAS:
                 d_bias += d_y
-            d_y *= weight
-        d_x = d_y - normed * (tl.sum(d_y * normed, axis=1, keep_dims=True) / D)
+        d_x = d_normed - normed * along
         if CENTER:
-            d_x -= tl.sum(d_y, axis=1, keep_dims=True) / D
+            d_x -= shift
         d_x *= rstd
         if d_stream_ptr is not None:
             d_x += tl.load(d_stream_ptr + rows * d_stream_stride + cols, mask=inside, other=0.0).to(tl.float32)
@@ -258,7 +313,7 @@ def norm_forward(
     rstd = x.new_empty(x.shape[:-1], dtype=torch.float32)
     mean = torch.empty_like(rstd) if center else nothing
     num_rows, width = rstd.numel(), x.shape[-1]
-    tiles = FORWARD(num_rows, width)
+    tiles = FORWARD(width, center, residual is not None, fp8)
     programs = tiles.num_programs(num_rows, width, x.device)
     output, extra = PLAIN.value, nothing
     if fp8:
@@ -288,6 +343,7 @@ def norm_forward(
             CENTER=center,
             OUTPUT=output,
             STAGES=tiles.fetched(width, x, residual),
+            AGAIN=tiles.again,
             num_warps=tiles.num_warps(width),
         )
     if fp8 and scale is not None:
@@ -313,7 +369,7 @@ def norm_backward(
     d_bias = weight.new_empty(width) if weight is not None and has_bias else nothing
     if not num_rows:
         return d_x, d_weight.zero_(), d_bias.zero_()
-    tiles = BACKWARD(num_rows, width, has_bias)
+    tiles = BACKWARD(width, mean is not None, d_stream is not None)
     programs = tiles.num_programs(num_rows, width, x.device)
     kinds = 0 if weight is None else 1 + has_bias
     partial = torch.empty(kinds, programs, width, dtype=torch.float32, device=x.device)
@@ -338,6 +394,7 @@ def norm_backward(
         CENTER=mean is not None,
         HAS_BIAS=has_bias,
         STAGES=tiles.fetched(width, d_y, x, d_stream),
+        AGAIN=tiles.again,
         num_warps=tiles.num_warps(width),
     )
     if kinds:
