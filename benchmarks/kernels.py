@@ -2,6 +2,7 @@
 
     python benchmarks/kernels.py --out benchmarks/results/kernels_h200.json
     python benchmarks/kernels.py --only rms_norm rope --configs
+    python benchmarks/kernels.py --only layer_norm --match "backward 8192" --peers eager --configs
 
 First the ceilings: the rate of a large copy and of matrix products in bf16 and fp8. Then each problem of
 benchmarks/roofline/: median milliseconds of each candidate, the share of its floor (the bytes that must move over the
@@ -23,10 +24,12 @@ import importlib.metadata
 import json
 import pkgutil
 import platform
+import re
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -132,8 +135,9 @@ def floor_ms(problem: Problem, ceilings: Mapping[str, Any]) -> float | None:
     return max(times)
 
 
-def measure(problem: Problem, ceilings: Mapping[str, Any], timer: Timer, *, configs: bool = False) -> Record:
-    """One problem: its record in the result. configs: ours in every configuration of its table as well."""
+def measure(problem: Problem, ceilings: Mapping[str, Any], timer: Timer, *, configs: str | None = None) -> Record:
+    """One problem: its record in the result. configs: ours in every configuration of its table in which this pattern
+    is found as well."""
     floor = floor_ms(problem, ceilings)
     result: Record = {name: getattr(problem, name) for name in ("op", "direction", "shape", "dtype", "bytes", "flops")}
     result |= {"floor_ms": floor, "candidates": {}}
@@ -151,8 +155,9 @@ def measure(problem: Problem, ceilings: Mapping[str, Any], timer: Timer, *, conf
             record = {"error": _line(error)}
         outputs = []
         result["candidates"][name] = record
-    if configs and problem.tuned is not None and "error" not in result["candidates"].get(OURS, {"error": ""}):
-        result["configs"] = _measure_configs(problem, timer, floor)
+    works = "ms" in result["candidates"].get(OURS, {})
+    if configs is not None and problem.tuned is not None and works:
+        result["configs"] = _measure_configs(problem, timer, floor, configs)
     times = {name: record["ms"] for name, record in result["candidates"].items() if "ms" in record}
     peers = {name: ms for name, ms in times.items() if name.partition(" ")[0] != OURS}
     result["best_peer"] = min(peers, key=peers.__getitem__) if peers else None
@@ -160,12 +165,14 @@ def measure(problem: Problem, ceilings: Mapping[str, Any], timer: Timer, *, conf
     return result
 
 
-def _measure_configs(problem: Problem, timer: Timer, floor: float | None) -> dict[str, Record]:
+def _measure_configs(problem: Problem, timer: Timer, floor: float | None, pattern: str) -> dict[str, Record]:
     assert problem.tuned is not None
     module, name = problem.tuned.split(":")
     table = getattr(importlib.import_module(module), name)
     result: dict[str, Record] = {}
     for config in table.configs:
+        if not re.search(pattern, str(config)):
+            continue
         try:
             with table.forced(config):
                 result[str(config)] = _speed(problem, timer(problem.candidates[OURS]), floor)
@@ -244,6 +251,22 @@ def row(record: Mapping[str, Any]) -> str:
 HEAD = f"{'op':<24} {'shape':<34} {'floor ms':>9} {'ours ms':>9} {'share':>6} {'peer':>9} {'peer ms':>9} {'ratio':>6}"
 
 
+def best_configs(record: Mapping[str, Any], number: int = 3) -> list[str]:
+    """The fastest configurations of a problem, a line each."""
+    times = {name: config["ms"] for name, config in record.get("configs", {}).items() if "ms" in config}
+    return [f"    {times[name]:.4f}  {name}" for name in sorted(times, key=times.__getitem__)[:number]]
+
+
+def selected(problem: Problem, match: str | None, peers: Sequence[str] | None) -> Problem | None:
+    """The problem with only these peers, all for None; None if the pattern is not in "op direction shape"."""
+    if match is not None and not re.search(match, f"{problem.op} {problem.direction} {problem.shape}"):
+        return None
+    if peers is None:
+        return problem
+    kept = {name: f for name, f in problem.candidates.items() if name in peers or name.partition(" ")[0] == OURS}
+    return replace(problem, candidates=kept)
+
+
 def about(device: torch.device) -> Record:
     """Hardware and versions."""
     versions = {"python": platform.python_version(), "torch": torch.__version__}
@@ -263,8 +286,12 @@ def about(device: torch.device) -> Record:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", metavar="OP", help="files of benchmarks/roofline/")
+    parser.add_argument("--match", metavar="REGEX", help='only problems whose "op direction shape" has this')
+    parser.add_argument("--peers", nargs="*", metavar="NAME", help="only these, such as eager; none without a name")
     parser.add_argument("--out", type=Path, help="also write the object to this file, after every problem")
-    parser.add_argument("--configs", action="store_true", help="also ours in every configuration of its table")
+    parser.add_argument(
+        "--configs", nargs="?", const="", metavar="REGEX", help="also ours in every configuration that has this"
+    )
     parser.add_argument("--seconds", type=float, default=0.2, help="to measure a candidate for, about (default 0.2)")
     args = parser.parse_args(argv)
     try:
@@ -293,10 +320,10 @@ def run(name: str, device: torch.device, timer: Timer, result: Record, args: arg
         if isinstance(problem, str):
             result["errors"][name] = problem
             print(f"{name}: {problem}", file=sys.stderr, flush=True)
-        else:
+        elif (problem := selected(problem, args.match, args.peers)) is not None:
             record = measure(problem, result["ceilings"], timer, configs=args.configs)
             result["problems"].append(record)
-            print(row(record), file=sys.stderr, flush=True)
+            print("\n".join([row(record), *best_configs(record)]), file=sys.stderr, flush=True)
         del problem
         if args.out:
             args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -15,6 +15,8 @@ from benchmarks.roofline.problem import Problem
 from kernels.cross_entropy import cross_entropy, cross_entropy_in_place, loss_and_gradient_
 from kernels.linear_cross_entropy import linear_cross_entropy
 
+TILES = "kernels.cross_entropy.kernel:TILES"
+
 
 def eager(logits: Tensor, labels: Tensor) -> Tensor:
     """In fp32, as a trainer writes it."""
@@ -44,16 +46,16 @@ def problems(device: torch.device) -> Iterator[Problem]:
         for name, function in lost.items():
             own = logits.detach().clone().requires_grad_()
             candidates[name] = partial(both, function, [own], labels)
-        yield Problem("cross_entropy", "both", shape, "bf16", 2 * size, candidates)
+        yield Problem("cross_entropy", "both", shape, "bf16", 2 * size, candidates, tuned=TILES)
         plain = logits.detach()
         forward: dict[str, Callable[[], Any]] = {
             name: partial(function, plain, labels) for name, function in kept.items()
         }
         forward["lattice"] = forward.pop("lattice keeping logits")
-        yield Problem("cross_entropy", "forward", shape, "bf16", size, forward)
+        yield Problem("cross_entropy", "forward", shape, "bf16", size, forward, tuned=TILES)
         scale = torch.ones((), device=device)
         chunk = {"lattice": partial(loss_and_gradient_, plain.clone(), labels, scale=scale)}
-        yield Problem("cross_entropy", "chunk of a linear head", shape, "bf16", 2 * size, chunk)
+        yield Problem("cross_entropy", "chunk of a linear head", shape, "bf16", 2 * size, chunk, tuned=TILES)
         del logits, plain, own, candidates, forward, chunk
 
     rows, hidden_size, words = 8192, 4096, 131072

@@ -34,11 +34,11 @@ TABLES = {
     "tensorwise": f"{_KERNEL}:FLAT",
     "dynamic": f"{_KERNEL}:FLAT",
     "1x128": f"{_KERNEL}:ROWS_OF_BLOCKS",
-    "128x128": f"{_KERNEL}:BLOCK_WARPS",
+    "128x128": f"{_KERNEL}:SQUARES",
 }
 TRANSPOSED_TABLES = {
     **dict.fromkeys(("tensorwise", "dynamic", "rowwise"), f"{_KERNEL}:TILE"),
-    **dict.fromkeys(("1x128", "128x128"), f"{_KERNEL}:BLOCK_WARPS"),
+    **dict.fromkeys(("1x128", "128x128"), f"{_KERNEL}:SQUARES"),
 }
 
 

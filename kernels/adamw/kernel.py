@@ -47,7 +47,7 @@ BLOCKS = Tuned(
         Block(4096, 8, 1),
         Block(4096, 16, 1, registers=64),
     ),
-    lambda stochastic: Block(2048, 8, 1, registers=64),
+    lambda run: Block(2048, 8, 1, registers=64 if run else None),
 )
 BLOCKS_8_BIT = Tuned(
     (
@@ -59,7 +59,7 @@ BLOCKS_8_BIT = Tuned(
         Block(1024, 4, 1, registers=80),
         Block(4096, 16, 1, registers=80),
     ),
-    lambda stochastic: Block(2048, 8, 1, registers=80),
+    lambda run: Block(2048, 8, 1, registers=80 if run else None),
 )
 
 TYPES = {
@@ -218,8 +218,9 @@ def _tile(
 ):
     """Update elements first to first + 256 ROWS of one tensor."""
     EIGHT_BIT: tl.constexpr = m_scale_ptr is not None
-    # [groups, VECTOR]: Triton gives neighbouring groups to neighbouring threads of a warp, whatever its version, and the
-    # groups from 32 ROWS on to the same threads again. Numbered so, a warp holds all of a row of 256.
+    # [groups, VECTOR]: Triton gives neighbouring groups to neighbouring threads, and the groups from 32 ROWS on to the
+    # same threads again. Numbered so, a warp holds all of a row of 256. (Of three dimensions it took different ones
+    # first in different versions: with 3.6 a warp read pieces of 64 bytes.)
     groups = tl.arange(0, ROWS * 256 // VECTOR)
     rows = groups // 32 % ROWS
     positions = rows * 256 + groups // (32 * ROWS) * 128 + groups % 32 * VECTOR
@@ -371,7 +372,7 @@ def launch(
     if not (num_chunks := tables[0].shape[0]):
         return
     eight_bit = types.moment == torch.int8
-    block = (BLOCKS_8_BIT if eight_bit else BLOCKS)(types.stochastic)
+    block = (BLOCKS_8_BIT if eight_bit else BLOCKS)(types.run)
     part = min(block.size * block.tiles, CHUNK)
     _update[(num_chunks * (CHUNK // part),)](
         *tables,

@@ -40,13 +40,11 @@ class Block:
     tma: bool = False
 
 
-def _choose_forward(features: int, itemsize: int, masked: bool) -> Block:
+def _choose_forward(features: int, itemsize: int) -> Block:
     if itemsize == 4:  # fp32 does not run on tensor cores: small products, for their registers
         return Block(32, 32, 4, 2) if features <= 64 else Block(16, 16, 4, 2)
-    if features <= 64:  # two programs per multiprocessor: one multiplies while the other takes exponentials
-        return Block(128, 64, 8, 3, tma=True)
-    if features <= 128:
-        return Block(128, 64, 8, 3, tma=True) if masked else Block(128, 128, 8, 2, tma=True)
+    if features <= 128:  # several programs per multiprocessor: one multiplies while others take exponentials
+        return Block(64, 64, 4, 3, tma=True)
     return Block(128, 64, 8, 2, tma=True)
 
 
@@ -62,7 +60,7 @@ FORWARD = Tuned(
         Block(32, 32, 4, 2),
         Block(16, 16, 4, 2),
     ),
-    _choose_forward,  # (the larger of K and V padded to a power of two, bytes of a number, window or documents)
+    _choose_forward,  # (the larger of K and V padded to a power of two, bytes of a number)
 )
 
 
@@ -453,8 +451,7 @@ def attention_forward(
     if not output.numel():
         return output, lse
     first, end = (lse, lse) if mask.ranges is None else (mask.ranges.first_key, mask.ranges.end_key)
-    masked = mask.ranges is not None or mask.window is not None
-    block = FORWARD(max(padded(K), padded(V)), q.element_size(), masked)
+    block = FORWARD(max(padded(K), padded(V)), q.element_size())
     (k_source, v_source), tma = described(block, block.keys, (k, padded(K)), (v, padded(V)))
     _forward[(triton.cdiv(T, block.queries) * B * H,)](
         q,

@@ -35,20 +35,20 @@ PROGRAMS_WANTED = 256
 """Of the dK/dV kernel, about two waves on a Hopper GPU: with fewer, query heads of a group are shared out."""
 
 
-def _choose_queries(features: int, itemsize: int) -> Block:
+def _choose_queries(features: int, itemsize: int, masked: bool) -> Block:
     if itemsize == 4:
         return Block(32, 32, 4, 1) if features <= 64 else Block(16, 16, 4, 1)
     if features <= 128:
-        return Block(128, 64, 8, 3, tma=True)
+        return Block(64, 64, 4, 2, tma=True) if masked or features <= 64 else Block(128, 64, 8, 3, tma=True)
     return Block(64, 32, 8, 2, tma=True)
 
 
 def _choose_keys(features: int, itemsize: int) -> Block:
     if itemsize == 4:
         return Block(32, 32, 4, 1) if features <= 64 else Block(16, 16, 4, 1)
-    if features <= 64:
-        return Block(64, 128, 8, 3, tma=True)
-    return Block(64, 128, 8, 2, tma=True) if features <= 128 else Block(32, 64, 8, 2, tma=True)
+    if features <= 128:
+        return Block(64, 64, 4, 3 if features <= 64 else 2, tma=True)
+    return Block(32, 64, 8, 2, tma=True)
 
 
 BACKWARD_QUERIES = Tuned(
@@ -62,7 +62,7 @@ BACKWARD_QUERIES = Tuned(
         Block(32, 32, 4, 1),
         Block(16, 16, 4, 1),
     ),
-    _choose_queries,  # (the larger of K and V padded to a power of two, bytes of a number)
+    _choose_queries,  # (the larger of K and V padded to a power of two, bytes of a number, window or documents)
 )
 BACKWARD_KEYS = Tuned(
     (
@@ -76,7 +76,7 @@ BACKWARD_KEYS = Tuned(
         Block(32, 32, 4, 1),
         Block(16, 16, 4, 1),
     ),
-    _choose_keys,  # likewise
+    _choose_keys,  # (the larger of K and V padded to a power of two, bytes of a number)
 )
 
 
@@ -534,7 +534,8 @@ def attention_backward(
     slopes = lse if slopes is None else slopes.contiguous()
 
     first, end = (lse, lse) if mask.ranges is None else (mask.ranges.first_key, mask.ranges.end_key)
-    block = BACKWARD_QUERIES(features, q.element_size())
+    masked = mask.ranges is not None or mask.window is not None
+    block = BACKWARD_QUERIES(features, q.element_size(), masked)
     (k_source, v_source), tma = described(block, block.keys, (k, padded(K)), (v, padded(V)))
     _backward_queries[(triton.cdiv(T, block.queries) * B * H,)](
         q,

@@ -112,14 +112,26 @@ def test_a_file_is_measured_with_all_configurations_and_written(
     module = importlib.import_module("benchmarks.roofline.swiglu")
     monkeypatch.setattr(module, "problems", problems)
     result: dict[str, Any] = kernels.about(CPU) | {"ceilings": CEILINGS, "problems": [], "errors": {}}
-    args = argparse.Namespace(configs=True, out=tmp_path / "new" / "result.json")
+    args = argparse.Namespace(configs="size=4096", match=None, peers=None, out=tmp_path / "new" / "result.json")
     kernels.run("swiglu", CPU, clock, result, args)
     written = json.loads(args.out.read_text())
     assert written["errors"] == {"swiglu": "MemoryError: too large"}
     (problem,) = written["problems"]
     assert "Block(size=4096, num_warps=8)" in problem["configs"]
+    assert all("size=4096" in name for name in problem["configs"])
     assert all(record["ms"] > 0 for record in problem["configs"].values())
     assert "swiglu forward" in capsys.readouterr().err
+
+
+def test_problems_and_peers_are_selected() -> None:
+    """A selection that leaves ours out, or takes what it does not name."""
+    candidates = {name: (lambda: None) for name in ("lattice", "lattice rowwise", "eager", "compile")}
+    problem = Problem("fp8", "forward", "1x128 512x512", "bf16", 24, candidates)
+    assert kernels.selected(problem, "forward 1x128", None) is problem
+    assert kernels.selected(problem, "backward", None) is None
+    kept = kernels.selected(problem, None, ["eager"])
+    assert kept is not None
+    assert list(kept.candidates) == ["lattice", "lattice rowwise", "eager"]
 
 
 def test_an_unknown_op_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

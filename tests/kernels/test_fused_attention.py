@@ -435,8 +435,8 @@ def compile(function, block, size, ranges):
 
 for size, ranges in [(128, True)]:
     for function, block in [
-        (kernel._forward, kernel.FORWARD(size, 2, ranges)),
-        (kernel_backward._backward_queries, kernel_backward.BACKWARD_QUERIES(size, 2)),
+        (kernel._forward, kernel.FORWARD(size, 2)),
+        (kernel_backward._backward_queries, kernel_backward.BACKWARD_QUERIES(size, 2, ranges)),
         (kernel_backward._backward_keys, kernel_backward.BACKWARD_KEYS(size, 2)),
     ]:
         compiled = compile(function, block, size, ranges)

@@ -24,7 +24,7 @@ def specifications() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], Any]
 
     copies = {"x_ptr": "*bf16", "y_ptr": "*fp8e4nv", "t_ptr": "*fp8e4nv", "R": N16, "C": N16, "R_padded": N16}
     tensor = {"scale_ptr": "*fp32", "amax_ptr": "*i32", "source_ptr": "*fp32", "num_partials": "i32"}
-    flat, tile = quantize.FLAT(1 << 28), quantize.TILE(8192, 4096)
+    flat, tile = quantize.FLAT(True), quantize.TILE(8192, 4096)
     whole = {"x_ptr": "*bf16", "y_ptr": "*fp8e5", "num_elements": "i64:16"}
     sizes = {"ROWS": tile.rows, "COLUMNS": tile.columns}
     given = {**FP8, "DYNAMIC": False, "PARTIALS": 1}
@@ -39,10 +39,12 @@ def specifications() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], Any]
     in_blocks = {**copies, "scale_ptr": "*fp32", "t_scale_ptr": "*fp32", "one": "fp32"}
     constants = {"ROWS": 128, "COLUMNS": 128, **FP8, "TRANSPOSE": True}
     for square in (False, True):
-        warps = quantize.BLOCK_WARPS(8192, 4096, square)
-        yield quantize._blocks, in_blocks, {**constants, "SQUARE": square}, quantize.Tile(128, 128, warps)
+        work = quantize.SQUARES(8192, 4096, square)
+        step = {"STEP": work.step(128, 2, transpose=True), "AGAIN": work.again}
+        tile = quantize.Tile(128, 128, work.num_warps)
+        yield quantize._blocks, in_blocks, {**constants, **step, "SQUARE": square}, tile
 
-    block = fp8_matmul.TILES(8192, 8192, 8192)
+    block = fp8_matmul.TILES(8192, 8192, 8192, True)
     operands = {f"{name}_desc": f"tensordesc<fp8e4nv[{size},128]>" for name, size in
                 (("a", block.rows), ("b", block.columns))}  # fmt: skip
     scales = {"y_ptr": "*bf16", "a_scale_ptr": "*fp32", "b_scale_ptr": "*fp32", "bias_ptr": "*bf16"}

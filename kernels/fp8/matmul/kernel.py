@@ -29,10 +29,13 @@ class Tile:
     group: int = 8  # rows of tiles that are walked together, so that they share columns in the L2 cache
 
 
-def _choose(M: int, N: int, K: int) -> Tile:
+def _choose(M: int, N: int, K: int, square: bool) -> Tile:
+    """Of an H200, measured with 8192 rows and more. square: the scales of b are of 128x128."""
     if M <= 64:
         return Tile(64, 64, 4, 5)
-    return Tile(128, 128, 8, 4) if M * N >= 1 << 21 else Tile(64, 128, 4, 4)
+    if not square:
+        return Tile(128, 64, 4, 4)
+    return Tile(128, 128, 8, 4) if M * N >= 1 << 21 and K <= N else Tile(64, 128, 4, 4)
 
 
 # Two programs fit on a multiprocessor: one adds while the other multiplies.
@@ -80,12 +83,13 @@ def matmul_blocks(
     stride 1 along M and N, or b_scale [N/128, K/128] contiguous."""
     (M, K), N = a.shape, b.shape[0]
     y = torch.empty(M, N, dtype=out_dtype, device=a.device)
-    tile = TILES(M, N, K)
+    square = b_scale.shape[0] != N
+    tile = TILES(M, N, K, square)
     _matmul[(triton.cdiv(M, tile.rows) * triton.cdiv(N, tile.columns),)](
         TensorDescriptor.from_tensor(a, [tile.rows, BLOCK]),
         TensorDescriptor.from_tensor(b, [tile.columns, BLOCK]),
         y, a_scale, b_scale, y if bias is None else bias, M, N, K,
-        ROWS=tile.rows, COLUMNS=tile.columns, GROUP=tile.group, BLOCK=BLOCK, SQUARE=b_scale.shape[0] != N,
+        ROWS=tile.rows, COLUMNS=tile.columns, GROUP=tile.group, BLOCK=BLOCK, SQUARE=square,
         BIAS=bias is not None, num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     return y

@@ -131,7 +131,7 @@ def _in_blocks(square: bool, transpose: bool) -> Case:
         lambda x: quantize_blocks(x, square=square, power_of_two=square, transpose=transpose),
         partial(quantize_blocks_reference, dtype=E4M3, power_of_two=square, square=square, transpose=transpose),
         lambda inputs: [(_quantize_blocks, (*inputs, E4M3, False, square, transpose))],
-        f"{_KERNEL}:BLOCK_WARPS" if transpose else f"{_KERNEL}:ROWS_OF_BLOCKS",
+        f"{_KERNEL}:SQUARES" if transpose else f"{_KERNEL}:ROWS_OF_BLOCKS",
         batch_dim=None if transpose else 0,
     )
 
