@@ -32,9 +32,7 @@ class Tiles:
     per_thread: int  # elements of a tile
     programs: int  # on each multiprocessor, looping over tiles; 0: a program for every tile
     stages: int = 1  # tiles in flight: above 1 the next is fetched while one is computed
-    again: bool = (
-        False  # what is needed after a row's sum is read after it, from the L1 cache, and not kept in registers
-    )
+    again: bool = False  # after a row's sum it is read again, from the L1 cache, and not kept in registers
 
     def block(self, width: int) -> int:
         return triton.next_power_of_2(width)

@@ -91,6 +91,18 @@ def test_scales_map_the_largest_onto_the_largest(dtype: torch.dtype) -> None:
         assert power / 2 < exact <= power
 
 
+@pytest.mark.parametrize("dtype", [E4M3, E5M2])
+def test_scales_are_rounded_as_ieee_says(dtype: torch.dtype) -> None:
+    """A quotient off in its last bit; its remainder, which is NaN for inf and lost for the smallest numbers."""
+    some = torch.randint(0x00000000, 0x7F800000, (1 << 16 if CUDA else 1 << 10,), dtype=torch.int32)
+    edges = torch.tensor([0, 1, 0x7FFFFF, 0x800000, 0x04600000, 0x7F7FFFFF, 0x7F800000], dtype=torch.int32)
+    amax = torch.cat([some, edges]).view(torch.float32).to(DEVICE)
+    x = torch.zeros(len(amax), 16, device=DEVICE)
+    x[:, 3] = amax
+    scale = quantize_blocks(x, square=False, dtype=dtype).scale
+    assert torch.equal(scale[:, 0], scale_from_amax(amax, dtype))
+
+
 def test_powers_of_two_are_their_own_scale() -> None:
     """One step too far where nothing is to be rounded."""
     powers = 2.0 ** torch.arange(-100, 100, dtype=torch.float32)

@@ -209,7 +209,7 @@ def _cast_transpose(
     )  # fmt: skip
     r = row_tile * ROWS + tl.arange(0, ROWS)
     c = column_tile * COLUMNS + tl.arange(0, COLUMNS)
-    x = _load_tile(x_ptr, r, c, R, C)
+    x = _load_tile(x_ptr, r, c, R, C, "")
     _store_tile(y_ptr, _to_fp8(x * inverse, y_ptr.dtype.element_ty, LARGEST, EMULATE), r, c, R, C)
     t = _to_fp8(x * (inverse * one), y_ptr.dtype.element_ty, LARGEST, EMULATE)
     _store_transposed(t_ptr, t, r, c, R_padded, C)
@@ -226,7 +226,7 @@ def _tile_of(C, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def _load_tile(x_ptr, r, c, R, C, POLICY: tl.constexpr = ""):
+def _load_tile(x_ptr, r, c, R, C, POLICY: tl.constexpr):
     """POLICY differs between two reads of the same, which the compiler would make one."""
     inside = (r < R)[:, None] & (c < C)[None, :]
     pointers = x_ptr + r.to(tl.int64)[:, None] * C + c[None, :]
@@ -290,7 +290,7 @@ def _row_and_column_amax(x_ptr, row_ptr, column_ptr, R, C, ROWS: tl.constexpr, C
     across = tl.cdiv(C, COLUMNS)
     r = (program // across) * ROWS + tl.arange(0, ROWS)
     c = (program % across) * COLUMNS + tl.arange(0, COLUMNS)
-    bits = _magnitude_bits(_load_tile(x_ptr, r, c, R, C))
+    bits = _magnitude_bits(_load_tile(x_ptr, r, c, R, C, ""))
     tl.atomic_max(row_ptr + r, tl.max(bits, axis=1), mask=r < R, sem="relaxed")
     tl.atomic_max(column_ptr + c, tl.max(bits, axis=0), mask=c < C, sem="relaxed")
 
@@ -304,7 +304,7 @@ def _cast_rows_and_columns(
     row_tile, column_tile = _tile_of(C, COLUMNS)
     r = row_tile * ROWS + tl.arange(0, ROWS)
     c = column_tile * COLUMNS + tl.arange(0, COLUMNS)
-    x = _load_tile(x_ptr, r, c, R, C)
+    x = _load_tile(x_ptr, r, c, R, C, "")
     amax = tl.load(row_amax_ptr + r, mask=r < R, other=0).to(tl.float32, bitcast=True)
     scale, inverse = _scale_of(amax, LARGEST, POWER_OF_TWO, EMULATE)
     tl.store(row_scale_ptr + r, scale, mask=(r < R) & (column_tile == 0))
