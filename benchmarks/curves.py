@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import statistics
 import sys
@@ -43,9 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, overrides = parser.parse_known_args(argv)
     if min(args.gpus_of_one, args.window) < 1 or args.gpus < args.gpus_of_one:
         parser.error("--window and --gpus-of-one must be positive, --gpus at least --gpus-of-one")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(args.gpus)))).split(",")[: args.gpus]
     free: Queue[list[str]] = Queue()
-    for first in range(0, args.gpus - args.gpus_of_one + 1, args.gpus_of_one):
-        free.put([str(gpu) for gpu in range(first, first + args.gpus_of_one)])
+    for first in range(0, len(visible) - args.gpus_of_one + 1, args.gpus_of_one):
+        free.put(visible[first : first + args.gpus_of_one])
     runs: list[dict[str, Any] | None] = [None] * len(args.run)
     record: dict[str, Any] = {"experiment": args.experiment, "overrides": overrides, "window": args.window}
     writing = Lock()
