@@ -132,6 +132,8 @@ def run(contestant: str, args: argparse.Namespace, run_dir: Path) -> dict[str, A
         result = summarize(run_dir, skip=args.skip)
     elif error is None:
         result = json.loads((run_dir / "result.json").read_text(encoding="utf-8"))
+    # Paths of this machine are in the overrides of a run as well.
+    result = json.loads(json.dumps(result).replace(str(run_dir.parent), "RUNS"))
     return {"command": shown(command, run_dir.parent), "seconds": seconds, "result": result, "error": error}
 
 

@@ -38,7 +38,7 @@ class Tile:
 def _choose(num_words: int) -> Tile:
     if num_words <= 1024:
         return Tile(1, 1024, 4, 1)
-    return Tile(2, 2048, 8, 1) if num_words <= 16384 else Tile(4, 4096, 16, 1)
+    return Tile(2, 2048, 8, 1) if num_words <= 65536 else Tile(4, 2048, 8, 2)
 
 
 TILES = Tuned(

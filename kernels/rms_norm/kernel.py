@@ -90,12 +90,14 @@ BACKWARD = Tuned(
 def _forward_tiles(width: int, center: bool, added: bool, fp8: bool) -> Tiles:
     """Of an H200. Not by the number of rows: a row's bits would depend on the others."""
     if center:
-        return Tiles(8192, 32, 2, 3)
-    if width <= 2048:
-        return Tiles(4096, 32, 0) if fp8 else Tiles(2048, 16, 0)
-    if width <= 8192:
-        return Tiles(4096, 32, 0)
-    return Tiles(8192, 32, 0) if added else Tiles(8192, 32, 2, 3)
+        return Tiles(4096, 32, 0, again=True) if width <= 8192 else Tiles(8192, 32, 2, 3)
+    if fp8:
+        if width <= 2048:
+            return Tiles(4096, 32, 0)
+        return Tiles(4096, 32, 0, again=True) if width <= 8192 else Tiles(8192, 32, 2, 3)
+    if added:
+        return Tiles(2048, 8, 0, again=True) if width <= 8192 else Tiles(4096, 16, 0, again=True)
+    return Tiles(4096, 16, 0, again=True) if width <= 8192 else Tiles(4096, 32, 0, again=True)
 
 
 def _backward_tiles(width: int, center: bool, added: bool) -> Tiles:
@@ -103,8 +105,8 @@ def _backward_tiles(width: int, center: bool, added: bool) -> Tiles:
     too many for rows wider than 8192."""
     if width > 8192 and center:
         return Tiles(4096, 32, 1, again=True)
-    if width > 8192 and added:
-        return Tiles(4096, 16, 3)
+    if width > 8192:
+        return Tiles(4096, 16, 3) if added else Tiles(4096, 16, 1, again=True)
     return Tiles(4096, 16, 2, 3)
 
 

@@ -73,7 +73,7 @@ SQUARES = Tuned(
         Square(8, True, 80, again=True),
         Square(16, True, 64, again=True),
     ),
-    lambda rows, columns, square: Square(8, True, 128),
+    lambda rows, columns, square: Square(8, True, 128) if square else Square(4, True),
 )  # of 128x128
 PROGRAMS_PER_MULTIPROCESSOR = 8  # that look for the largest magnitude of a tensor
 LONGEST_ROW = 16384  # kept in registers; longer ones are read twice
