@@ -14,7 +14,8 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,16 +47,37 @@ SKIP = 3
 KEPT = ("tokens_per_second_per_gpu", "mfu", "peak_memory_gib", "step_seconds_median", "loss_first", "loss_last")
 
 
+@dataclass(frozen=True)
+class Run:
+    """One launch: on so many GPUs, with these overrides of the experiment."""
+
+    gpus: int
+    changes: list[str]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("experiment", help="a file of configs/exp")
+    parser = arguments(__doc__)
     parser.add_argument("--gpus", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=8, help=f"of each layout; the first {SKIP} are not measured")
     parser.add_argument("--only", nargs="*", choices=LAYOUTS, help="names of layouts")
-    parser.add_argument("--limit", type=float, default=300.0, help="seconds of one layout, compilation included")
-    parser.add_argument("--out", type=Path, help="also write the object to this file, after every layout")
     args, overrides = parser.parse_known_args(argv)
-    result: dict[str, Any] = {"experiment": args.experiment, "overrides": overrides, "layouts": {}}
+    runs = {name: Run(args.gpus, LAYOUTS[name]) for name in args.only or LAYOUTS}
+    print(json.dumps(measure("layouts", runs, args, overrides), indent=2))
+    return 0
+
+
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    """What this program and benchmarks/growth.py take alike."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("experiment", help="a file of configs/exp")
+    parser.add_argument("--steps", type=int, default=8, help=f"of each run; the first {SKIP} are not measured")
+    parser.add_argument("--limit", type=float, default=300.0, help="seconds of one run, compilation included")
+    parser.add_argument("--out", type=Path, help="also write the object to this file, after every run")
+    return parser
+
+
+def measure(kind: str, runs: Mapping[str, Run], args: argparse.Namespace, overrides: Sequence[str]) -> dict[str, Any]:
+    """One launch after the other: {experiment, overrides, kind: {name: its numbers, or an error}}."""
+    result: dict[str, Any] = {"experiment": args.experiment, "overrides": list(overrides), kind: {}}
     with tempfile.TemporaryDirectory() as folder:
         tokens = Path(folder) / "tokens.npy"
         np.save(tokens, (np.random.default_rng(0).zipf(1.3, 8_000_000) % 32000).astype(np.int32))
@@ -64,18 +86,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Losses of the same model differ by rounding alone while the learning rate is small.
         common += [f"schedule.warmup_steps={args.steps}"]
         common += ["checkpoint.at_end=false", "logging.console=false", *overrides]
-        for name in args.only or LAYOUTS:
+        for name, run in runs.items():
             run_dir = Path(folder) / name
-            command = torchrun(args.gpus, "launch/train.py", *common, *LAYOUTS[name], f"run.dir={run_dir}")
+            command = torchrun(run.gpus, "launch/train.py", *common, *run.changes, f"run.dir={run_dir}")
             error = launch(command, Path(folder) / f"{name}.log", limit=args.limit)
             measured = {"error": error} if error else _measured(run_dir)
-            result["layouts"][name] = {"changes": LAYOUTS[name]} | measured
+            result[kind][name] = {"gpus": run.gpus, "changes": run.changes} | measured
             print(name, error or {key: measured[key] for key in KEPT}, file=sys.stderr, flush=True)
             if args.out:
                 args.out.parent.mkdir(parents=True, exist_ok=True)
                 args.out.write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result, indent=2))
-    return 0
+    return result
 
 
 def _measured(run_dir: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""benchmarks/curves.py and benchmarks/layouts.py, with launches that only write what a run leaves."""
+"""benchmarks/curves.py, layouts.py and growth.py, with launches that only write what a run leaves."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import curves, layouts
+from benchmarks import curves, growth, layouts
 from launch.compose import compose_one
 from tests.benchmarks.test_train import write_run
 from trainer.validate import finalize
@@ -77,3 +77,31 @@ def test_layouts_that_cannot_run_are_recorded_beside_those_that_do(
     assert result["zero2"]["losses"] == [9.0, 8.0, 7.0, 6.0, 5.0, 4.0]
     assert result["zero2"]["tokens_per_second_per_gpu"] == pytest.approx(50)  # of the one step that is measured
     assert "parallel.tp=4" in result["tp4+sp"]["error"]
+
+
+@pytest.mark.parametrize("kind", growth.KINDS)
+def test_growth_asks_for_runs_that_are_configurations_of_the_trainer(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a batch that does not divide, or a layout that is refused only when the GPUs are there."""
+    monkeypatch.setattr(layouts, "launch", launched)
+    out = tmp_path / "growth.json"
+    assert growth.main(["llama3_1b", kind, "--out", str(out), "train.device=cpu"]) == 0
+    runs = json.loads(out.read_text())[kind]
+    assert {name: run.get("error") for name, run in runs.items()} == dict.fromkeys(runs)
+    assert len(runs) >= 3
+
+
+def test_growth_keeps_the_tokens_of_a_step_as_it_says() -> None:
+    """Catches weak scaling by a batch that stays, and sequences compared at different numbers of tokens."""
+
+    def value(run: layouts.Run, key: str) -> int:
+        return int(next(change.partition("=")[2] for change in run.changes if change.startswith(f"{key}=")))
+
+    tokens = {
+        kind: [value(run, "train.global_batch_size") * value(run, "train.seq_len") for run in runs(4).values()]
+        for kind, runs in growth.KINDS.items()
+    }
+    assert tokens["sequence"] == [4 * growth.TOKENS_PER_GPU] * len(tokens["sequence"])
+    assert tokens["weak"] == [growth.TOKENS_PER_GPU * n for n in (1, 2, 4)]
+    assert tokens["strong"] == [4 * growth.TOKENS_PER_GPU] * 3
