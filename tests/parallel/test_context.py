@@ -22,6 +22,7 @@ from parallel.context import pairs, repeat_kv_heads, to_parts, to_sequence, zigz
 from parallel.dims import ParallelDims
 from parallel.groups import ModelParallel
 from parallel.mesh import build_mesh
+from tests.parity.harness import largest
 from tests.pool import RankPool
 
 B, S, H, G, K = 2, 48, 12, 2, 5
@@ -118,7 +119,7 @@ def worst(results: list[list[Tensor]], reference: list[Tensor]) -> float:
     for rank, result in enumerate(results):
         here = zigzag_indices(S, rank=rank, size=size)
         for ours, theirs in zip(result, reference, strict=True):
-            deviation = max(deviation, ((ours - theirs[:, here]).abs().max() / theirs.abs().max()).item())
+            deviation = largest((deviation, ((ours - theirs[:, here]).abs().max() / theirs.abs().max()).item()))
     return deviation
 
 
@@ -176,7 +177,7 @@ def in_bf16(method: str) -> tuple[float, set[torch.dtype]]:
     output = attend(method, {}, *qkv)
     results = [output.detach(), *torch.autograd.grad(output, qkv, grad[:, here])]
     pairs_ = zip(results, reference, strict=True)
-    return max(((a - b[:, here]).abs().max() / b.abs().max()).item() for a, b in pairs_), {x.dtype for x in results}
+    return largest(((a - b[:, here]).abs().max() / b.abs().max()).item() for a, b in pairs_), {x.dtype for x in results}
 
 
 @pytest.mark.parametrize("method", ["ring", "allgather"])

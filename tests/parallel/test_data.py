@@ -18,6 +18,7 @@ from parallel.dims import ParallelConfig, ParallelDims
 from parallel.mesh import build_mesh
 from parallel.parallelize import BlockOptions, parallelize
 from parallel.precision import PrecisionConfig
+from tests.parity.harness import largest
 from tests.pool import RankPool
 from trainer.config import OptimConfig
 from trainer.optim import build_optimizer
@@ -191,7 +192,7 @@ def _corrupt(stage: int) -> float:
         value = expected[f"grad/{name}"]
         assert master.grad is not None
         errors.append(((_full(master.grad) - value).abs().max() / value.abs().max()).item())
-    return max(errors)
+    return largest(errors)
 
 
 @pytest.mark.parametrize("stage", [0, 3])
@@ -350,7 +351,7 @@ def _delivered(stage: int, dp_replicate: int, axes: dict[str, Any]) -> tuple[flo
         assert master.grad is not None
         total = sum(gradients[name].sum(0) for gradients in brought)
         errors.append(((_full(master.grad) - total).abs().max() / total.abs().max()).item())
-    return max(errors), counter.counts
+    return largest(errors), counter.counts
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.config import DataConfig
-from tests.parity.harness import References, gradient_deviation, loss_deviation, run_on, weight_deviation
+from tests.parity.harness import (
+    References,
+    gradient_deviation,
+    largest,
+    loss_deviation,
+    norm_deviation,
+    run_on,
+    weight_deviation,
+)
 from tests.parity.lattice import MODEL_FEATURES, SHAPE, WORLD_SIZE, Changes, Layout, config_of, model_of, models
 from tests.pool import RankPool
 
@@ -19,7 +27,7 @@ class Deviation:
     """How far a layout is from one process."""
 
     loss: float  # relative, largest over steps
-    gradient: float  # relative to the tensor's maximum, largest over the first step's gradients
+    gradient: float  # relative to the tensor's maximum, largest over the first step's gradients; or of any step's norm
     weights: float  # the same of the weights after the last step, in units of what another order of sums does
 
     def problems(self) -> list[str]:
@@ -49,7 +57,7 @@ class Comparison:
         outcome = run_on(self.ranks, WORLD_SIZE, config)
         return Deviation(
             loss=loss_deviation(outcome, reference.outcome),
-            gradient=gradient_deviation(outcome, reference.outcome),
+            gradient=largest(f(outcome, reference.outcome) for f in (gradient_deviation, norm_deviation)),
             weights=weight_deviation(outcome, reference.outcome) / reference.sensitivity,
         )
 

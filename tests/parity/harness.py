@@ -18,7 +18,8 @@ several to know how far.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -175,21 +176,40 @@ def run_on(ranks: RankPool, world_size: int, config: TrainConfig, **kwargs: Any)
     return outcome
 
 
+def largest(deviations: Iterable[float]) -> float:
+    """The largest; NaN if one is, which max() would lose."""
+    values = list(deviations)
+    return math.nan if any(map(math.isnan, values)) else max(values)
+
+
+def relative_difference(found: Tensor, expected: Tensor) -> float:
+    """Largest difference of any element, relative to the largest expected one; 0 for tensors that are both 0."""
+    difference = (found - expected).abs().max().item()
+    if difference == 0:
+        return 0.0
+    scale = expected.abs().max().item()
+    return difference / scale if scale else math.inf
+
+
 def weight_deviation(a: Outcome, b: Outcome) -> float:
     """Largest difference of any weight, relative to the maximum of its tensor."""
-    return max(((a.weights[n] - w).abs().max() / w.abs().max()).item() for n, w in b.weights.items())
+    return largest(relative_difference(a.weights[n], w) for n, w in b.weights.items())
 
 
 def gradient_deviation(a: Outcome, b: Outcome) -> float:
     """Largest difference of any first-step gradient, relative to the maximum of its tensor."""
     assert a.first_gradients.keys() == b.first_gradients.keys()
-    return max(((a.first_gradients[n] - g).abs().max() / g.abs().max()).item() for n, g in b.first_gradients.items())
+    return largest(relative_difference(a.first_gradients[n], g) for n, g in b.first_gradients.items())
 
 
 def loss_deviation(a: Outcome, b: Outcome) -> float:
     """Largest relative difference of any step's loss."""
-    assert len(a.losses) == len(b.losses)
-    return max(abs(x - y) / abs(y) for x, y in zip(a.losses, b.losses, strict=True))
+    return largest(abs(x - y) / abs(y) for x, y in zip(a.losses, b.losses, strict=True))
+
+
+def norm_deviation(a: Outcome, b: Outcome) -> float:
+    """Largest relative difference of any step's gradient norm, before clipping."""
+    return largest(abs(x - y) / abs(y) for x, y in zip(a.grad_norms, b.grad_norms, strict=True))
 
 
 def changed(config: TrainConfig, run_dir: Path, **changes: Any) -> TrainConfig:
@@ -271,7 +291,7 @@ def make_reference(
         # A perturbation that is more than rounding would make room for errors.
         assert loss_deviation(other, outcome) <= 1e-6, name
         assert gradient_deviation(other, outcome) <= 1e-5, name
-        sensitivity = max(sensitivity, weight_deviation(other, outcome))
+        sensitivity = largest((sensitivity, weight_deviation(other, outcome)))
     return Reference(config, outcome, sensitivity)
 
 
@@ -279,6 +299,7 @@ def assert_same_model(outcome: Outcome, reference: Reference) -> None:
     """Within the tolerances at the top of this file."""
     assert loss_deviation(outcome, reference.outcome) <= 1e-6
     assert gradient_deviation(outcome, reference.outcome) <= 1e-5
+    assert norm_deviation(outcome, reference.outcome) <= 1e-5
     assert weight_deviation(outcome, reference.outcome) <= 2 * reference.sensitivity
 
 

@@ -1,11 +1,13 @@
 """Eight layouts of eight ranks on one curve: the model of `make train`, trained in each of them and in one process.
 
-`python -m tests.parity.overlay` writes docs/overlay.json and docs/overlay.png; it takes a quarter of an hour on two
-cores. Exits 1 if the losses of a layout leave those of one process by more than LIMIT.
+`python -m tests.parity.overlay` writes docs/overlay.json and docs/overlay.png; it takes half an hour on two cores, and
+started again goes on after the last layout that is in the file (--anew: from the beginning). Exits 1 if the losses of a
+layout leave those of one process by more than LIMIT.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 import tempfile
@@ -13,12 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from launch.compose import compose_one
-from tests.parity.harness import run_on
+from tests.parity.harness import largest, run_on
 from tests.pool import RankPool
 
 STEPS = 200
-LIMIT = 1e-3
-"""Relative. Rounding grows with the steps; what it comes to is in the picture's lower half."""
+LIMIT = 1e-5
+"""Relative. Rounding grows with the steps, and faster the higher the learning rate: at 1e-3 two runs of one process
+that differ in the micro-batches part by 2e-3 within these steps, at LR by 1e-7."""
+LR = 3e-4
+ONE = "one process"
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 LAYOUTS: dict[str, list[str]] = {
     "ZeRO-3": ["parallel.zero_stage=3"],
@@ -37,30 +42,35 @@ LAYOUTS: dict[str, list[str]] = {
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--anew", action="store_true")
+    record = DOCS / "overlay.json"
+    losses: dict[str, list[float]] = {}
+    if record.exists() and not parser.parse_args().anew:
+        losses = json.loads(record.read_text())
     ranks = RankPool()
     with tempfile.TemporaryDirectory() as folder:
-        losses = {"one process": _losses(ranks, 1, [], Path(folder) / "one")}
-        for index, (name, changes) in enumerate(LAYOUTS.items()):
-            losses[name] = _losses(ranks, 8, changes, Path(folder) / str(index))
-            print(f"{name}: {_deviation(losses[name], losses['one process']):.1e}", flush=True)
+        for index, (name, changes) in enumerate(({ONE: []} | LAYOUTS).items()):
+            if name not in losses:
+                losses[name] = _losses(ranks, 1 if name == ONE else 8, changes, Path(folder) / str(index))
+                record.write_text(json.dumps(losses) + "\n")
+            print(f"{name}: {deviation(losses[name], losses[ONE]):.1e}", flush=True)
     ranks.close()
-    (DOCS / "overlay.json").write_text(json.dumps(losses) + "\n")
     _draw(losses, DOCS / "overlay.png")
-    worst = max(_deviation(curve, losses["one process"]) for curve in losses.values())
-    return 0 if worst <= LIMIT else 1
+    return 0 if largest(deviation(curve, losses[ONE]) for curve in losses.values()) <= LIMIT else 1
 
 
 def _losses(ranks: RankPool, num_ranks: int, changes: list[str], run_dir: Path) -> list[float]:
     # AdamW, because Muon does not run under tp; eight sequences a step, because eight ranks share these cores.
-    arguments = ["+exp=stdlib", "optim=adamw", "optim.lr=1e-3", f"train.steps={STEPS}", "train.eval_interval=0"]
+    arguments = ["+exp=stdlib", "optim=adamw", f"optim.lr={LR}", f"train.steps={STEPS}", "train.eval_interval=0"]
     arguments += ["train.sample_tokens=0", "train.global_batch_size=8", "train.micro_batch_size=1"]
     arguments += ["checkpoint.at_end=false", "logging.console=false", "train.device=cpu", f"run.dir={run_dir}"]
     config = compose_one([*arguments, *changes])
     return run_on(ranks, num_ranks, config, timeout=1800).losses
 
 
-def _deviation(curve: list[float], reference: list[float]) -> float:
-    return max(abs(a - b) / abs(b) for a, b in zip(curve, reference, strict=True))
+def deviation(curve: list[float], reference: list[float]) -> float:
+    return largest(abs(a - b) / abs(b) for a, b in zip(curve, reference, strict=True))
 
 
 def _draw(losses: dict[str, list[float]], path: Path) -> None:
@@ -70,7 +80,7 @@ def _draw(losses: dict[str, list[float]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, (above, below) = plt.subplots(2, 1, figsize=(9, 6), sharex=True, height_ratios=(2, 1))
-    reference = losses["one process"]
+    reference = losses[ONE]
     steps = range(1, len(reference) + 1)
     for i, (name, curve) in enumerate(losses.items()):
         style: dict[str, Any] = {"lw": 5, "color": "0.8"} if i == 0 else {"lw": 1, "ls": (0, (2, 7), i)}

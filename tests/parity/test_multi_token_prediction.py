@@ -20,7 +20,9 @@ from tests.parity.harness import (
     Outcome,
     changed,
     gradient_deviation,
+    largest,
     loss_deviation,
+    relative_difference,
     run_here,
     run_on,
     text_corpus,
@@ -174,7 +176,7 @@ def against_the_formula(config: TrainConfig) -> tuple[float, float, float]:
     assert found.keys() == expected.keys()
 
     def deviation(reference: dict[str, Tensor]) -> float:
-        return max(((found[n] - g).abs().max() / g.abs().max()).item() for n, g in reference.items())
+        return largest(relative_difference(found[n], g) for n, g in reference.items())
 
     return of_losses, deviation(expected), deviation(dict(zip(names, unweighted, strict=True)))
 

@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.parity.harness import largest
 from trainer.config import OptimConfig
 from trainer.optim import Optimizer, build_optimizer, clip_coefficient, global_grad_norm
 
@@ -121,7 +122,7 @@ def outcome_of(case: Case, mesh_shape: tuple[int, ...] | None = None) -> Outcome
 def largest_difference(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
     """Largest difference of an element, as a fraction of the largest element of its tensor in b. Same names."""
     assert a.keys() == b.keys()
-    return max(
+    return largest(
         ((a[name].double() - b[name].double()).abs().max() / b[name].double().abs().max().clamp(min=1e-30)).item()
         for name in a
     )

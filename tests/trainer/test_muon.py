@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
+from tests.parity.harness import largest
 from tests.pool import RankPool
 from tests.trainer.optimized import SHAPES, Case, bits, largest_difference, outcome_of, place, take_steps, whole
 from trainer.config import OptimConfig
@@ -196,7 +197,7 @@ def _orthogonalize_on_ranks(shapes: list[tuple[int, int]]) -> tuple[float, float
     assert [r.shape for r in results] == [s.shape for s in shards]
 
     def off(got: list[Tensor]) -> float:
-        return max(((g - e).abs().max().item() for g, e in zip(got, expected, strict=True) if e.numel()), default=0.0)
+        return largest([0.0, *((g - e).abs().max().item() for g, e in zip(got, expected, strict=True) if e.numel())])
 
     return off(results), off(alone)
 
