@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -404,52 +401,3 @@ def test_documents_that_do_not_ascend_are_noticed() -> None:
     documents = torch.tensor([[0, 0, 1, 1, 0]])
     with pytest.raises(RuntimeError, match="ascend"):
         run_mask(5, 5, DEVICE, query_documents=documents, key_documents=documents)
-
-
-COMPILE = """
-import itertools, sys
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from kernels.attention import kernel, kernel_backward
-from kernels.attention.kernel import Block
-
-def compile(function, block, size, ranges):
-    sizes = dict(H=8, GROUP=4, PARTS=2, HEADS=4, K=size, V=size, PADDED_K=size, PADDED_V=size)
-    modes = dict(CAUSAL=not ranges, WINDOWED=False, RANGES=ranges, SINKS=ranges, SLOPES=False)
-    known = dict(sizes, QUERIES=block.queries, KEYS=block.keys, **modes)
-    rows = {"k_source": block.keys, "v_source": block.keys}
-    known["TMA"] = block.tma
-    pointers = {"lse_ptr": "*fp32", "delta_ptr": "*fp32", "first_ptr": "*i32", "end_ptr": "*i32", "scale": "fp32"}
-    signature, aligned = {}, {}
-    for i, name in enumerate(function.arg_names):
-        kind = "constexpr" if name in known else pointers.get(name, "*bf16" if name.endswith("_ptr") else "i32")
-        if name.endswith("_source"):
-            kind = f"tensordesc<bf16[1, {rows.get(name, block.queries)}, 1, {size}]>" if block.tma else "*bf16"
-        signature[name] = kind
-        if kind[0] == "*" or name.startswith("stride"):
-            aligned[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(function, signature, {k: v for k, v in known.items() if k in signature}, aligned)
-    options = {"num_warps": block.num_warps, "num_stages": block.num_stages}
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-
-for size, ranges in [(128, True)]:
-    for function, block in [
-        (kernel._forward, kernel.FORWARD(size, 2)),
-        (kernel_backward._backward_queries, kernel_backward.BACKWARD_QUERIES(size, 2, ranges)),
-        (kernel_backward._backward_keys, kernel_backward.BACKWARD_KEYS(size, 2)),
-    ]:
-        compiled = compile(function, block, size, ranges)
-        assert "wgmma.mma_async" in compiled.asm["ptx"], function
-        assert not block.tma or "cp.async.bulk.tensor" in compiled.asm["ptx"]
-        assert compiled.metadata.shared <= 227 * 1024, (function, compiled.metadata.shared)
-        print(function, compiled.metadata.shared)
-"""
-
-
-@pytest.mark.skipif(CUDA, reason="the other tests compile")
-def test_kernels_compile_for_hopper_in_bf16() -> None:
-    """What the interpreter does not know: types, shared memory, tensor cores."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    result = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
