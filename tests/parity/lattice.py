@@ -204,9 +204,22 @@ def refused_pairs(legality: Legality) -> dict[Pair, str]:
 
 def _reason(pair: Pair, legality: Legality) -> str:
     """The problem that neither value has alone, of the plainest layout with both."""
-    alone = {problem for name, value in pair for problem in legality.problems(default() | {name: value})}
-    together = legality.problems(default() | dict(pair))
-    return next((problem for problem in together if problem not in alone), together[0])
+    alone: set[str] = set()
+    together = default()
+    for name, value in pair:
+        plainest = _plainest(name, value, legality)
+        alone |= set(legality.problems(plainest))
+        together |= {feature: v for feature, v in plainest.items() if v != default()[feature]}
+    problems = legality.problems(together | dict(pair))
+    return next((problem for problem in problems if problem not in alone), problems[0])
+
+
+def _plainest(name: str, value: str, legality: Legality) -> Layout:
+    """A layout with this value that is legal, with one other feature where it needs one, as experts' axis needs
+    experts."""
+    plain = default() | {name: value}
+    others = (plain | {other: v} for other, values in FEATURES.items() if other != name for v in values)
+    return next((layout for layout in (plain, *others) if not legality.problems(layout)), plain)
 
 
 def cost(layout: Layout) -> float:
