@@ -39,6 +39,31 @@ def causal_flops_per_token(config: ModelConfig, seq_len: int) -> float:
     return multiplied + attention * sum(w - w * (w - 1) / (2 * seq_len) for w in windows)
 
 
+def multiplications_of_layers(config: ModelConfig, seq_len: int) -> list[float]:
+    """Of a token's forward pass in each of the config.num_layers blocks, on average over a causal sequence of seq_len:
+    what pipeline stages are balanced by. Experts that a token is not sent to cost nothing."""
+    assert config.head_dim is not None  # resolved
+    assert config.value_dim is not None
+    costs = [0.0] * config.num_layers
+    with torch.device("meta"):
+        blocks = Decoder(config).blocks
+    for layer in range(config.num_layers):
+        window = min(seq_len, config.window_of(layer) or seq_len)
+        seen = window - window * (window - 1) / (2 * seq_len)
+        multiplied = sum(prod(parameter.shape) for parameter in blocks.get_submodule(str(layer)).parameters()) - _idle(
+            config, layer
+        )
+        costs[layer] = multiplied + config.num_heads * (config.head_dim + config.value_dim) * seen
+    return costs
+
+
+def _idle(config: ModelConfig, layer: int) -> int:
+    """Parameters of a layer's experts that a token is not sent to."""
+    if not config.moe.in_layer(layer):
+        return 0
+    return (config.moe.num_experts - config.moe.top_k) * 3 * config.hidden_size * config.moe.intermediate_size
+
+
 def _flops(config: ModelConfig) -> tuple[int, int]:
     """Of a token in all matrix products but attention's, and of attention per place that it looks at in a layer."""
     assert config.head_dim is not None  # resolved
@@ -46,7 +71,6 @@ def _flops(config: ModelConfig) -> tuple[int, int]:
     lookup = 0 if config.tie_embeddings else config.vocab_size * config.hidden_size
     if config.positions == "learned":
         lookup += config.max_seq_len * config.hidden_size
-    idle = sum(map(config.moe.in_layer, range(config.num_blocks))) * (config.moe.num_experts - config.moe.top_k)
-    idle *= 3 * config.hidden_size * config.moe.intermediate_size
+    idle = sum(_idle(config, layer) for layer in range(config.num_blocks))
     multiplied = num_parameters(config) - lookup - idle + config.mtp.depth * config.vocab_size * config.hidden_size
     return 6 * multiplied, 6 * config.num_heads * (config.head_dim + config.value_dim)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from data.batch import Batch
 from models.config import ModelConfig
-from models.flops import num_parameters
+from models.flops import multiplications_of_layers
 from models.mtp_config import MTPConfig
 from parallel.data import DataParallel
 from parallel.dims import ParallelConfig
@@ -39,12 +39,9 @@ def pipeline_layout(config: ParallelConfig, model: ModelConfig, *, seq_len: int)
         return None
     depth, model = model.mtp.depth, replace(model, mtp=MTPConfig())
     head = model.vocab_size * model.hidden_size
-    tables = head if model.tie_embeddings else 2 * head
-    tables += model.max_seq_len * model.hidden_size if model.positions == "learned" else 0
-    assert model.head_dim is not None  # resolved
-    block = (num_parameters(model) - tables) / model.num_layers + model.num_heads * model.head_dim * seq_len
-    ahead = depth * (block + 2 * model.hidden_size**2 + head)
-    return make_layout(config, [block] * model.num_layers, head_cost=head + ahead)
+    costs = multiplications_of_layers(model, seq_len)
+    ahead = depth * (costs[-1] + 2 * model.hidden_size**2 + head)
+    return make_layout(config, costs, head_cost=head + ahead)
 
 
 class _ModelWork:

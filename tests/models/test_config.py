@@ -14,12 +14,14 @@ from omegaconf import OmegaConf
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.config import ModelConfig, RopeConfig, problems
-from models.flops import flops_per_token, num_parameters
+from models.flops import causal_flops_per_token, flops_per_token, multiplications_of_layers, num_parameters
 from models.mla_config import MLAConfig
 from models.moe_config import MoEConfig, RoutingConfig
 from models.registry import FAMILIES, build_model, hf_config, resolve_model
+from parallel.dims import ParallelConfig
 from tests.models.oracle import CASES, CLASSES, theirs
 from tests.models.small import tiny
+from trainer.pipelined import pipeline_layout
 
 
 def moe(**changes: Any) -> MoEConfig:
@@ -182,6 +184,33 @@ def test_flops_count_every_multiplication_of_forward_and_backward() -> None:
             model(tokens).sum().backward()
         norms = sum(p.numel() for p in model.parameters() if p.ndim == 1)
         assert flops_per_token(config, 16) * 16 == counter.get_total_flops() + 6 * norms * 16
+
+
+def test_multiplications_of_layers_add_up_to_those_of_the_model() -> None:
+    """Pipeline stages balanced by experts that stand idle, or as if all layers were alike."""
+    cases: list[dict[str, Any]] = [{}, {"moe": moe(num_shared=1, first_dense=1)}, {"sliding_window": 5}]
+    cases += [{"mla": MLAConfig(8, None, 6, 4, 7), "num_kv_heads": None}]
+    cases += [{"sliding_window": 5, "sliding_window_layers": [1]}]
+    for case in cases:
+        config = tiny(**case)
+        head_and_norm = config.vocab_size * config.hidden_size + config.hidden_size
+        layers = multiplications_of_layers(config, 16)
+        assert sum(layers) + head_and_norm == pytest.approx(causal_flops_per_token(config, 16) / 6)
+        assert (layers[0] == layers[1]) == ("moe" not in case and "sliding_window_layers" not in case)
+
+
+def test_idle_experts_do_not_move_layers_between_stages() -> None:
+    """256 experts, of which a token meets 8, that outweigh the head: 4+4+4+4, with the last stage the slowest."""
+
+    def stages(**changes: Any) -> str:
+        model = tiny(vocab_size=32000, hidden_size=252, num_layers=16, **changes)
+        layout = pipeline_layout(ParallelConfig(pp=4, pp_schedule="1f1b"), model, seq_len=64)
+        assert layout is not None
+        return layout.summary
+
+    experts = MoEConfig(num_experts=256, top_k=8, intermediate_size=64, first_dense=4)
+    assert stages().endswith("+1)")
+    assert stages(moe=experts).endswith("+1)")
 
 
 def test_flops_of_a_window_are_those_of_the_tokens_it_shows() -> None:
