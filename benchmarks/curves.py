@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shlex
 import statistics
@@ -45,6 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if min(args.gpus_of_one, args.window) < 1 or args.gpus < args.gpus_of_one:
         parser.error("--window and --gpus-of-one must be positive, --gpus at least --gpus-of-one")
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(args.gpus)))).split(",")[: args.gpus]
+    if len(visible) < args.gpus_of_one:
+        parser.error(f"CUDA_VISIBLE_DEVICES names {len(visible)} GPUs, fewer than --gpus-of-one {args.gpus_of_one}")
     free: Queue[list[str]] = Queue()
     for first in range(0, len(visible) - args.gpus_of_one + 1, args.gpus_of_one):
         free.put(visible[first : first + args.gpus_of_one])
@@ -102,12 +105,13 @@ def _compared(run: dict[str, Any], first: dict[str, Any] | None, window: int) ->
         [statistics.fmean(r["losses"][i : i + window]) for i in range(0, len(r["losses"]) - window + 1, window)]
         for r in (run, first)
     )
-    deviations = [a / b - 1 for a, b in zip(means, reference, strict=True)]
+    deviations = [abs(a / b - 1) for a, b in zip(means, reference, strict=True)][1:]
     end, end_reference = (statistics.fmean(r["losses"][-window:]) for r in (run, first))
     return {
         "loss_end": end,
         "end_deviation": end / end_reference - 1,
-        "largest_deviation": max(map(abs, deviations[1:]), default=None),
+        # max() loses NaN unless it comes first.
+        "largest_deviation": max(deviations, key=lambda x: (math.isnan(x), x), default=None),
     }
 
 

@@ -33,11 +33,11 @@ def _batch(samples: int, micro_batch_size: int, *others: str) -> list[str]:
 def sequence(gpus: int) -> dict[str, Run]:
     tokens = gpus * TOKENS_PER_GPU
     runs = {}
-    for length in (2048, 8192, 32768, 65536, 131072):
-        changes = _batch(max(1, tokens // length), max(1, 16384 // length), f"train.seq_len={length}")
+    for length in (length for length in (2048, 8192, 32768, 65536, 131072) if length <= tokens):
+        changes = _batch(tokens // length, max(1, 16384 // length), f"train.seq_len={length}")
         changes += ["parallel.zero_stage=1", f"model.max_seq_len={max(length, 8192)}"]
         # A rank has 32k tokens at most.
-        cp = min(gpus, max(1, length // TOKENS_PER_GPU))
+        cp = max(1, length // TOKENS_PER_GPU)
         for method in ("ring", "ulysses", "allgather") if cp > 1 else (None,):
             cut = [] if method is None else [f"parallel.cp={cp}", f"parallel.cp_method={method}"]
             runs[f"{length}" + (f"-cp{cp}-{method}" if method else "")] = Run(gpus, [*changes, *cut])
@@ -56,11 +56,10 @@ def experts(gpus: int) -> dict[str, Run]:
     base = [*_batch(2 * gpus, 1), "train.seq_len=8192", "parallel.zero_stage=1"]
     # Two of eight experts of half the width compute what the dense layer does.
     mixture = ["model.moe.num_experts=8", "model.moe.top_k=2", "model.moe.intermediate_size=4096"]
-    runs = {"dense": Run(gpus, base)}
+    eager = "train.compile=false"  # blocks whose tokens travel do not compile: all are measured without, too
+    runs = {"dense": Run(gpus, base), "experts": Run(gpus, [*base, *mixture]), "dense-eager": Run(gpus, [*base, eager])}
     for n in _counts(gpus):
-        # Blocks whose tokens travel do not compile.
-        eager = ["train.compile=false"] if n > 1 else []
-        runs[f"experts-ep{n}"] = Run(gpus, [*base, *mixture, f"parallel.ep={n}", *eager])
+        runs[f"experts-ep{n}-eager"] = Run(gpus, [*base, *mixture, f"parallel.ep={n}", eager])
     return runs
 
 

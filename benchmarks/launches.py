@@ -12,19 +12,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+_TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 _REASON = re.compile(r"Error\b|^(configuration )?error: ")
 
 
 def torchrun(gpus: int, program: str, *arguments: object) -> list[str]:
     """The command that runs a program of this repository on so many GPUs of this machine."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(gpus)]
+    launcher = [*_TORCHRUN, "--standalone", "--nproc-per-node", str(gpus)]
     return [*launcher, str(ROOT / program), *map(str, arguments)]
 
 
 def shown(command: Sequence[str], folder: Path) -> str:
     """The command as a record keeps it: without the paths of one machine. `folder` is the temporary one of the runs."""
-    line = shlex.join(["torchrun" if part == sys.executable else part for part in command])
-    line = line.replace("torchrun -m torch.distributed.run", "torchrun")
+    line = shlex.join(command).replace(shlex.join(_TORCHRUN), "torchrun")
     return line.replace(f"{ROOT}/", "").replace(str(folder), "RUNS")
 
 

@@ -11,7 +11,7 @@ from kernels.fp8 import Recipe
 from kernels.grouped_linear import choose_grouped_linear
 from models.decoder import Decoder
 from models.fp8 import Fp8Linears, apply_fp8, linears_in_fp8
-from models.layers.attention import describe_attention
+from models.layers.attention import choose_attention
 from models.layers.router import Router
 from models.registry import build_model
 from parallel.activation_budget import describe as describe_plan
@@ -141,19 +141,19 @@ def compiles_loss(config: TrainConfig) -> bool:
 
 def attention_used(config: TrainConfig, device: torch.device) -> str:
     """The implementation of attention and why, for run.json. Raises ValueError where the one asked for does not run."""
-    used = describe_attention(
+    used = choose_attention(
         config.model,
         device,
         config.precision.compute_dtype,
         documents=config.data.mask_documents,
         cp_method=config.parallel.cp_method if config.parallel.cp > 1 else None,
     )
-    if used.split()[0] == "flex" and config.model.activation_checkpoint == "budget":
+    if used.name == "flex" and config.model.activation_checkpoint == "budget":
         raise ValueError(
             "model.activation_checkpoint=budget cannot measure model.attention=flex, which is no single operation; use "
             "model.attention=triton or sdpa, or activation_checkpoint=selective or full"
         )
-    return used
+    return str(used)
 
 
 def implementations(config: TrainConfig, dims: ParallelDims, state: TrainState, device: torch.device) -> dict[str, str]:

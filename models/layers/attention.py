@@ -52,6 +52,16 @@ PREFERRED_PLAIN = ("sdpa", "reference")  # causal, and everything where there is
 PREFERRED_MASKED = ("triton", "flex", "sdpa", "reference")  # on CUDA: documents, windows, sinks, parts of a ring
 
 
+class AttentionChoice(NamedTuple):
+    """An implementation; as a string, what run.json says of it."""
+
+    name: str
+    why: str = ""  # where model.attention=auto left it open
+
+    def __str__(self) -> str:
+        return f"{self.name} (auto: {self.why})" if self.why else self.name
+
+
 def choose_attention(
     config: ModelConfig,
     device: torch.device,
@@ -59,7 +69,7 @@ def choose_attention(
     *,
     documents: bool = False,
     cp_method: str | None = None,
-) -> str:
+) -> AttentionChoice:
     """The implementation that runs: what model.attention=auto means on `device`, with or without document masks.
 
     dtype: of activations. On CUDA, sdpa for plain causal attention and triton where a window, documents, sinks or the
@@ -67,26 +77,6 @@ def choose_attention(
     heads or sinks, the next that can. Across a sequence that is split by cp_method, one that the method runs on (see
     `runs_on_context`). Raises ValueError for an implementation that is asked for and does not run.
     """
-    return _choose(config, device, dtype, documents, cp_method)[0]
-
-
-def describe_attention(
-    config: ModelConfig,
-    device: torch.device,
-    dtype: torch.dtype,
-    *,
-    documents: bool = False,
-    cp_method: str | None = None,
-) -> str:
-    """What `choose_attention` chooses and, where the configuration left it open, why: for run.json."""
-    name, why = _choose(config, device, dtype, documents, cp_method)
-    return f"{name} (auto: {why})" if why else name
-
-
-def _choose(
-    config: ModelConfig, device: torch.device, dtype: torch.dtype, documents: bool, cp_method: str | None
-) -> tuple[str, str]:
-    """The implementation, and why; "": because it was asked for."""
     obstacles = _obstacles(config, device, dtype)
     possible = tuple(obstacles)
     if cp_method is not None:
@@ -94,7 +84,7 @@ def _choose(
     if config.attention != "auto":
         if obstacle := obstacles[config.attention]:
             raise ValueError(f"model.attention={config.attention} {obstacle}; use model.attention=auto or reference")
-        return config.attention, ""
+        return AttentionChoice(config.attention)
     elsewhere = f"does not run under parallel.cp_method={cp_method}"
     obstacles |= {name: obstacles[name] or elsewhere for name in obstacles if name not in possible}
     asked = {
@@ -115,7 +105,7 @@ def _choose(
         why = "plain causal attention, cuDNN's where it can"
     chosen = next(name for name in preferred if obstacles[name] is None)
     passed_over = [f"{name} {obstacles[name]}" for name in preferred[: preferred.index(chosen)]]
-    return chosen, "; ".join([why, *passed_over])
+    return AttentionChoice(chosen, "; ".join([why, *passed_over]))
 
 
 def _obstacles(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
@@ -153,7 +143,7 @@ def build_context(
     if positions is None:
         positions = torch.arange(seq_len, device=device)[None]
     cp_method = groups.cp_method if indices is not None and groups.cp_size > 1 else None
-    implementation = choose_attention(config, device, dtype, documents=documents is not None, cp_method=cp_method)
+    implementation = choose_attention(config, device, dtype, documents=documents is not None, cp_method=cp_method).name
     slopes = alibi_slopes(config.num_heads, device) if config.positions == "alibi" else None
     if slopes is not None and groups.tp is not None:
         slopes = slopes.chunk(groups.tp.size())[groups.tp.get_local_rank()]

@@ -19,7 +19,16 @@ from models.mla_config import MLAConfig
 from models.moe_config import MoEConfig
 from models.mtp_config import MTPConfig
 from parallel.mesh import init_distributed, pick_device
-from tests.parity.harness import changed, gradient_deviation, loss_deviation, run_here, run_on, text_corpus, tiny_config
+from tests.parity.harness import (
+    changed,
+    gradient_deviation,
+    largest,
+    loss_deviation,
+    run_here,
+    run_on,
+    text_corpus,
+    tiny_config,
+)
 from tests.pool import RankPool
 from trainer.config import TrainConfig
 
@@ -330,7 +339,7 @@ def _perturbations(model: str, precision: str) -> dict[str, dict[str, Any]]:
 def _sensitivity(alone: _Outcomes, model: str, precision: str) -> tuple[float, float]:
     """What another order of sums or rounding does on one GPU to losses and to first gradients."""
     first, *others = (alone[f"{model}-{name}"] for name in _perturbations(model, precision))
-    return max(loss_deviation(o, first) for o in others), max(gradient_deviation(o, first) for o in others)
+    return largest(loss_deviation(o, first) for o in others), largest(gradient_deviation(o, first) for o in others)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -342,14 +351,13 @@ def test_a_layout_over_nccl_trains_like_one_gpu(on_gpus: tuple[str, _Outcomes, _
     """
     precision, alone, together = on_gpus
     model = LAYOUTS[layout][0]
-    loss, gradient = _sensitivity(alone, model, precision)
+    sensitivity = _sensitivity(alone, model, precision)
     expected, outcome = alone[f"{model}-1"], together[layout]
     measured = loss_deviation(outcome, expected), gradient_deviation(outcome, expected)
-    print(f"{layout} {precision}: loss, gradient {measured}; one GPU {(loss, gradient)}")
-    if precision == "fp32":
-        loss, gradient = max(loss, 1e-6 / 4), max(gradient, 1e-5 / 4)
-    assert measured[0] <= 4 * loss
-    assert measured[1] <= 4 * gradient
+    print(f"{layout} {precision}: loss, gradient {measured}; one GPU {sensitivity}")
+    limits = (1e-6, 1e-5) if precision == "fp32" else tuple(4 * x for x in sensitivity)
+    assert measured[0] <= limits[0]
+    assert measured[1] <= limits[1]
 
 
 if __name__ == "__main__":

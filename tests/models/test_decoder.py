@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import pytest
@@ -14,10 +13,11 @@ from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 
 from kernels.attention.alibi import slopes
 from kernels.backend import interpreted
+from models.config import ModelConfig
 from models.decoder import Decoder
 from models.init import initialize
 from models.initializers import Constant, Normal
-from models.layers.attention import build_context, choose_attention, describe_attention
+from models.layers.attention import build_context, choose_attention
 from models.registry import build_model
 from tests.models.on_ranks import sharded_logits_and_grads
 from tests.models.small import random_decoder, sample_tokens, tiny
@@ -219,30 +219,35 @@ def test_rope_refuses_tables_that_something_cast_to_bf16() -> None:
         model.blocks[0](x, context=context._replace(cos=context.cos.bfloat16()))
 
 
+def chosen(*arguments: Any, **others: Any) -> str:
+    """The name alone."""
+    return choose_attention(*arguments, **others).name
+
+
 def test_what_auto_means_is_said_and_kernels_are_refused_where_they_do_not_run() -> None:
     """A run that reports another kernel than it used."""
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     plain, windowed = tiny(head_dim=16), tiny(head_dim=16, sliding_window=5)
     bf16, fp32 = torch.bfloat16, torch.float32
-    assert choose_attention(plain, cuda, bf16) == choose_attention(windowed, cpu, fp32, documents=True) == "sdpa"
-    assert choose_attention(windowed, cuda, bf16) == choose_attention(plain, cuda, bf16, documents=True) == "triton"
+    assert chosen(plain, cuda, bf16) == chosen(windowed, cpu, fp32, documents=True) == "sdpa"
+    assert chosen(windowed, cuda, bf16) == chosen(plain, cuda, bf16, documents=True) == "triton"
     for kernel in ("flex", "triton"):
-        assert choose_attention(replace(plain, attention=kernel), cuda, bf16) == kernel
-    assert choose_attention(plain, cuda, torch.float64) == "reference"
-    assert choose_attention(replace(windowed, attention="reference"), cuda, bf16) == "reference"
+        assert chosen(replace(plain, attention=kernel), cuda, bf16) == kernel
+    assert chosen(plain, cuda, torch.float64) == "reference"
+    assert chosen(replace(windowed, attention="reference"), cuda, bf16) == "reference"
     sinks = tiny(head_dim=16, attention_sinks=True)
-    assert [choose_attention(sinks, device, bf16) for device in (cpu, cuda)] == ["reference", "triton"]
-    assert choose_attention(sinks, cpu, fp32, cp_method="ulysses") == "reference"
+    assert [chosen(sinks, device, bf16) for device in (cpu, cuda)] == ["reference", "triton"]
+    assert chosen(sinks, cpu, fp32, cp_method="ulysses") == "reference"
     for method in ("ring", "allgather"):
         for device, expected in ((cpu, "reference"), (cuda, "triton")):
-            assert choose_attention(plain, device, bf16, cp_method=method) == expected
-        assert choose_attention(replace(plain, attention="triton"), cuda, bf16, cp_method=method) == "triton"
+            assert chosen(plain, device, bf16, cp_method=method) == expected
+        assert chosen(replace(plain, attention="triton"), cuda, bf16, cp_method=method) == "triton"
         with pytest.raises(ValueError, match=r"model\.attention=triton does not run on cpu"):
-            choose_attention(replace(plain, attention="triton"), cpu, fp32, cp_method=method)
-    assert choose_attention(plain, cuda, bf16, cp_method="ulysses") == "sdpa"
-    assert choose_attention(windowed, cuda, bf16, cp_method="ulysses") == "triton"
+            chosen(replace(plain, attention="triton"), cpu, fp32, cp_method=method)
+    assert chosen(plain, cuda, bf16, cp_method="ulysses") == "sdpa"
+    assert chosen(windowed, cuda, bf16, cp_method="ulysses") == "triton"
     with pytest.raises(ValueError, match=r"runs on triton or reference with model\.attention_sinks=true"):
-        choose_attention(replace(sinks, attention="sdpa"), cpu, fp32, cp_method="ulysses")
+        chosen(replace(sinks, attention="sdpa"), cpu, fp32, cp_method="ulysses")
     for kernel in ("flex", "triton"):
         with pytest.raises(ValueError, match=rf"model\.attention={kernel} does not run on cpu"):
             random_decoder(replace(plain, attention=kernel))(sample_tokens())
@@ -251,7 +256,10 @@ def test_what_auto_means_is_said_and_kernels_are_refused_where_they_do_not_run()
 def test_what_auto_chose_is_said_with_its_reason() -> None:
     """A mask or heads for which another kernel runs than a reader of run.json expects."""
     cpu, cuda, bf16 = torch.device("cpu"), torch.device("cuda"), torch.bfloat16
-    said = partial(describe_attention, device=cuda, dtype=bf16)
+
+    def said(config: ModelConfig, device: torch.device = cuda, **others: Any) -> str:
+        return str(choose_attention(config, device, bf16, **others))
+
     assert said(tiny(attention="triton")) == "triton"
     assert said(tiny(head_dim=16)) == "sdpa (auto: plain causal attention, cuDNN's where it can)"
     assert said(tiny(head_dim=16), device=cpu) == "sdpa (auto: on cpu)"
@@ -297,13 +305,13 @@ def test_attention_that_only_a_slow_kernel_could_do_is_not_chosen_silently() -> 
     cuda, bf16 = torch.device("cuda"), torch.bfloat16
     small = tiny(head_dim=8, sliding_window=4)  # heads of 8
     odd = tiny(head_dim=6)  # heads of 6
-    assert choose_attention(small, cuda, bf16) == "triton"
-    assert choose_attention(small, cuda, torch.float64) == "reference"
-    assert choose_attention(odd, cuda, bf16) == "reference"
+    assert chosen(small, cuda, bf16) == "triton"
+    assert chosen(small, cuda, torch.float64) == "reference"
+    assert chosen(odd, cuda, bf16) == "reference"
     with pytest.raises(ValueError, match=r"model\.attention=flex has no kernel for heads of 8 features"):
-        choose_attention(replace(small, attention="flex"), cuda, bf16)
+        chosen(replace(small, attention="flex"), cuda, bf16)
     with pytest.raises(ValueError, match=r"model\.attention=sdpa has no CUDA kernel for heads of 6 features"):
-        choose_attention(replace(odd, attention="sdpa"), cuda, bf16)
+        chosen(replace(odd, attention="sdpa"), cuda, bf16)
 
 
 def test_a_sequence_beyond_the_learned_positions_is_refused() -> None:
