@@ -1,18 +1,21 @@
 """Eight layouts of eight ranks on one curve: the model of `make train`, trained in each of them and in one process.
 
 `python -m tests.parity.overlay` writes docs/overlay.json and docs/overlay.png; it takes half an hour on two cores, and
-started again goes on after the last layout that is in the file (--anew: from the beginning). Exits 1 if the losses of a
-layout leave those of one process by more than LIMIT.
+started again with the same Python (whose library is the text) and torch goes on after the last layout that is in the
+file (--anew: from the beginning). Exits 1 if the losses of a layout leave those of one process by more than LIMIT.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import platform
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from launch.compose import compose_one
 from tests.parity.harness import largest, run_on
@@ -44,19 +47,22 @@ LAYOUTS: dict[str, list[str]] = {
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--anew", action="store_true")
-    record = DOCS / "overlay.json"
-    losses: dict[str, list[float]] = {}
-    if record.exists() and not parser.parse_args().anew:
-        losses = json.loads(record.read_text())
+    path = DOCS / "overlay.json"
+    record: dict[str, Any] = {"python": platform.python_version(), "torch": torch.__version__, "losses": {}}
+    if path.exists() and not parser.parse_args().anew:
+        before = json.loads(path.read_text())
+        if all(before[key] == record[key] for key in ("python", "torch")):
+            record = before
+    losses: dict[str, list[float]] = record["losses"]
     ranks = RankPool()
     with tempfile.TemporaryDirectory() as folder:
         for index, (name, changes) in enumerate(({ONE: []} | LAYOUTS).items()):
             if name not in losses:
                 losses[name] = _losses(ranks, 1 if name == ONE else 8, changes, Path(folder) / str(index))
-                record.write_text(json.dumps(losses) + "\n")
+                path.write_text(json.dumps(record) + "\n")
             print(f"{name}: {deviation(losses[name], losses[ONE]):.1e}", flush=True)
     ranks.close()
-    _draw(losses, DOCS / "overlay.png")
+    draw(losses, DOCS / "overlay.png")
     return 0 if largest(deviation(curve, losses[ONE]) for curve in losses.values()) <= LIMIT else 1
 
 
@@ -73,23 +79,27 @@ def deviation(curve: list[float], reference: list[float]) -> float:
     return largest(abs(a - b) / abs(b) for a, b in zip(curve, reference, strict=True))
 
 
-def _draw(losses: dict[str, list[float]], path: Path) -> None:
+def draw(losses: dict[str, list[float]], path: Path) -> None:
+    """Nine curves above, and below them how far each layout is from one process."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (above, below) = plt.subplots(2, 1, figsize=(9, 6), sharex=True, height_ratios=(2, 1))
+    figure, (above, below) = plt.subplots(2, 1, figsize=(9, 6.5), sharex=True, height_ratios=(2, 1))
     reference = losses[ONE]
     steps = range(1, len(reference) + 1)
-    for i, (name, curve) in enumerate(losses.items()):
-        style: dict[str, Any] = {"lw": 5, "color": "0.8"} if i == 0 else {"lw": 1, "ls": (0, (2, 7), i)}
-        above.plot(steps, curve, label=name, **style)
-        if i:
-            below.semilogy(steps, [abs(a - b) / b + 1e-12 for a, b in zip(curve, reference, strict=True)], lw=0.8)
+    above.plot(steps, reference, label=ONE, lw=6, color="0.8")
+    layouts = {name: curve for name, curve in losses.items() if name != ONE}
+    for i, (name, curve) in enumerate(layouts.items()):
+        # One behind the other they would hide: each shows its own dashes.
+        above.plot(steps, curve, color=f"C{i}", lw=1.5, ls=(3 * i, (3, 3 * len(layouts) - 3)))
+        above.plot([], [], color=f"C{i}", label=name)
+        differences = [(a - b) / b * 1e7 for a, b in zip(curve, reference, strict=True)]
+        below.plot(steps, differences, ".", ms=4, color=f"C{i}")
     above.set_ylabel("loss")
     above.legend(fontsize=8)
-    below.set_ylabel("relative difference")
+    below.set_ylabel("relative difference, 1e-7")
     below.set_xlabel("step")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
