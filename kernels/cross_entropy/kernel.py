@@ -35,9 +35,12 @@ class Tile:
         return {"ROWS": self.rows, "COLUMNS": self.columns, "STAGES": self.num_stages, "num_warps": self.num_warps}
 
 
-def _choose(num_words: int) -> Tile:
+def _choose(num_words: int, gradient: bool) -> Tile:
+    """gradient: it is written in the same launch."""
     if num_words <= 1024:
         return Tile(1, 1024, 4, 1)
+    if gradient and num_words > 16384:
+        return Tile(4, 4096, 16, 1)
     return Tile(2, 2048, 8, 1) if num_words <= 65536 else Tile(4, 2048, 8, 2)
 
 
@@ -253,7 +256,7 @@ def forward(
             z_loss,
             SMOOTH=smoothing != 0.0,
             GRADIENT=scale is not None,
-            **TILES(logits.shape[1]).constants,
+            **TILES(logits.shape[1], scale is not None).constants,
         )
     return losses, lse
 
@@ -286,7 +289,7 @@ def gradient(
             smoothing,
             z_loss,
             grad.ndim,
-            **TILES(logits.shape[1]).constants,
+            **TILES(logits.shape[1], False).constants,
         )
 
 
@@ -304,7 +307,7 @@ def shard_statistics(logits: Tensor, labels: Tensor, first: int, ignore_index: i
             logits.stride(0),
             first,
             ignore_index,
-            **TILES(num_words).constants,
+            **TILES(num_words, False).constants,
         )
     return statistics
 
