@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
+from contextlib import ExitStack
 from typing import Any
 from unittest import mock
 
@@ -278,6 +280,75 @@ def test_each_method_sends_what_it_promises(ranks: RankPool, size: int) -> None:
     for method, kinds in {"allgather": (1, 1), "ulysses": (4, 4)}.items():
         for forward, backward in ranks.run(size, count_messages, method):
             assert (sum(forward.values()), sum(backward.values())) == kinds, (forward, backward)
+
+
+class _Recorded:
+    """A message's work, whose wait is written down."""
+
+    def __init__(self, work: dist.Work, kind: str, events: list[str]) -> None:
+        self.work, self.kind, self.events = work, kind, events
+
+    def wait(self) -> None:
+        self.events.append(f"{self.kind} awaited")
+        self.work.wait()
+
+
+def _order_of_a_ring(late: bool) -> list[str]:
+    """What this rank does in one forward and one backward, in order. Keys travel in bf16, their gradients in fp32."""
+    events: list[str] = []
+    send, forward, backward = dist.batch_isend_irecv, BlockAttention.forward, BlockAttention.backward
+
+    def sent(operations: list[dist.P2POp]) -> list[Any]:
+        kind = {torch.bfloat16: "keys", torch.float32: "gradients"}[operations[0].tensor.dtype]
+        assert {operation.op for operation in operations} == {dist.isend, dist.irecv}
+        events.append(f"{kind} posted")
+        works = send(operations)
+        return [_Recorded(works[0], kind, events), *works[1:]]
+
+    def computed(true: Any) -> Any:
+        return lambda *args, **kwargs: (events.append("block"), true(*args, **kwargs))[1]
+
+    post, wait = context._Hop.__init__, context._Hop.wait
+
+    def wait_late(hop: Any) -> Tensor:
+        post(hop, *hop.later)
+        return wait(hop)
+
+    here = zigzag_indices(S, rank=dist.get_rank(), size=dist.get_world_size())
+    qkv, grad = ([x[:, here].bfloat16().requires_grad_() for x in inputs()[0]], inputs()[1][:, here].bfloat16())
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(dist, "batch_isend_irecv", sent))
+        stack.enter_context(mock.patch.object(BlockAttention, "forward", computed(forward)))
+        stack.enter_context(mock.patch.object(BlockAttention, "backward", computed(backward)))
+        if late:  # posted when they are needed
+            stack.enter_context(mock.patch.object(context._Hop, "__init__", lambda hop, *a: setattr(hop, "later", a)))
+            stack.enter_context(mock.patch.object(context._Hop, "wait", wait_late))
+        output = attend("ring", {}, *qkv)
+        events.append("backward")
+        torch.autograd.grad(output, qkv, grad)
+    return events
+
+
+def _in_flight_while_computing(events: list[str], size: int) -> tuple[bool, bool]:
+    """Whether the blocks are computed between a message's departure and the wait for it, forward and backward."""
+    blocks = "(block )+"
+    sent = "keys posted " + blocks
+    forward = (sent + "keys awaited ") * (size - 1) + blocks
+    # The first step has no gradients to wait for; those of the last go home, and nothing is left to compute meanwhile.
+    backward = sent + "gradients posted keys awaited "
+    backward += (sent + "gradients awaited gradients posted keys awaited ") * (size - 2)
+    backward += blocks + "gradients awaited gradients posted gradients awaited "
+    done = " ".join([*events, ""]).split("backward ")
+    return re.fullmatch(forward, done[0]) is not None, re.fullmatch(backward, done[1]) is not None
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_the_next_keys_are_in_flight_while_a_block_is_computed(ranks: RankPool, size: int) -> None:
+    """A message posted after the block, or awaited before it: correct numbers, and every transfer stands alone."""
+    for events in ranks.run(size, _order_of_a_ring, False):
+        assert _in_flight_while_computing(events, size) == (True, True), events
+    for events in ranks.run(size, _order_of_a_ring, True):  # control
+        assert _in_flight_while_computing(events, size) == (False, False), events
 
 
 @pytest.mark.parametrize("size", [2, 3, 4, 8])
