@@ -7,6 +7,8 @@ from pathlib import Path
 
 from data.config import DataConfig
 from tests.parity.harness import (
+    Outcome,
+    Reference,
     References,
     gradient_deviation,
     largest,
@@ -29,6 +31,14 @@ class Deviation:
     loss: float  # relative, largest over steps
     gradient: float  # relative to the tensor's maximum, largest over the first step's gradients; or of any step's norm
     weights: float  # the same of the weights after the last step, in units of what another order of sums does
+
+    @classmethod
+    def of(cls, outcome: Outcome, reference: Reference) -> Deviation:
+        return cls(
+            loss=loss_deviation(outcome, reference.outcome),
+            gradient=largest(f(outcome, reference.outcome) for f in (gradient_deviation, norm_deviation)),
+            weights=weight_deviation(outcome, reference.outcome) / reference.sensitivity,
+        )
 
     def problems(self) -> list[str]:
         """What is over its limit."""
@@ -54,12 +64,7 @@ class Comparison:
         reference = self._references.of(_name(model_of(layout)))
         self._runs += 1
         config = config_of(layout, reference.config, self.folder / f"run{self._runs}")
-        outcome = run_on(self.ranks, WORLD_SIZE, config)
-        return Deviation(
-            loss=loss_deviation(outcome, reference.outcome),
-            gradient=largest(f(outcome, reference.outcome) for f in (gradient_deviation, norm_deviation)),
-            weights=weight_deviation(outcome, reference.outcome) / reference.sensitivity,
-        )
+        return Deviation.of(run_on(self.ranks, WORLD_SIZE, config), reference)
 
 
 def _name(model: Layout) -> str:

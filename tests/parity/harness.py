@@ -193,6 +193,7 @@ def relative_difference(found: Tensor, expected: Tensor) -> float:
 
 def weight_deviation(a: Outcome, b: Outcome) -> float:
     """Largest difference of any weight, relative to the maximum of its tensor."""
+    assert a.weights.keys() == b.weights.keys()
     return largest(relative_difference(a.weights[n], w) for n, w in b.weights.items())
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,11 @@ from torch import Tensor
 
 from data.config import DataConfig
 from kernels.attention.blockwise import BlockAttention
+from models.layers.dropout import Dropout
 from parallel import context
+from parallel.dims import ParallelConfig
+from parallel.groups import ModelParallel
+from parallel.mesh import Meshes
 from tests.parity.harness import (
     Outcome,
     Reference,
@@ -206,7 +211,7 @@ def _mask_of_the_chunk_before(true: Callable[..., Tensor]) -> Callable[..., Tens
 
 
 def _keys_turned_round(true: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    return lambda hop: true(hop).flip(2)
+    return lambda hop: true(hop).flip(1)
 
 
 def _no_sum(true: Callable[..., None]) -> Callable[..., None]:
@@ -219,6 +224,18 @@ def _contiguous(true: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 def _in_rank_order(true: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return lambda parts, *, dim: torch.cat(parts.unbind(0), dim=dim)
+
+
+def _exchanged(true: Callable[..., ModelParallel]) -> Callable[..., ModelParallel]:
+    def groups_in_layers(mesh: Meshes, config: ParallelConfig) -> ModelParallel:
+        groups = true(mesh, config)
+        return replace(groups, cp_ring=groups.cp_ulysses, cp_ulysses=groups.cp_ring)
+
+    return groups_in_layers
+
+
+def _masks_of_the_first_heads(true: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda self, p, samples, **of: true(self, p, samples, **of | {"first_head": 0})
 
 
 def _run_broken(config: TrainConfig, where: str | type, name: str, fault: Callable[..., Any]) -> Outcome | None:
@@ -236,6 +253,11 @@ def _run_broken(config: TrainConfig, where: str | type, name: str, fault: Callab
         ("masked", "allgather", "parallel.context", "reduce_scatter_rows", _no_sum),
         ("masked", "ring", "trainer.sequence", "zigzag_indices", _contiguous),
         ("masked", "ulysses", "parallel.context", "to_sequence", _in_rank_order),
+        ("masked", "ring x ulysses", context._Hop, "wait", _keys_turned_round),
+        ("masked", "ring x ulysses", "parallel.context", "to_sequence", _in_rank_order),
+        ("masked", "ring x ulysses", "trainer.sequence", "zigzag_indices", _contiguous),
+        ("masked", "ring x ulysses", "trainer.build", "groups_in_layers", _exchanged),
+        ("dropout", "ring x ulysses", Dropout, "on_probabilities", _masks_of_the_first_heads),
     ],
 )
 def test_the_comparison_notices_a_fault(
@@ -248,10 +270,14 @@ def test_the_comparison_notices_a_fault(
     name: str,
     fault: Callable[..., Any],
 ) -> None:
-    """Negative control: a mask one chunk off, keys in another order, a sum left out, parts that are not zigzag."""
+    """Negative control: a mask one chunk off, keys in another order, a sum left out, parts that are not zigzag, ring and
+    Ulysses between the wrong ranks, dropout of other heads."""
     reference = references.of(variant)
     split = {"parallel__cp": 2, "parallel__cp_method": method, "train__micro_batch_size": 4}
-    outcome = ranks.run(2, _run_broken, changed(reference.config, tmp_path / "run", **split), where, name, fault)[0]
+    if method == "ring x ulysses":
+        split |= {"parallel__cp": 4, "parallel__cp_method": "ring", "parallel__cp_ulysses": 2}
+    config = changed(reference.config, tmp_path / "run", **split)
+    outcome = ranks.run(config.parallel.cp, _run_broken, config, where, name, fault)[0]
     assert outcome is not None
     assert outcome.losses[0] != pytest.approx(reference.outcome.losses[0], rel=1e-6) or (
         gradient_deviation(outcome, reference.outcome) > 1e-3

@@ -1,0 +1,171 @@
+"""Faults that a comparison must notice: what the tests of negative controls break on every rank."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from contextlib import ExitStack
+from importlib import import_module
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch._dynamo import lookup_backend
+from torch._dynamo.backends.common import aot_autograd
+from torch.distributed.fsdp._fully_shard import _fsdp_collectives as of_fsdp
+from torch.fx import GraphModule
+
+from models.layers.dropout import Dropout
+from parallel import activation_checkpoint, parallelize
+from parallel import data as data_parallel
+from parallel.data import DataParallel
+from tests.parity.harness import Outcome, run_here
+from trainer.config import TrainConfig
+
+Fault = list[tuple[Any, str, Callable[[Any], Any]]]
+"""Where, the name of what is replaced, and what makes the replacement from it."""
+
+_DONE = SimpleNamespace(wait=lambda: None)  # of a collective
+
+# ---- data parallelism: by this project's buckets and by fully_shard
+
+
+class _Without:
+    """torch.distributed with one function that does nothing."""
+
+    def __init__(self, true: Any, name: str) -> None:
+        self.true, self.name = true, name
+
+    def __getattr__(self, name: str) -> Any:
+        return (lambda *args, **kwargs: _DONE) if name == self.name else getattr(self.true, name)
+
+
+def _no_all_reduce(true: Any) -> Any:
+    return _Without(true, "all_reduce")
+
+
+def _own_row(true: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda buffer, **kwargs: _DONE
+
+
+def _own_slice(true: Callable[..., Any]) -> Callable[..., Any]:
+    def scatter(self: Any, output_tensor: Tensor, input_tensor: Tensor, group: Any, *args: Any, **kwargs: Any) -> None:
+        output_tensor.copy_(input_tensor.chunk(group.size())[group.rank()])
+
+    return scatter
+
+
+def _rows_of_the_rank_before(true: Callable[..., Any]) -> Callable[..., Any]:
+    def gather(out: Tensor, row: Tensor, *, group: Any, async_op: bool) -> Any:
+        true(out, row, group=group, async_op=False)
+        out.copy_(out.roll(1, dims=0))
+        return _DONE
+
+    return gather
+
+
+def _slices_of_the_rank_before(true: Callable[..., Any]) -> Callable[..., Any]:
+    def gather(self: Any, output_tensor: Tensor, input_tensor: Tensor, group: Any, *args: Any, **kwargs: Any) -> None:
+        true(self, output_tensor, input_tensor, group)
+        output_tensor.copy_(output_tensor.roll(input_tensor.numel()))
+
+    return gather
+
+
+def _only_first_values(true: Callable[..., None]) -> Callable[..., None]:
+    published = []
+
+    def publish(self: DataParallel) -> None:
+        if not published:
+            true(self)
+        published.append(self)
+
+    return publish
+
+
+# ---- activation checkpointing
+
+
+def _recomputing() -> bool:
+    return torch._C._current_graph_task_id() != -1  # inside a backward
+
+
+def _another_mask(true: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def drop(self: Dropout, x: Tensor, index: Tensor) -> Tensor:
+        with patch.object(self, "seed", self.seed + _recomputing()):
+            return true(self, x, index)
+
+    return drop
+
+
+def _another_input(true: Callable[..., Any]) -> Callable[..., Any]:
+    def checkpoint(inner: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        def moved(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            return inner(x.roll(int(_recomputing()), dims=1), *args, **kwargs)
+
+        return true(moved, x, *args, **kwargs)
+
+    return checkpoint
+
+
+def _returned_elsewhere(true: Any) -> Any:
+    def moved(x: Tensor) -> Tensor:
+        return x.flatten().roll(1).view_as(x) if x.is_floating_point() else x
+
+    return lambda pin_memory: torch.autograd.graph.saved_tensors_hooks(lambda x: x, moved)
+
+
+# ---- compiled blocks
+
+
+def _without_last_sum(graph: GraphModule, *_: Any) -> Any:
+    """The graph without the first term of its last sum: the residual stream, or of its gradient what passes by."""
+    sums = {operator.add, operator.iadd, torch.ops.aten.add.Tensor}
+    nodes = [node for node in graph.graph.nodes if node.target in sums]
+    whole = [n for n in nodes if all(isinstance(a, torch.fx.Node) for a in n.args)]
+    whole[-1].replace_all_uses_with(whole[-1].args[1])
+    graph.recompile()
+    return graph
+
+
+def _lost_forward(graph: GraphModule, inputs: Any) -> Any:
+    return lookup_backend("aot_eager")(_without_last_sum(graph), inputs)
+
+
+_lost_backward = aot_autograd(fw_compiler=lambda graph, inputs: graph, bw_compiler=_without_last_sum)
+
+
+def _compiled_by(backend: Any) -> Callable[[Any], Any]:
+    return lambda true: lambda block, **options: true(block, **options | {"backend": backend})
+
+
+FAULTS: dict[str, Fault] = {
+    "nothing": [],
+    "replicas not summed": [(data_parallel, "dist", _no_all_reduce), (of_fsdp, "dist", _no_all_reduce)],
+    "shards not summed": [
+        (data_parallel, "reduce_scatter_rows", _own_row),
+        (of_fsdp.DefaultReduceScatter, "__call__", _own_slice),
+    ],
+    "shards permuted": [
+        (data_parallel, "all_gather_rows", _rows_of_the_rank_before),
+        (of_fsdp.DefaultAllGather, "__call__", _slices_of_the_rank_before),
+    ],
+    "nothing published": [(stage, "publish", _only_first_values) for stage in DataParallel.__subclasses__()],
+    "another mask recomputed": [(Dropout, "_drop", _another_mask)],
+    "another input recomputed": [(activation_checkpoint, "checkpoint", _another_input)],
+    "returned elsewhere": [("torch.autograd.graph", "save_on_cpu", _returned_elsewhere)],
+    "a term lost in forward": [(parallelize, "compile_block", _compiled_by(_lost_forward))],
+    "a term lost in backward": [(parallelize, "compile_block", _compiled_by(_lost_backward))],
+}
+
+
+def run_broken(config: TrainConfig, fault: str) -> Outcome | None:
+    """Train with a fault. Gradients and weights are rank 0's view, without comparing copies between ranks."""
+    with ExitStack() as stack:
+        for where, name, breaking in FAULTS[fault]:
+            place = import_module(where) if isinstance(where, str) else where
+            stack.enter_context(patch.object(place, name, breaking(getattr(place, name))))
+        stack.enter_context(patch("tests.parity.harness.torch.equal", lambda one, other: True))
+        return run_here(config)
