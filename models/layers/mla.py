@@ -38,7 +38,7 @@ class LatentAttention(Attention):
         q_nope, q_rope = q(x)               or q_b(norm(q_a(x))) with q_rank
         score = (q_nope . k_nope + q_rope . k_rope) (N + P)^-1/2
 
-    `compress` and `expand` are apart so that inference can keep what lies between them.
+    `queries`, `compress` and `expand` are apart so that inference can keep what lies between the last two.
     """
 
     def __init__(self, config: ModelConfig, layer: int, seed: int, groups: ModelParallel = NO_GROUPS) -> None:
@@ -71,16 +71,20 @@ class LatentAttention(Attention):
         )
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
+        q = self.queries(x, context)
+        k, v = self.expand(*self.compress(x, context))
+        attend = self._attend if context.indices is None else self._attend_across
+        return self.o(attend(q, k, v, context).flatten(2))
+
+    def queries(self, x: Tensor, context: Context) -> Tensor:
+        """x [B, T, D] to the queries [B, T, H, N + P] of this rank's heads, turned, times YaRN's factor on scores."""
         if self.mla.q_rank is None:
             (q,) = project(x, (self.q,))
         else:
             (q,) = project(self.q_a_norm(self.q_a(x)), (self.q_b,))
         heads = q.unflatten(-1, (-1, self.head_dim))
         q_nope, q_rope = heads.split([self.mla.nope_dim, self.mla.rope_dim], dim=-1)
-        q = torch.cat([q_nope, self._rotate(q_rope, context)], dim=-1) * self.query_scale
-        k, v = self.expand(*self.compress(x, context))
-        attend = self._attend if context.indices is None else self._attend_across
-        return self.o(attend(q, k, v, context).flatten(2))
+        return torch.cat([q_nope, self._rotate(q_rope, context)], dim=-1) * self.query_scale
 
     def compress(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         """x [B, T, D] to what a cache holds: the normalised latent [B, T, R] and the turned shared key [B, T, 1, P].

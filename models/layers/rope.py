@@ -39,7 +39,7 @@ def tables(rope: RopeConfig, head_dim: int, positions: Tensor, seq_len: int) -> 
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [B, T, H, K] with dimensions i and i + K/2 turned as a pair by the angles of `tables`, computed in fp32.
+    """x [B, T, H, K] with dimensions i and i + K/2 turned as a pair by the angles of `tables`, in fp32 (fp64 for fp64).
 
     Raises TypeError when the tables are not fp32: bf16 cannot tell positions above 256 apart.
     """
@@ -48,7 +48,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
             f"rope tables arrived as {cos.dtype}: something cast the inputs of the block; "
             "with FSDP use MixedPrecisionPolicy(cast_forward_inputs=False)"
         )
-    first, second = x.float().chunk(2, dim=-1)
+    first, second = (x if x.dtype == torch.float64 else x.float()).chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 

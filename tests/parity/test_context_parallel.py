@@ -270,8 +270,8 @@ def test_the_comparison_notices_a_fault(
     name: str,
     fault: Callable[..., Any],
 ) -> None:
-    """Negative control: a mask one chunk off, keys in another order, a sum left out, parts that are not zigzag, ring and
-    Ulysses between the wrong ranks, dropout of other heads."""
+    """Negative control: a mask one chunk off, keys in another order, a sum left out, parts that are not zigzag, ring
+    and Ulysses between the wrong ranks, dropout of other heads."""
     reference = references.of(variant)
     split = {"parallel__cp": 2, "parallel__cp_method": method, "train__micro_batch_size": 4}
     if method == "ring x ulysses":
