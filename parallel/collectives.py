@@ -74,6 +74,11 @@ def start_all_reduce(x: Tensor, axis: Axis) -> Tensor:
     return torch.ops._c10d_functional.all_reduce(x.contiguous(), "sum", axis.name)
 
 
+def start_all_gather(x: Tensor, axis: Axis) -> Tensor:
+    """Every rank's x [N, ...], all of one shape, stacked in rank order [R N, ...], on its way."""
+    return torch.ops._c10d_functional.all_gather_into_tensor(x.contiguous(), axis.size, axis.name)
+
+
 def start_reduce_scatter(x: Tensor, axis: Axis, *, dim: int) -> Tensor:
     """This rank's slice along dim of the sum over the axis, on its way. The size of dim is a multiple of the axis's."""
     # The collective splits dim 0 of contiguous memory: bring the slices there.
@@ -93,8 +98,7 @@ def wait(pending: Tensor) -> Tensor:
 
 def _gather(x: Tensor, axis: Axis, dim: int) -> Tensor:
     """The equal slices of all ranks put together along dim, in rank order."""
-    stacked = wait(torch.ops._c10d_functional.all_gather_into_tensor(x.contiguous(), axis.size, axis.name))
-    return stacked.unflatten(0, (axis.size, -1)).movedim(0, dim).flatten(dim, dim + 1)
+    return wait(start_all_gather(x, axis)).unflatten(0, (axis.size, -1)).movedim(0, dim).flatten(dim, dim + 1)
 
 
 # ---- differentiable

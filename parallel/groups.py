@@ -14,6 +14,7 @@ class ModelParallel:
 
     tp: DeviceMesh | None = None  # tensor parallelism: shards of every weight matrix
     sequence_parallel: bool = False  # norms and residual stream on shards of the sequence over tp
+    sp_chunks: int = 1  # of each rank's slice of a sequence, which travel one by one (parallel/sequence_chunks.py)
     cp_ring: DeviceMesh | None = None  # context parallelism: shards of the sequence, whose keys travel
     cp_ulysses: DeviceMesh | None = None  # shards of those, exchanged for shards of the heads
     cp: DeviceMesh | None = None  # both together: the ranks that hold a sequence

@@ -154,6 +154,7 @@ def groups_in_layers(mesh: Meshes, config: ParallelConfig) -> ModelParallel:
         tp=several(mesh.state, "tp"),
         experts=experts,
         sequence_parallel=config.sequence_parallel,
+        sp_chunks=config.sp_chunks,
         cp_ring=several(mesh.context, "cp_ring"),
         cp_ulysses=several(mesh.context, "cp_ulysses"),
         cp=several(mesh.batch, "cp"),

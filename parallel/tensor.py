@@ -51,10 +51,9 @@ from parallel.collectives import (
     wait,
 )
 from parallel.groups import ModelParallel
+from parallel.sequence_chunks import SEQUENCE_DIM, products_while_gathering, scattered_product
 
 Gradient = Literal["sharded", "replicated", "partial"]
-SEQUENCE_DIM = 1
-"""Of activations [B, T, ...]."""
 
 
 def local_shard(parameter: Tensor, *, grad: Gradient) -> Tensor:
@@ -118,7 +117,7 @@ class ColumnParallelLinear(nn.Module):
         super().__init__()
         assert groups.tp is not None
         self.axis = Axis.of(groups.tp)
-        self.sequence_parallel = groups.sequence_parallel
+        self.sequence_parallel, self.sp_chunks = groups.sequence_parallel, groups.sp_chunks
         self.shared = shared_by > 1
         pieces = self.axis.size // shared_by
         self.rows = chunk_bounds(out_features, pieces, self.axis.rank // shared_by)
@@ -149,7 +148,7 @@ class ColumnParallelLinear(nn.Module):
             assert isinstance(layer, ColumnParallelLinear)
             weights.append(layer.local(layer.weight))
             biases.append(None if layer.bias is None else layer.local(layer.bias))
-        return _Columns.apply(x, self.axis, self.sequence_parallel, *weights, *biases)
+        return _Columns.apply(x, self.axis, self.sequence_parallel, self.sp_chunks, *weights, *biases)
 
     def inside(self, x: Tensor) -> Tensor:
         """y [B, T, O/R] for an x [B, T, I] that has entered the branch already, with `enter`.
@@ -192,14 +191,20 @@ class _Columns(torch.autograd.Function):
     """y_i = x W_i^T + b_i. In backward the sum of dx over the axis travels while the weight gradients are computed."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis, sequence_parallel: bool, *parameters: Any) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, x: Tensor, axis: Axis, sequence_parallel: bool, sp_chunks: int, *parameters: Any
+    ) -> tuple[Tensor, ...]:
         num = len(parameters) // 2  # weights, then a bias or None for each
         weights, biases = parameters[:num], parameters[num:]
-        whole = whole_input(x, axis, sequence_parallel=sequence_parallel)
+        if sp_chunks > 1:
+            whole, products = products_while_gathering(x, axis, sp_chunks, weights, biases)
+        else:
+            whole = whole_input(x, axis, sequence_parallel=sequence_parallel)
+            products = [F.linear(whole, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
         ctx.axis, ctx.sequence_parallel = axis, sequence_parallel
         ctx.has_bias = [bias is not None for bias in biases]
         ctx.save_for_backward(whole, *weights)
-        return tuple(F.linear(whole, weight, bias) for weight, bias in zip(weights, biases, strict=True))
+        return tuple(products)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
@@ -209,7 +214,7 @@ class _Columns(torch.autograd.Function):
         flat = [grad.flatten(0, -2) for grad in grads]
         d_weights = [grad.t() @ rows for grad in flat]
         d_biases = [grad.sum(0) if has else None for grad, has in zip(flat, ctx.has_bias, strict=True)]
-        return wait(pending), None, None, *d_weights, *d_biases
+        return wait(pending), None, None, None, *d_weights, *d_biases
 
 
 class ReplicatedLinear(nn.Module):
@@ -247,11 +252,14 @@ class RowParallelLinear(nn.Module):
         super().__init__()
         assert groups.tp is not None
         self.axis = Axis.of(groups.tp)
-        self.sequence_parallel = groups.sequence_parallel
+        self.sequence_parallel, self.sp_chunks = groups.sequence_parallel, groups.sp_chunks
         self.weight = empty_parameter(out_features, in_features, mesh=groups.tp, placement=Shard(1))
         self.bias = empty_parameter(out_features, mesh=groups.tp, placement=Replicate()) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.sp_chunks > 1:
+            weight = local_shard(self.weight, grad="sharded")
+            return self.add_bias(scattered_product(x, weight, self.axis, self.sp_chunks))
         return self.add_bias(leave(self.summand(x), self.axis, sequence_parallel=self.sequence_parallel))
 
     def summand(self, x: Tensor) -> Tensor:

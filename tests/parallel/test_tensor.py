@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import nullcontext
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from models.init import initialize
 from models.layers.attention import build_context
 from models.registry import build_model
+from parallel import sequence_chunks
 from parallel.collectives import (
     Axis,
     all_gather,
@@ -28,17 +31,17 @@ from parallel.collectives import (
 )
 from parallel.groups import ModelParallel
 from parallel.regions import local_region
-from parallel.tensor import ColumnParallelLinear, empty_parameter, local_shard, project
+from parallel.tensor import ColumnParallelLinear, RowParallelLinear, empty_parameter, local_shard, project
 from tests.models.small import tiny
 from tests.pool import RankPool
 
 # ---- collectives of a block
 
 
-def _collectives_of_a_block(sequence_parallel: bool) -> tuple[Counter[str], Counter[str]]:
+def _collectives_of_a_block(sequence_parallel: bool, sp_chunks: int = 1) -> tuple[Counter[str], Counter[str]]:
     """On each rank: collectives by name in the forward and in the backward of one block."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
-    groups = ModelParallel(tp=mesh, sequence_parallel=sequence_parallel)
+    groups = ModelParallel(tp=mesh, sequence_parallel=sequence_parallel, sp_chunks=sp_chunks)
     config = tiny(intermediate_size=38)
     model = build_model(config, groups=groups)
     initialize(dict(model.named_parameters()), model.initializers(), seed=0)
@@ -78,6 +81,13 @@ def test_with_sequence_parallelism_it_takes_two_gathers_and_two_scatters_each_wa
         assert backward == {"all_gather_into_tensor": 2, "reduce_scatter_tensor": 2, "all_reduce": 2}
 
 
+def test_in_chunks_what_is_not_hidden_yet_is_cut(ranks: RankPool) -> None:
+    """A collective per chunk and layer. The scatters of backward travel during the weight gradients, as they did."""
+    for forward, backward in ranks.run(2, _collectives_of_a_block, True, 4):
+        assert forward == {"all_gather_into_tensor": 8, "reduce_scatter_tensor": 8}
+        assert backward == {"all_gather_into_tensor": 8, "reduce_scatter_tensor": 2, "all_reduce": 2}
+
+
 class _Names(TorchDispatchMode):
     """Records the operators that run."""
 
@@ -110,6 +120,66 @@ def test_input_gradients_travel_while_weight_gradients_are_computed(ranks: RankP
         start = names.index("reduce_scatter_tensor" if sequence_parallel else "all_reduce")
         between = names[start : names.index("wait_tensor")]
         assert between.count("mm") == 2  # one per weight
+
+
+# ---- sequence parallelism in chunks
+
+
+def _branch(sp_chunks: int, out_of_order: bool = False) -> tuple[list[Tensor], list[list[str]]]:
+    """A branch on this rank: output and gradients of input, weights and bias; operators of forward and of backward."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
+    groups = ModelParallel(tp=mesh, sequence_parallel=True, sp_chunks=sp_chunks)
+    layers = [ColumnParallelLinear(6, 8, bias=bias, groups=groups).double() for bias in (True, False)]
+    row = RowParallelLinear(8, 5, bias=True, groups=groups).double()
+    generator = torch.Generator().manual_seed(mesh.get_local_rank())
+    parameters = [parameter for layer in (*layers, row) for parameter in layer.parameters()]
+    for parameter in parameters:
+        local = parameter.to_local()
+        local.data.copy_(torch.randn(local.shape, generator=generator, dtype=torch.float64))
+    x = torch.randn(2, 12, 6, generator=generator, dtype=torch.float64, requires_grad=True)
+    true = sequence_chunks._in_order
+    broken = mock.patch.object(sequence_chunks, "_in_order", lambda parts, ranks: true(parts[::-1], ranks))
+    with broken if out_of_order else nullcontext():
+        with _Names() as forward:
+            first, second = project(x, layers)
+            y = row(torch.tanh(first) * second)
+        with _Names() as backward:
+            grads = torch.autograd.grad(y, [x, *parameters], torch.ones_like(y).cumsum(1))
+    found = [y.detach(), *(g.to_local() if isinstance(g, DTensor) else g for g in grads)]
+    return found, [forward.names, backward.names]
+
+
+@pytest.mark.parametrize("sp_chunks", [2, 3, 12])
+def test_chunks_change_nothing(ranks: RankPool, sp_chunks: int) -> None:
+    """Tokens of one chunk or rank put where those of another belong. Control: chunks in the reverse order."""
+    runs = [ranks.run(2, _branch, *of) for of in ((1,), (sp_chunks,), (sp_chunks, True))]
+    for whole, cut, wrong in zip(*runs, strict=True):
+        for one, other in zip(whole[0], cut[0], strict=True):
+            torch.testing.assert_close(other, one, rtol=1e-12, atol=1e-12)
+        assert not all(torch.allclose(one, other) for one, other in zip(whole[0], wrong[0], strict=True))
+
+
+def _steps(names: list[str]) -> list[str]:
+    """Collectives and products in order."""
+    kinds = {
+        "all_gather_into_tensor": "gather", "reduce_scatter_tensor": "scatter", "wait_tensor": "wait",
+        "mm": "product", "addmm": "product", "all_reduce": "sum",
+    }  # fmt: skip
+    return [kinds[name] for name in names if name in kinds]
+
+
+def test_a_chunk_travels_while_another_is_multiplied(ranks: RankPool) -> None:
+    """Gathers that wait for products, products that wait for what they do not need, a scatter awaited at once."""
+    for _, (forward, backward) in ranks.run(2, _branch, 3):
+        assert _steps(forward) == (
+            ["gather"] * 3 + ["wait", "product", "product"] * 3 + ["product", "scatter"] * 3 + ["wait"] * 3
+        )
+        bias = ["sum", "wait"]
+        row = ["gather"] * 3 + ["wait", "product"] * 3 + ["product"]  # the last: of its weight
+        columns = ["product"] * 2 + ["scatter"] + ["product"] * 2 + ["wait"]
+        assert _steps(backward) == bias + row + columns
+    for _, (forward, _) in ranks.run(2, _branch, 1):  # control: nothing travels meanwhile
+        assert _steps(forward) == ["gather", "wait", "product", "product", "product", "scatter", "wait"]
 
 
 # ---- differentiable collectives
