@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from importlib import import_module
@@ -11,6 +12,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch._dynamo import lookup_backend
 from torch._dynamo.backends.common import aot_autograd
@@ -18,8 +20,7 @@ from torch.distributed.fsdp._fully_shard import _fsdp_collectives as of_fsdp
 from torch.fx import GraphModule
 
 from models.layers.dropout import Dropout
-from parallel import activation_checkpoint, parallelize
-from parallel import data as data_parallel
+from parallel import activation_checkpoint, collectives, parallelize
 from parallel.data import DataParallel
 from tests.parity.harness import Outcome, run_here
 from trainer.config import TrainConfig
@@ -32,22 +33,23 @@ _DONE = SimpleNamespace(wait=lambda: None)  # of a collective
 # ---- data parallelism: by this project's buckets and by fully_shard
 
 
-class _Without:
-    """torch.distributed with one function that does nothing."""
+def _not_of_data_parallelism(true: Callable[..., Any]) -> Callable[..., Any]:
+    """Only those of the step and of the comparison, which count tokens and put tensors together."""
 
-    def __init__(self, true: Any, name: str) -> None:
-        self.true, self.name = true, name
+    def all_reduce(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        caller = sys._getframe(1).f_globals["__name__"]
+        ours = caller.startswith(("parallel.", "torch.distributed.fsdp."))
+        return _DONE if ours else true(tensor, *args, **kwargs)
 
-    def __getattr__(self, name: str) -> Any:
-        return (lambda *args, **kwargs: _DONE) if name == self.name else getattr(self.true, name)
-
-
-def _no_all_reduce(true: Any) -> Any:
-    return _Without(true, "all_reduce")
+    return all_reduce
 
 
-def _own_row(true: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda buffer, **kwargs: _DONE
+def _own_part(true: Callable[..., Any]) -> Callable[..., Any]:
+    def scatter(out: Tensor, whole: Tensor, *, group: Any, **kwargs: Any) -> Any:
+        out.copy_(whole.chunk(group.size())[group.rank()])
+        return _DONE
+
+    return scatter
 
 
 def _own_slice(true: Callable[..., Any]) -> Callable[..., Any]:
@@ -57,10 +59,10 @@ def _own_slice(true: Callable[..., Any]) -> Callable[..., Any]:
     return scatter
 
 
-def _rows_of_the_rank_before(true: Callable[..., Any]) -> Callable[..., Any]:
-    def gather(out: Tensor, row: Tensor, *, group: Any, async_op: bool) -> Any:
-        true(out, row, group=group, async_op=False)
-        out.copy_(out.roll(1, dims=0))
+def _parts_of_the_rank_before(true: Callable[..., Any]) -> Callable[..., Any]:
+    def gather(out: Tensor, part: Tensor, *, group: Any, **kwargs: Any) -> Any:
+        true(out, part, group=group)
+        out.copy_(out.roll(part.numel()))
         return _DONE
 
     return gather
@@ -77,9 +79,9 @@ def _slices_of_the_rank_before(true: Callable[..., Any]) -> Callable[..., Any]:
 def _only_first_values(true: Callable[..., None]) -> Callable[..., None]:
     published = []
 
-    def publish(self: DataParallel) -> None:
+    def publish(self: DataParallel, **kwargs: Any) -> None:
         if not published:
-            true(self)
+            true(self, **kwargs)
         published.append(self)
 
     return publish
@@ -143,13 +145,13 @@ def _compiled_by(backend: Any) -> Callable[[Any], Any]:
 
 FAULTS: dict[str, Fault] = {
     "nothing": [],
-    "replicas not summed": [(data_parallel, "dist", _no_all_reduce), (of_fsdp, "dist", _no_all_reduce)],
+    "replicas not summed": [(dist, "all_reduce", _not_of_data_parallelism)],
     "shards not summed": [
-        (data_parallel, "reduce_scatter_rows", _own_row),
+        (collectives, "_reduce_scatter", _own_part),
         (of_fsdp.DefaultReduceScatter, "__call__", _own_slice),
     ],
     "shards permuted": [
-        (data_parallel, "all_gather_rows", _rows_of_the_rank_before),
+        (collectives, "_all_gather", _parts_of_the_rank_before),
         (of_fsdp.DefaultAllGather, "__call__", _slices_of_the_rank_before),
     ],
     "nothing published": [(stage, "publish", _only_first_values) for stage in DataParallel.__subclasses__()],
