@@ -90,13 +90,6 @@ def problems(config: ParallelConfig, world_size: int) -> list[str]:
     found = []
     if config.sequence_parallel and config.tp == 1:
         found.append("parallel.sequence_parallel=true splits norms over the tp axis, and parallel.tp=1; use false")
-    if config.sp_chunks < 1:
-        found.append(f"parallel.sp_chunks={config.sp_chunks} must be at least 1, which does not cut anything")
-    elif config.sp_chunks > 1 and not config.sequence_parallel:
-        found.append(
-            f"parallel.sp_chunks={config.sp_chunks} cuts what sequence parallelism sends, and "
-            "parallel.sequence_parallel=false; use sp_chunks=1, or sequence_parallel=true"
-        )
     if config.cp_method not in CP_METHODS:
         found.append(f"parallel.cp_method={config.cp_method} is unknown; use {', '.join(CP_METHODS)}")
     if config.cp_ulysses != 1 and config.cp_method == "ulysses":

@@ -25,6 +25,7 @@ from trainer.resilience import launcher_problems
 from trainer.schedule import problems as schedule_problems
 from trainer.sequence import problems as sequence_problems
 from trainer.sinks import WANDB_MODES
+from trainer.validate_chunks import chunk_problems
 from trainer.validate_experts import expert_problems
 from trainer.validate_fp8 import fp8_problems
 from trainer.validate_optim import optimizer_problems
@@ -65,6 +66,7 @@ def finalize(config: TrainConfig, *, world_size: int) -> TrainConfig:
     if config.parallel.cp > 1 and not dims_problems(config.parallel, world_size):
         found += sequence_problems(config, model)
     found += tensor_parallel_problems(config, model, world_size)
+    found += chunk_problems(config)
     if not (model_problems(model, seq_len=config.train.seq_len) or dims_problems(config.parallel, world_size)):
         found += fp8_problems(config, model)
     found += pipeline_problems(config.parallel, model.num_layers)

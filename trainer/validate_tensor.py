@@ -5,7 +5,6 @@ from __future__ import annotations
 from models.config import ModelConfig
 from parallel.dims import divisors
 from parallel.dims import problems as dims_problems
-from parallel.pipeline.schedules import SPLIT_BACKWARD
 from parallel.tensor import chunk_bounds
 from trainer.config import TrainConfig
 
@@ -24,37 +23,10 @@ def tensor_parallel_problems(config: TrainConfig, model: ModelConfig, world_size
             f"train.seq_len={seq_len} does not divide by {over}, and parallel.sequence_parallel=true "
             f"gives each rank an equal slice; use {nearest}, or sequence_parallel=false"
         )
-    found += _chunk_problems(config)
     if config.optim.name == "muon":
         found.append(
             f"optim.name=muon orthogonalises whole matrices, which parallel.tp={tp} cuts; use optim.name=adamw or "
             "parallel.tp=1"
-        )
-    return found
-
-
-def _chunk_problems(config: TrainConfig) -> list[str]:
-    """What parallel.sp_chunks asks of the rest; nothing of sequences that sequence parallelism cannot slice."""
-    parallel, seq_len = config.parallel, config.train.seq_len
-    if parallel.sp_chunks <= 1:
-        return []
-    chunks, found = f"parallel.sp_chunks={parallel.sp_chunks}", []
-    tokens, rest = divmod(seq_len, parallel.cp * parallel.tp)
-    if not rest and tokens % parallel.sp_chunks:
-        near = [n for n in divisors(tokens) if n <= 2 * parallel.sp_chunks][-3:]
-        found.append(
-            f"{chunks} does not divide the {tokens} tokens that a rank has of train.seq_len={seq_len}; "
-            f"use {' or '.join(map(str, near))}"
-        )
-    if config.precision.fp8:
-        found.append(
-            f"{chunks} does not work with precision.compute=fp8, whose layers quantize the whole input of a branch at "
-            "once; use sp_chunks=1, or precision.compute=bf16"
-        )
-    if parallel.pp > 1 and parallel.pp_schedule in SPLIT_BACKWARD:
-        found.append(
-            f"{chunks} does not work with parallel.pp_schedule={parallel.pp_schedule}, whose layers put their weight "
-            "gradients off; use sp_chunks=1, or pp_schedule=gpipe, 1f1b or interleaved_1f1b"
         )
     return found
 

@@ -145,8 +145,6 @@ def test_bf16_trains_close_to_one_process(ranks: RankPool, config: TrainConfig, 
 
 # ---- refusals
 
-CHUNKS = {"parallel__tp": 2, "parallel__sequence_parallel": True, "parallel__sp_chunks": 2}
-
 
 @pytest.mark.parametrize(
     ("world_size", "changes", "expected"),
@@ -167,19 +165,6 @@ CHUNKS = {"parallel__tp": 2, "parallel__sequence_parallel": True, "parallel__sp_
         ),
         (2, {"parallel__sequence_parallel": True}, "parallel.sequence_parallel=true"),
         (2, {"parallel__tp": 2, "optim__name": "muon"}, "optim.name=muon"),
-        (2, {"parallel__tp": 2, "parallel__sp_chunks": 2}, "parallel.sp_chunks=2 cuts what sequence parallelism sends"),
-        (2, CHUNKS | {"parallel__sp_chunks": 0}, "parallel.sp_chunks=0 must be at least 1"),
-        (
-            2,
-            CHUNKS | {"parallel__sp_chunks": 5},
-            "parallel.sp_chunks=5 does not divide the 12 tokens that a rank has of train.seq_len=24; use 3 or 4 or 6",
-        ),
-        (2, CHUNKS | {"precision__compute": "fp8"}, "parallel.sp_chunks=2 does not work with precision.compute=fp8"),
-        (
-            4,
-            CHUNKS | {"parallel__pp": 2, "parallel__pp_schedule": "zero_bubble"},
-            "parallel.sp_chunks=2 does not work with parallel.pp_schedule=zero_bubble",
-        ),
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_starts(
