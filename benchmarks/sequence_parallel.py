@@ -29,12 +29,12 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a clone, installed or not
 
 from models.config import ModelConfig
-from models.init import initialize
 from models.layers.attention import build_context
 from models.registry import build_model, resolve_model
 from parallel.collectives import Axis, start_all_gather, start_reduce_scatter, wait
 from parallel.groups import ModelParallel
 from parallel.parallelize import compile_block
+from parallel.regions import local_tensor
 
 MODES = ["eager", "compiled"]
 LLAMA3_8B = ModelConfig(
@@ -115,8 +115,9 @@ def _block(
     groups = ModelParallel(tp=mesh, sequence_parallel=True, sp_chunks=chunks)
     with x.device:
         model = build_model(config, groups=groups).to(x.dtype)
-    initialize(dict(model.named_parameters()), model.initializers(), seed=0)
     block = model.blocks[0]
+    for parameter in block.parameters():
+        local_tensor(parameter.detach()).normal_(std=0.02)
     context = build_context(
         config,
         seq_len=seq_len,
