@@ -23,11 +23,6 @@ def tensor_parallel_problems(config: TrainConfig, model: ModelConfig, world_size
             f"train.seq_len={seq_len} does not divide by {over}, and parallel.sequence_parallel=true "
             f"gives each rank an equal slice; use {nearest}, or sequence_parallel=false"
         )
-    if config.optim.name == "muon":
-        found.append(
-            f"optim.name=muon orthogonalises whole matrices, which parallel.tp={tp} cuts; use optim.name=adamw or "
-            "parallel.tp=1"
-        )
     return found
 
 

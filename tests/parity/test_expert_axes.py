@@ -72,6 +72,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
             num_experts=4, top_k=2, intermediate_size=12, num_shared=1, first_dense=1, router="sigmoid"
         ),
         "model__routing": RoutingConfig(aux_weight=0.001, bias_update_rate=0.01),
+        "optim__name": "muon",
     },
     "few": {  # fewer experts than ranks
         "model__moe": MoEConfig(num_experts=2, top_k=1, intermediate_size=16, normalize=False),

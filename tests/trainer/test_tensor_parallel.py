@@ -164,7 +164,6 @@ def test_bf16_trains_close_to_one_process(ranks: RankPool, config: TrainConfig, 
             "train.seq_len=25 does not divide by parallel.tp=2",
         ),
         (2, {"parallel__sequence_parallel": True}, "parallel.sequence_parallel=true"),
-        (2, {"parallel__tp": 2, "optim__name": "muon"}, "optim.name=muon"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_starts(
