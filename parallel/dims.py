@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
+
+from parallel.problem import Advice, Problem, change, values
 
 CP_METHODS = ("ring", "ulysses", "allgather")
 
@@ -85,66 +88,141 @@ class ParallelDims:
         )
 
 
-def problems(config: ParallelConfig, world_size: int) -> list[str]:
+def problems(config: ParallelConfig, world_size: int) -> list[Problem]:
     """Every reason why this layout cannot run on world_size processes, one line each."""
     found = []
     if config.sequence_parallel and config.tp == 1:
-        found.append("parallel.sequence_parallel=true splits norms over the tp axis, and parallel.tp=1; use false")
+        found.append(
+            Problem(
+                "parallel.sequence_parallel=true splits norms over the tp axis, and parallel.tp=1",
+                values("parallel.sequence_parallel", [False]),
+                values("parallel.tp", divisors(world_size)[1:], near=1),
+            )
+        )
     if config.cp_method not in CP_METHODS:
-        found.append(f"parallel.cp_method={config.cp_method} is unknown; use {', '.join(CP_METHODS)}")
+        found.append(
+            Problem(f"parallel.cp_method={config.cp_method} is unknown", values("parallel.cp_method", CP_METHODS))
+        )
     if config.cp_ulysses != 1 and config.cp_method == "ulysses":
         found.append(
-            f"parallel.cp_ulysses={config.cp_ulysses} is the inner part of ring or allgather, and parallel.cp_method="
-            "ulysses uses all of cp; use cp_ulysses=1, or another cp_method"
+            Problem(
+                f"parallel.cp_ulysses={config.cp_ulysses} is the inner part of ring or allgather, and "
+                "parallel.cp_method=ulysses uses all of cp",
+                values("parallel.cp_ulysses", [1]),
+                values("parallel.cp_method", ["ring", "allgather"]),
+            )
         )
     elif config.cp_ulysses != 1 and (config.cp_ulysses < 1 or config.cp % config.cp_ulysses):
         found.append(
-            f"parallel.cp_ulysses={config.cp_ulysses} does not divide parallel.cp={config.cp}; "
-            f"use {', '.join(str(d) for d in divisors(config.cp) if d < config.cp) or 1}"
+            Problem(
+                f"parallel.cp_ulysses={config.cp_ulysses} does not divide parallel.cp={config.cp}",
+                values("parallel.cp_ulysses", divisors(config.cp)[:-1] or [1], near=config.cp_ulysses),
+            )
         )
     elif config.cp_ulysses == config.cp > 1:
         found.append(
-            f"parallel.cp_ulysses={config.cp_ulysses} leaves nothing of parallel.cp={config.cp} to parallel.cp_method="
-            f"{config.cp_method}; use cp_method=ulysses with cp_ulysses=1"
+            Problem(
+                f"parallel.cp_ulysses={config.cp_ulysses} leaves nothing of parallel.cp={config.cp} to "
+                f"parallel.cp_method={config.cp_method}",
+                change(parallel__cp_method="ulysses", parallel__cp_ulysses=1),
+                values("parallel.cp_ulysses", divisors(config.cp)[:-1], near=config.cp),
+            )
         )
     if config.zero_stage not in (0, 1, 2, 3):
-        found.append(f"parallel.zero_stage={config.zero_stage} is not a ZeRO stage; use 0, 1, 2 or 3")
+        found.append(
+            Problem(
+                f"parallel.zero_stage={config.zero_stage} is not a ZeRO stage",
+                values("parallel.zero_stage", [0, 1, 2, 3]),
+            )
+        )
     if config.cpu_offload and config.zero_stage in (0, 1):
         found.append(
-            f"parallel.cpu_offload=true does not work with parallel.zero_stage={config.zero_stage}, which keeps whole "
-            "parameters on the device; use zero_stage 2 or 3, or cpu_offload=false"
+            Problem(
+                f"parallel.cpu_offload=true does not work with parallel.zero_stage={config.zero_stage}, which keeps "
+                "whole parameters on the device",
+                values("parallel.zero_stage", [2, 3]),
+                values("parallel.cpu_offload", [False]),
+            )
         )
-    if config.bucket_mb <= 0:
-        found.append(f"parallel.bucket_mb={config.bucket_mb} must be positive; 64 suits most models")
+    if not 0 < config.bucket_mb < math.inf:
+        found.append(
+            Problem(
+                f"parallel.bucket_mb={config.bucket_mb} must be positive and finite; 64 suits most models",
+                values("parallel.bucket_mb", [64.0]),
+            )
+        )
     return found + _degree_problems(config, world_size)
 
 
-def _degree_problems(config: ParallelConfig, world_size: int) -> list[str]:
+def _degree_problems(config: ParallelConfig, world_size: int) -> list[Problem]:
     """Degrees that are not positive, or whose product is not the number of processes."""
     given = {axis: getattr(config, axis) for axis in ("dp_replicate", "pp", "cp", "tp", "ep")}
-    found = [f"parallel.{axis}={degree} must be at least 1" for axis, degree in given.items() if degree < 1]
+    found = [
+        Problem(f"parallel.{axis}={degree} must be at least 1", values(f"parallel.{axis}", divisors(world_size)))
+        for axis, degree in given.items()
+        if degree < 1
+    ]
     if config.dp_shard < 1 and config.dp_shard != -1:
-        found.append(f"parallel.dp_shard={config.dp_shard} must be at least 1, or -1 for what is left")
+        found.append(
+            Problem(
+                f"parallel.dp_shard={config.dp_shard} must be at least 1, or -1 for what is left",
+                values("parallel.dp_shard", [-1]),
+            )
+        )
     if found:
         return found
     large = {axis: degree for axis, degree in given.items() if degree > 1 and axis != "ep"}
     product = math.prod(large.values())
     shown = " x ".join(f"parallel.{axis}={degree}" for axis, degree in large.items())
     if world_size % product:
-        advice = f"use one of {', '.join(map(str, divisors(world_size)))}" if len(large) == 1 else "lower one of them"
         what = f"{shown} does not divide" if len(large) == 1 else f"{shown} = {product} does not divide"
-        return [f"{what} the {world_size} processes; {advice}"]
+        return [
+            Problem(
+                f"{what} the {world_size} processes",
+                *_fitting(large, world_size),
+                words=f"start a multiple of {product} processes",
+            )
+        ]
     if config.dp_shard not in (-1, world_size // product):
         total = product * config.dp_shard
         shown = " x ".join(filter(None, (shown, f"parallel.dp_shard={config.dp_shard}")))
         return [
-            f"{shown} = {total} is not the number of processes, {world_size}; "
-            f"use parallel.dp_shard={world_size // product} (or -1), or start {total} processes"
+            Problem(
+                f"{shown} = {total} is not the number of processes, {world_size}",
+                values("parallel.dp_shard", [world_size // product, -1]),
+                words=f"start {total} processes",
+            )
         ]
     shard = world_size // product * config.cp  # dp_shard x cp
     if shard % config.ep:
         return [
-            f"parallel.ep={config.ep} does not divide parallel.dp_shard x parallel.cp = {shard}, whose ranks share out "
-            f"the experts; use {', '.join(map(str, divisors(shard)))}"
+            Problem(
+                f"parallel.ep={config.ep} does not divide parallel.dp_shard x parallel.cp = {shard}, whose ranks share "
+                "out the experts",
+                values("parallel.ep", divisors(shard), near=config.ep),
+            )
         ]
     return []
+
+
+def _fitting(degrees: dict[str, int], world_size: int) -> list[Advice | None]:
+    """For each axis the degrees that fit beside the others; where none does for any, nearby degrees of all of them."""
+    product = math.prod(degrees.values())
+    one = [
+        values(
+            f"parallel.{axis}",
+            [d for d in divisors(world_size) if world_size % (product // degree * d) == 0],
+            near=degree,
+        )
+        for axis, degree in degrees.items()
+    ]
+    if any(one):
+        return one
+
+    def distance(other: tuple[int, ...]) -> float:
+        return sum(abs(math.log(new / old)) for new, old in zip(other, degrees.values(), strict=True))
+
+    every = itertools.product(*(divisors(world_size) for _ in degrees))
+    legal = sorted((other for other in every if world_size % math.prod(other) == 0), key=distance)
+    together = ({f"parallel.{axis}": d for axis, d in zip(degrees, other, strict=True)} for other in legal)
+    return [Advice(tuple(itertools.islice(together, 24)))]

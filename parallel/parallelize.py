@@ -11,7 +11,7 @@ layout says so, and unspecified values: fill `masters`, then call `publish`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -175,16 +175,24 @@ def _shard_options(view: DeviceMesh, axis: str, *, with_replicas: bool) -> dict[
 
 
 def _shard_dim(parameter: nn.Parameter, shard_size: int) -> Shard | None:
-    """The dim fully_shard cuts: dim 0 (None), or one that divides evenly where that is better.
-
-    Two cuts of one dim are right as well, but torch's own full_tensor and redistribute do not know them when uneven.
-    And there are few experts: ranks above their number would hold nothing.
-    """
+    """What fully_shard is told: the dim it cuts, None for 0."""
     cut = (
         {place.dim for place in parameter.placements if isinstance(place, Shard)}
         if isinstance(parameter, DTensor)
         else set()
     )
-    even = [dim for dim in range(1, parameter.ndim) if dim not in cut and parameter.shape[dim] % shard_size == 0]
-    uneven_stack = parameter.ndim == 3 and local_tensor(parameter).shape[0] % shard_size
-    return Shard(even[0]) if even and (uneven_stack or (parameter.ndim == 2 and 0 in cut)) else None
+    num_local = local_tensor(parameter).shape[0] if parameter.ndim else 1
+    dim = dim_of_shard(parameter.shape, shard_size, cut=cut, num_local=num_local)
+    return Shard(dim) if dim else None
+
+
+def dim_of_shard(shape: torch.Size, shard_size: int, *, cut: Collection[int], num_local: int) -> int:
+    """The dim fully_shard cuts of a parameter: 0, or one that divides evenly where that is better.
+
+    shape: whole. cut: dims that tp and ep cut. num_local: what these leave of dim 0. Two cuts of one dim are right as
+    well, but torch's own full_tensor and redistribute do not know them when uneven. And there are few experts: ranks
+    above their number would hold nothing.
+    """
+    even = [dim for dim in range(1, len(shape)) if dim not in cut and shape[dim] % shard_size == 0]
+    uneven_stack = len(shape) == 3 and num_local % shard_size
+    return even[0] if even and (uneven_stack or (len(shape) == 2 and 0 in cut)) else 0

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 
 from data.batch import Batch
-from models.config import ModelConfig
+from models.config import ATTENTION_IMPLEMENTATIONS, ModelConfig
 from models.layers.context_attention import runs_on_context
 from parallel.context import zigzag_indices
-from parallel.dims import ParallelConfig, ParallelDims, divisors
+from parallel.dims import CP_METHODS, ParallelConfig, ParallelDims, divisors
+from parallel.problem import Problem, multiples, values
 from trainer.config import TrainConfig
 
 
@@ -30,7 +31,7 @@ def context_parallelism(parallel: ParallelConfig, dims: ParallelDims) -> str:
     return f"{parallel.cp_method}({dims.cp if not inner else dims.cp_ring}){inner}"
 
 
-def problems(config: TrainConfig, model: ModelConfig) -> list[str]:
+def problems(config: TrainConfig, model: ModelConfig) -> list[Problem]:
     """Every reason why the sequences of `config` cannot be split over parallel.cp, whose degrees are legal.
 
     model: resolved; of one that is not (its own problems have been named), heads are not looked at.
@@ -38,36 +39,52 @@ def problems(config: TrainConfig, model: ModelConfig) -> list[str]:
     cp, method, seq_len = config.parallel.cp, config.parallel.cp_method, config.train.seq_len
     found = []
     if seq_len % (2 * cp):
-        nearest = max(1, round(seq_len / (2 * cp))) * 2 * cp
+        # Where parallel.tp cuts the sequence too, of what both ask for.
+        step = math.lcm(2 * cp, cp * config.parallel.tp if config.parallel.sequence_parallel else 1)
         found.append(
-            f"train.seq_len={seq_len} does not divide into 2 x parallel.cp={cp} chunks; use a multiple of {2 * cp}, "
-            f"such as {nearest}"
+            Problem(
+                f"train.seq_len={seq_len} does not divide into 2 x parallel.cp={cp} chunks",
+                values("train.seq_len", multiples(step, seq_len), near=seq_len),
+                values("parallel.cp", [d for d in divisors(cp)[:-1] if seq_len % (2 * d) == 0 or d == 1], near=cp),
+            )
         )
     try:
         runs_on_context(model.attention, method, sinks=model.attention_sinks)
     except ValueError as error:
-        found.append(str(error))
+        what = str(error).partition("; use ")[0]
+        others = [name for name in ("auto", *ATTENTION_IMPLEMENTATIONS) if name != model.attention]
+        methods = values("parallel.cp_method", [name for name in CP_METHODS if name != method])
+        found.append(Problem(what, values("model.attention", others), methods))
     if model.activation_checkpoint == "budget":
         found.append(
-            f"model.activation_checkpoint=budget does not work with parallel.cp={cp}, whose attention exchanges keys "
-            "that no single process can measure; use none, full, selective or offload"
+            Problem(
+                f"model.activation_checkpoint=budget does not work with parallel.cp={cp}, whose attention exchanges "
+                "keys that no single process can measure",
+                values("model.activation_checkpoint", ["none", "full", "selective", "offload"]),
+            )
         )
     if config.train.compile and model.activation_checkpoint == "selective":
         found.append(
-            "model.activation_checkpoint=selective with train.compile=true picks operations of one graph, which "
-            f"attention over parallel.cp={cp} parts in two; use none, full or offload, or train.compile=false"
+            Problem(
+                "model.activation_checkpoint=selective with train.compile=true picks operations of one graph, which "
+                f"attention over parallel.cp={cp} parts in two",
+                values("model.activation_checkpoint", ["none", "full", "offload"]),
+                values("train.compile", [False]),
+            )
         )
     return found if model.num_kv_heads is None else found + _head_problems(config.parallel, model)
 
 
-def _head_problems(parallel: ParallelConfig, model: ModelConfig) -> list[str]:
+def _head_problems(parallel: ParallelConfig, model: ModelConfig) -> list[Problem]:
     whole = parallel.cp_method == "ulysses"
     field, degree = ("cp", parallel.cp) if whole else ("cp_ulysses", parallel.cp_ulysses)
     heads = model.num_heads // parallel.tp
     if heads % degree == 0:
         return []
-    legal = ", ".join(map(str, divisors(math.gcd(heads, parallel.cp))))
-    advice = f"use parallel.cp_method=ring or allgather, with cp_ulysses {legal}" if whole else f"use {legal}"
+    inner = [d for d in divisors(math.gcd(heads, parallel.cp)) if d < parallel.cp]
+    methods = values("parallel.cp_method", ["ring", "allgather"]) if whole else None
+    degrees = values(f"parallel.{field}", inner, near=degree)
     shown = f"model.num_heads={model.num_heads}"
     shown += f" / parallel.tp={parallel.tp} = {heads}" if parallel.tp > 1 else ""
-    return [f"parallel.{field}={degree} does not divide {shown}, which Ulysses shares out; {advice}"]
+    what = f"parallel.{field}={degree} does not divide {shown}, which Ulysses shares out"
+    return [Problem(what, methods, degrees)]

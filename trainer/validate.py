@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import replace
+from functools import reduce
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,8 +22,9 @@ from parallel.activation_checkpoint import problems as activation_checkpoint_pro
 from parallel.dims import ParallelDims
 from parallel.dims import problems as dims_problems
 from parallel.pipeline.layout import problems as pipeline_problems
-from parallel.pipeline.schedules import SPLIT_BACKWARD
+from parallel.pipeline.schedules import SCHEDULES, SPLIT_BACKWARD
 from parallel.precision import problems as precision_problems
+from parallel.problem import Problem, kind_of, multiples, values
 from trainer.config import NONFINITE, CheckpointConfig, ConfigError, LoggingConfig, LoopConfig, TrainConfig
 from trainer.resilience import launcher_problems
 from trainer.schedule import problems as schedule_problems
@@ -35,13 +40,58 @@ from trainer.validate_tensor import tensor_parallel_problems
 def finalize(config: TrainConfig, *, world_size: int) -> TrainConfig:
     """Derive what is left open (shape and tokenizer of a Hugging Face folder) and check everything at once.
 
-    Needs no process group and no device. Raises ConfigError with every problem found.
+    Needs no process group and no device. Raises ConfigError with every problem found, each with the nearest values that
+    are legal beside the other settings.
     """
+    resolved, found = _resolve(config, world_size)
+    if found:
+        raise ConfigError([with_legal_advice(problem, found, config, world_size) for problem in found])
+    return resolved
+
+
+def find_problems(config: TrainConfig, *, world_size: int) -> list[str]:
+    """Every problem of `finalize`, with advice that nobody has tried."""
+    return _resolve(config, world_size)[1]
+
+
+def with_legal_advice(problem: str, found: list[str], config: TrainConfig, world_size: int) -> str:
+    """The problem with those changes it proposes that mend it and bring in no problem that was not `found`.
+
+    Where there are none, because the problem hid others, with those that mend it.
+    """
+    if not isinstance(problem, Problem):
+        return problem
+    before = {kind_of(other) for other in found}
+    after: dict[str, set[str]] = {}
+
+    def kinds_with(change: Mapping[str, Any]) -> set[str]:
+        key = repr(change)
+        if key not in after:
+            after[key] = {kind_of(p) for p in find_problems(with_changes(config, change), world_size=world_size)}
+        return after[key]
+
+    strict = problem.with_legal_advice(lambda change: kinds_with(change) <= before - {problem.kind})
+    if any(strict.advice):
+        return strict
+    return problem.with_legal_advice(lambda change: problem.kind not in kinds_with(change))
+
+
+def with_changes(config: TrainConfig, change: Mapping[str, Any]) -> TrainConfig:
+    """A copy with other values, by dotted field."""
+    changed = copy.deepcopy(config)
+    for field, value in change.items():
+        *path, name = field.split(".")
+        setattr(reduce(getattr, path, changed), name, list(value) if isinstance(value, tuple) else value)
+    return changed
+
+
+def _resolve(config: TrainConfig, world_size: int) -> tuple[TrainConfig, list[str]]:
+    """What `finalize` returns, and every problem."""
     model = config.model
     if model.path is not None:
         model = replace(model, path=str(Path(model.path).expanduser()))
         config = replace(config, model=model)
-    found = model_problems(model, seq_len=config.train.seq_len)
+    found: list[str] = [*model_problems(model, seq_len=config.train.seq_len)]
     if not found:
         try:
             model = resolve_model(model)
@@ -71,9 +121,7 @@ def finalize(config: TrainConfig, *, world_size: int) -> TrainConfig:
         found += fp8_problems(config, model)
     found += pipeline_problems(config.parallel, model.num_layers)
     found += launcher_problems(os.environ)
-    if found:
-        raise ConfigError(list(dict.fromkeys(found)))
-    return replace(config, model=model, data=data)
+    return replace(config, model=model, data=data), list(dict.fromkeys(found))
 
 
 def _with_models_tokenizer(config: TrainConfig) -> tuple[DataConfig, list[str]]:
@@ -97,15 +145,16 @@ def _with_models_tokenizer(config: TrainConfig) -> tuple[DataConfig, list[str]]:
 
 
 def _at_least(prefix: str, config: object, minimums: dict[str, int]) -> list[str]:
-    return [
-        f"{prefix}.{name}={getattr(config, name)} must be at least {minimum}"
-        for name, minimum in minimums.items()
-        if not minimum <= getattr(config, name) < math.inf
-    ]
+    found: list[str] = []
+    for name, minimum in minimums.items():
+        if not minimum <= (value := getattr(config, name)) < math.inf:
+            why = f"{prefix}.{name}={value} must be at least {minimum}"
+            found.append(Problem(why, values(f"{prefix}.{name}", [minimum])))
+    return found
 
 
 def _one_of(field_name: str, value: str, choices: tuple[str, ...]) -> list[str]:
-    return [] if value in choices else [f"{field_name}={value} is unknown; use {', '.join(choices)}"]
+    return [] if value in choices else [Problem(f"{field_name}={value} is unknown", values(field_name, choices))]
 
 
 def _loop_problems(train: LoopConfig) -> list[str]:
@@ -148,8 +197,11 @@ def _cross_problems(config: TrainConfig, world_size: int) -> list[str]:
     train, data = config.train, config.data
     if train.eval_interval > 0 and data.validation_fraction == 0:
         found.append(
-            f"train.eval_interval={train.eval_interval} with data.validation_fraction=0 has nothing to validate on; "
-            "raise the fraction, or use train.eval_interval=0"
+            Problem(
+                f"train.eval_interval={train.eval_interval} with data.validation_fraction=0 has nothing to validate on",
+                values("train.eval_interval", [0]),
+                words="raise the fraction",
+            )
         )
     if train.sample_tokens > 0 and data.tokenizer.path is None and all(p.source == "tokens" for p in parts(data)):
         found.append(
@@ -160,16 +212,19 @@ def _cross_problems(config: TrainConfig, world_size: int) -> list[str]:
         return found  # the layout is unknown; its own problem has been named
     dp = ParallelDims.resolve(config.parallel, world_size).dp
     if train.global_batch_size % dp:
-        below = train.global_batch_size // dp * dp
-        nearest = f"{below} or {below + dp}" if below else f"{dp}"
         found.append(
-            f"train.global_batch_size={train.global_batch_size} does not divide into {dp} data-parallel ranks; use a "
-            f"multiple of {dp}, such as {nearest}"
+            Problem(
+                f"train.global_batch_size={train.global_batch_size} does not divide into {dp} data-parallel ranks",
+                values("train.global_batch_size", multiples(dp, train.global_batch_size), near=train.global_batch_size),
+            )
         )
     if train.compile and config.parallel.pp > 1 and config.parallel.pp_schedule in SPLIT_BACKWARD:
         found.append(
-            f"train.compile=true does not work with parallel.pp_schedule={config.parallel.pp_schedule}, which puts "
-            "weight gradients off by a side effect that a compiled block cannot have; use gpipe, 1f1b or "
-            "interleaved_1f1b, or train.compile=false"
+            Problem(
+                f"train.compile=true does not work with parallel.pp_schedule={config.parallel.pp_schedule}, which puts "
+                "weight gradients off by a side effect that a compiled block cannot have",
+                values("parallel.pp_schedule", [name for name in SCHEDULES if name not in SPLIT_BACKWARD]),
+                values("train.compile", [False]),
+            )
         )
     return found

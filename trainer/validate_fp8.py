@@ -12,9 +12,7 @@ from models.fp8 import linears_in_fp8
 from models.registry import build_model
 from parallel.pipeline.schedules import SPLIT_BACKWARD
 from trainer.config import TrainConfig
-
-CUT_BY_INPUT = ("o", "down")  # the end of a branch; parallel/tensor.py
-WHOLE = ("q_a", "kv_a", "project")  # on every rank of tp
+from trainer.validate_tensor import CUT_BY_INPUT, WHOLE
 
 
 def fp8_problems(config: TrainConfig, model: ModelConfig) -> list[str]:

@@ -6,11 +6,14 @@ import torch
 
 from kernels.adamw.quantized import BLOCK
 from models.config import ModelConfig
-from parallel.dims import ParallelDims
+from models.config import problems as model_problems
+from parallel.dims import ParallelDims, divisors
 from parallel.dims import problems as dims_problems
+from parallel.parallelize import dim_of_shard
+from parallel.problem import Problem, change, multiples, values
 from trainer.config import TrainConfig
 from trainer.optim import choose_kernel, precision_problems
-from trainer.validate_tensor import has_mlp
+from trainer.validate_tensor import parameter_shapes, tp_dim
 
 
 def optimizer_problems(config: TrainConfig, model: ModelConfig, world_size: int) -> list[str]:
@@ -26,53 +29,72 @@ def optimizer_problems(config: TrainConfig, model: ModelConfig, world_size: int)
             else "precision.master=bf16"
         )  # fmt: skip
         found.append(
-            f"parallel.cpu_offload=true updates weights in host memory, where the kernel that {asked} needs does not "
-            "run; use cpu_offload=false, or optim.kernel=torch with optim.state_dtype=fp32 and precision.master=fp32"
+            Problem(
+                f"parallel.cpu_offload=true updates weights in host memory, where the kernel that {asked} needs does "
+                "not run",
+                values("parallel.cpu_offload", [False]),
+                change(optim__kernel="torch", optim__state_dtype="fp32", precision__master="fp32"),
+            )
         )
     if precision.master == "bf16" and precision.reduce == "fp32" and parallel.zero_stage >= 2:
         found.append(
-            f"precision.reduce=fp32 with precision.master=bf16 and parallel.zero_stage={parallel.zero_stage}: "
-            "fully_shard adds the gradients of micro-batches in the dtype of the weights; use precision.reduce=bf16 or "
-            "zero_stage 1"
-        )
-    if optim.state_dtype == "int8" and not dims_problems(parallel, world_size) and model.num_kv_heads is not None:
-        found += _block_problems(config, model, ParallelDims.resolve(parallel, world_size))
-    return found
-
-
-def _block_problems(config: TrainConfig, model: ModelConfig, dims: ParallelDims) -> list[str]:
-    """Rows that are no whole blocks of 8-bit moments, or that the layout cuts inside of one.
-
-    What is special to an architecture is left to trainer.adamw_kernel, which looks at each parameter.
-    """
-    why = f"optim.state_dtype=int8 quantizes blocks of {BLOCK} elements of a row"
-    otherwise = "or optim.state_dtype=bf16 or fp32"
-    hidden = model.hidden_size
-    if hidden % BLOCK:
-        below = hidden // BLOCK * BLOCK
-        nearest = f"{below} or {below + BLOCK}" if below else f"{BLOCK}"
-        return [
-            f"{why}, and model.hidden_size={hidden}, the length of most, is no multiple; use {nearest}, {otherwise}"
-        ]
-    found = []
-    assert model.value_dim is not None  # resolved
-    inner = {
-        "model.num_heads x head_dim": model.num_heads * model.value_dim,
-        "model.intermediate_size": model.intermediate_size if has_mlp(model) else 0,
-        "model.moe.intermediate_size": model.moe.intermediate_size if model.moe.num_experts else 0,
-    }
-    for name, columns in inner.items():
-        if columns % BLOCK == 0 and columns % dims.tp == 0 and columns // dims.tp % BLOCK:
-            legal = [tp for tp in range(1, dims.tp) if columns % (tp * BLOCK) == 0]
-            found.append(
-                f"{why}, and parallel.tp={dims.tp} cuts {name}={columns} into pieces of {columns // dims.tp}; use "
-                f"parallel.tp={' or '.join(map(str, legal))}, {otherwise}"
+            Problem(
+                f"precision.reduce=fp32 with precision.master=bf16 and parallel.zero_stage={parallel.zero_stage}: "
+                "fully_shard adds the gradients of micro-batches in the dtype of the weights",
+                values("precision.reduce", ["bf16"]),
+                values("parallel.zero_stage", [0, 1], near=1),
             )
-    shard = dims.dp_shard * dims.cp
-    if config.parallel.zero_stage >= 2 and dims.tp > 1 and hidden % shard == 0 and hidden // shard % BLOCK:
-        found.append(
-            f"{why}, and parallel.zero_stage={config.parallel.zero_stage} over {shard} ranks cuts the rows that "
-            f"parallel.tp={dims.tp} leaves, of model.hidden_size={hidden}, into pieces of {hidden // shard}; use "
-            f"zero_stage 0 or 1, {otherwise}"
         )
+    if optim.state_dtype == "int8" and not (dims_problems(parallel, world_size) or model_problems(model)):
+        found += _block_problems(config, model, world_size)
     return found
+
+
+def _block_problems(config: TrainConfig, model: ModelConfig, world_size: int) -> list[Problem]:
+    """Rows that are no whole blocks of 8-bit moments, or that the layout cuts inside of one."""
+    why = f"optim.state_dtype=int8 quantizes blocks of {BLOCK} elements of a row"
+    otherwise = values("optim.state_dtype", ["bf16", "fp32"])
+    if model.hidden_size % BLOCK:
+        return [
+            Problem(
+                f"{why}, and model.hidden_size={model.hidden_size}, the length of most, is no multiple",
+                values("model.hidden_size", multiples(BLOCK, model.hidden_size), near=model.hidden_size),
+                otherwise,
+            )
+        ]
+    dims, stage = ParallelDims.resolve(config.parallel, world_size), config.parallel.zero_stage
+    found: dict[str, Problem] = {}
+    for name, shape in parameter_shapes(model).items():
+        if len(shape) < 2 or shape[-1] % BLOCK:
+            continue  # trainer.adamw_kernel.is_quantized
+        piece = longest_piece_of_a_row(name, shape, model, config, dims)
+        kind = name.split(".", 2)[2] if name.startswith("blocks.") else name
+        if piece != shape[-1] and piece % BLOCK and kind not in found:
+            over = f"parallel.zero_stage={stage} over {dims.dp_shard * dims.cp} ranks"
+            cut_by = f"parallel.tp={dims.tp}" + (f" with {over}" if stage >= 2 else "")
+            found[kind] = Problem(
+                f"{why}, and {cut_by} cuts the {shape[-1]} columns of {name} into pieces of {piece}",
+                values("parallel.tp", divisors(world_size), near=dims.tp),
+                values("parallel.zero_stage", [1, 0]) if stage >= 2 else None,
+                otherwise,
+            )
+    return list(found.values())
+
+
+def longest_piece_of_a_row(
+    name: str, shape: torch.Size, model: ModelConfig, config: TrainConfig, dims: ParallelDims
+) -> int:
+    """Elements of a row of a parameter that one rank holds: trainer.adamw_kernel counts them when they are there.
+
+    tp cuts first; then fully_shard, and no other stage, may cut rows too (parallel.parallelize.dim_of_shard).
+    """
+    by_tp = tp_dim(name, shape, model, dims.tp)
+    last = len(shape) - 1
+    piece = -(-shape[last] // dims.tp) if by_tp == last else shape[last]
+    if config.parallel.zero_stage < 2:
+        return piece
+    is_spread = dims.ep > 1 and len(shape) == 3
+    ranks = dims.expert_shard if is_spread else dims.dp_shard * dims.cp
+    matrices = shape[0] // dims.ep if is_spread else shape[0]
+    cut = dim_of_shard(shape, ranks, cut=() if by_tp is None else (by_tp,), num_local=matrices)
+    return -(-piece // ranks) if cut == last else piece

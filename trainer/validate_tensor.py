@@ -2,49 +2,61 @@
 
 from __future__ import annotations
 
+import math
+
+import torch
+
 from models.config import ModelConfig
+from models.registry import build_model
 from parallel.dims import divisors
 from parallel.dims import problems as dims_problems
+from parallel.problem import Advice, Problem, multiples, values
 from parallel.tensor import chunk_bounds
 from trainer.config import TrainConfig
 
 
-def tensor_parallel_problems(config: TrainConfig, model: ModelConfig, world_size: int) -> list[str]:
+def tensor_parallel_problems(config: TrainConfig, model: ModelConfig, world_size: int) -> list[Problem]:
     """Every reason why this run cannot use parallel.tp, one line each; none while the layout or model are illegal."""
     tp = config.parallel.tp
     if tp == 1 or dims_problems(config.parallel, world_size) or model.num_kv_heads is None:
         return []
-    found = _model_problems(model, tp)
+    found = _model_problems(model, tp, world_size)
     seq_len, cp = config.train.seq_len, config.parallel.cp
     if config.parallel.sequence_parallel and seq_len % (cp * tp):
-        nearest = max(cp * tp, round(seq_len / (cp * tp)) * cp * tp)
         over = f"parallel.tp={tp}" if cp == 1 else f"parallel.cp={cp} x parallel.tp={tp}"
+        step = cp * tp if cp == 1 else math.lcm(2 * cp, cp * tp)  # what cp asks for as well
         found.append(
-            f"train.seq_len={seq_len} does not divide by {over}, and parallel.sequence_parallel=true "
-            f"gives each rank an equal slice; use {nearest}, or sequence_parallel=false"
+            Problem(
+                f"train.seq_len={seq_len} does not divide by {over}, and parallel.sequence_parallel=true gives each "
+                "rank an equal slice",
+                values("train.seq_len", multiples(step, seq_len), near=seq_len),
+                values("parallel.sequence_parallel", [False]),
+            )
         )
     return found
 
 
-def _model_problems(model: ModelConfig, tp: int) -> list[str]:
+def _model_problems(model: ModelConfig, tp: int, world_size: int) -> list[Problem]:
     assert model.num_kv_heads is not None  # resolved
     found = []
+    fitting = _fitting(model, tp, world_size)
     for name in ("num_heads", "intermediate_size") if has_mlp(model) else ("num_heads",):
         size = getattr(model, name)
         if size % tp:
             what = "attention heads" if name == "num_heads" else "the inner features of an MLP"
-            found.append(
-                f"parallel.tp={tp} does not divide model.{name}={size}, and ranks share {what} equally; "
-                f"use {_legal(model)}"
-            )
+            why = f"parallel.tp={tp} does not divide model.{name}={size}, and ranks share {what} equally"
+            found.append(Problem(why, fitting))
     if not _kv_heads_fit(model.num_kv_heads, tp):
         found.append(
-            f"parallel.tp={tp} and model.num_kv_heads={model.num_kv_heads} do not divide one another, so that query "
-            f"heads of one rank would need an uneven number of key heads; use {_legal(model)}"
+            Problem(
+                f"parallel.tp={tp} and model.num_kv_heads={model.num_kv_heads} do not divide one another, so that "
+                "query heads of one rank would need an uneven number of key heads",
+                fitting,
+            )
         )
-    first, last = chunk_bounds(model.vocab_size, tp, tp - 1)
-    if first >= last:
-        found.append(f"parallel.tp={tp} leaves the last rank no word of model.vocab_size={model.vocab_size}; use less")
+    if not _words_for_all(model.vocab_size, tp):
+        why = f"parallel.tp={tp} leaves the last rank no word of model.vocab_size={model.vocab_size}"
+        found.append(Problem(why, fitting))
     return found
 
 
@@ -57,12 +69,48 @@ def has_mlp(model: ModelConfig) -> bool:
     return not all(model.moe.in_layer(layer) for layer in range(model.num_blocks))
 
 
-def _legal(model: ModelConfig) -> str:
-    """The degrees that this model allows, as an error offers them."""
+WHOLE = ("q_a", "kv_a", "project", "router", "positions")
+"""Layers with a matrix that every rank of tp has whole, by name."""
+CUT_BY_INPUT = ("o", "down")
+"""Those at the end of a branch, which are cut by features in; all others are by features out (parallel/tensor.py)."""
+
+
+def tp_dim(name: str, shape: torch.Size, model: ModelConfig, tp: int) -> int | None:
+    """The dim of a parameter (matrix, or stack of them) that tp cuts; None for those that every rank has whole."""
+    assert model.num_kv_heads is not None  # resolved
+    layer = name.split(".")[-2]
+    shared = name.endswith((".attention.k.weight", ".attention.v.weight")) and tp > model.num_kv_heads
+    if tp == 1 or layer in WHOLE or shared:
+        return None
+    return len(shape) - (1 if layer in CUT_BY_INPUT else 2)
+
+
+def parameter_shapes(model: ModelConfig) -> dict[str, torch.Size]:
+    """Of every parameter, by name; whole. model: legal and resolved."""
+    if (key := repr(model)) not in _SHAPES:
+        _SHAPES.clear()
+        with torch.device("meta"):
+            _SHAPES[key] = {name: p.shape for name, p in build_model(model).named_parameters()}
+    return _SHAPES[key]
+
+
+_SHAPES: dict[str, dict[str, torch.Size]] = {}
+"""Of the last model: advice tries layouts of one."""
+
+
+def _words_for_all(vocab_size: int, tp: int) -> bool:
+    first, last = chunk_bounds(vocab_size, tp, tp - 1)
+    return first < last
+
+
+def _fitting(model: ModelConfig, tp: int, world_size: int) -> Advice | None:
+    """The degrees that this model and the number of processes allow."""
     assert model.num_kv_heads is not None  # resolved
     legal = [
         d
-        for d in divisors(model.num_heads)
-        if (model.intermediate_size % d == 0 or not has_mlp(model)) and _kv_heads_fit(model.num_kv_heads, d)
+        for d in divisors(math.gcd(world_size, model.num_heads))
+        if (model.intermediate_size % d == 0 or not has_mlp(model))
+        and _kv_heads_fit(model.num_kv_heads, d)
+        and _words_for_all(model.vocab_size, d)
     ]
-    return f"parallel.tp={' or '.join(map(str, legal))}"
+    return values("parallel.tp", legal, near=tp)

@@ -9,6 +9,7 @@ from parallel.dims import ParallelConfig
 from parallel.pipeline.schedules import SCHEDULES, Schedule, forward_only, make_schedule, placement, stages_per_rank
 from parallel.pipeline.stages import Stage, balance, make_stages
 from parallel.pipeline.timeline import problems as timeline_problems
+from parallel.problem import Problem, values
 
 
 @dataclass(frozen=True)
@@ -57,20 +58,27 @@ def problems(config: ParallelConfig, num_layers: int) -> list[str]:
     return found + _stage_problems(config, num_layers)
 
 
-def _stage_problems(config: ParallelConfig, num_layers: int) -> list[str]:
+def _stage_problems(config: ParallelConfig, num_layers: int) -> list[Problem]:
     """Of a real pipeline."""
     if config.pp_schedule not in SCHEDULES:
-        return [f"parallel.pp_schedule={config.pp_schedule} is not a schedule; use {', '.join(SCHEDULES)}"]
+        why = f"parallel.pp_schedule={config.pp_schedule} is not a schedule"
+        return [Problem(why, values("parallel.pp_schedule", SCHEDULES))]
     if config.pp_stages_per_rank < 1:
-        return [f"parallel.pp_stages_per_rank={config.pp_stages_per_rank} must be at least 1; 2 is usual"]
+        why = f"parallel.pp_stages_per_rank={config.pp_stages_per_rank} must be at least 1; 2 is usual"
+        return [Problem(why, values("parallel.pp_stages_per_rank", [2, 1]))]
     per_rank = stages_per_rank(config.pp_schedule, config.pp_stages_per_rank)
     num_stages = config.pp * per_rank
     if num_layers < num_stages:
-        fitting = num_layers // per_rank
-        fix = f"use parallel.pp={fitting} or less" if fitting > 1 else "use a schedule with fewer stages"
+        fewer = [s for s in SCHEDULES if config.pp * stages_per_rank(s, config.pp_stages_per_rank) <= num_layers]
+        per_stage = [n for n in range(1, config.pp_stages_per_rank) if config.pp * n <= num_layers]
         return [
-            f"parallel.pp={config.pp} with parallel.pp_schedule={config.pp_schedule} makes {num_stages} stages, and "
-            f"model.num_layers={num_layers} does not fill them; {fix}"
+            Problem(
+                f"parallel.pp={config.pp} with parallel.pp_schedule={config.pp_schedule} makes {num_stages} stages, "
+                f"and model.num_layers={num_layers} does not fill them",
+                values("parallel.pp", range(1, num_layers // per_rank + 1), near=config.pp),
+                values("parallel.pp_schedule", fewer),
+                values("parallel.pp_stages_per_rank", per_stage, near=config.pp_stages_per_rank),
+            )
         ]
     split = config.pp_split
     if split is None:
@@ -78,7 +86,10 @@ def _stage_problems(config: ParallelConfig, num_layers: int) -> list[str]:
     if len(split) != num_stages or sum(split) != num_layers or min(split) < 1:
         even = balance([1.0] * num_layers, num_stages)
         return [
-            f"parallel.pp_split={list(split)} must have {num_stages} entries (stages), each at least 1, that add up to "
-            f"model.num_layers={num_layers}; such as {even}"
+            Problem(
+                f"parallel.pp_split={list(split)} must have {num_stages} entries (stages), each at least 1, that add "
+                f"up to model.num_layers={num_layers}",
+                values("parallel.pp_split", [None, tuple(even)]),
+            )
         ]
     return []

@@ -19,8 +19,8 @@ from models.mla_config import MLAConfig
 from models.moe_config import MoEConfig, RoutingConfig
 from models.mtp_config import MTPConfig
 from tests.parity.harness import changed, tiny_config
-from trainer.config import ConfigError, TrainConfig
-from trainer.validate import finalize
+from trainer.config import TrainConfig
+from trainer.validate import find_problems, with_legal_advice
 
 WORLD_SIZE = 8
 STEPS = 3
@@ -135,12 +135,14 @@ class Legality:
         """What validation says about a layout; empty: it runs."""
         key = tuple(layout[feature] for feature in FEATURES)
         if key not in self._problems:
-            try:
-                finalize(config_of(layout, self.base, Path("unused")), world_size=WORLD_SIZE)
-                self._problems[key] = ()
-            except ConfigError as error:
-                self._problems[key] = tuple(error.problems)
+            config = config_of(layout, self.base, Path("unused"))
+            self._problems[key] = tuple(find_problems(config, world_size=WORLD_SIZE))
         return self._problems[key]
+
+    def with_advice(self, layout: Layout, problem: str) -> str:
+        """One of these problems as a user of that layout reads it."""
+        config = config_of(layout, self.base, Path("unused"))
+        return with_legal_advice(problem, list(self.problems(layout)), config, WORLD_SIZE)
 
 
 def all_pairs() -> list[Pair]:
@@ -210,8 +212,9 @@ def _reason(pair: Pair, legality: Legality) -> str:
         plainest = _plainest(name, value, legality)
         alone |= set(legality.problems(plainest))
         together |= {feature: v for feature, v in plainest.items() if v != default()[feature]}
-    problems = legality.problems(together | dict(pair))
-    return next((problem for problem in problems if problem not in alone), problems[0])
+    layout = together | dict(pair)
+    problems = legality.problems(layout)
+    return legality.with_advice(layout, next((problem for problem in problems if problem not in alone), problems[0]))
 
 
 def _plainest(name: str, value: str, legality: Legality) -> Layout:

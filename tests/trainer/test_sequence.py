@@ -50,15 +50,21 @@ def _config(**changes: Any) -> TrainConfig:
     [
         (
             {"train__seq_len": 36},
-            r"train.seq_len=36 does not divide into 2 x parallel.cp=4 chunks; use a multiple of 8, such as 32",
+            r"train.seq_len=36 does not divide into 2 x parallel.cp=4 chunks; use train.seq_len=24, 32, 40 or 48, or",
         ),
-        ({"parallel__cp": 3}, "parallel.cp=3 does not divide the 8 processes; use one of 1, 2, 4, 8"),
-        ({"parallel__cp_method": "rings"}, "parallel.cp_method=rings is unknown; use ring, ulysses, allgather"),
+        ({"parallel__cp": 3}, "parallel.cp=3 does not divide the 8 processes; use parallel.cp=2, 4 or 8, or start"),
+        (
+            {"parallel__cp_method": "rings"},
+            "parallel.cp_method=rings is unknown; use parallel.cp_method=ring or",
+        ),
         ({"parallel__cp_method": "ulysses"}, "parallel.cp=4 does not divide model.num_heads=6"),
-        ({"parallel__cp_ulysses": 3}, "parallel.cp_ulysses=3 does not divide parallel.cp=4; use 1, 2"),
-        ({"parallel__cp_ulysses": 4}, "use cp_method=ulysses with cp_ulysses=1"),
+        (
+            {"parallel__cp_ulysses": 3},
+            "parallel.cp_ulysses=3 does not divide parallel.cp=4; use parallel.cp_ulysses=1 or",
+        ),
+        ({"parallel__cp_ulysses": 4}, "use parallel.cp_ulysses=1 or 2"),
         ({"parallel__cp_ulysses": 2, "parallel__cp_method": "ulysses"}, "parallel.cp_ulysses=2 is the inner part"),
-        ({"parallel__cp_ulysses": 2, "model__num_heads": 3, "model__num_kv_heads": 3}, "use 1"),
+        ({"parallel__cp_ulysses": 2, "model__num_heads": 3, "model__num_kv_heads": 3}, "use parallel.cp_ulysses=1"),
         ({"model__attention": "flex"}, "model.attention=flex does not work with parallel.cp_method=ring"),
         ({"model__attention": "sdpa"}, "model.attention=sdpa does not work with parallel.cp_method=ring"),
         (

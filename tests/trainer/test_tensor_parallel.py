@@ -150,7 +150,7 @@ def test_bf16_trains_close_to_one_process(ranks: RankPool, config: TrainConfig, 
     ("world_size", "changes", "expected"),
     [
         (3, {"parallel__tp": 3}, "parallel.tp=3 does not divide model.num_heads=4"),
-        (8, {"parallel__tp": 8}, "use parallel.tp=1 or 2 or 4"),
+        (8, {"parallel__tp": 8}, "use parallel.tp=1, 2 or 4"),
         (4, {"parallel__tp": 4, "model__intermediate_size": 50}, "model.intermediate_size=50"),
         (
             4,
