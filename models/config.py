@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from models.mla_config import MLAConfig, mla_problems
 from models.moe_config import MoEConfig, RoutingConfig, moe_problems
 from models.mtp_config import MTPConfig, mtp_problems
+from parallel.problem import Advice, Problem, values
 
 FAMILY_NAMES = (
     "llama",
@@ -45,6 +46,14 @@ ROPE_SCALINGS = {  # and the fields of RopeConfig that each reads, besides theta
     "llama3": ("factor", "original_max_seq_len", "low_freq_factor", "high_freq_factor"),
 }
 ACTIVATION_CHECKPOINTS = ("none", "full", "selective", "offload", "budget")
+WITHOUT_BUDGET = Advice(
+    tuple(
+        {"model.activation_checkpoint": mode, "model.activation_memory_gib": None}
+        for mode in ACTIVATION_CHECKPOINTS
+        if mode != "budget"
+    )
+)
+"""What to use where model.activation_checkpoint=budget cannot be."""
 ATTENTION_IMPLEMENTATIONS = ("auto", "reference", "sdpa", "flex", "triton")
 
 
@@ -225,7 +234,7 @@ def check(config: ModelConfig) -> None:
 
 
 def _choice(name: str, value: str, allowed: Collection[str]) -> list[str]:
-    return [] if value in allowed else [f"model.{name}={value} is unknown; use one of {', '.join(allowed)}"]
+    return [] if value in allowed else [Problem(f"model.{name}={value} is unknown", values(f"model.{name}", allowed))]
 
 
 def _run_time_problems(config: ModelConfig) -> list[str]:
@@ -259,12 +268,24 @@ def _budget_problems(config: ModelConfig) -> list[str]:
             f"model.activation_memory_gib={'null' if budget is None else budget} must be positive: "
             "model.activation_checkpoint=budget needs the GiB that all blocks of a GPU may keep of a micro-batch"
         ]
+    found: list[str] = []
     if config.moe.num_experts:
-        return [
-            f"model.activation_checkpoint=budget does not work with model.moe.num_experts={config.moe.num_experts}: "
-            "what experts keep depends on the routing; use selective, full or none"
-        ]
-    return []
+        found.append(
+            Problem(
+                f"model.activation_checkpoint=budget does not work with model.moe.num_experts={config.moe.num_experts}"
+                ": what experts keep depends on the routing",
+                WITHOUT_BUDGET,
+            )
+        )
+    if config.attention == "flex":
+        found.append(
+            Problem(
+                "model.activation_checkpoint=budget cannot measure model.attention=flex, which is no single operation",
+                values("model.attention", ["auto", "triton", "sdpa"]),
+                WITHOUT_BUDGET,
+            )
+        )
+    return found
 
 
 def _size_problems(config: ModelConfig) -> list[str]:
@@ -286,20 +307,32 @@ def _head_problems(config: ModelConfig) -> list[str]:
     head_dim = config.head_dim
     if head_dim is None:
         if config.hidden_size % config.num_heads:
+            fitting = [n for n in range(1, config.hidden_size + 1) if config.hidden_size % n == 0]
             return [
-                f"model.num_heads={config.num_heads} does not divide model.hidden_size={config.hidden_size}; "
-                "use a divisor, or set model.head_dim"
+                Problem(
+                    f"model.num_heads={config.num_heads} does not divide model.hidden_size={config.hidden_size}",
+                    values("model.num_heads", fitting, near=config.num_heads),
+                    words="set model.head_dim",
+                )
             ]
         head_dim = config.hidden_size // config.num_heads
-    found = []
+    found: list[str] = []
     if config.positions == "rope" and head_dim % 2:
-        found.append(f"model.head_dim={head_dim} is odd; model.positions=rope turns pairs of dimensions: make it even")
+        found.append(
+            Problem(
+                f"model.head_dim={head_dim} is odd, and model.positions=rope turns pairs of dimensions",
+                values("model.head_dim", [head_dim - 1, head_dim + 1][head_dim == 1 :]),
+            )
+        )
     if config.positions == "rope" and config.rope.scaling == "ntk" and head_dim == 2:
         found.append("model.head_dim=2 leaves model.rope.scaling=ntk no second frequency to stretch; use 4 or more")
     if config.num_kv_heads is not None and config.num_heads % config.num_kv_heads:
-        legal = ", ".join(str(d) for d in range(1, config.num_heads + 1) if config.num_heads % d == 0)
+        legal = [d for d in range(1, config.num_heads + 1) if config.num_heads % d == 0]
         found.append(
-            f"model.num_kv_heads={config.num_kv_heads} does not divide model.num_heads={config.num_heads}; use {legal}"
+            Problem(
+                f"model.num_kv_heads={config.num_kv_heads} does not divide model.num_heads={config.num_heads}",
+                values("model.num_kv_heads", legal, near=config.num_kv_heads),
+            )
         )
     return found
 
@@ -343,8 +376,10 @@ def _length_problems(config: ModelConfig, seq_len: int) -> list[str]:
     if seq_len <= config.max_seq_len:
         return []
     too_long = f"train.seq_len={seq_len} is above model.max_seq_len={config.max_seq_len}"
+    shorter = values("train.seq_len", [config.max_seq_len])
+    longer = values("model.max_seq_len", [seq_len])
     if config.positions == "learned":
-        return [f"{too_long}, the rows of the learned position table; use at most {config.max_seq_len}"]
+        return [Problem(f"{too_long}, the rows of the learned position table", shorter, longer)]
     if config.dropout > 0 or config.attention_dropout > 0:
-        return [f"{too_long}, which numbers the dropout draws; raise model.max_seq_len or switch dropout off"]
+        return [Problem(f"{too_long}, which numbers the dropout draws", shorter, longer, words="switch dropout off")]
     return []

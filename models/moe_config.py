@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from parallel.problem import Problem, values
+
 ROUTERS = ("softmax", "switch", "gshard", "sigmoid")
 
 
@@ -71,13 +73,13 @@ def moe_problems(
         return found
     minimums = {"num_experts": 1, "top_k": 1, "intermediate_size": 1, "every": 1, "num_groups": 1, "top_groups": 1}
     minimums |= {"num_shared": 0, "first_dense": 0}
-    wrong = [
+    wrong: list[str] = [
         f"model.moe.{name}={getattr(moe, name)} must be at least {minimum}"
         for name, minimum in minimums.items()
         if getattr(moe, name) < minimum
     ]
     if moe.router not in ROUTERS:
-        wrong.append(f"model.moe.router={moe.router} is unknown; use one of {', '.join(ROUTERS)}")
+        wrong.append(Problem(f"model.moe.router={moe.router} is unknown", values("model.moe.router", ROUTERS)))
     if not gated:
         wrong.append("model.gated_mlp=false does not work with model.moe.num_experts > 0: experts are gated; use true")
     if not norm_first:
@@ -101,9 +103,9 @@ def _router_problems(moe: MoEConfig, routing: RoutingConfig) -> list[str]:
         found.append("model.moe.normalize=false does not fit model.moe.router=gshard, which draws by the normalised "
                      "weight; use true")  # fmt: skip
     if moe.num_experts % moe.num_groups:
-        legal = ", ".join(str(d) for d in range(1, moe.num_experts + 1) if moe.num_experts % d == 0)
-        return [*found, f"model.moe.num_groups={moe.num_groups} does not divide model.moe.num_experts="
-                        f"{moe.num_experts}; use {legal}"]  # fmt: skip
+        legal = [d for d in range(1, moe.num_experts + 1) if moe.num_experts % d == 0]
+        what = f"model.moe.num_groups={moe.num_groups} does not divide model.moe.num_experts={moe.num_experts}"
+        return [*found, Problem(what, values("model.moe.num_groups", legal, near=moe.num_groups))]
     size = moe.num_experts // moe.num_groups
     if moe.top_groups > moe.num_groups:
         found.append(f"model.moe.top_groups={moe.top_groups} is above model.moe.num_groups={moe.num_groups}; lower it")

@@ -24,6 +24,8 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
+from parallel.problem import Problem, values
+
 _RECORDING = (_CachingTorchDispatchMode, _CachedTorchDispatchMode)
 """What selective checkpointing runs a forward and its recomputation under."""
 
@@ -65,9 +67,10 @@ def op_name(op: torch._ops.OpOverload) -> str:
 
 def problems(config: ActivationCheckpoint) -> list[str]:
     """Every reason why this cannot be applied, one line each."""
-    found = []
+    found: list[str] = []
     if config.mode not in MODES:
-        found.append(f"model.activation_checkpoint={config.mode} is unknown; use one of {', '.join(MODES)}")
+        known = values("model.activation_checkpoint", MODES)
+        found.append(Problem(f"model.activation_checkpoint={config.mode} is unknown", known))
     if config.mode == "selective":
         unknown = [name for name in config.save if resolve_op(name) is None]
         if unknown:

@@ -9,17 +9,23 @@ from dataclasses import dataclass
 from typing import Any
 
 MAX_VALUES = 4
-"""Of a field that an error offers: the nearest ones."""
+"""Of a field of numbers, or of changes of several fields, that an error offers: the nearest ones."""
 
 
 @dataclass(frozen=True)
 class Advice:
     """Changes of a configuration, each of which by itself mends a problem. At least one."""
 
-    changes: tuple[Mapping[str, Any], ...]  # each: dotted field to value
+    changes: tuple[Mapping[str, Any], ...]  # each: dotted field to value, the nearest first
+
+    @property
+    def shown(self) -> int:
+        """How many of the changes an error offers: all choices among names."""
+        names = all(isinstance(value, str) for change in self.changes for value in change.values())
+        return len(self.changes) if names else MAX_VALUES
 
     def __str__(self) -> str:
-        nearest = sorted(self.changes[:MAX_VALUES], key=_order)
+        nearest = sorted(self.changes[: self.shown], key=_order)
         if all(len(change) == 1 for change in nearest) and len({next(iter(change)) for change in nearest}) == 1:
             field = next(iter(nearest[0]))
             *some, last = [shown(change[field]) for change in nearest]
@@ -46,13 +52,8 @@ class Problem(str):
         problem.what, problem.advice, problem.words = what, given, words
         return problem
 
-    @property
-    def kind(self) -> str:
-        """The same for two problems that differ in nothing but values."""
-        return kind_of(self.what)
-
     def with_legal_advice(self, is_legal: Callable[[Mapping[str, Any]], bool]) -> Problem:
-        """With the changes that are legal, of each advice the first MAX_VALUES.
+        """With the changes that are legal, as many as are shown.
 
         Where none is and there are no words of advice either, the line says so.
         """
@@ -60,7 +61,7 @@ class Problem(str):
         for advice in self.advice:
             legal: list[Mapping[str, Any]] = []
             for change in advice.changes:
-                if len(legal) < MAX_VALUES and is_legal(change):
+                if len(legal) < advice.shown and is_legal(change):
                     legal.append(change)
             kept.append(Advice(tuple(legal)) if legal else None)
         if not self.advice or any(kept) or self.words:
@@ -70,8 +71,12 @@ class Problem(str):
 
 
 def kind_of(problem: str) -> str:
-    """`Problem.kind` of any line."""
-    return re.sub(r"=[^\s,;]+|\d+(\.\d+)?", "#", problem)
+    """The same for two problems that differ in nothing but values and advice."""
+    return re.sub(r"=[^\s,;]+|\d+(\.\d+)?", "#", without_advice(problem))
+
+
+def without_advice(problem: str) -> str:
+    return problem.what if isinstance(problem, Problem) else problem
 
 
 def values(field: str, candidates: Iterable[Any], *, near: float | None = None) -> Advice | None:

@@ -6,46 +6,70 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from models.config import ModelConfig
 from models.decoder import Decoder, MTPBlock
 from models.layers.attention import build_context
-from parallel.activation_budget import BlockCost, BudgetTooSmallError, Choice, all_or_none, choose
+from parallel.activation_budget import BlockCost, Choice, all_or_none, choose
 from parallel.activation_cost import Rates, measure_block
+from parallel.dims import ParallelDims
 from parallel.groups import ModelParallel
-from trainer.config import ConfigError, TrainConfig
+from parallel.pipeline.stages import make_stages
+from parallel.problem import Problem, values
+from trainer.config import TrainConfig
+from trainer.pipelined import pipeline_layout
 
 
 def plan_activations(
     model: Decoder, config: TrainConfig, groups: ModelParallel, device: torch.device
 ) -> dict[str, Choice]:
-    """What each block of this rank keeps, by name in model.blocks, within model.activation_memory_gib. Collective.
+    """What each block of this rank keeps, by name in model.blocks, within model.activation_memory_gib.
 
-    model: before anything was applied to it. Raises ConfigError on every rank when the inputs of the blocks of any of
-    them are more than that, naming the smallest budget that all ranks can keep.
+    model: before anything was applied to it. config: without `problems`, so that the inputs of the blocks fit.
     """
     assert config.model.activation_memory_gib is not None
     costs = block_costs(model, config, groups, device)
-    budget = int(config.model.activation_memory_gib * 2**30)
-    choices, smallest = [], 0
-    try:
-        choices = choose(list(costs.values()), budget)
-    except BudgetTooSmallError as error:
-        smallest = error.smallest
-    on_ranks: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(on_ranks, smallest)
-    if max(on_ranks):
-        # The digits shown must not round down, or the advice would be refused as well.
-        needed = -(-max(on_ranks) * 10**4 // 2**30) / 10**4
-        raise ConfigError(
-            [
-                f"model.activation_memory_gib={config.model.activation_memory_gib} is less than the inputs of the "
-                f"blocks, which are kept in any case; use at least {needed:.4f}, or a smaller train.micro_batch_size"
-            ]
-        )
+    choices = choose(list(costs.values()), int(config.model.activation_memory_gib * 2**30))
     return dict(zip(costs, choices, strict=True))
+
+
+def problems(config: TrainConfig, model: ModelConfig, world_size: int) -> list[Problem]:
+    """Why model.activation_memory_gib cannot be kept, one line; config, with this resolved model, has no other problem.
+
+    The inputs of the blocks are kept in any case.
+    """
+    if model.activation_checkpoint != "budget":
+        return []
+    assert model.activation_memory_gib is not None
+    micro_batch, budget = config.train.micro_batch_size, int(model.activation_memory_gib * 2**30)
+    needed = bytes_of_inputs(config, model, world_size)
+    if needed <= budget:
+        return []
+    fitting = budget * micro_batch // needed
+    # The digits shown must not round down, or the advice would be refused as well.
+    enough = -(-needed * 10**4 // 2**30) / 10**4
+    return [
+        Problem(
+            f"model.activation_memory_gib={model.activation_memory_gib} is less than the inputs of the blocks of a "
+            "rank, which are kept in any case",
+            values("model.activation_memory_gib", [enough]),
+            values("train.micro_batch_size", [fitting] if fitting else []),
+        )
+    ]
+
+
+def bytes_of_inputs(config: TrainConfig, model: ModelConfig, world_size: int) -> int:
+    """Of all blocks of a rank and one micro-batch; of the stage of a pipeline that has most of them."""
+    dims = ParallelDims.resolve(config.parallel, world_size)
+    layout = pipeline_layout(config.parallel, model, seq_len=config.train.seq_len)
+    stages = [make_stages([model.num_layers])] if layout is None else map(layout.of_rank, range(dims.pp))
+    ahead = 2 * model.mtp.depth  # their blocks take a hidden state and an embedding
+    inputs = max(sum(s.stop - s.start + ahead * s.is_last for s in of_rank) for of_rank in stages)
+    tokens = config.train.seq_len // (dims.tp if config.parallel.sequence_parallel else 1)
+    elements = config.train.micro_batch_size * tokens * model.hidden_size
+    return inputs * elements * config.precision.compute_dtype.itemsize
 
 
 def block_costs(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from data.batch import Batch
-from models.config import ATTENTION_IMPLEMENTATIONS, ModelConfig
+from models.config import ATTENTION_IMPLEMENTATIONS, WITHOUT_BUDGET, ModelConfig
 from models.layers.context_attention import runs_on_context
 from parallel.context import zigzag_indices
 from parallel.dims import CP_METHODS, ParallelConfig, ParallelDims, divisors
@@ -60,7 +60,7 @@ def problems(config: TrainConfig, model: ModelConfig) -> list[Problem]:
             Problem(
                 f"model.activation_checkpoint=budget does not work with parallel.cp={cp}, whose attention exchanges "
                 "keys that no single process can measure",
-                values("model.activation_checkpoint", ["none", "full", "selective", "offload"]),
+                WITHOUT_BUDGET,
             )
         )
     if config.train.compile and model.activation_checkpoint == "selective":

@@ -24,7 +24,8 @@ from parallel.dims import problems as dims_problems
 from parallel.pipeline.layout import problems as pipeline_problems
 from parallel.pipeline.schedules import SCHEDULES, SPLIT_BACKWARD
 from parallel.precision import problems as precision_problems
-from parallel.problem import Problem, kind_of, multiples, values
+from parallel.problem import Problem, kind_of, multiples, values, without_advice
+from trainer.activations import problems as activation_problems
 from trainer.config import NONFINITE, CheckpointConfig, ConfigError, LoggingConfig, LoopConfig, TrainConfig
 from trainer.resilience import launcher_problems
 from trainer.schedule import problems as schedule_problems
@@ -55,25 +56,31 @@ def find_problems(config: TrainConfig, *, world_size: int) -> list[str]:
 
 
 def with_legal_advice(problem: str, found: list[str], config: TrainConfig, world_size: int) -> str:
-    """The problem with those changes it proposes that mend it and bring in no problem that was not `found`.
+    """The problem with those of the changes it proposes that validation agrees with.
 
-    Where there are none, because the problem hid others, with those that mend it.
+    These mend it, leave no problem that names a field they set, and bring in none that is not among the `found` ones,
+    unless all do: a problem may hide others.
     """
     if not isinstance(problem, Problem):
         return problem
-    before = {kind_of(other) for other in found}
-    after: dict[str, set[str]] = {}
+    kind, before = kind_of(problem), {kind_of(other) for other in found}
+    tried: dict[str, list[str]] = {}
 
-    def kinds_with(change: Mapping[str, Any]) -> set[str]:
-        key = repr(change)
-        if key not in after:
-            after[key] = {kind_of(p) for p in find_problems(with_changes(config, change), world_size=world_size)}
-        return after[key]
+    def problems_with(change: Mapping[str, Any]) -> list[str]:
+        if (key := repr(change)) not in tried:
+            tried[key] = find_problems(with_changes(config, change), world_size=world_size)
+        return tried[key]
 
-    strict = problem.with_legal_advice(lambda change: kinds_with(change) <= before - {problem.kind})
-    if any(strict.advice):
-        return strict
-    return problem.with_legal_advice(lambda change: problem.kind not in kinds_with(change))
+    def mends(change: Mapping[str, Any]) -> bool:
+        left = problems_with(change)
+        named = any(f"{field}=" in without_advice(other) for other in left for field in change)
+        return not named and kind not in map(kind_of, left)
+
+    def brings_none(change: Mapping[str, Any]) -> bool:
+        return mends(change) and before.issuperset(map(kind_of, problems_with(change)))
+
+    with_advice = problem.with_legal_advice(brings_none)
+    return with_advice if with_advice.advice else problem.with_legal_advice(mends)
 
 
 def with_changes(config: TrainConfig, change: Mapping[str, Any]) -> TrainConfig:
@@ -121,6 +128,8 @@ def _resolve(config: TrainConfig, world_size: int) -> tuple[TrainConfig, list[st
         found += fp8_problems(config, model)
     found += pipeline_problems(config.parallel, model.num_layers)
     found += launcher_problems(os.environ)
+    if not found:
+        found += activation_problems(config, model, world_size)
     return replace(config, model=model, data=data), list(dict.fromkeys(found))
 
 

@@ -7,10 +7,11 @@ from collections.abc import Iterator
 import torch
 
 from kernels.fp8.formats import PAD
-from models.config import ModelConfig
+from models.config import WITHOUT_BUDGET, ModelConfig
 from models.fp8 import linears_in_fp8
 from models.registry import build_model
-from parallel.pipeline.schedules import SPLIT_BACKWARD
+from parallel.pipeline.schedules import SCHEDULES, SPLIT_BACKWARD
+from parallel.problem import Problem, values
 from trainer.config import TrainConfig
 from trainer.validate_tensor import CUT_BY_INPUT, WHOLE
 
@@ -23,16 +24,24 @@ def fp8_problems(config: TrainConfig, model: ModelConfig) -> list[str]:
     precision, parallel = config.precision, config.parallel
     if not precision.fp8 or model.num_kv_heads is None:
         return []
-    found = []
+    found: list[str] = []
     if parallel.pp > 1 and parallel.pp_schedule in SPLIT_BACKWARD:
         found.append(
-            f"precision.compute=fp8 does not work with parallel.pp_schedule={parallel.pp_schedule}, which keeps inputs "
-            "and gradients for later in bf16; use gpipe, 1f1b or interleaved_1f1b, or precision.compute=bf16"
+            Problem(
+                f"precision.compute=fp8 does not work with parallel.pp_schedule={parallel.pp_schedule}, which keeps "
+                "inputs and gradients for later in bf16",
+                values("parallel.pp_schedule", [name for name in SCHEDULES if name not in SPLIT_BACKWARD]),
+                values("precision.compute", ["bf16"]),
+            )
         )
     if model.activation_checkpoint == "budget":
         found.append(
-            "precision.compute=fp8 does not work with model.activation_checkpoint=budget, which has no cost of "
-            "products in fp8; use selective or full, or precision.compute=bf16"
+            Problem(
+                "precision.compute=fp8 does not work with model.activation_checkpoint=budget, which has no cost of "
+                "products in fp8",
+                WITHOUT_BUDGET,
+                values("precision.compute", ["bf16"]),
+            )
         )
     with torch.device("meta"):
         whole = build_model(model)

@@ -72,7 +72,7 @@ def test_a_budget_below_the_inputs_of_blocks_is_refused_on_all_ranks_with_the_sm
     pipeline = {"parallel__pp": 2, "parallel__pp_split": [3, 1]}
     with pytest.raises(RankError, match="is less than the inputs of the blocks") as error:
         run_on(ranks, 2, changed(config, tmp_path / "small", **pipeline, **within(2)))
-    found = re.search(r"use at least ([\d.]+)", str(error.value))
+    found = re.search(r"use model.activation_memory_gib=([\d.]+)", str(error.value))
     assert found is not None
     smallest = 3 * BLOCK_INPUT / 2**30
     assert smallest <= float(found[1]) < smallest + 1.01e-4
