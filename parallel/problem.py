@@ -26,12 +26,13 @@ class Advice:
 
     def __str__(self) -> str:
         nearest = sorted(self.changes[: self.shown], key=_order)
-        if all(len(change) == 1 for change in nearest) and len({next(iter(change)) for change in nearest}) == 1:
-            field = next(iter(nearest[0]))
-            *some, last = [shown(change[field]) for change in nearest]
-            return f"{field}={', '.join(some)}{' or ' if some else ''}{last}"
+        (field, _), *rest = nearest[0].items()
+        if all(next(iter(change)) == field and list(change.items())[1:] == rest for change in nearest):
+            *others, last = (shown(change[field]) for change in nearest)
+            first = f"{field}={', '.join(others)}{' or ' if others else ''}{last}"
+            return " with ".join([first, *(f"{name}={shown(value)}" for name, value in rest)])
         return " or ".join(
-            " with ".join(f"{field}={shown(value)}" for field, value in change.items()) for change in nearest
+            " with ".join(f"{name}={shown(value)}" for name, value in change.items()) for change in nearest
         )
 
 

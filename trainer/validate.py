@@ -36,6 +36,7 @@ from trainer.validate_experts import expert_problems
 from trainer.validate_fp8 import fp8_problems
 from trainer.validate_optim import optimizer_problems
 from trainer.validate_tensor import tensor_parallel_problems
+from trainer.validate_unused import unused_problems
 
 
 def finalize(config: TrainConfig, *, world_size: int) -> TrainConfig:
@@ -64,6 +65,7 @@ def with_legal_advice(problem: str, found: list[str], config: TrainConfig, world
     if not isinstance(problem, Problem):
         return problem
     kind, before = kind_of(problem), {kind_of(other) for other in found}
+    layout_before = dims_problems(config.parallel, world_size)
     tried: dict[str, list[str]] = {}
 
     def problems_with(change: Mapping[str, Any]) -> list[str]:
@@ -74,7 +76,8 @@ def with_legal_advice(problem: str, found: list[str], config: TrainConfig, world
     def mends(change: Mapping[str, Any]) -> bool:
         left = problems_with(change)
         named = any(f"{field}=" in without_advice(other) for other in left for field in change)
-        return not named and kind not in map(kind_of, left)
+        no_layout = not layout_before and dims_problems(with_changes(config, change).parallel, world_size)
+        return not (named or no_layout) and kind not in map(kind_of, left)
 
     def brings_none(change: Mapping[str, Any]) -> bool:
         return mends(change) and before.issuperset(map(kind_of, problems_with(change)))
@@ -127,6 +130,9 @@ def _resolve(config: TrainConfig, world_size: int) -> tuple[TrainConfig, list[st
     if not (model_problems(model, seq_len=config.train.seq_len) or dims_problems(config.parallel, world_size)):
         found += fp8_problems(config, model)
     found += pipeline_problems(config.parallel, model.num_layers)
+    # A value that is wrong in itself has been named.
+    wrong = {problem.partition("=")[0] for problem in found}
+    found += [problem for problem in unused_problems(config) if problem.partition("=")[0] not in wrong]
     found += launcher_problems(os.environ)
     if not found:
         found += activation_problems(config, model, world_size)

@@ -10,7 +10,9 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import platform
 import random
+import subprocess
 import sys
 import tempfile
 import threading
@@ -20,9 +22,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from data.config import DataConfig
+from models.moe_config import MoEConfig
 from tests.parity.compare import GRADIENT, LOSS, WEIGHTS, Comparison
-from tests.parity.harness import text_corpus
+from tests.parity.harness import changed, text_corpus
 from tests.parity.lattice import (
     FEATURES,
     LAYOUT_FEATURES,
@@ -33,12 +38,15 @@ from tests.parity.lattice import (
     Pair,
     base_config,
     cost,
+    default,
     models,
     name_of,
     read_layouts,
     refused_pairs,
 )
 from tests.pool import RankError, RankPool
+from trainer.config import ConfigError, TrainConfig
+from trainer.validate import finalize
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "COMPOSES.md"
@@ -46,6 +54,36 @@ MEASURED = ROOT / "docs" / "composes.json"
 CROSSED = ("pipeline", "tensor", "context", "expert", "zero")
 SIDE_BY_SIDE = 2
 """Layouts in training at a time: the ranks of one spend half of their time waiting for each other."""
+OTHERS: list[dict[str, Any]] = [
+    {"parallel__cpu_offload": True, "parallel__zero_stage": 1},
+    {"parallel__cpu_offload": True, "parallel__zero_stage": 3, "optim__state_dtype": "bf16"},
+    {"precision__compute": "bf16", "precision__master": "bf16", "optim__name": "muon"},
+    {"precision__compute": "bf16", "precision__master": "bf16", "parallel__zero_stage": 3},
+    {"optim__state_dtype": "int8", "optim__name": "muon"},
+    {"optim__state_dtype": "int8", "model__hidden_size": 256, "model__intermediate_size": 256, "parallel__tp": 2},
+    {"precision__compute": "fp8", "parallel__pp": 2, "parallel__pp_schedule": "zero_bubble"},
+    {"precision__compute": "fp8", "model__activation_checkpoint": "budget", "model__activation_memory_gib": 1.0},
+    {"parallel__cp": 2, "model__activation_checkpoint": "budget", "model__activation_memory_gib": 1.0},
+    {"model__moe": MoEConfig(num_experts=4, intermediate_size=24), "model__activation_checkpoint": "budget",
+     "model__activation_memory_gib": 1.0},
+    {"model__attention": "flex", "model__activation_checkpoint": "budget", "model__activation_memory_gib": 1.0},
+    {"parallel__cp": 2, "model__attention": "flex"},
+    {"parallel__cp": 2, "model__attention": "sdpa"},
+    {"parallel__cp": 2, "train__compile": True, "model__activation_checkpoint": "selective"},
+    {"model__attention": "sdpa", "model__attention_sinks": True},
+    {"model__attention": "sdpa", "model__attention_dropout": 0.1},
+    {"parallel__sequence_parallel": True},
+]  # fmt: skip
+"""Settings beside FEATURES that do not go together."""
+ELSEWHERE = {
+    "Muon on every axis": "tests/parity/test_tensor_parallel.py (qwen), tests/parity/test_expert_axes.py (deepseek)",
+    "fp8": "tests/parity/test_fp8.py",
+    "offload, HSDP, AdamW on the host": "tests/parity/test_data_parallel.py",
+    "activation memory budget": "tests/parity/test_activation_budget.py",
+    "resuming on another layout": "tests/parity/test_resume.py",
+    "moments in 8 bits": "tests/trainer/test_adamw_kernel.py",
+    "validation, sampling, routers' metrics": "tests/parity/test_expert_axes.py (sigmoid)",
+}
 COMPILED_EVERY = 16
 """Compiling on eight ranks takes several times what training does."""
 
@@ -77,7 +115,7 @@ def cross_product(legality: Legality) -> tuple[list[Layout], int]:
     return layouts, refused
 
 
-def measure(layouts: list[Layout], records: list[dict[str, Any]]) -> None:
+def measure(layouts: list[Layout], records: list[dict[str, Any]], made_with: list[dict[str, str]]) -> None:
     """Train and compare each layout; adds one record each, and saves all."""
     pools = [RankPool() for _ in range(SIDE_BY_SIDE)]  # before there are threads, because they are forked
     waiting = enumerate(layouts, 1)
@@ -93,7 +131,7 @@ def measure(layouts: list[Layout], records: list[dict[str, Any]]) -> None:
             record = _measure_one(comparison, layout)
             with turn:
                 records.append(record)
-                save(records)
+                save(records, made_with)
                 verdict = "; ".join(record["problems"]) or "ok"
                 seconds = time.monotonic() - started
                 print(f"{number}/{len(layouts)} {name_of(layout)}: {verdict} ({seconds:.1f} s)", flush=True)
@@ -117,19 +155,39 @@ def _measure_one(comparison: Comparison, layout: Layout) -> dict[str, Any]:
         return record | {"problems": [str(error).strip().splitlines()[-1]]}
 
 
-def save(records: list[dict[str, Any]]) -> None:
+def save(records: list[dict[str, Any]], made_with: list[dict[str, str]]) -> None:
     """docs/composes.json, a line per layout."""
     compact = [json.dumps(record | {"layout": list(record["layout"].values())}) for record in records]
-    MEASURED.write_text("[\n" + ",\n".join(compact) + "\n]\n")
+    head = f'{{"made_with": {json.dumps(made_with)},\n"layouts": [\n'
+    MEASURED.write_text(head + ",\n".join(compact) + "\n]}\n")
 
 
 def load() -> list[dict[str, Any]]:
-    """What `save` wrote."""
-    records = json.loads(MEASURED.read_text())
+    """The records that `save` wrote."""
+    records = json.loads(MEASURED.read_text())["layouts"]
     return [record | {"layout": dict(zip(FEATURES, record["layout"], strict=True))} for record in records]
 
 
-def page(records: list[dict[str, Any]], num_legal: int, num_refused: int, refused: dict[Pair, str]) -> str:
+def load_made_with() -> list[dict[str, str]]:
+    """With which torch, and from which commit, the records were measured: the newest last."""
+    made_with: list[dict[str, str]] = json.loads(MEASURED.read_text())["made_with"]
+    return made_with
+
+
+def made_here() -> dict[str, str]:
+    """What a measurement that is made now is made with."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+    changes = ", with changes" if git("status", "--porcelain", "--untracked-files=no") else ""
+    commit = git("rev-parse", "HEAD") + changes
+    return {"python": platform.python_version(), "torch": torch.__version__, "commit": commit}
+
+
+def page(
+    records: list[dict[str, Any]], num_legal: int, num_refused: int, refused: dict[Pair, str], legality: Legality
+) -> str:
     """docs/COMPOSES.md."""
     good = [r for r in records if not r["problems"]]
     lines = [
@@ -145,7 +203,9 @@ def page(records: list[dict[str, Any]], num_legal: int, num_refused: int, refuse
         f"other features take turns in them. Of these {len(records)} were trained, and **{len(good)} of {len(records)} "
         "train the same model**" + (f"; largest deviations: {_largest(good)}." if good else "."),
         "",
-        f"{len(read_layouts())} layouts that show every pair below are tests in CI: "
+        "Measured with " + "; ".join(f"torch {m['torch']} at commit {m['commit']}" for m in load_made_with()) + ".",
+        "",
+        f"{len(read_layouts())} layouts that show every pair below are tests in CI (the last table names each): "
         "`pytest tests/parity/test_lattice.py`.",
         "",
         "## Pairs of features",
@@ -158,13 +218,57 @@ def page(records: list[dict[str, Any]], num_legal: int, num_refused: int, refuse
     lines += _matrix(refused, reasons)
     lines += ["", "## Refused, and why", ""]
     lines += [f"{number}. {reason}" for number, reason in enumerate(reasons, 1)]
+    lines += ["", "## Refused for three features or more", ""]
+    lines += [
+        f"Besides, of {WORLD_SIZE} ranks, everything whose degrees together do not divide them (such as pp2, tp2 and "
+        "ring(2)xulysses(2)), and:",
+        "",
+    ]
+    lines += [f"- {' with '.join(values)}: {reason}" for values, reason in refused_triples(legality, refused)]
+    lines += ["", "## Refused beside these features", "", "What validation says to a run that asks for each.", ""]
+    lines += [f"- {reason}" for reason in other_refusals(legality.base)]
     bad = [r for r in records if r["problems"]]
     if bad:
         lines += ["", "## Layouts that deviate", ""]
         lines += [f"- `{name_of(r['layout'])}`: {'; '.join(r['problems'])}" for r in bad]
-    lines += ["", "## Layouts in CI", "", "| " + " | ".join(FEATURES) + " |", "|---" * len(FEATURES) + "|"]
-    lines += ["| " + " | ".join(layout.values()) + " |" for layout in read_layouts()]
+    lines += ["", "## Layouts in CI", "", "Each row is a test: `pytest 'tests/parity/test_lattice.py::"
+              "test_a_layout_trains_the_same_model[ID]'`.", ""]  # fmt: skip
+    lines += ["| id | " + " | ".join(FEATURES) + " |", "|---" * (len(FEATURES) + 1) + "|"]
+    lines += [f"| {name_of(layout)} | " + " | ".join(layout.values()) + " |" for layout in read_layouts()]
+    lines += ["", "## Tests of what the table does not cross", ""]
+    lines += [f"- {what}: `{test}`" for what, test in ELSEWHERE.items()]
     return "\n".join(lines) + "\n"
+
+
+def refused_triples(legality: Legality, refused: dict[Pair, str]) -> list[tuple[tuple[str, ...], str]]:
+    """Values of three of LAYOUT_FEATURES that do not go together, though any two of them do, with the reason.
+
+    Those whose degrees do not divide the ranks, which are many and alike, are left out.
+    """
+    either = set(refused) | {(second, first) for first, second in refused}
+    found = []
+    for names in itertools.combinations([name for name in LAYOUT_FEATURES if name != "microbatch"], 3):
+        for chosen in itertools.product(*(list(FEATURES[name])[1:] for name in names)):
+            fixed = dict(zip(names, chosen, strict=True))
+            layout = default() | {"model": "experts"} | fixed
+            problems = legality.problems(layout)
+            if problems and not either.intersection(itertools.combinations(fixed.items(), 2)):
+                reasons = [p for p in problems if "processes" not in p and "does not divide parallel.dp_shard" not in p]
+                found += [(chosen, legality.with_advice(layout, reason)) for reason in reasons]
+    return found
+
+
+def other_refusals(base: TrainConfig) -> list[str]:
+    """What validation says to each of OTHERS."""
+    lines = []
+    for changes in OTHERS:
+        try:
+            finalize(changed(base, Path("unused"), **changes), world_size=WORLD_SIZE)
+        except ConfigError as error:
+            lines.append(error.problems[0])
+        else:
+            raise AssertionError(f"{changes} is not refused")
+    return lines
 
 
 def _largest(records: list[dict[str, Any]]) -> str:
@@ -200,10 +304,13 @@ def main() -> int:
     layouts, num_refused = cross_product(legality)
     random.Random(1).shuffle(layouts)  # stopped early, it has seen something of everything
     records = load() if options.resume or options.write_only else []
+    made_with = load_made_with() if options.resume or options.write_only else []
     if not options.write_only:
+        if made_here() not in made_with:
+            made_with.append(made_here())
         known = [record["layout"] for record in records]
-        measure([layout for layout in layouts if layout not in known], records)
-    PAGE.write_text(page(records, len(layouts), num_refused, refused_pairs(legality)))
+        measure([layout for layout in layouts if layout not in known], records, made_with)
+    PAGE.write_text(page(records, len(layouts), num_refused, refused_pairs(legality), legality))
     bad = [name_of(r["layout"]) for r in records if r["problems"]]
     print(f"{len(records)} layouts, {len(bad)} deviate; {PAGE.relative_to(ROOT)}")
     return 1 if bad else 0

@@ -63,5 +63,5 @@ def test_the_page_of_what_composes_is_what_the_measurements_say() -> None:
     plainest = default() | {"model": "experts"}  # the only model that all of the axes divide
     rest = [plainest | dict(zip(compose.CROSSED, values, strict=True)) for values in others]
     assert [name_of(layout) for layout in rest if not legality.problems(layout)] == []
-    written = compose.page(records, len(trained), len(others), refused_pairs(legality))
+    written = compose.page(records, len(trained), len(others), refused_pairs(legality), legality)
     assert compose.PAGE.read_text() == written

@@ -7,14 +7,24 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
 
 from data.config import DataConfig
+from models.config import ModelConfig
+from models.mla_config import MLAConfig
+from models.moe_config import MoEConfig
+from models.mtp_config import MTPConfig
+from models.registry import build_model
+from parallel.groups import ModelParallel
 from tests.parity.harness import Outcome, changed, run_on, text_corpus, tiny_config
 from tests.pool import RankPool
 from trainer.config import ConfigError, TrainConfig
 from trainer.convert import export_checkpoint
 from trainer.trainer import Trainer
 from trainer.validate import finalize
+from trainer.validate_tensor import parameter_shapes, tp_dim
 
 # Biases, an uneven vocabulary, a key head for two ranks: every way in which a parameter is cut.
 MODEL: dict[str, Any] = {
@@ -173,3 +183,32 @@ def test_what_does_not_fit_is_refused_before_anything_starts(
     with pytest.raises(ConfigError) as caught:
         finalize(changed(config, tmp_path, **changes), world_size=world_size)
     assert any(expected in problem for problem in caught.value.problems), caught.value.problems
+
+
+def _cut_dims(config: ModelConfig) -> dict[str, int | None]:
+    """The dim of every matrix that a model on these ranks is built with cut over tp."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
+    with torch.device("meta"):
+        model = build_model(config, groups=ModelParallel(tp=mesh))
+    found: dict[str, int | None] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1:
+            assert isinstance(parameter, DTensor)
+            (place,) = parameter.placements
+            found[name] = place.dim if isinstance(place, Shard) else None
+    return found
+
+
+@pytest.mark.parametrize("tp", [2, 4])
+def test_validation_knows_what_tensor_parallelism_cuts(ranks: RankPool, tp: int) -> None:
+    """Rows of 8-bit moments that are cut inside a block, and are refused only when the model is on the ranks."""
+    moe = MoEConfig(num_experts=4, intermediate_size=8, num_shared=1, first_dense=1)
+    shape: dict[str, Any] = {"num_layers": 2, "hidden_size": 32, "num_heads": 4, "intermediate_size": 16}
+    latent = MLAConfig(kv_rank=10, q_rank=9, nope_dim=4, rope_dim=4, value_dim=8)
+    for config in (
+        ModelConfig(**shape, num_kv_heads=2, moe=moe, positions="learned").resolve(),
+        ModelConfig(**shape, mla=latent, mtp=MTPConfig(depth=1)).resolve(),
+    ):
+        shapes = parameter_shapes(config)
+        expected = {name: tp_dim(name, size, config, tp) for name, size in shapes.items() if len(size) > 1}
+        assert ranks.run(tp, _cut_dims, config) == [expected] * tp
