@@ -255,7 +255,7 @@ def test_the_run_says_what_is_in_fp8(ranks: RankPool, corpus: DataConfig, tmp_pa
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"parallel__pp": 2, "parallel__pp_schedule": "zero_bubble"}, "use gpipe, 1f1b or interleaved_1f1b"),
+        ({"parallel__pp": 2, "parallel__pp_schedule": "zero_bubble"}, "use parallel.pp_schedule=gpipe or 1f1b, or"),
         (
             {"model__intermediate_size": 50},
             "blocks.0.mlp.gate has 50 features out by 32 in; use 48 or 64 for 50, or precision.fp8_skip=[mlp.gate]",
