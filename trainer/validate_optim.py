@@ -63,22 +63,27 @@ def _block_problems(config: TrainConfig, model: ModelConfig, world_size: int) ->
             )
         ]
     dims, stage = ParallelDims.resolve(config.parallel, world_size), config.parallel.zero_stage
-    found: dict[str, Problem] = {}
+    cut: dict[tuple[int, int], list[str]] = {}  # columns and their pieces
     for name, shape in parameter_shapes(model).items():
-        if len(shape) < 2 or shape[-1] % BLOCK:
-            continue  # trainer.adamw_kernel.is_quantized
-        piece = longest_piece_of_a_row(name, shape, model, config, dims)
-        kind = name.split(".", 2)[2] if name.startswith("blocks.") else name
-        if piece != shape[-1] and piece % BLOCK and kind not in found:
-            over = f"parallel.zero_stage={stage} over {dims.dp_shard * dims.cp} ranks"
-            cut_by = f"parallel.tp={dims.tp}" + (f" with {over}" if stage >= 2 else "")
-            found[kind] = Problem(
-                f"{why}, and {cut_by} cuts the {shape[-1]} columns of {name} into pieces of {piece}",
-                values("parallel.tp", divisors(world_size), near=dims.tp),
-                values("parallel.zero_stage", [1, 0]) if stage >= 2 else None,
-                otherwise,
-            )
-    return list(found.values())
+        if len(shape) >= 2 and shape[-1] % BLOCK == 0:  # trainer.adamw_kernel.is_quantized
+            piece = longest_piece_of_a_row(name, shape, model, config, dims)
+            if piece != shape[-1] and piece % BLOCK:
+                cut.setdefault((shape[-1], piece), []).append(name)
+    over = f" with parallel.zero_stage={stage} over {dims.dp_shard * dims.cp} ranks" if stage >= 2 else ""
+    return [
+        Problem(
+            f"{why}, and parallel.tp={dims.tp}{over} cuts the {columns} columns of {_some(names)} into pieces of "
+            f"{piece}",
+            values("parallel.tp", divisors(world_size), near=dims.tp),
+            values("parallel.zero_stage", [1, 0]) if stage >= 2 else None,
+            otherwise,
+        )
+        for (columns, piece), names in cut.items()
+    ]
+
+
+def _some(names: list[str]) -> str:
+    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
 def longest_piece_of_a_row(

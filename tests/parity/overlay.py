@@ -67,7 +67,7 @@ def main() -> int:
 
 
 def _losses(ranks: RankPool, num_ranks: int, changes: list[str], run_dir: Path) -> list[float]:
-    # AdamW, whose steps the sensitivity of a run is measured for; eight sequences a step, because eight ranks share these cores.
+    # Eight sequences a step, because eight ranks share these cores.
     arguments = ["+exp=stdlib", "optim=adamw", f"optim.lr={LR}", f"train.steps={STEPS}", "train.eval_interval=0"]
     arguments += ["train.sample_tokens=0", "train.global_batch_size=8", "train.micro_batch_size=1"]
     arguments += ["checkpoint.at_end=false", "logging.console=false", "train.device=cpu", f"run.dir={run_dir}"]

@@ -501,14 +501,20 @@ def wide_config(**changes: Any) -> TrainConfig:
     [
         (
             {"parallel__tp": 4, "model__intermediate_size": 1024},
-            "parallel.tp=4 cuts model.num_heads x head_dim=512 into pieces of 128; use parallel.tp=1 or 2",
+            "the 512 columns of blocks.0.attention.o.weight and 1 more into pieces of 128; use parallel.tp=1 or 2",
         ),
-        ({"parallel__tp": 2, "model__intermediate_size": 768}, "model.intermediate_size=768 into pieces of 384; use"),
+        (
+            {"parallel__tp": 2, "model__intermediate_size": 768},
+            "768 columns of blocks.0.mlp.down.weight and 1 more into",
+        ),
         (
             {"parallel__tp": 2, "parallel__zero_stage": 3},
-            "of model.hidden_size=256, into pieces of 128; use zero_stage 0",
+            "more into pieces of 128; use parallel.tp=1, or parallel.zero_stage=0 or 1, or optim.state_dtype",
         ),
-        ({"model__hidden_size": 640}, "model.hidden_size=640, the length of most, is no multiple; use 512 or 768, or"),
+        (
+            {"model__hidden_size": 640},
+            "the length of most, is no multiple; use model.hidden_size=256, 512",
+        ),
     ],
 )
 def test_layouts_that_cut_blocks_are_refused_before_anything_starts(changes: dict[str, Any], says: str) -> None:
