@@ -1,7 +1,7 @@
 """Settings that a run would not read: refused, because a setting without effect is one that somebody believes in.
 
 Only where it is not the default, which nobody asked for. What belongs to a part of the run that is switched off as a
-whole (validation, sampling, profiling, a logger, compiling) may stay set: the switch says that it has no effect.
+whole (validation, sampling, profiling, a logger, compiling, loss scaling) may stay set: the switch says that it has no effect.
 """
 
 from __future__ import annotations
@@ -34,11 +34,6 @@ _USES = (
     _Use(
         ("precision.fp8_recipe", "precision.fp8_gradient", "precision.fp8_amax_history", "precision.fp8_skip"),
         lambda c: c.precision.compute in ("fp32", "bf16", "fp16"),
-        "precision.compute",
-    ),
-    _Use(
-        ("precision.loss_scale", "precision.loss_scale_growth_interval"),
-        lambda c: c.precision.compute in ("fp32", "bf16", "fp8"),
         "precision.compute",
     ),
     _Use(("schedule.final_fraction",), lambda c: c.schedule.name == "constant", "schedule.name"),

@@ -207,10 +207,13 @@ def test_a_run_goes_on_with_its_biases_on_another_layout(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"parallel__ep": 2}, "parallel.ep=2 does not divide model.moe.num_experts=5, .*; use 1$"),
-        ({"parallel__ep": 2, "model__moe": MoEConfig()}, "parallel.ep=2 .* model.moe.num_experts=0 .*; use ep=1$"),
+        ({"parallel__ep": 2}, "parallel.ep=2 does not divide model.moe.num_experts=5, .*; use parallel.ep=1$"),
+        (
+            {"parallel__ep": 2, "model__moe": MoEConfig()},
+            "parallel.ep=2 .* model.moe.num_experts=0 .*; use parallel.ep=1$",
+        ),
         ({"parallel__ep": 2, "train__compile": True}, "train.compile=true does not work with parallel.ep=2"),
-        ({"parallel__tp": 2}, "parallel.tp=2 does not divide model.moe.intermediate_size=11, .*; use 1, 11$"),
+        ({"parallel__tp": 2}, "parallel.tp=2 does not divide model.moe.intermediate_size=11, .*; use parallel.tp=1$"),
     ],
 )
 def test_experts_that_cannot_be_shared_equally_are_refused(

@@ -268,8 +268,11 @@ def test_the_trace_shows_plan_and_execution(ranks: RankPool, references: Referen
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"parallel__pp_schedule": "2f2b"}, "parallel.pp_schedule=2f2b is not a schedule; use gpipe"),
-        ({"parallel__pp_split": [4, 4]}, "add up to model.num_layers=9; such as [4, 5]"),
+        (
+            {"parallel__pp_schedule": "2f2b"},
+            "parallel.pp_schedule=2f2b is not a schedule; use parallel.pp_schedule=gpipe",
+        ),
+        ({"parallel__pp_split": [4, 4]}, "add up to model.num_layers=9; use parallel.pp_split=null or [4,5]"),
         ({"model__num_layers": 3, "parallel__pp_schedule": "zbv"}, "model.num_layers=3 does not fill them"),
         ({"parallel__pp_stages_per_rank": 0}, "parallel.pp_stages_per_rank=0 must be at least 1"),
         ({"train__compile": True, "parallel__pp_schedule": "zbv"}, "train.compile=true does not work"),

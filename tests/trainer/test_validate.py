@@ -93,7 +93,6 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"parallel__cp_method": "ulysses"}, "parallel.cp_method=ulysses has no effect with parallel.cp=1; use"),
     ({"optim__momentum": 0.9}, "optim.momentum=0.9 has no effect with optim.name=adamw; use optim.momentum=0.95"),
     ({"precision__fp8_skip": ["head"]}, "precision.fp8_skip=[head] has no effect with precision.compute=fp32; use"),
-    ({"precision__loss_scale": 2.0}, "precision.loss_scale=2.0 has no effect with precision.compute=fp32; use"),
     ({"model__activation_checkpoint_save": ["aten.mm"]}, "has no effect with model.activation_checkpoint=none; use"),
     (
         {"model__attention": "flex", "model__activation_checkpoint": "budget", "model__activation_memory_gib": 1.0},
