@@ -1,7 +1,7 @@
 """Settings that a run would not read: refused, because a setting without effect is one that somebody believes in.
 
 Only where it is not the default, which nobody asked for. What belongs to a part of the run that is switched off as a
-whole (validation, sampling, profiling, a logger, compiling, loss scaling) may stay set: the switch says that it has no effect.
+whole (validation, sampling, profiling, a logger, compiling, loss scaling) may stay set: the switch says so.
 """
 
 from __future__ import annotations
