@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from parallel.dims import ParallelConfig
 from parallel.pipeline.schedules import SCHEDULES, Schedule, forward_only, make_schedule, placement, stages_per_rank
+from parallel.pipeline.simulate import Costs, stage_costs
 from parallel.pipeline.stages import Stage, balance, make_stages
 from parallel.pipeline.timeline import problems as timeline_problems
 
@@ -19,11 +20,18 @@ class PipelineLayout:
     num_ranks: int
     stages: tuple[Stage, ...]
     owner: tuple[int, ...]  # rank of each stage
+    costs: tuple[float, ...]  # of a stage's forward, in those of an average stage
+    unshards: bool  # parameters lie in shards, and what computes with them gathers them
+
+    @property
+    def sizes(self) -> list[int]:
+        """Layers of each stage."""
+        return [stage.stop - stage.start for stage in self.stages]
 
     @property
     def summary(self) -> str:
         """Schedule and layers per stage, such as 1f1b(8+8+8+7)."""
-        return f"{self.schedule}({'+'.join(str(stage.stop - stage.start) for stage in self.stages)})"
+        return f"{self.schedule}({'+'.join(map(str, self.sizes))})"
 
     def of_rank(self, rank: int) -> tuple[Stage, ...]:
         """The stages a rank holds, in model order."""
@@ -35,17 +43,33 @@ class PipelineLayout:
             num_ranks=self.num_ranks,
             num_microbatches=num_microbatches,
             chosen=len(self.stages) // self.num_ranks,
+            unshards=self.unshards,
         )
 
     def evaluation(self, num_microbatches: int) -> Schedule:
-        return forward_only(self.owner, num_microbatches)
+        return forward_only(self.owner, num_microbatches, unshards=self.unshards)
+
+    def plan_costs(self, sequences: Sequence[int] | None = None, *, message: float = 0.0) -> Costs:
+        """Of computations by stage, F = I = W, and by micro-batch of so many sequences, against the first one's."""
+        sizes = None if sequences is None else [n / sequences[0] for n in sequences]
+        return stage_costs(self.costs, sizes=sizes, message=message)
 
 
 def make_layout(config: ParallelConfig, layer_costs: Sequence[float], *, head_cost: float) -> PipelineLayout:
     """The layout asked for; costs in any unit, of which only the balance matters. `problems` has found none."""
     owner = placement(config.pp_schedule, config.pp, config.pp_stages_per_rank)
-    sizes = config.pp_split or balance(layer_costs, len(owner), last=head_cost)
-    return PipelineLayout(config.pp_schedule, config.pp, make_stages(sizes), owner)
+    stages = make_stages(config.pp_split or balance(layer_costs, len(owner), last=head_cost))
+    costs = [sum(layer_costs[stage.start : stage.stop]) + head_cost * stage.is_last for stage in stages]
+    average = sum(costs) / len(costs)
+    return PipelineLayout(
+        config.pp_schedule,
+        config.pp,
+        stages,
+        owner,
+        costs=tuple(cost / average for cost in costs),
+        # Below stage 3 they stay whole from one use to the next, so that there is nothing to start.
+        unshards=config.zero_stage == 3,
+    )
 
 
 def problems(config: ParallelConfig, num_layers: int) -> list[str]:
