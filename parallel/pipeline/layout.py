@@ -76,9 +76,23 @@ def problems(config: ParallelConfig, num_layers: int) -> list[str]:
     """Every reason why these layers cannot be split as asked, one line each."""
     found = timeline_problems() if config.pp_trace else []
     if config.pp == 1:
-        found += ["parallel.pp_trace=true and parallel.pp=1 has no pipeline to trace; use false"] * config.pp_trace
-        return found + ["parallel.pp_split is set, and parallel.pp=1; leave it out"] * (config.pp_split is not None)
+        return found + _without_pipeline(config)
     return found + _stage_problems(config, num_layers)
+
+
+def _without_pipeline(config: ParallelConfig) -> list[str]:
+    """What is set and would have no effect."""
+    default = ParallelConfig()
+    found = ["parallel.pp_trace=true and parallel.pp=1 has no pipeline to trace; use false"] * config.pp_trace
+    found += ["parallel.pp_split is set, and parallel.pp=1; leave it out"] * (config.pp_split is not None)
+    for name in ("pp_schedule", "pp_stages_per_rank"):
+        value, unset = getattr(config, name), getattr(default, name)
+        if value != unset:
+            found.append(
+                f"parallel.{name}={value} has no effect with parallel.pp=1; leave it out (its default is {unset}), or "
+                "use parallel.pp=2 or more"
+            )
+    return found
 
 
 def _stage_problems(config: ParallelConfig, num_layers: int) -> list[str]:
@@ -87,6 +101,14 @@ def _stage_problems(config: ParallelConfig, num_layers: int) -> list[str]:
         return [f"parallel.pp_schedule={config.pp_schedule} is not a schedule; use {', '.join(SCHEDULES)}"]
     if config.pp_stages_per_rank < 1:
         return [f"parallel.pp_stages_per_rank={config.pp_stages_per_rank} must be at least 1; 2 is usual"]
+    default = ParallelConfig.pp_stages_per_rank
+    if config.pp_schedule != "interleaved_1f1b" and config.pp_stages_per_rank != default:
+        number = stages_per_rank(config.pp_schedule, config.pp_stages_per_rank)
+        return [
+            f"parallel.pp_stages_per_rank={config.pp_stages_per_rank} has no effect on parallel.pp_schedule="
+            f"{config.pp_schedule}, which has {number} on each rank; leave it out (its default is {default}), or use "
+            "pp_schedule=interleaved_1f1b"
+        ]
     per_rank = stages_per_rank(config.pp_schedule, config.pp_stages_per_rank)
     num_stages = config.pp * per_rank
     if num_layers < num_stages:
