@@ -166,10 +166,12 @@ def _cross_problems(config: TrainConfig, world_size: int) -> list[str]:
             f"train.global_batch_size={train.global_batch_size} does not divide into {dp} data-parallel ranks; use a "
             f"multiple of {dp}, such as {nearest}"
         )
-    if train.compile and config.parallel.pp > 1 and config.parallel.pp_schedule in SPLIT_BACKWARD:
+    chosen = config.model.activation_checkpoint
+    split = config.parallel.pp > 1 and config.parallel.pp_schedule in SPLIT_BACKWARD
+    if train.compile and split and chosen in ("selective", "budget"):
         found.append(
-            f"train.compile=true does not work with parallel.pp_schedule={config.parallel.pp_schedule}, which puts "
-            "weight gradients off by a side effect that a compiled block cannot have; use gpipe, 1f1b or "
-            "interleaved_1f1b, or train.compile=false"
+            f"model.activation_checkpoint={chosen} with train.compile=true picks operations of one graph, which "
+            f"parallel.pp_schedule={config.parallel.pp_schedule} parts at every linear layer; use none, full or "
+            "offload, pp_schedule=gpipe, 1f1b or interleaved_1f1b, or train.compile=false"
         )
     return found

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import patch
 
+import torch
+import torch._dynamo
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
@@ -72,6 +74,14 @@ def run_and_answer(config: TrainConfig) -> dict[str, Any]:
         return running.run()
     finally:
         running.close()
+
+
+def run_and_count_graphs(config: TrainConfig) -> tuple[Outcome | None, int]:
+    """What a run on this rank gave, and how many graphs torch.compile made of it."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    outcome = run_here(config)
+    return outcome, torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
 def count_messages(config: TrainConfig) -> Counter[str]:
