@@ -192,7 +192,7 @@ def defer_weight_gradients(blocks: nn.Module, *, at_once: tuple[type[nn.Module],
         elif isinstance(module, RowParallelLinear):
             module.summand = partial(linear, layer=module)  # type: ignore[method-assign]
         elif isinstance(module, ColumnParallelLinear):
-            module.together = columns  # type: ignore[method-assign, assignment]
+            module.together = columns  # type: ignore[method-assign]
             module.inside = partial(linear, layer=module)  # type: ignore[method-assign]
         elif isinstance(module, Deferring):
             module.weight_gradients, module.layer_name = store, name
