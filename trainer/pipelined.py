@@ -22,7 +22,7 @@ from parallel.mesh import CONTEXT_AXES, Meshes
 from parallel.pipeline.actions import Action, Kind
 from parallel.pipeline.executor import PipelineExecutor
 from parallel.pipeline.layout import PipelineLayout, make_layout
-from parallel.pipeline.program import Program, make_programs
+from parallel.pipeline.program import TRAVEL, Program, make_programs
 from parallel.pipeline.schedules import Schedule
 from parallel.pipeline.simulate import Timeline, simulate
 from parallel.pipeline.timeline import draw
@@ -44,10 +44,6 @@ def pipeline_layout(config: ParallelConfig, model: ModelConfig, *, seq_len: int)
     costs = multiplications_of_layers(model, seq_len)
     ahead = depth * (costs[-1] + 2 * model.hidden_size**2 + head)
     return make_layout(config, costs, head_cost=head + ahead)
-
-
-MESSAGE = 1 / 64
-"""Time of a message in plans, of an average stage's forward: enough that one leaves before it is there."""
 
 
 def plan_of_step(layout: PipelineLayout, sequences: Sequence[int]) -> Timeline:
@@ -212,7 +208,7 @@ class PipelinedPasses:
 
     def _program(self, schedule: Schedule) -> Program:
         if schedule not in self._programs:
-            costs = self.layout.plan_costs(message=MESSAGE)
+            costs = self.layout.plan_costs(message=TRAVEL)
             self._programs[schedule] = make_programs(schedule, costs)[self.rank]
         return self._programs[schedule]
 

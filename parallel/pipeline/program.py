@@ -26,8 +26,9 @@ from parallel.pipeline.simulate import Costs, equal_costs, message_after, simula
 Program = tuple[Step, ...]
 """What one rank does, in order."""
 
-PLAN = equal_costs(message=1 / 64)
-"""Messages that take a little time; how little does not matter to any order of equal stages."""
+TRAVEL = 1 / 64
+"""Time of a message, in forwards of an average stage, in the plan that orders messages: a little."""
+PLAN = equal_costs(message=TRAVEL)
 
 
 def make_programs(schedule: Schedule, costs: Costs = PLAN) -> tuple[Program, ...]:
