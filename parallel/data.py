@@ -64,6 +64,9 @@ class DataParallel(ABC):
     def gradients_complete(self, names: Iterable[str]) -> None:
         """After `start_pipeline`: these parameters have had their last contribution, and may be reduced."""
 
+    def gather(self, names: Iterable[str]) -> None:  # noqa: B027  (whole parameters leave nothing to do)
+        """The model is about to compute with these parameters: start to make them whole, if they are not."""
+
     @abstractmethod
     def add_gradient(self, name: str, grad: torch.Tensor) -> None:
         """Take this rank's gradient of what it computes with of a parameter, where autograd does not deliver it.
@@ -143,6 +146,13 @@ class FullyShardedDataParallel(DataParallel):
         self.masters = dict(model.named_parameters())
         kinds = set(map(is_spread_over_ep, self.masters.values()))
         self._holders = {kind: _Holders.of(mesh, sharded=True, experts=kind) for kind in kinds}
+        units = [(prefix, unit) for prefix, unit in model.named_modules() if isinstance(unit, FSDPModule)]
+        # The innermost one that holds a parameter gathers it; named_modules goes from the outside in.
+        self._unit_of = {
+            name: [unit for prefix, unit in units if not prefix or name.startswith(f"{prefix}.")][-1]
+            for name in self.masters
+        }
+        self._has_run = False
         self._arriving: deque[_ScatteredGradient] = deque()
         self._summing: list[tuple[list[torch.Tensor], torch.Tensor, dist.Work]] = []  # shards, their copy on its way
 
@@ -155,6 +165,13 @@ class FullyShardedDataParallel(DataParallel):
     def start_pipeline(self) -> None:
         if self.keep_gathered:
             self.model.set_reshard_after_backward(False)
+
+    def gather(self, names: Iterable[str]) -> None:
+        # The forward or backward of these modules then waits for them, and frees them as always. fully_shard throws
+        # away what is on its way when a backward ends: call this behind the last one.
+        if self._has_run:  # before its first forward fully_shard does not know its root, nor the root its streams
+            for module in dict.fromkeys(self._unit_of[name] for name in names):
+                module.unshard(async_op=True)
 
     def gradients_complete(self, names: Iterable[str]) -> None:
         if self.replicas is None:
@@ -207,6 +224,7 @@ class FullyShardedDataParallel(DataParallel):
 
     @torch.no_grad()
     def finish_backward(self) -> None:
+        self._has_run = True
         self._receive()
         for grads, together, work in self._summing:
             work.wait()

@@ -36,6 +36,7 @@ class BlockOptions:
 
     activation_checkpoint: ActivationCheckpoint = field(default_factory=ActivationCheckpoint)
     compile_backend: str | None = None  # None: not compiled
+    in_parts: bool = False  # something in a block stays outside of compiled graphs
     of_block: Mapping[str, ActivationCheckpoint] = field(default_factory=dict)  # budget: by name in model.blocks
 
 
@@ -51,8 +52,8 @@ def parallelize(
     """Apply the layout to `model` (on meta, with a ModuleList `blocks`), in place; the interface to its state."""
     # Recomputation inside a graph with tensor-parallel parameters fails: AOTAutograd (2.11, 2.13) then tries to save
     # their device mesh for backward. Around the graph it works; what the graph saves is dropped and made again. The
-    # same where attention over cp parts the graph in two: what contains both would not be compiled at all.
-    in_parts = mesh.batch["cp"].size() > 1
+    # same where attention over cp or split backward part the graph: what contains both would not be compiled at all.
+    in_parts = blocks.in_parts or mesh.batch["cp"].size() > 1
     outside = mesh.state["tp"].size() > 1 or in_parts
     if blocks.compile_backend is not None:
         # Blocks of one kind share their graphs, but a constant of a layer (the site of its dropout, a window) makes one

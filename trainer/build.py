@@ -63,6 +63,7 @@ def build_state(config: TrainConfig, dims: ParallelDims, mesh: Meshes, device: t
         blocks=BlockOptions(
             checkpointing,
             config.train.compile_backend if config.train.compile else None,
+            in_parts=split_backward,
             of_block={name: choice.checkpoint for name, choice in plan.items()},
         ),
         device=device,

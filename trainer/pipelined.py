@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,11 +19,12 @@ from models.mtp_config import MTPConfig
 from parallel.data import DataParallel
 from parallel.dims import ParallelConfig
 from parallel.mesh import CONTEXT_AXES, Meshes
+from parallel.pipeline.actions import Action, Kind
 from parallel.pipeline.executor import PipelineExecutor
 from parallel.pipeline.layout import PipelineLayout, make_layout
-from parallel.pipeline.program import Step, make_programs
+from parallel.pipeline.program import TRAVEL, Program, make_programs
 from parallel.pipeline.schedules import Schedule
-from parallel.pipeline.simulate import simulate
+from parallel.pipeline.simulate import Timeline, simulate
 from parallel.pipeline.timeline import draw
 from parallel.pipeline.trace import chrome_trace
 from parallel.pipeline.weight_gradients import WeightGradients
@@ -44,6 +46,45 @@ def pipeline_layout(config: ParallelConfig, model: ModelConfig, *, seq_len: int)
     return make_layout(config, costs, head_cost=head + ahead)
 
 
+def plan_of_step(layout: PipelineLayout, sequences: Sequence[int]) -> Timeline:
+    """The time line of a training step over micro-batches of so many sequences, in forwards of an average stage."""
+    return simulate(layout.training(len(sequences)), layout.plan_costs(sequences))
+
+
+@dataclass(frozen=True)
+class PlanOfStep:
+    """What a start says of a pipeline: the schedule, simulated with the costs of its stages."""
+
+    layout: PipelineLayout
+    sequences: tuple[int, ...]  # of each micro-batch
+    timeline: Timeline
+
+    @classmethod
+    def of(cls, layout: PipelineLayout, *, num_sequences: int, micro_batch_size: int) -> PlanOfStep:
+        """Of a step over so many sequences of a data rank."""
+        starts = range(0, num_sequences, micro_batch_size)
+        sequences = tuple(min(micro_batch_size, num_sequences - start) for start in starts)
+        return cls(layout, sequences, plan_of_step(layout, sequences))
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """For run.json and the start's event; defined in docs/METRICS.md."""
+        return {
+            "schedule": self.layout.schedule,
+            "layers_per_stage": self.layout.sizes,
+            "rank_of_stage": list(self.layout.owner),
+            "forward_cost_of_stage": [round(cost, 4) for cost in self.layout.costs],
+            "num_microbatches": len(self.sequences),
+            "bubble": self.timeline.bubble,
+            "peak_activations": self.timeline.peak_activations(),
+        }
+
+    def __str__(self) -> str:
+        kept = max(self.timeline.peak_activations())
+        per_stage = " x stages" if len(self.layout.stages) > self.layout.num_ranks else ""
+        return f"{self.layout.summary}, {self.timeline.bubble:.0%} bubble, {kept} micro-batches{per_stage} kept"
+
+
 class _ModelWork:
     """One pass as the executor wants it: the shapes of its micro-batches, and how a stage computes."""
 
@@ -52,12 +93,14 @@ class _ModelWork:
         num_stages: int,
         shapes: Sequence[Sequence[int]],
         forward: Callable[[int, int, Tensor | None], Tensor],
-        stage_done: Callable[[int], None] = lambda stage: None,
+        unshard: Callable[[Action], None],
+        reduce: Callable[[int], None] = lambda stage: None,
     ) -> None:
         self.num_stages = num_stages
         self.shapes = shapes
         self.forward = forward
-        self.stage_done = stage_done
+        self.unshard = unshard
+        self.reduce = reduce
 
     def hidden_shape(self, microbatch: int) -> Sequence[int]:
         return self.shapes[microbatch]
@@ -98,11 +141,12 @@ class PipelinedPasses:
             trace=trace,
         )
         _join_groups_of_programs(mesh, device)
-        self._programs: dict[Schedule, tuple[Step, ...]] = {}
-        self._traced: Schedule | None = None
+        self._programs: dict[Schedule, Program] = {}
+        self._traced: tuple[Schedule, list[int]] | None = None  # and the sequences of each of its micro-batches
         self._users = _stages_of_parameters(
             list(data_parallel.masters), layout, self.rank, embeds_last=model.embeds_last
         )
+        self._outside, self._of_layer = _parameters_of_layers(list(data_parallel.masters))
         ends = (layout.owner[0], layout.owner[-1])
         self.tied_group = _group_of_ends(mesh, ends) if model.embeds_last and ends[0] != ends[1] else None
         self.copies = frozenset({TIED}) if self.tied_group is not None and self.rank == ends[1] else frozenset()
@@ -110,17 +154,17 @@ class PipelinedPasses:
     def backward(self, state: TrainState, microbatches: list[Batch], per_token: Tensor) -> Tensor:
         done: set[int] = set()
 
-        def stage_done(stage: int) -> None:
-            done.add(stage)
+        def reduce(stage: int) -> None:
+            done.add(stage)  # a table that two stages of this rank use is complete with the second
             names = [name for name, users in self._users.items() if stage in users and users <= done]
             self.data_parallel.gradients_complete(names)
 
         self.data_parallel.start_pipeline()
         schedule = self.layout.training(len(microbatches))
         aux_scale = None if state.routing is None else state.routing.aux_scale(state.loss_scale.scale)
-        work = self._work(microbatches, self._loss_of_stage(state, microbatches, aux_scale), stage_done)
+        work = self._work(microbatches, self._loss_of_stage(state, microbatches, aux_scale), reduce)
         losses = self.executor.run(self._program(schedule), work, seed=per_token)
-        self._traced = schedule
+        self._traced = schedule, [len(batch.tokens) for batch in microbatches]
         self.data_parallel.finish_backward()
         self._sum_tied()
         return self._total(losses, torch.zeros_like(per_token, dtype=torch.float64))
@@ -140,7 +184,7 @@ class PipelinedPasses:
                 hidden=hidden,
             )
 
-        work = _ModelWork(len(self.layout.stages), [self._hidden_shape(tokens)], forward)
+        work = _ModelWork(len(self.layout.stages), [self._hidden_shape(tokens)], forward, self._gather)
         results = self.executor.run(self._program(self.layout.evaluation(1)), work, seed=None)
         holder = self.layout.owner[-1]
         shape = (tokens.shape[0], self.model.vocab_size)
@@ -157,22 +201,35 @@ class PipelinedPasses:
         executed: list[list] = [[] for _ in range(self.layout.num_ranks)]
         dist.all_gather_object(executed, self.executor.executed, group=self.group)
         if dist.get_rank() == 0:  # of its own pipeline, where there are several beside each other
-            (run_dir / "pipeline_trace.json").write_text(json.dumps(chrome_trace(simulate(self._traced), executed)))
-            draw(self._traced, executed).savefig(run_dir / "pipeline_timeline.png")
+            schedule, sequences = self._traced
+            plan = plan_of_step(self.layout, sequences)
+            (run_dir / "pipeline_trace.json").write_text(json.dumps(chrome_trace(plan, executed)))
+            draw(schedule, plan, executed).savefig(run_dir / "pipeline_timeline.png")
 
-    def _program(self, schedule: Schedule) -> tuple[Step, ...]:
+    def _program(self, schedule: Schedule) -> Program:
         if schedule not in self._programs:
-            self._programs[schedule] = make_programs(schedule)[self.rank]
+            costs = self.layout.plan_costs(message=TRAVEL)
+            self._programs[schedule] = make_programs(schedule, costs)[self.rank]
         return self._programs[schedule]
+
+    def _gather(self, use: Action) -> None:
+        """Start to gather the layer that a computation begins with, and what lies outside all layers: fully_shard keeps
+        that in one piece, which every pass through the model needs."""
+        stage = self.layout.stages[use.stage]
+        if use.kind is Kind.FORWARD:
+            layer = stage.start
+        else:  # blocks of multi-token prediction lie behind the last layer
+            layer = max(self._of_layer) if stage.is_last else stage.stop - 1
+        self.data_parallel.gather(self._outside + self._of_layer[layer])
 
     def _work(
         self,
         microbatches: list[Batch],
         forward: Callable[[int, int, Tensor | None], Tensor],
-        stage_done: Callable[[int], None] = lambda stage: None,
+        reduce: Callable[[int], None] = lambda stage: None,
     ) -> _ModelWork:
         shapes = [self._hidden_shape(batch.tokens) for batch in microbatches]
-        return _ModelWork(len(self.layout.stages), shapes, forward, stage_done)
+        return _ModelWork(len(self.layout.stages), shapes, forward, self._gather, reduce)
 
     def _hidden_shape(self, tokens: Tensor) -> tuple[int, int, int]:
         """Of what travels between stages: the residual stream of this rank's tokens [B, T]."""
@@ -243,6 +300,16 @@ def _stages_of_parameters(
         else:
             users[name] = frozenset(first if prefix == "positions" else last)
     return users
+
+
+def _parameters_of_layers(names: Sequence[str]) -> tuple[list[str], dict[int, list[str]]]:
+    """Names outside all layers, and those of each layer that a rank holds."""
+    outside: list[str] = []
+    layers: dict[int, list[str]] = {}
+    for name in names:
+        prefix, *rest = name.split(".")
+        (layers.setdefault(int(rest[0]), []) if prefix == "blocks" else outside).append(name)
+    return outside, layers
 
 
 _ENDS: dict[tuple[dist.ProcessGroup | None, tuple[int, ...], tuple[int, int]], dist.ProcessGroup | None] = {}

@@ -40,6 +40,7 @@ class RunInfo:
     flops_per_token: float  # forward and backward of one token, recomputation not counted
     flops_per_token_causal: float  # the same, where attention counts what a token may see
     peak_flops: float | None  # FLOP/s per device that MFU is against
+    pipeline: Mapping[str, Any] | None = None  # trainer.pipelined.describe_plan; None: there is no pipeline
     resume_step: int = 0  # steps already done before this start
     argv: Sequence[str] = field(default_factory=lambda: tuple(sys.argv))
 
@@ -65,6 +66,7 @@ def write_run_info(run_dir: Path, info: RunInfo) -> dict[str, Any]:
         "mesh": dict(info.mesh),
         "kernels": dict(info.kernels),
         "precision": dict(info.precision),
+        "pipeline": None if info.pipeline is None else dict(info.pipeline),
         "flops_per_token": info.flops_per_token,
         "flops_per_token_causal": info.flops_per_token_causal,
         "peak_flops": info.peak_flops,

@@ -38,7 +38,7 @@ from trainer.identity import (
     run_identity,
 )
 from trainer.metrics import MetricLogger
-from trainer.pipelined import PipelinedPasses
+from trainer.pipelined import PipelinedPasses, PlanOfStep
 from trainer.profiling import StepProfiler
 from trainer.resilience import PreemptionGuard
 from trainer.run_dir import check_run_dir, enter_run_dir, find_start
@@ -201,6 +201,14 @@ class Trainer:
         self.throughput = Throughput(world_size=self.world_size, flops_per_token=flops, peak=peak)
         self.clock = StepClock(self.device)
         precision = self.config.precision
+        pipeline = None
+        if isinstance(self.state.passes, PipelinedPasses):
+            train = self.config.train
+            pipeline = PlanOfStep.of(
+                self.state.passes.layout,
+                num_sequences=train.global_batch_size // self.dims.dp,
+                micro_batch_size=train.micro_batch_size,
+            )
         info = RunInfo(
             device=self.device,
             world_size=self.world_size,
@@ -210,6 +218,7 @@ class Trainer:
             flops_per_token=flops,
             flops_per_token_causal=causal_flops_per_token(self.config.model, self.config.train.seq_len),
             peak_flops=peak,
+            pipeline=None if pipeline is None else pipeline.fields,
             resume_step=self.state.step,
         )
         if self.is_main:
@@ -220,8 +229,10 @@ class Trainer:
             f"{self.config.model.family}, {num_parameters(self.config.model) / 1e6:,.1f}M parameters, "
             f"{self.world_size} x {device_name}, "
             f"ZeRO-{self.config.parallel.zero_stage}, {self.config.precision.compute}"
+            + ("" if pipeline is None else f", pipeline {pipeline}")
             + (f"; resumed from {self.resume_from} at step {self.state.step}" if self.resume_from else ""),
             step=self.state.step,
+            **({} if pipeline is None else {"pipeline": pipeline.fields}),
         )
         if plan := self.state.activation_plan:
             what = describe(list(plan.values()))

@@ -233,11 +233,14 @@ def _cross_problems(config: TrainConfig, world_size: int) -> list[str]:
                 values("train.global_batch_size", multiples(dp, train.global_batch_size), near=train.global_batch_size),
             )
         )
-    if train.compile and config.parallel.pp > 1 and config.parallel.pp_schedule in SPLIT_BACKWARD:
+    chosen = config.model.activation_checkpoint
+    split = config.parallel.pp > 1 and config.parallel.pp_schedule in SPLIT_BACKWARD
+    if train.compile and split and chosen in ("selective", "budget"):
         found.append(
             Problem(
-                f"train.compile=true does not work with parallel.pp_schedule={config.parallel.pp_schedule}, which puts "
-                "weight gradients off by a side effect that a compiled block cannot have",
+                f"model.activation_checkpoint={chosen} with train.compile=true picks operations of one graph, which "
+                f"parallel.pp_schedule={config.parallel.pp_schedule} parts at every linear layer",
+                values("model.activation_checkpoint", ["none", "full", "offload"]),
                 values("parallel.pp_schedule", [name for name in SCHEDULES if name not in SPLIT_BACKWARD]),
                 values("train.compile", [False]),
             )

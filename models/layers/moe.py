@@ -20,7 +20,7 @@ from models.layers.router import Router
 from parallel.collectives import Axis
 from parallel.expert import Routes, Slots, inverse_of, permute, plan_routes, plan_slots
 from parallel.groups import NO_GROUPS, ModelParallel
-from parallel.pipeline.weight_gradients import Deferring
+from parallel.pipeline.weight_gradients import OUTSIDE, Deferring
 from parallel.tensor import empty_parameter, enter, leave, local_shard
 
 OUT_FEATURES, IN_FEATURES = 1, 2
@@ -138,8 +138,12 @@ class GroupedLinear(Deferring):
     def forward(self, rows: Tensor, ends: Tensor) -> Tensor:
         """rows [N, in], sorted by expert, those of expert e ending before ends[e] (int32 [E]). Returns [N, out]."""
         if self.weight_gradients is not None:
-            return _DeferringGroupedLinear.apply(rows, ends, self)
+            return self._deferring(rows, ends)
         return grouped_linear(rows, local_shard(self.weight, grad="sharded"), ends)
+
+    @torch.compiler.disable(reason=OUTSIDE)
+    def _deferring(self, rows: Tensor, ends: Tensor) -> Tensor:
+        return _DeferringGroupedLinear.apply(rows, ends, self)
 
 
 class _DeferringGroupedLinear(torch.autograd.Function):

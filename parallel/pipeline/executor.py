@@ -11,8 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from parallel.pipeline.program import Exchange, Message, Step
-from parallel.pipeline.schedules import Action, Kind
+from parallel.pipeline.actions import Action, Collective, Exchange, Kind, Message, Step, Unshard
 from parallel.pipeline.weight_gradients import WeightGradients
 
 Key = tuple[int, int]
@@ -32,16 +31,20 @@ class Work(Protocol):
         """Shape of what passes between stages, the same between any two; known before anything runs."""
         ...
 
-    def stage_done(self, stage: int) -> None:
-        """The gradients of this stage's parameters have had their last contribution of this run."""
+    def unshard(self, use: Action) -> None:
+        """Start to gather the parameters that a computation begins with. It waits for them itself."""
+        ...
+
+    def reduce(self, stage: int) -> None:
+        """Start to sum the gradients of a stage over ranks: they have had their last contribution of this run."""
         ...
 
 
 @dataclass(frozen=True)
 class Executed:
-    """An action as it happened, in seconds of time.perf_counter."""
+    """An action as it happened, in seconds of time.perf_counter. Of a collective: the time until it was started."""
 
-    action: Action
+    action: Action | Collective
     start: float
     end: float
 
@@ -76,7 +79,7 @@ class PipelineExecutor:
         seed: the gradient of every result of the last stage, of their shape; None: forward only, and nothing is kept
         for backward.
         """
-        run = _Run(self, work, seed, _last_of_stage(program))
+        run = _Run(self, work, seed)
         trace = self.trace and seed is not None
         if trace:
             self.executed = []
@@ -87,16 +90,21 @@ class PipelineExecutor:
                 elif trace:
                     self._traced(run, step)
                 else:
-                    run.compute(step)
+                    run.do(step)
         run.finish()
         return run.results
 
-    def _traced(self, run: _Run, action: Action) -> None:
-        """Compute and note the time, without that of waiting for the input. On CUDA this waits for the device."""
+    def _traced(self, run: _Run, action: Action | Collective) -> None:
+        """Do it and note the time, without that of waiting for the input. On CUDA this waits for the device."""
+        if not isinstance(action, Action):  # started, and not waited for: it goes on beside what is computed
+            start = time.perf_counter()
+            run.do(action)
+            self.executed.append(Executed(action, start, time.perf_counter()))
+            return
         run.await_input(action)
         self._synchronize()
         start = time.perf_counter()
-        run.compute(action)
+        run.do(action)
         self._synchronize()
         self.executed.append(Executed(action, start, time.perf_counter()))
 
@@ -123,19 +131,13 @@ def _connect(group: dist.ProcessGroup, device: torch.device) -> None:
                 work.wait()
 
 
-def _last_of_stage(program: Sequence[Step]) -> dict[int, Action]:
-    """The last action of each stage that adds to its parameters' gradients."""
-    return {step.stage: step for step in program if isinstance(step, Action) and step.kind is not Kind.FORWARD}
-
-
 class _Run:
     """The tensors of one pass over a program."""
 
-    def __init__(self, pipeline: PipelineExecutor, work: Work, seed: Tensor | None, last: dict[int, Action]) -> None:
+    def __init__(self, pipeline: PipelineExecutor, work: Work, seed: Tensor | None) -> None:
         self.pipeline = pipeline
         self.work = work
         self.seed = seed
-        self.last = last
         self.results: dict[int, Tensor] = {}
         self.inputs: dict[Key, Tensor | None] = {}  # leaves that collect the gradient to hand on
         self.outputs: dict[Key, Tensor] = {}
@@ -187,9 +189,17 @@ class _Run:
         if left:
             raise RuntimeError(f"a pipeline program ended with tensors nobody used: {left}")
 
-    # ---- computations
+    # ---- actions
 
-    def compute(self, action: Action) -> None:
+    def do(self, action: Action | Collective) -> None:
+        if isinstance(action, Action):
+            self._compute(action)
+        elif isinstance(action, Unshard):
+            self.work.unshard(action.use)
+        else:
+            self.work.reduce(action.stage)
+
+    def _compute(self, action: Action) -> None:
         self.await_input(action)
         if action.kind is Kind.FORWARD:
             self._forward(action.stage, action.microbatch)
@@ -198,8 +208,6 @@ class _Run:
             self.pipeline.weight_gradients.run((action.stage, action.microbatch))
         else:
             self._backward(action)
-        if self.last.get(action.stage) == action:
-            self.work.stage_done(action.stage)
 
     def _forward(self, stage: int, microbatch: int) -> None:
         hidden = self.produced.pop((False, stage, microbatch), None)

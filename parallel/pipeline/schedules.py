@@ -8,36 +8,18 @@
     zbv                2, in a V        split     ZB-V, 2401.10241, section 5
     dualpipev          2, in a V        both      DualPipe (2412.19437, section 3.2.1), cut in half
 
-A schedule holds computations only. What must be sent follows from it (program.py), and whether it can finish at all is
-proven before it runs (simulate.py).
+Each of these functions orders computations. `make_schedule` adds what a stage does together with other data-parallel
+ranks: Unshard before every computation that needs parameters, where these lie in shards, and one Reduce per stage. What
+must be sent follows from all this (program.py), and whether it can finish at all is proven before it runs (simulate.py,
+program.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from enum import StrEnum
+from dataclasses import dataclass, replace
 
-
-class Kind(StrEnum):
-    """What is computed. B does the work of I and W in one."""
-
-    FORWARD = "F"
-    BACKWARD = "B"
-    INPUT = "I"  # backward, without the gradients of linear weights
-    WEIGHT = "W"  # the gradients that I left out
-
-
-@dataclass(frozen=True)
-class Action:
-    """One computation of one stage for one micro-batch."""
-
-    kind: Kind
-    stage: int
-    microbatch: int
-
-    def __str__(self) -> str:
-        return f"{self.stage}{self.kind}{self.microbatch}"
+from parallel.pipeline.actions import Action, Collective, Kind, Reduce, Unshard
 
 
 @dataclass(frozen=True)
@@ -47,7 +29,8 @@ class Schedule:
     name: str
     num_microbatches: int
     owner: tuple[int, ...]  # rank of each stage
-    ranks: tuple[tuple[Action, ...], ...]
+    ranks: tuple[tuple[Action | Collective, ...], ...]
+    unshards: bool = False  # parameters lie in shards and are gathered for each use
 
     @property
     def num_stages(self) -> int:
@@ -267,7 +250,29 @@ def dualpipev(num_ranks: int, num_microbatches: int) -> Schedule:
     return _without_padding("dualpipev", num_microbatches, vee(num_ranks), ranks)
 
 
-def forward_only(owner: tuple[int, ...], num_microbatches: int) -> Schedule:
+def _with_collectives(schedule: Schedule, *, unshards: bool) -> Schedule:
+    """The same computations, with what ranks that share a stage do together.
+
+    Unshard stands directly before its use: what it hides is the wait for the message that the use needs. Earlier it
+    would be wrong or useless. Under ZeRO-3 a computation gathers its layers one after the other and frees each as it
+    leaves it, so behind another stage's computation there would be a layer more in memory than it promises, behind one
+    of the same stage the layer would be free again, and fully_shard throws away every gather on its way when a backward
+    ends.
+    """
+    ranks = []
+    for actions in schedule.ranks:
+        last = {a.stage: a for a in actions if isinstance(a, Action) and a.kind is not Kind.FORWARD}
+        together: list[Action | Collective] = []
+        for action in actions:
+            assert isinstance(action, Action)
+            together += [Unshard(action)] * (unshards and action.walks_layers)
+            together.append(action)
+            together += [Reduce(action.stage)] * (last.get(action.stage) == action)
+        ranks.append(tuple(together))
+    return replace(schedule, ranks=tuple(ranks), unshards=unshards)
+
+
+def forward_only(owner: tuple[int, ...], num_microbatches: int, *, unshards: bool = False) -> Schedule:
     """Every forward and nothing else, for evaluation: stage by stage."""
     ranks = tuple(
         tuple(
@@ -278,7 +283,7 @@ def forward_only(owner: tuple[int, ...], num_microbatches: int) -> Schedule:
         )
         for rank in range(max(owner) + 1)
     )
-    return Schedule("forward_only", num_microbatches, owner, ranks)
+    return _with_collectives(Schedule("forward_only", num_microbatches, owner, ranks), unshards=unshards)
 
 
 _ONE_STAGE: dict[str, Callable[[int, int], Schedule]] = {
@@ -303,8 +308,10 @@ def placement(name: str, num_ranks: int, chosen: int) -> tuple[int, ...]:
     return vee(num_ranks) if name in _VEE else loop(num_ranks, stages_per_rank(name, chosen))
 
 
-def make_schedule(name: str, *, num_ranks: int, num_microbatches: int, chosen: int) -> Schedule:
-    """The schedule of that name; one of SCHEDULES."""
+def make_schedule(name: str, *, num_ranks: int, num_microbatches: int, chosen: int, unshards: bool = False) -> Schedule:
+    """The schedule of that name; one of SCHEDULES. unshards: parameters lie in shards and are gathered for each use."""
     if name == "interleaved_1f1b":
-        return interleaved_1f1b(num_ranks, num_microbatches, chosen)
-    return (_ONE_STAGE | _VEE)[name](num_ranks, num_microbatches)
+        schedule = interleaved_1f1b(num_ranks, num_microbatches, chosen)
+    else:
+        schedule = (_ONE_STAGE | _VEE)[name](num_ranks, num_microbatches)
+    return _with_collectives(schedule, unshards=unshards)

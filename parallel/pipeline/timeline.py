@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
+from parallel.pipeline.actions import Kind, Reduce, Unshard
 from parallel.pipeline.executor import Executed
-from parallel.pipeline.schedules import Kind, Schedule
-from parallel.pipeline.simulate import Span, Timeline, simulate
+from parallel.pipeline.schedules import Schedule
+from parallel.pipeline.simulate import Span, Timeline
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -21,6 +23,8 @@ NAMES = {
     Kind.INPUT: "I: gradients of inputs",
     Kind.WEIGHT: "W: gradients of weights",
 }
+MARKS = {Unshard: ("^", "#4c4c4c", "start to gather parameters"), Reduce: ("v", "#e15759", "start to sum gradients")}
+"""Of collectives, which stand where they are started: marker, color, name."""
 WIDTH, ROW = 14.0, 0.45  # inches: of a time line, and height of a rank
 DIGIT = 0.09  # inches that a digit takes
 
@@ -35,27 +39,33 @@ def problems() -> list[str]:
     ]
 
 
-def draw(schedule: Schedule, executed: Sequence[Sequence[Executed]]) -> Figure:
+def draw(schedule: Schedule, planned: Timeline, executed: Sequence[Sequence[Executed]]) -> Figure:
     """Two time lines with a row per rank; bars are numbered by micro-batch, a rank's later stages are paler.
 
-    executed: what each rank did, with clocks as in `trace.chrome_trace`.
+    planned: the schedule simulated, in forwards of an average stage. executed: what each rank did, with clocks as in
+    `trace.chrome_trace`.
     """
     from matplotlib.figure import Figure  # here, because most runs draw nothing
+    from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    planned, ran = simulate(schedule), _timeline_of(executed)
+    ran = _timeline_of(executed)
     figure = Figure(figsize=(WIDTH + 3, 2 * (ROW * planned.num_ranks + 1)), layout="constrained")
     figure.suptitle(f"{schedule.name}: {planned.num_ranks} ranks, {schedule.num_microbatches} micro-batches")
     above, below = figure.subplots(2, 1)
     for axes, timeline, what, unit in (
-        (above, planned, "planned", "forwards of a stage (F = I = W)"),
+        (above, planned, "planned", "forwards of an average stage (F = I = W)"),
         (below, ran, "executed", "milliseconds"),
     ):
         _draw_rows(axes, timeline, schedule.owner)
         axes.set_title(f"{what}: {timeline.bubble:.0%} idle")
         axes.set_xlabel(unit)
-    kinds = [kind for kind in Kind if any(span.action.kind is kind for span in planned.spans)]
-    figure.legend(handles=[Patch(color=COLORS[kind], label=NAMES[kind]) for kind in kinds], loc="outside right upper")
+    kinds = [kind for kind in Kind if any(action.kind is kind for _, action in planned.computations)]
+    handles: list[Artist] = [Patch(color=COLORS[kind], label=NAMES[kind]) for kind in kinds]
+    for kind, (marker, color, name) in MARKS.items():
+        if any(isinstance(span.action, kind) for span in planned.spans):
+            handles.append(Line2D([], [], marker=marker, color=color, linestyle="none", label=name))
+    figure.legend(handles=handles, loc="outside right upper")
     return figure
 
 
@@ -74,18 +84,17 @@ def _draw_rows(axes: Axes, timeline: Timeline, owner: Sequence[int]) -> None:
     from matplotlib.patches import Rectangle
 
     on_rank = [[stage for stage, rank in enumerate(owner) if rank == row] for row in range(timeline.num_ranks)]
-    for span in timeline.spans:
-        length = span.end - span.start
+    for span, action in timeline.computations:
         stages = on_rank[span.rank]
-        alpha = 1 - 0.5 * stages.index(span.action.stage) / max(1, len(stages) - 1)
-        color = COLORS[span.action.kind]
-        axes.add_patch(
-            Rectangle(
-                (span.start, span.rank - 0.45), length, 0.9, facecolor=color, alpha=alpha, edgecolor="white", lw=0.5
-            )
-        )
-        number = str(span.action.microbatch)
-        if WIDTH * length / timeline.makespan >= DIGIT * len(number):
-            axes.text(span.start + length / 2, span.rank, number, ha="center", va="center", fontsize=8)
+        alpha = 1 - 0.5 * stages.index(action.stage) / max(1, len(stages) - 1)
+        corner, color = (span.start, span.rank - 0.45), COLORS[action.kind]
+        axes.add_patch(Rectangle(corner, span.length, 0.9, facecolor=color, alpha=alpha, edgecolor="white", lw=0.5))
+        number = str(action.microbatch)
+        if WIDTH * span.length / timeline.makespan >= DIGIT * len(number):
+            axes.text(span.start + span.length / 2, span.rank, number, ha="center", va="center", fontsize=8)
+    for kind, (marker, color, _) in MARKS.items():
+        started = [span for span in timeline.spans if isinstance(span.action, kind)]
+        x, y = [span.start for span in started], [span.rank + 0.4 for span in started]
+        axes.scatter(x, y, s=16, marker=marker, color=color, clip_on=False, zorder=3)
     axes.set(xlim=(0, timeline.makespan), ylim=(timeline.num_ranks - 0.5, -0.5))
     axes.set_yticks(range(timeline.num_ranks), [f"pp rank {rank}" for rank in range(timeline.num_ranks)])

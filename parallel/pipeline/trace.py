@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from parallel.pipeline.actions import Action, Collective
 from parallel.pipeline.executor import Executed
-from parallel.pipeline.schedules import Action
 from parallel.pipeline.simulate import Timeline
 
 
 def chrome_trace(planned: Timeline, executed: Sequence[Sequence[Executed]]) -> dict[str, Any]:
-    """One process "planned" and one "executed", a thread per rank each.
+    """One process "planned" and one "executed", a thread per rank each; of a collective, the moment it is started.
 
     executed: of each rank. Clocks are perf_counter's, the same for all ranks of a host and not between hosts; times
     start at the earliest. A unit of the plan is drawn so that both time lines have the same length.
@@ -31,7 +31,10 @@ def chrome_trace(planned: Timeline, executed: Sequence[Sequence[Executed]]) -> d
     return {"traceEvents": events, "displayTimeUnit": "ms"}
 
 
-def _event(process: int, rank: int, action: Action, start: float, end: float) -> dict[str, Any]:
+def _event(process: int, rank: int, action: Action | Collective, start: float, end: float) -> dict[str, Any]:
+    if not isinstance(action, Action):
+        instant = {"ph": "i", "s": "t", "cat": type(action).__name__.lower(), "args": {"stage": action.stage}}
+        return instant | {"pid": process, "tid": rank, "name": str(action), "ts": start * 1e6}
     return {
         "ph": "X",
         "pid": process,

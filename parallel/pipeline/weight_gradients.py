@@ -5,7 +5,9 @@ gradients, half of the work, fill what would be idle time. In a deferring layer 
 input alone, and (input, gradient of the output) are kept until `WeightGradients.run`. Norm weights and tables, whose
 gradients cost next to nothing, are not put off. No graph is walked twice and nothing is recomputed.
 
-The store is a side effect of backward, which torch.compile cannot see: blocks are not compiled with it.
+The store is a side effect of backward, which a graph of torch.compile cannot have, nor could what it keeps outlive the
+graph: its memory plan would write the next result there. So these layers stay outside of graphs, which they part; what
+lies between them is compiled.
 """
 
 from __future__ import annotations
@@ -37,6 +39,9 @@ Deliver = Callable[[str, Tensor], None]
 
 Compute = Callable[[], Iterator[tuple[str, Tensor]]]
 """Names of parameters and their gradients, each computed when it is asked for, so that not all are held at once."""
+
+
+OUTSIDE = "weight gradients are put off"
 
 
 class WeightGradients:
@@ -173,9 +178,11 @@ def defer_weight_gradients(blocks: nn.Module, *, at_once: tuple[type[nn.Module],
     store = WeightGradients()
     names = {module: f"blocks.{name}" for name, module in blocks.named_modules()}
 
+    @torch.compiler.disable(reason=OUTSIDE)
     def linear(x: Tensor, *, layer: Linear) -> Tensor:
         return _DeferringLinear.apply(x, layer, names[layer], store)
 
+    @torch.compiler.disable(reason=OUTSIDE)
     def columns(x: Tensor, layers: Sequence[ColumnParallelLinear]) -> tuple[Tensor, ...]:
         return _DeferringColumns.apply(x, layers, [names[layer] for layer in layers], store)
 
@@ -185,7 +192,7 @@ def defer_weight_gradients(blocks: nn.Module, *, at_once: tuple[type[nn.Module],
         elif isinstance(module, RowParallelLinear):
             module.summand = partial(linear, layer=module)  # type: ignore[method-assign]
         elif isinstance(module, ColumnParallelLinear):
-            module.together = columns  # type: ignore[method-assign, assignment]
+            module.together = columns  # type: ignore[method-assign]
             module.inside = partial(linear, layer=module)  # type: ignore[method-assign]
         elif isinstance(module, Deferring):
             module.weight_gradients, module.layer_name = store, name

@@ -91,7 +91,7 @@ COMPILED_EVERY = 16
 def cross_product(legality: Legality) -> tuple[list[Layout], int]:
     """Every legal combination of CROSSED; the others take turns. Also how many combinations are refused.
 
-    Where a turn is refused (compile with split backward), the next one is taken.
+    Where a turn is refused, the next one is taken.
     """
     rest = [name for name in LAYOUT_FEATURES if name not in (*CROSSED, "compile")]
     settings = (dict(zip(rest, values, strict=True)) for values in itertools.product(*(FEATURES[n] for n in rest)))

@@ -5,12 +5,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import patch
 
+import torch
+import torch._dynamo
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 import trainer.step
+from parallel.data import FullyShardedDataParallel
+from parallel.pipeline.actions import Action
 from parallel.pipeline.executor import _Run
 from parallel.pipeline.weight_gradients import Key, WeightGradients
 from tests.parity.harness import Outcome, run_here
@@ -70,6 +76,14 @@ def run_and_answer(config: TrainConfig) -> dict[str, Any]:
         running.close()
 
 
+def run_and_count_graphs(config: TrainConfig) -> tuple[Outcome | None, int]:
+    """What a run on this rank gave, and how many graphs torch.compile made of it."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    outcome = run_here(config)
+    return outcome, torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
 def count_messages(config: TrainConfig) -> Counter[str]:
     """Messages and all-reduces of one step on this rank."""
     counts: Counter[str] = Counter()
@@ -90,3 +104,55 @@ def count_messages(config: TrainConfig) -> Counter[str]:
     finally:
         running.close()
     return counts
+
+
+@dataclass
+class Gathers:
+    """What a step gathered on this rank. Filled by count_gathers."""
+
+    num_gathers: int = 0
+    layers_in_memory: list[int] = field(default_factory=list)  # when an Unshard came
+    started: list[bool] = field(default_factory=list)  # of each use: whether a gather began before the wait for input
+
+
+def count_gathers(config: TrainConfig) -> tuple[Gathers, Gathers]:
+    """Of the second step, and of the third, in which Unshard does nothing."""
+    running = Trainer(finalize(config, world_size=dist.get_world_size()))
+    blocks = list(running.state.model.blocks.children())
+    name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"  # torch 2.13, 2.11
+    original, gather, wait = getattr(dist, name), FullyShardedDataParallel.gather, _Run.await_input
+    early, without = Gathers(), Gathers()
+    now = early
+    since_unshard = 0
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        nonlocal since_unshard
+        since_unshard += 1
+        now.num_gathers += 1
+        return original(*args, **kwargs)
+
+    def watching(data_parallel: FullyShardedDataParallel, names: list[str]) -> None:
+        nonlocal since_unshard
+        whole = [block for block in blocks if not all(isinstance(p, DTensor) for p in block.parameters())]
+        now.layers_in_memory.append(len(whole))
+        since_unshard = 0
+        if now is early:
+            gather(data_parallel, names)
+
+    def waiting(run: _Run, action: Action) -> None:
+        now.started.append(since_unshard > 0)
+        wait(run, action)
+
+    try:
+        running._launch_step()
+        with (
+            patch.object(dist, name, counting),
+            patch.object(FullyShardedDataParallel, "gather", watching),
+            patch.object(_Run, "await_input", waiting),
+        ):
+            running._launch_step()
+            now = without
+            running._launch_step()
+    finally:
+        running.close()
+    return early, without

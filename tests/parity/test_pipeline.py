@@ -22,7 +22,14 @@ from tests.parity.harness import (
     text_corpus,
     tiny_config,
 )
-from tests.parity.on_pipeline_ranks import FAULTS, count_messages, run_and_answer, run_broken
+from tests.parity.on_pipeline_ranks import (
+    FAULTS,
+    count_gathers,
+    count_messages,
+    run_and_answer,
+    run_and_count_graphs,
+    run_broken,
+)
 from tests.pool import RankPool
 from trainer.config import ConfigError
 from trainer.validate import finalize
@@ -152,6 +159,26 @@ def test_what_is_applied_to_stages_changes_nothing(
     _assert_same_model(run_on(ranks, world_size, config, timeout=240), reference)
 
 
+@pytest.mark.parametrize(
+    ("world_size", "schedule", "changes"),
+    [
+        (2, "zero_bubble", {}),
+        (4, "zbv", {"parallel__tp": 2, "model__activation_checkpoint": "full", "parallel__pp_split": [1, 1, 6, 1]}),
+    ],
+)
+def test_what_lies_between_put_off_layers_is_compiled(
+    ranks: RankPool, references: References, tmp_path: Path, world_size: int, schedule: str, changes: dict[str, Any]
+) -> None:
+    """A weight gradient that a graph swallows or writes over before W needs it; blocks that quietly run eagerly."""
+    reference = references.of("plain")
+    changes = {"train__compile": True, "train__compile_backend": "aot_eager", "parallel__zero_stage": 1} | changes
+    changes |= {"parallel__pp": 2, "parallel__pp_schedule": schedule, "train__micro_batch_size": 4}
+    answers = ranks.run(world_size, run_and_count_graphs, changed(reference.config, tmp_path / "run", **changes))
+    _assert_same_model(answers[0][0], reference)
+    # Before attention's projections, between these and its output, behind that, between the MLP's two: whatever else.
+    assert all(graphs >= 4 for _, graphs in answers)
+
+
 @pytest.mark.parametrize("fault", sorted(FAULTS))
 def test_the_comparison_notices_a_broken_pipeline(
     ranks: RankPool, references: References, tmp_path: Path, fault: str
@@ -214,7 +241,7 @@ def test_a_pipeline_starts_from_what_a_pipeline_exported(
     start = {"model__family": "hf", "model__path": str(tmp_path / "folder"), "train__steps": 1}
     outcomes = [
         run_on(ranks, n, changed(config, tmp_path / f"from-{n}", checkpoint__at_end=False, **start, **changes))
-        for n, changes in ((1, {"parallel__pp": 1}), (2, {"parallel__zero_stage": 0}))
+        for n, changes in ((1, {"parallel__pp": 1, "parallel__pp_schedule": "1f1b"}), (2, {"parallel__zero_stage": 0}))
     ]
     assert outcomes[0].losses[0] < reference.outcome.losses[0]  # it learned
     assert loss_deviation(outcomes[1], outcomes[0]) <= 1e-6
@@ -248,6 +275,20 @@ def test_a_step_sends_each_hidden_state_and_each_gradient_once(
     assert [c["all_reduce"] for c in counts] == [4, 3, 3, 4]
 
 
+def test_a_gather_starts_before_the_wait_for_the_message_and_costs_nothing(
+    ranks: RankPool, references: References, tmp_path: Path
+) -> None:
+    """ZeRO-3 whose gathers wait for messages, are thrown away and done again, or hold more than a layer at a time."""
+    reference = references.of("plain")
+    changes = {"parallel__pp": 2, "parallel__zero_stage": 3, "train__micro_batch_size": 2}
+    config = changed(reference.config, tmp_path / "run", **changes)
+    for early, without in ranks.run(4, count_gathers, config):
+        assert early.num_gathers == without.num_gathers > 0
+        assert early.layers_in_memory == [0] * (2 * 3)  # F and B of three micro-batches
+        assert early.started == [True] * (2 * 3)
+        assert without.started == [False] * (2 * 3)  # negative control
+
+
 def test_the_trace_shows_plan_and_execution(ranks: RankPool, references: References, tmp_path: Path) -> None:
     """A time line that lacks actions, or shows those of another step."""
     reference = references.of("plain")
@@ -262,7 +303,38 @@ def test_the_trace_shows_plan_and_execution(ranks: RankPool, references: Referen
     assert shown[0] == shown[1]
     assert len(shown[0]) == 2 * 3 * 3  # ranks, micro-batches, F I W
     assert all(e["dur"] > 0 for e in events if e["ph"] == "X")
+    started = [(e["pid"], e["tid"], e["name"]) for e in events if e["ph"] == "i"]
+    assert sorted(started) == [(process, rank, f"reduce({rank})") for process in (0, 1) for rank in (0, 1)]
     assert (tmp_path / "run" / "pipeline_timeline.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_run_json_and_the_start_say_what_is_planned(ranks: RankPool, references: References, tmp_path: Path) -> None:
+    """A bubble of equal stages where they are not, of other micro-batches, or of another schedule.
+
+    9 layers in stages of 7 and 2; 12 sequences in micro-batches of 5, 5 and 2. The plan by hand: rank 1 ends its second
+    forward at 2 first + last and goes on with the third and a backward; then rank 0 has three backwards left.
+    """
+    reference = references.of("plain")
+    changes = {"parallel__pp": 2, "parallel__pp_split": [7, 2], "parallel__pp_schedule": "gpipe"}
+    changes |= {"parallel__zero_stage": 0, "train__micro_batch_size": 5, "train__steps": 1}
+    run_on(ranks, 2, changed(reference.config, tmp_path / "run", **changes))
+    told = json.loads((tmp_path / "run" / "run.json").read_text())["pipeline"]
+    first, last = told.pop("forward_cost_of_stage")
+    assert first + last == pytest.approx(2, abs=1e-3)
+    assert first > 1.3
+    length = 2 * first + last + 0.4 * last + 2 * last + 2 * 2.4 * first
+    assert told.pop("bubble") == pytest.approx(1 - 3 * 2.4 * (first + last) / (2 * length), rel=1e-3)
+    assert told == {
+        "schedule": "gpipe",
+        "layers_per_stage": [7, 2],
+        "rank_of_stage": [0, 1],
+        "num_microbatches": 3,
+        "peak_activations": [3, 3],
+    }
+    start = json.loads((tmp_path / "run" / "events.jsonl").read_text().splitlines()[0])
+    assert ", pipeline gpipe(7+2), " in start["text"]
+    assert start["text"].endswith("% bubble, 3 micro-batches kept")
+    assert start["pipeline"]["schedule"] == "gpipe"
 
 
 @pytest.mark.parametrize(
@@ -275,8 +347,21 @@ def test_the_trace_shows_plan_and_execution(ranks: RankPool, references: Referen
         ({"parallel__pp_split": [4, 4]}, "add up to model.num_layers=9; use parallel.pp_split=null or [4,5]"),
         ({"model__num_layers": 3, "parallel__pp_schedule": "zbv"}, "model.num_layers=3 does not fill them"),
         ({"parallel__pp_stages_per_rank": 0}, "parallel.pp_stages_per_rank=0 must be at least 1"),
-        ({"train__compile": True, "parallel__pp_schedule": "zbv"}, "train.compile=true does not work"),
+        (
+            {"train__compile": True, "parallel__pp_schedule": "zbv", "model__activation_checkpoint": "selective"},
+            "model.activation_checkpoint=selective with train.compile=true picks operations of one graph",
+        ),
         ({"parallel__pp": 1, "parallel__pp_split": [9]}, "parallel.pp_split is set, and parallel.pp=1"),
+        (
+            {"parallel__pp": 1, "parallel__pp_schedule": "zbv"},
+            "parallel.pp_schedule=zbv has no effect with parallel.pp=1",
+        ),
+        ({"parallel__pp": 1, "parallel__pp_stages_per_rank": 3}, "parallel.pp_stages_per_rank=3 has no effect with"),
+        ({"parallel__pp_stages_per_rank": 1}, "has no effect on parallel.pp_schedule=1f1b, which has 1 on each rank"),
+        (
+            {"parallel__pp_stages_per_rank": 3, "parallel__pp_schedule": "zbv"},
+            "parallel.pp_schedule=zbv, which has 2 on each rank; leave it out (its default is 2)",
+        ),
         ({"parallel__pp": 1, "parallel__pp_trace": True}, "parallel.pp_trace=true and parallel.pp=1 has no pipeline"),
     ],
 )

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+from unittest.mock import patch
+
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from parallel.pipeline import executor
+from parallel.pipeline.actions import Action, Exchange, Kind, Message
 from parallel.pipeline.executor import PipelineExecutor
 from parallel.pipeline.program import make_programs
 from parallel.pipeline.schedules import SCHEDULES, SPLIT_BACKWARD, make_schedule
@@ -32,6 +37,7 @@ def _inputs() -> list[Tensor]:
 class _Work:
     def __init__(self, layers: nn.ModuleList) -> None:
         self.layers, self.num_stages, self.inputs = layers, len(layers), _inputs()
+        self.gathered: list[Action] = []
         self.done: list[int] = []
 
     def forward(self, stage: int, microbatch: int, hidden: Tensor | None) -> Tensor:
@@ -41,7 +47,10 @@ class _Work:
     def hidden_shape(self, microbatch: int) -> torch.Size:
         return self.inputs[microbatch].shape
 
-    def stage_done(self, stage: int) -> None:
+    def unshard(self, use: Action) -> None:
+        self.gathered.append(use)
+
+    def reduce(self, stage: int) -> None:
         self.done.append(stage)
 
 
@@ -56,7 +65,7 @@ def _adding_to(layers: nn.Module) -> Deliver:
 def run_schedule(name: str) -> None:
     """Compare this rank's stages with the whole model in one process."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    schedule = make_schedule(name, num_ranks=world_size, num_microbatches=len(LENGTHS), chosen=2)
+    schedule = make_schedule(name, num_ranks=world_size, num_microbatches=len(LENGTHS), chosen=2, unshards=True)
     layers, reference = _layers(schedule.num_stages), _layers(schedule.num_stages)
     store = None
     if name in SPLIT_BACKWARD:
@@ -79,6 +88,7 @@ def run_schedule(name: str) -> None:
     for microbatch, result in results.items():
         torch.testing.assert_close(result, expected[microbatch].detach())
     assert sorted(work.done) == [stage for stage, owner in enumerate(schedule.owner) if owner == rank]
+    assert work.gathered == [a for a in schedule.ranks[rank] if isinstance(a, Action) and a.kind is not Kind.WEIGHT]
     for stage, owner in enumerate(schedule.owner):
         for parameter, whole in zip(layers[stage].parameters(), reference[stage].parameters(), strict=True):
             if owner == rank:
@@ -94,6 +104,56 @@ def test_micro_batches_of_different_lengths_give_the_gradients_of_one_process(
 ) -> None:
     """A buffer of another micro-batch's shape, messages that overtake each other, a weight gradient left out."""
     ranks.run(world_size, run_schedule, name)
+
+
+def run_recorded(name: str, lazy: bool) -> None:
+    """Compare when this rank starts to receive with its program. lazy: an executor that does so when it has to."""
+    rank, log = dist.get_rank(), []
+    schedule = make_schedule(name, num_ranks=dist.get_world_size(), num_microbatches=len(LENGTHS), chosen=2)
+    program = make_programs(schedule)[rank]
+    layers = _layers(schedule.num_stages)
+    pipeline = PipelineExecutor(dist.group.WORLD, device=torch.device("cpu"), dtype=torch.float64)
+    batch, exchange, compute = dist.batch_isend_irecv, executor._Run.exchange, executor._Run._compute
+    held: list[Message] = []
+
+    def recording_batch(operations: list[dist.P2POp]) -> list[dist.Work]:
+        log.extend("receive" for operation in operations if operation.op is dist.irecv)
+        return batch(operations)
+
+    def recording_compute(run: Any, action: Action) -> None:
+        key = (action.kind is not Kind.FORWARD, action.stage, action.microbatch)
+        while key in map(executor._address, held):
+            exchange(run, Exchange((held.pop(0),)))
+        log.append(str(action))
+        compute(run, action)
+
+    def holding_exchange(run: Any, step: Exchange) -> None:
+        held.extend(m for m in step.messages if lazy and m.target == rank)
+        if now := tuple(m for m in step.messages if m not in held):
+            exchange(run, Exchange(now))
+
+    with (
+        patch.object(dist, "batch_isend_irecv", recording_batch),
+        patch.object(executor._Run, "_compute", recording_compute),
+        patch.object(executor._Run, "exchange", holding_exchange),
+    ):
+        pipeline.run(program, _Work(layers), seed=torch.tensor(0.5, dtype=torch.float64))
+    planned: list[str] = []
+    for step in program:
+        if isinstance(step, Exchange):
+            planned += ["receive" for message in step.messages if message.target == rank]
+        elif isinstance(step, Action):
+            planned.append(str(step))
+    assert (log == planned) != lazy
+
+
+@pytest.mark.parametrize(("name", "lazy"), [("gpipe", False), ("1f1b", False), ("gpipe", True)])
+def test_receives_are_started_before_what_hides_them(ranks: RankPool, name: str, lazy: bool) -> None:
+    """An executor that starts to receive what it is about to compute with. Negative control: one that does.
+
+    That its program is early enough is what make_programs proves.
+    """
+    ranks.run(2, run_recorded, name, lazy)
 
 
 def test_a_layer_that_cannot_put_its_gradient_off_is_refused() -> None:

@@ -9,6 +9,7 @@ from matplotlib.colors import to_hex
 
 from parallel.dims import ParallelConfig
 from parallel.pipeline import timeline
+from parallel.pipeline.actions import Reduce, Unshard
 from parallel.pipeline.executor import Executed
 from parallel.pipeline.layout import problems
 from parallel.pipeline.schedules import SCHEDULES, Schedule, make_schedule
@@ -27,15 +28,17 @@ def _executed(schedule: Schedule, *, seconds: float) -> list[list[Executed]]:
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_every_action_is_a_bar_of_its_kind_at_its_time_in_both_time_lines(name: str) -> None:
     """Bars of another rank or kind, and a time line in another unit than its axis says."""
-    schedule = make_schedule(name, num_ranks=2, num_microbatches=12, chosen=2)
+    schedule = make_schedule(name, num_ranks=2, num_microbatches=12, chosen=2, unshards=name == "zbv")
     planned = simulate(schedule)
-    above, below = draw(schedule, _executed(schedule, seconds=0.25)).axes
-    kinds = Counter(COLORS[action.kind] for actions in schedule.ranks for action in actions)
+    above, below = draw(schedule, planned, _executed(schedule, seconds=0.25)).axes
+    kinds = Counter(COLORS[action.kind] for _, action in planned.computations)
+    marks = [sum(isinstance(s.action, kind) for s in planned.spans) for kind in (Unshard, Reduce)]
     for axes, unit in ((above, 1.0), (below, 250.0)):
         assert Counter(to_hex(bar.get_facecolor()) for bar in axes.patches) == kinds
         drawn = sorted((round(bar.get_y() + 0.45), bar.get_x() / unit, bar.get_width() / unit) for bar in axes.patches)
-        expected = sorted((span.rank, span.start, span.end - span.start) for span in planned.spans)
+        expected = sorted((span.rank, span.start, span.end - span.start) for span, _ in planned.computations)
         assert [pytest.approx(bar) for bar in expected] == drawn
+        assert [len(collection.get_offsets()) for collection in axes.collections] == marks
         assert f"{planned.bubble:.0%} idle" in axes.get_title()
         assert [label.get_text() for label in axes.get_yticklabels()] == ["pp rank 0", "pp rank 1"]
     assert len(above.texts) == len(above.patches)
@@ -44,7 +47,7 @@ def test_every_action_is_a_bar_of_its_kind_at_its_time_in_both_time_lines(name: 
 def test_numbers_that_do_not_fit_are_left_out() -> None:
     """A picture of many micro-batches that is black with digits."""
     schedule = make_schedule("gpipe", num_ranks=2, num_microbatches=90, chosen=1)
-    above, _ = draw(schedule, _executed(schedule, seconds=0.1)).axes
+    above, _ = draw(schedule, simulate(schedule), _executed(schedule, seconds=0.1)).axes
     assert {text.get_text() for text in above.texts} == {str(number) for number in range(10)}  # of whole backwards
 
 
