@@ -10,7 +10,7 @@ from parallel.pipeline.schedules import SCHEDULES, Schedule, forward_only, make_
 from parallel.pipeline.simulate import Costs, stage_costs
 from parallel.pipeline.stages import Stage, balance, make_stages
 from parallel.pipeline.timeline import problems as timeline_problems
-from parallel.problem import Problem, values
+from parallel.problem import Problem, shown, values
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def _without_pipeline(config: ParallelConfig) -> list[Problem]:
     for name in ("pp_trace", "pp_split", "pp_schedule", "pp_stages_per_rank"):
         value, unset = getattr(config, name), getattr(default, name)
         if value != unset:
-            why = f"parallel.{name}={value} has no effect with parallel.pp=1, which has no pipeline"
+            why = f"parallel.{name}={shown(value)} has no effect with parallel.pp=1, which has no pipeline"
             found.append(Problem(why, values(f"parallel.{name}", [unset])))
     return found
 

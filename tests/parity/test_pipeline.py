@@ -351,7 +351,7 @@ def test_run_json_and_the_start_say_what_is_planned(ranks: RankPool, references:
             {"train__compile": True, "parallel__pp_schedule": "zbv", "model__activation_checkpoint": "selective"},
             "model.activation_checkpoint=selective with train.compile=true picks operations of one graph",
         ),
-        ({"parallel__pp": 1, "parallel__pp_split": [9]}, "parallel.pp_split is set, and parallel.pp=1"),
+        ({"parallel__pp": 1, "parallel__pp_split": [9]}, "parallel.pp_split=[9] has no effect with parallel.pp=1"),
         (
             {"parallel__pp": 1, "parallel__pp_schedule": "zbv"},
             "parallel.pp_schedule=zbv has no effect with parallel.pp=1",
@@ -360,9 +360,9 @@ def test_run_json_and_the_start_say_what_is_planned(ranks: RankPool, references:
         ({"parallel__pp_stages_per_rank": 1}, "has no effect on parallel.pp_schedule=1f1b, which has 1 on each rank"),
         (
             {"parallel__pp_stages_per_rank": 3, "parallel__pp_schedule": "zbv"},
-            "parallel.pp_schedule=zbv, which has 2 on each rank; leave it out (its default is 2)",
+            "parallel.pp_schedule=zbv, which has 2 on each rank",
         ),
-        ({"parallel__pp": 1, "parallel__pp_trace": True}, "parallel.pp_trace=true and parallel.pp=1 has no pipeline"),
+        ({"parallel__pp": 1, "parallel__pp_trace": True}, "has no effect with parallel.pp=1, which has no pipeline"),
     ],
 )
 def test_what_cannot_be_is_refused_with_its_reason(
