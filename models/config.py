@@ -118,6 +118,7 @@ class ModelConfig:
     init_std: float = 0.02
     routing: RoutingConfig = field(default_factory=RoutingConfig)
     attention: str = "auto"  # one of ATTENTION_IMPLEMENTATIONS
+    fused_projections: bool = True  # q, k and v as one product, gate and up as one; false: as several, to compare
     activation_checkpoint: str = "none"  # one of ACTIVATION_CHECKPOINTS
     activation_memory_gib: float | None = None  # budget: of what all blocks of a GPU keep of one micro-batch
     activation_checkpoint_save: list[str] = field(

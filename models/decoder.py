@@ -127,7 +127,8 @@ class Decoder(nn.Module):
     """A causal language model. Filling its parameters, and buffers (biases of routers), after `to_empty` completes it.
 
     `config` is resolved (models.registry.resolve_model); `seed` keys the dropout masks; `groups` are the process groups
-    inside the layers. Names and whole shapes of the parameters do not depend on them. `stages`: those of a pipeline
+    inside the layers. Names and whole shapes of the tensors in its state dict do not depend on them; among its
+    parameters, projections of one input are fused (parallel/fused.py). `stages`: those of a pipeline
     that this rank holds (None: the whole model); parameters of others do not exist here, names are the same.
     """
 

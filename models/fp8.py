@@ -6,9 +6,10 @@
 
 Projections of attention and MLPs (shared experts and those of multi-token prediction among them) run like this; master
 weights, activations and the residual stream, norms, attention itself, embedding, head, routers and the stacked experts
-of a mixture stay what they are. Layers of one input (q, k, v; gate, up) quantize it once. Backward keeps x^T in fp8 and
-the weight as it came: fully_shard frees that one and gathers it anew, and quantizing it twice costs less than keeping
-both.
+of a mixture stay what they are. Projections of one input (q, k, v; gate, up) are one layer, whose weight has one scale;
+where ranks of tp share key/value heads they are layers that have one scale all the same. Layers of one input quantize
+it once. Backward keeps x^T in fp8 and the weight as it came: fully_shard frees that one and gathers it anew, and
+quantizing it twice costs less than keeping both.
 
 **What the numbers depend on.** A scale reaches over some of a tensor, and a tensor is what one rank has of one
 micro-batch. Parameters and their scales are the same on every rank of dp and cp and in every stage of a pipeline. Then
@@ -42,6 +43,7 @@ from torch import Tensor, nn
 from kernels.fp8 import E4M3, GRADIENT, INPUT, WEIGHT, DelayedScaling, Recipe, fp8_matmul, scale_from_amax
 from kernels.fp8.linear import quantize_by_kind
 from parallel.collectives import Axis, maximum, start_all_reduce, start_reduce_scatter, wait
+from parallel.fused import is_part, name_in_every_layout
 from parallel.tensor import (
     SEQUENCE_DIM,
     ColumnParallelLinear,
@@ -61,6 +63,7 @@ class _Plan:
     gathers: bool = False  # the input is this rank's slice of the tokens, and so is its gradient
     sums: bool = False  # the input is the same on all ranks, and its gradient the sum of theirs
     cut: tuple[bool, bool, bool] = (False, False, False)  # INPUT, WEIGHT, GRADIENT: this rank has a part of it
+    as_one: bool = False  # layers that are one in other layouts, where they have one scale
 
     def agrees_on(self, which: int) -> bool:
         """Whether ranks have to find a largest magnitude together."""
@@ -106,8 +109,14 @@ class Fp8Linears:
     def _columns(self, x: Tensor, layers: Sequence[ColumnParallelLinear], *, entered: bool = False) -> tuple[Any, ...]:
         first = layers[0]
         slices = first.sequence_parallel and not entered
-        cut = (False, True, True)
-        plan = _Plan(self.recipe, first.axis, gathers=slices, sums=not slices and not entered, cut=cut)
+        plan = _Plan(
+            self.recipe,
+            first.axis,
+            gathers=slices,
+            sums=not slices and not entered,
+            cut=(False, True, True),
+            as_one=len(layers) > 1 and all(is_part(layer) for layer in layers),
+        )
         return self._products(x, layers, *_local(layers), plan)
 
     def _replicated(self, x: Tensor, layer: ReplicatedLinear) -> Tensor:
@@ -168,7 +177,8 @@ class Fp8Linears:
                 assert amax is not None
                 scaling.record(i, INPUT, x_amax)
                 scaling.record(i, WEIGHT, amax)
-            carriers = [scaling.carriers[i] for i in numbers]
+            # Of layers with one scale the first one's brings the largest magnitude of all gradients.
+            carriers = [None if plan.as_one and n else scaling.carriers[i] for n, i in enumerate(numbers)]
         # A compiled graph takes no tensor twice: tensorwise, both copies have one scale.
         other_scale = None if x_q.transposed_scale is x_q.scale else x_q.transposed_scale
         ys = _Products.apply(
@@ -231,7 +241,10 @@ class _Products(torch.autograd.Function):
         d_biases = [
             d.sum(0, dtype=torch.float32).to(d.dtype) if b else None for d, b in zip(grads, ctx.biased, strict=True)
         ]
-        amaxes = [amax if wanted else None for (_, amax), wanted in zip(quantized, ctx.recorded, strict=True)]
+        found = [amax for _, amax in quantized]
+        if plan.as_one and ctx.recorded[0]:
+            found = [torch.stack([amax for amax in found if amax is not None]).amax(0)] * num
+        amaxes = [amax if wanted else None for amax, wanted in zip(found, ctx.recorded, strict=True)]
         d_x = wait(d_x) if plan.gathers or plan.sums else d_x
         return d_x, *[None] * 5, *d_weights, *d_biases, *amaxes, *[None] * (3 * num)
 
@@ -279,14 +292,18 @@ def _agreed_scales(
         return [None] * len(tensors)
     assert plan.axis is not None
     largest = torch.stack([torch.linalg.vector_norm(part, ord=torch.inf).float() for part in parts])
+    if plan.as_one:
+        largest = largest.amax().expand(len(parts)).contiguous()
     scales = list(scale_from_amax(maximum(largest, plan.axis), dtype, power_of_two=plan.recipe.power_of_two).unbind())
     return [scales.pop(0) if is_cut else None for is_cut in cut]
 
 
 def linears_in_fp8(blocks: nn.Module, *, skip: Sequence[str]) -> list[str]:
-    """Names in the model, which has these as its `blocks`, of the layers that `apply_fp8` changes."""
-    names = [f"blocks.{name}" for name, module in blocks.named_modules() if _is_linear(module)]
-    return [name for name in names if not any(fragment in name for fragment in skip)]
+    """Names in the model, which has these as its `blocks`, of the layers that `apply_fp8` changes; the same in every
+    layout, so that layers which others have fused are called by one name."""
+    linears = {name: module for name, module in blocks.named_modules() if _is_linear(module)}
+    names = [name_in_every_layout(module, f"blocks.{name}") for name, module in linears.items()]
+    return [name for name in dict.fromkeys(names) if not any(fragment in name for fragment in skip)]
 
 
 def apply_fp8(blocks: nn.Module, linears: Fp8Linears) -> None:
@@ -296,7 +313,7 @@ def apply_fp8(blocks: nn.Module, linears: Fp8Linears) -> None:
         if not _is_linear(module):
             continue
         layer: Any = module
-        number = numbers.get(f"blocks.{name}")
+        number = numbers.get(name_in_every_layout(module, f"blocks.{name}"))
         layer.fp8, layer.in_fp8 = linears, number is not None
         if isinstance(module, ColumnParallelLinear | nn.Linear):
             layer.together = MethodType(_together, layer)

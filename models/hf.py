@@ -20,7 +20,7 @@ from models.decoder import Decoder
 from models.family import HFWeight
 from models.hf_files import INDEX, SINGLE, TensorFolder, write_tensors
 from models.registry import FAMILIES, hf_config
-from parallel.regions import local_region
+from parallel.regions import Located, local_region, local_tensor
 
 HEAD = "lm_head.weight"
 TOKENIZER_FILES = (
@@ -37,7 +37,7 @@ TOKENIZER_FILES = (
 
 @torch.no_grad()
 def load_hf_weights(
-    path: str | Path, parameters: Mapping[str, Tensor | DTensor], config: ModelConfig, *, whole_model: bool = True
+    path: str | Path, parameters: Mapping[str, Located], config: ModelConfig, *, whole_model: bool = True
 ) -> None:
     """Fill every parameter of a Decoder in place from the folder `path`; each rank reads its own shards, no more.
 
@@ -111,13 +111,11 @@ def _hf_shapes(weights: Sequence[HFWeight], ours: Mapping[str, tuple[int, ...]])
     return shapes
 
 
-def _local_region(name: str, parameter: Tensor | DTensor) -> tuple[Tensor, tuple[slice, ...]]:
+def _local_region(name: str, parameter: Located) -> tuple[Tensor, tuple[slice, ...]]:
     """This rank's part of a parameter and where it lies in the whole."""
-    if not isinstance(parameter, DTensor):
-        return parameter, tuple(slice(0, size) for size in parameter.shape)
-    if any(placement.is_partial() for placement in parameter.placements):
+    if isinstance(parameter, DTensor) and any(placement.is_partial() for placement in parameter.placements):
         raise ValueError(f"{name} has placements {parameter.placements}; only replicas and shards can be loaded")
-    return parameter.to_local(), local_region(parameter)
+    return local_tensor(parameter), local_region(parameter)
 
 
 def _read(folder: TensorFolder, name: str, weight: HFWeight, region: tuple[slice, ...]) -> Tensor:
@@ -130,7 +128,7 @@ def _read(folder: TensorFolder, name: str, weight: HFWeight, region: tuple[slice
     return folder.read(name, region)
 
 
-def _check_tied_head(folder: TensorFolder, embedding: Tensor | DTensor) -> None:
+def _check_tied_head(folder: TensorFolder, embedding: Located) -> None:
     """A tied model saved with its head: the copy must be one, or the file is of an untied model."""
     folder.check(HEAD, embedding.shape)
     local, region = _local_region("embedding.weight", embedding)

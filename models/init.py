@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from kernels.philox import normal
 from models.initializers import Constant, Initializer
-from parallel.regions import local_region
+from parallel.regions import Located, local_region, local_tensor
 
 # Elements computed at a time. About ten int64 temporaries of this size are alive: 5 MiB stay in the cache of a core,
 # 350 MiB are little for a GPU and enough to keep it busy.
@@ -24,7 +24,7 @@ DEVICE_CHUNK = 1 << 22
 
 
 @torch.no_grad()
-def initialize(parameters: Mapping[str, Tensor | DTensor], initializers: Mapping[str, Initializer], seed: int) -> None:
+def initialize(parameters: Mapping[str, Located], initializers: Mapping[str, Initializer], seed: int) -> None:
     """Fill every parameter in place, on each rank its local shard; values are computed in fp32, then cast.
 
     A DTensor may be replicated or sharded over any of its dims by any number of mesh axes, evenly or not. Raises
@@ -34,7 +34,7 @@ def initialize(parameters: Mapping[str, Tensor | DTensor], initializers: Mapping
     _check(parameters, initializers)
     for name, parameter in parameters.items():
         initializer = initializers[name]
-        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        local = local_tensor(parameter)
         if isinstance(initializer, Constant):
             local.fill_(initializer.value)
             continue
@@ -43,7 +43,7 @@ def initialize(parameters: Mapping[str, Tensor | DTensor], initializers: Mapping
             local[place] = (normal(seed, f"init.{name}", index) * initializer.std).to(local.dtype)
 
 
-def _check(parameters: Mapping[str, Tensor | DTensor], initializers: Mapping[str, Initializer]) -> None:
+def _check(parameters: Mapping[str, Located], initializers: Mapping[str, Initializer]) -> None:
     found = []
     if missing := sorted(parameters.keys() - initializers.keys()):
         found.append(f"no initializer for {', '.join(missing)}; add each to the model family's initializers")
@@ -58,7 +58,7 @@ def _check(parameters: Mapping[str, Tensor | DTensor], initializers: Mapping[str
         raise ValueError("cannot initialize the model: " + "; ".join(found))
 
 
-def _chunks(parameter: Tensor | DTensor, local: Tensor) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
+def _chunks(parameter: Located, local: Tensor) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
     """Pieces of the local shard: (place, index), its elements as local[place] and their indices in the whole parameter.
 
     place holds one int64 tensor [chunk] per dim, index is int64 [chunk] and counts in row-major order.

@@ -36,6 +36,7 @@ RUN_TIME_FIELDS = (
     "attention_dropout",
     "routing",
     "attention",
+    "fused_projections",
     "activation_checkpoint",
     "activation_checkpoint_save",
     "activation_memory_gib",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from kernels.adamw import AdamWUpdate, ElementIndex, QuantizedMoment
 from kernels.adamw.quantized import BLOCK
+from parallel.fused import NOTHING_FUSED, Parts
 from parallel.regions import largest_piece, local_region
 from trainer.config import ConfigError, OptimConfig
 from trainer.gradients import local_gradient, local_shard_of
@@ -47,11 +49,20 @@ class Moment:
             dtype = torch.float64
         return cls(torch.zeros_like(parameter, dtype=dtype, requires_grad=False))
 
-    def local(self) -> Tensor | QuantizedMoment:
-        """What this rank holds, in the same memory."""
+    def local(self, rows: slice = slice(None)) -> Tensor | QuantizedMoment:
+        """What this rank holds, or some of its rows, in the same memory."""
+        values = local_shard_of(self.values)[rows]
         if self.scales is None:
-            return local_shard_of(self.values)
-        return QuantizedMoment(local_shard_of(self.values).view(-1), local_shard_of(self.scales).view(-1))
+            return values
+        return QuantizedMoment(values.view(-1), local_shard_of(self.scales)[rows].view(-1))
+
+
+class _Run(NamedTuple):
+    """What one update is told of as a tensor: a parameter, or a part of a fused one."""
+
+    parameter: str  # name
+    rows: slice  # of this rank's
+    rounding: ElementIndex | None
 
 
 class KernelAdamW:
@@ -69,9 +80,16 @@ class KernelAdamW:
     """
 
     def __init__(
-        self, parameters: Mapping[str, Tensor], decay: Mapping[str, float], config: OptimConfig, *, seed: int
+        self,
+        parameters: Mapping[str, Tensor],
+        decay: Mapping[str, float],
+        config: OptimConfig,
+        *,
+        seed: int,
+        fused: Mapping[str, Parts] = NOTHING_FUSED,
     ) -> None:
-        """decay: weight decay coefficient of each parameter, by name. seed: of stochastic rounding.
+        """decay: weight decay coefficient of each parameter, by name. seed: of stochastic rounding. fused: what fused
+        parameters are made of, by name; bits are those of their parts.
 
         Raises ConfigError where optim.state_dtype=int8 and the layout cuts a block of 256 elements in two.
         """
@@ -82,7 +100,8 @@ class KernelAdamW:
         self.exp_avg = {n: make(n, p, config.state_dtype, signed=True) for n, p in parameters.items()}
         self.exp_avg_sq = {n: make(n, p, config.state_dtype, signed=False) for n, p in parameters.items()}
         # A rank may hold no row of a small parameter.
-        self._names = [name for name, p in parameters.items() if local_shard_of(p).numel()]
+        held = [name for name, p in parameters.items() if local_shard_of(p).numel()]
+        self._runs = [run for name in held for run in _runs_of(name, parameters[name], fused.get(name))]
         self._update: AdamWUpdate | None = None
         self._addresses: list[int] = []
 
@@ -96,7 +115,7 @@ class KernelAdamW:
 
     def update(self, *, lr: float, grad_scale: Tensor, skip: Tensor, num_steps: Tensor) -> None:
         """One update in place. num_steps counts this one; see Optimizer.step."""
-        gradients = [local_gradient(name, self.parameters[name]) for name in self._names]
+        gradients = [local_gradient(run.parameter, self.parameters[run.parameter])[run.rows] for run in self._runs]
         if not gradients:
             return
         self._prepared().update(
@@ -111,27 +130,37 @@ class KernelAdamW:
 
     def _prepared(self) -> AdamWUpdate:
         """The update of all local shards; made anew if they moved, as fully_shard moves padded ones at first use."""
-        shards = [local_shard_of(self.parameters[name]) for name in self._names]
+        shards = [local_shard_of(self.parameters[run.parameter])[run.rows] for run in self._runs]
         addresses = [shard.data_ptr() for shard in shards]
         if self._update is None or addresses != self._addresses:
             self._addresses = addresses
             self._update = AdamWUpdate(
                 shards,
-                [self.exp_avg[name].local() for name in self._names],
-                [self.exp_avg_sq[name].local() for name in self._names],
-                decay=[self.decay[name] for name in self._names],
-                rounding=[_rounding(name, self.parameters[name]) for name in self._names],
+                [self.exp_avg[run.parameter].local(run.rows) for run in self._runs],
+                [self.exp_avg_sq[run.parameter].local(run.rows) for run in self._runs],
+                decay=[self.decay[run.parameter] for run in self._runs],
+                rounding=[run.rounding for run in self._runs],
                 seed=self.seed,
             )
         return self._update
 
 
-def _rounding(name: str, parameter: Tensor) -> ElementIndex | None:
-    """What stochastic rounding of a bf16 parameter is numbered by; None: fp32 holds an update."""
+def _runs_of(name: str, parameter: Tensor, parts: Parts | None) -> list[_Run]:
+    """What stochastic rounding of a bf16 parameter is numbered by is that of separate layers; fp32 holds an update."""
     if parameter.dtype != torch.bfloat16:
-        return None
-    first = [part.start for part in local_region(parameter)]
-    return ElementIndex.of_shard(name, parameter.shape, local_shard_of(parameter).shape, first)
+        return [_Run(name, slice(None), None)]
+    local, region = local_shard_of(parameter), local_region(parameter)
+    first = [part.start for part in region]
+    if parts is None:
+        return [_Run(name, slice(None), ElementIndex.of_shard(name, parameter.shape, local.shape, first))]
+    found = []
+    for part, its_name in parts.names(name).items():
+        begin, count, first[0] = parts.rows_among(part, region[0].start, region[0].stop)
+        if count:
+            shape, here = (parts.rows[part], *parameter.shape[1:]), (count, *local.shape[1:])
+            index = ElementIndex.of_shard(its_name, shape, here, first)
+            found.append(_Run(name, slice(begin, begin + count), index))
+    return found
 
 
 def _scales_of(parameter: Tensor) -> Tensor:

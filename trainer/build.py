@@ -17,6 +17,7 @@ from models.registry import build_model
 from parallel.activation_budget import describe as describe_plan
 from parallel.activation_checkpoint import ActivationCheckpoint
 from parallel.dims import ParallelDims
+from parallel.fused import fused_parameters
 from parallel.mesh import Meshes, groups_in_layers
 from parallel.parallelize import BlockOptions, parallelize
 from parallel.pipeline.schedules import SPLIT_BACKWARD
@@ -83,6 +84,7 @@ def build_state(config: TrainConfig, dims: ParallelDims, mesh: Meshes, device: t
             trace=config.parallel.pp_trace,
         )
     token_group = mesh.tokens.get_group()
+    fused = fused_parameters(model)
     routing = None
     if config.model.moe.num_experts:
         routing = RoutingMonitor(
@@ -95,12 +97,13 @@ def build_state(config: TrainConfig, dims: ParallelDims, mesh: Meshes, device: t
     return TrainState(
         model=model,
         data_parallel=data_parallel,
-        optimizer=build_optimizer(data_parallel.masters, config.optim, seed=config.train.seed),
+        optimizer=build_optimizer(data_parallel.masters, config.optim, seed=config.train.seed, fused=fused),
         loss_scale=LossScale(config.precision, device),
         token_group=token_group,
         device=device,
         grad_clip=config.train.grad_clip,
         compile_loss=compiles_loss(config),
+        fused=fused,
         loss_weights=loss_weights(config.model.mtp, device) if config.model.mtp.depth else None,
         vocabulary=vocabulary_shard(config.model.vocab_size, groups),
         routing=routing,

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from parallel.regions import Located
 from trainer.agreement import CheckpointError, Ranks, describe
 from trainer.config import CheckpointConfig
 from trainer.manifest import (
@@ -89,7 +90,7 @@ class CheckpointManager:
         return self._ranks.group
 
     def save(
-        self, step: int, tensors: Mapping[str, torch.Tensor], extra: Mapping[str, Any], *, blocking: bool = False
+        self, step: int, tensors: Mapping[str, Located], extra: Mapping[str, Any], *, blocking: bool = False
     ) -> None:
         """Save as step_{step}, replacing one that is there. On return the tensors may change.
 
@@ -127,7 +128,7 @@ class CheckpointManager:
         self.wait()
         return _newest_good(self._directory, self._ranks)[0]
 
-    def load(self, path: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    def load(self, path: Path, tensors: Mapping[str, Located]) -> dict[str, Any]:
         """Fill tensors in place from a checkpoint of any layout; return its extra.
 
         Raises CheckpointError, before any tensor is touched, unless names, shapes and dtypes of all ranks together are

@@ -13,6 +13,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
+from parallel.fused import NOTHING_FUSED, Parts
+from parallel.regions import local_region
 from parallel.tensor import chunk_bounds
 from trainer.config import OptimConfig
 from trainer.gradients import local_gradient, local_shard_of, sharded_axes
@@ -54,14 +56,22 @@ class Piece:
 
     dims: tuple[int, ...]  # that each axis cuts
     shapes: tuple[tuple[int, int], ...]  # of what the rank holds, before a cut is undone, after one, ...; last: whole
+    parts: Parts | None = None  # what a fused matrix is made of
 
     @classmethod
-    def of(cls, shape: tuple[int, int], dims: Sequence[int], sizes: Sequence[int], ranks: Sequence[int]) -> Piece:
+    def of(
+        cls,
+        shape: tuple[int, int],
+        dims: Sequence[int],
+        sizes: Sequence[int],
+        ranks: Sequence[int],
+        parts: Parts | None = None,
+    ) -> Piece:
         """Of the whole matrix's shape; sizes, ranks: how many ranks each axis has, and which of them this one is."""
         shapes = [shape]
         for dim, size, rank in reversed(list(zip(dims, sizes, ranks, strict=True))):
             shapes.insert(0, _with_dim(shapes[0], dim, share_of(shapes[0][dim], size, rank)))
-        return cls(tuple(dims), tuple(shapes))
+        return cls(tuple(dims), tuple(shapes), parts)
 
     def on(self, rank: int, num_ranks: int) -> tuple[int, int]:
         """Shape of the piece that a rank of the first axis holds."""
@@ -70,17 +80,26 @@ class Piece:
 
     def after_one(self) -> Piece:
         """When the cut of the first axis has been undone."""
-        return Piece(self.dims[1:], self.shapes[1:])
+        return Piece(self.dims[1:], self.shapes[1:], self.parts)
 
 
 def _with_dim(shape: tuple[int, int], dim: int, length: int) -> tuple[int, int]:
     return (length, shape[1]) if dim == 0 else (shape[0], length)
 
 
+def orthogonalize_parts(matrix: Tensor, parts: Parts | None, *, num_steps: int) -> Tensor:
+    """`orthogonalize` of each matrix that a fused one (parallel/fused.py) is made of; None: of the matrix itself."""
+    if parts is None:
+        return orthogonalize(matrix, num_steps=num_steps)
+    of_ranks = matrix.unflatten(0, (parts.ranks, -1)).split(parts.sizes(), dim=1)  # each [R, rows / R, cols]
+    results = [orthogonalize(part.flatten(0, 1), num_steps=num_steps).reshape(part.shape) for part in of_ranks]
+    return torch.cat(results, dim=1).flatten(0, 1)
+
+
 def orthogonalize_pieces(
     tensors: list[Tensor], pieces: list[Piece], *, groups: Sequence[dist.ProcessGroup], num_steps: int
 ) -> list[Tensor]:
-    """`orthogonalize` of matrices that are cut over the groups, each whole matrix on one rank.
+    """`orthogonalize_parts` of matrices that are cut over the groups, each whole matrix on one rank.
 
     tensors: this rank's piece of matrix 0, 1, ..., of the shapes that `pieces` say, all of one dtype, on the device of
     the groups. Returns as many tensors of the same shapes. The matrices are dealt out over the first group like cards:
@@ -90,7 +109,10 @@ def orthogonalize_pieces(
     that were dealt nothing only send.
     """
     if not groups:
-        return [orthogonalize(tensor, num_steps=num_steps) for tensor in tensors]
+        return [
+            orthogonalize_parts(tensor, piece.parts, num_steps=num_steps)
+            for tensor, piece in zip(tensors, pieces, strict=True)
+        ]
     if not tensors:
         return []  # on all ranks of the groups that are left
     group = groups[0]
@@ -140,11 +162,18 @@ class Muon:
     share out the matrices, in rounds of one for each (`orthogonalize_pieces`); a stage of a pipeline has its own. Ranks
     that hold the same do the same work redundantly: HSDP replicas, of matrices that tp does not cut (routers, the low
     ranks of latent attention, keys and values of fewer heads than ranks) those of tp, and at ZeRO stage 0 all of data
-    parallelism.
+    parallelism. Fused matrices travel as one; their parts are orthogonalised and scaled each by itself.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], decay: Mapping[str, float], config: OptimConfig) -> None:
-        """decay: weight decay coefficient of each parameter, by name.
+    def __init__(
+        self,
+        parameters: Mapping[str, Tensor],
+        decay: Mapping[str, float],
+        config: OptimConfig,
+        *,
+        fused: Mapping[str, Parts] = NOTHING_FUSED,
+    ) -> None:
+        """decay: weight decay coefficient of each parameter, by name. fused: what fused ones are made of, by name.
 
         Raises ValueError for a parameter that is not a matrix.
         """
@@ -152,7 +181,7 @@ class Muon:
         self.parameters = dict(parameters)
         self.decay = dict(decay)
         self.momentum = {name: torch.zeros_like(p, requires_grad=False) for name, p in parameters.items()}
-        self._places = {name: _place_of(name, p) for name, p in self.parameters.items()}
+        self._places = {name: _place_of(name, p, fused.get(name)) for name, p in self.parameters.items()}
         self._rounds = _rounds(self._places)
 
     def state(self) -> dict[str, Tensor]:
@@ -191,23 +220,33 @@ class Muon:
 
     def _apply(self, name: str, direction: Tensor, *, lr: float, skipped: Tensor) -> None:
         """W <- W - lr (scale direction + decay W) on the local piece."""
-        parameter = self.parameters[name]
+        parameter, parts = self.parameters[name], self._places[name][1].parts
         local = local_shard_of(parameter)
-        scale = 0.2 * math.sqrt(max(parameter.shape))
-        step = direction.to(device=local.device, dtype=local.dtype) * (lr * scale)
+        step = direction.to(device=local.device, dtype=local.dtype)
+        for rows, its_rows in _runs(parameter, parts):
+            step[rows] *= lr * (0.2 * math.sqrt(max(its_rows, parameter.size(1))))
         # Not W (1 - lr decay) - ...: in bf16 that factor would round W back to itself.
         step += local * (lr * self.decay[name])
         local.copy_(torch.where(skipped, local, local - step))
 
 
-def _place_of(name: str, parameter: Tensor) -> tuple[tuple[Axis, ...], Piece]:
+def _runs(parameter: Tensor, parts: Parts | None) -> list[tuple[slice, int]]:
+    """The rows here of each matrix in a parameter, and how many rows that matrix has as a whole."""
+    if parts is None:
+        return [(slice(None), parameter.size(0))]
+    here = local_region(parameter)[0]
+    found = [(parts.rows_among(part, here.start, here.stop), rows) for part, rows in parts.rows.items()]
+    return [(slice(run.begin, run.begin + run.num_rows), rows) for run, rows in found]
+
+
+def _place_of(name: str, parameter: Tensor, parts: Parts | None) -> tuple[tuple[Axis, ...], Piece]:
     """The axes that cut the matrix, in the order in which their cuts are undone, and what of it lies here."""
     if parameter.ndim != 2:
         raise ValueError(f"muon: {name} has shape {tuple(parameter.shape)}; it is for matrices, use adamw for others")
     shape = (parameter.size(0), parameter.size(1))
     axes = sharded_axes(parameter)
     if not axes:
-        return (), Piece.of(shape, (), (), ())
+        return (), Piece.of(shape, (), (), (), parts)
     assert isinstance(parameter, DTensor)
     mesh, placements = parameter.device_mesh, parameter.placements
     dim_of = {axis: _dim_of(placements[axis]) for axis in axes}
@@ -216,7 +255,11 @@ def _place_of(name: str, parameter: Tensor) -> tuple[tuple[Axis, ...], Piece]:
         # (parallel/regions.py). Cuts of different dims may be undone in any order: in that of the mesh, all alike.
         axes = sorted(axes, key=lambda axis: isinstance(placements[axis], _StridedShard))[::-1]
     piece = Piece.of(
-        shape, [dim_of[axis] for axis in axes], [mesh.size(a) for a in axes], [mesh.get_local_rank(a) for a in axes]
+        shape,
+        [dim_of[axis] for axis in axes],
+        [mesh.size(a) for a in axes],
+        [mesh.get_local_rank(a) for a in axes],
+        parts,
     )
     if tuple(parameter.to_local().shape) != piece.shapes[0]:
         raise ValueError(

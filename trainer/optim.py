@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels.backend import runs_triton
+from parallel.fused import NOTHING_FUSED, Parts
 from trainer.adamw import AdamW
 from trainer.adamw_kernel import KernelAdamW, is_quantized
 from trainer.config import OPTIMIZER_KERNELS, OPTIMIZERS, STATE_DTYPES, OptimConfig
@@ -133,12 +134,19 @@ def choose_norm_kernel(config: OptimConfig, device: torch.device) -> str:
     return AUTO_KERNEL.get(device.type, "torch") if config.kernel == "auto" else config.kernel
 
 
-def build_optimizer(parameters: Mapping[str, Tensor], config: OptimConfig, *, seed: int = 0) -> Optimizer:
+def build_optimizer(
+    parameters: Mapping[str, Tensor],
+    config: OptimConfig,
+    *,
+    seed: int = 0,
+    fused: Mapping[str, Parts] = NOTHING_FUSED,
+) -> Optimizer:
     """The optimizer that config names, over master parameters by name (order and names the same on all ranks).
 
     muon: hidden matrices by Muon, all else by AdamW with the same lr and weight decay. seed: of the stochastic rounding
-    of bf16 parameters. Raises ValueError for settings that do not go together, no parameters, or a layout that muon, or
-    moments in 8 bits, cannot divide.
+    of bf16 parameters. fused: what fused parameters are made of, by name; a part is updated as it would be alone.
+    Raises ValueError for settings that do not go together, no parameters, or a layout that muon, or moments in 8 bits,
+    cannot divide.
     """
     stochastic = any(p.dtype == torch.bfloat16 for p in parameters.values())
     if found := problems(config) + precision_problems(config, master="bf16" if stochastic else "fp32"):
@@ -150,13 +158,13 @@ def build_optimizer(parameters: Mapping[str, Tensor], config: OptimConfig, *, se
     def adamw(some: Mapping[str, Tensor]) -> UpdateRule:
         if choose_kernel(config, stochastic=stochastic, device=device) == "torch":
             return AdamW(some, decay, config)
-        return KernelAdamW(some, decay, config, seed=seed)
+        return KernelAdamW(some, decay, config, seed=seed, fused=fused)
 
     if config.name == "adamw":
         return Optimizer(parameters, [adamw(parameters)], norm_kernel=norm_kernel)
     hidden = {name: p for name, p in parameters.items() if is_hidden_matrix(name, p)}
     others = {name: p for name, p in parameters.items() if name not in hidden}
-    return Optimizer(parameters, [Muon(hidden, decay, config), adamw(others)], norm_kernel=norm_kernel)
+    return Optimizer(parameters, [Muon(hidden, decay, config, fused=fused), adamw(others)], norm_kernel=norm_kernel)
 
 
 def describe(optimizer: Optimizer, config: OptimConfig) -> dict[str, str]:

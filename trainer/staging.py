@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch.distributed.tensor import DTensor
 
-from parallel.regions import local_region
+from parallel.regions import Located, Piece, local_region, local_tensor
 from trainer.agreement import CheckpointError
 
 _ALIGNMENT = 64  # bytes; a cache line, and a multiple of every element size
@@ -25,7 +25,7 @@ class Shard:
 
 
 @torch.no_grad()
-def local_shards(tensors: Mapping[str, torch.Tensor]) -> list[Shard]:
+def local_shards(tensors: Mapping[str, Located]) -> list[Shard]:
     """This rank's part of every tensor, by name. A plain tensor is one replica of the whole.
 
     Ranks that hold the same part all return it; planning the save picks one of them. An empty part of a tensor that is
@@ -33,14 +33,15 @@ def local_shards(tensors: Mapping[str, torch.Tensor]) -> list[Shard]:
     """
     shards = []
     for name, tensor in sorted(tensors.items()):
-        if not isinstance(tensor, DTensor):
+        if not isinstance(tensor, DTensor | Piece):
             shards.append(Shard(name, tensor.shape, torch.Size([0] * tensor.dim()), tensor))
             continue
-        if any(placement.is_partial() for placement in tensor.placements):
-            raise CheckpointError(f"tensor {name} is a partial sum ({tensor.placements}); reduce it before saving")
-        if tensor.device_mesh.get_coordinate() is None:
+        whole = tensor.inside if isinstance(tensor, Piece) else tensor
+        if any(placement.is_partial() for placement in whole.placements):
+            raise CheckpointError(f"tensor {name} is a partial sum ({whole.placements}); reduce it before saving")
+        if whole.device_mesh.get_coordinate() is None:
             continue
-        local = tensor.to_local()
+        local = local_tensor(tensor)
         if tensor.numel() == 0 or local.numel() > 0:
             offsets = torch.Size([part.start for part in local_region(tensor)])
             shards.append(Shard(name, tensor.shape, offsets, local))

@@ -7,7 +7,7 @@ Each rank divides by the global count before backward, so gradients only ever ne
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
@@ -22,7 +22,9 @@ from models.decoder import Decoder, Head
 from models.fp8 import Fp8Linears
 from parallel.activation_budget import Choice
 from parallel.data import DataParallel
+from parallel.fused import Parts, separate
 from parallel.pipeline.stages import Stage
+from parallel.regions import Located
 from trainer.loss import count_all_valid, count_valid, token_loss_sum
 from trainer.loss_scale import LossScale
 from trainer.optim import Optimizer, clip_coefficient, global_grad_norm
@@ -61,6 +63,7 @@ class TrainState:
     device: torch.device
     grad_clip: float  # largest global gradient norm; 0: none
     compile_loss: bool
+    fused: Mapping[str, Parts] = field(default_factory=dict)  # of the masters, by name: parallel.fused.fused_parameters
     passes: Passes = field(default_factory=lambda: PlainPasses())
     loss_weights: torch.Tensor | None = None  # [1 + D]: trainer.loss.loss_weights; None: the next token is all
     vocabulary: VocabularyShard | None = None  # this rank's words of the output layer; None: all
@@ -73,17 +76,20 @@ class TrainState:
     )  # by block; empty: no budget. Filled by build_state
     step: int = 0  # updates attempted so far; filled by train_step
 
-    def weights(self) -> dict[str, torch.Tensor]:
-        """What makes the model, by name: masters, and buffers, which every rank holds whole."""
-        return self.data_parallel.masters | dict(self.model.named_buffers())
+    def weights(self) -> dict[str, Located]:
+        """What makes the model, by name: masters, and buffers, which every rank holds whole. Of fused parameters their
+        parts: names and whole shapes depend on no layout."""
+        return separate(self.data_parallel.masters | dict(self.model.named_buffers()), self.fused)
 
-    def state_tensors(self) -> dict[str, torch.Tensor]:
-        """Every tensor a checkpoint holds, by name. Loaded in place."""
-        tensors = {f"model/{name}": tensor for name, tensor in self.weights().items()}
+    def state_tensors(self) -> dict[str, Located]:
+        """Every tensor a checkpoint holds, by name, as of `weights`. Loaded in place."""
+        tensors = {f"model/{name}": tensor for name, tensor in self.data_parallel.masters.items()}
+        tensors |= {f"model/{name}": tensor for name, tensor in self.model.named_buffers()}
         tensors |= {f"optim/{name}": tensor for name, tensor in self.optimizer.state_tensors().items()}
         if self.fp8 is not None:
             tensors |= {f"fp8/{name}": tensor for name, tensor in self.fp8.state_tensors().items()}
-        return tensors | {f"loss_scale/{name}": t for name, t in self.loss_scale.state_tensors().items()}
+        tensors |= {f"loss_scale/{name}": t for name, t in self.loss_scale.state_tensors().items()}
+        return separate(tensors, self.fused)
 
 
 @dataclass

@@ -29,9 +29,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
-from torch.distributed.tensor import DTensor
 
-from parallel.regions import local_region
+from parallel.regions import Located, local_region, local_tensor
 from trainer.agreement import CheckpointError, describe
 from trainer.manifest import METADATA, ChecksummedFile, FileRecord
 from trainer.staging import Shard
@@ -81,13 +80,14 @@ def _write_item(shard: Shard) -> WriteItem:
 class _RegionPlanner(DefaultLoadPlanner):
     """Reads the parts that local_region names: torch's own plan errs for uneven shards of shards."""
 
-    def __init__(self) -> None:
+    def __init__(self, tensors: Mapping[str, Located]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._tensors = tensors
 
     def create_local_plan(self) -> LoadPlan:
         assert self.metadata is not None
         items = []
-        for name, tensor in self.state_dict.items():
+        for name, tensor in self._tensors.items():
             stored = self.metadata.state_dict_metadata[name]
             assert isinstance(stored, TensorStorageMetadata)  # read_metadata has refused all others
             part = local_region(tensor)
@@ -100,8 +100,7 @@ class _RegionPlanner(DefaultLoadPlanner):
         return LoadPlan(items)
 
     def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:
-        tensor = self.state_dict[index.fqn]
-        return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        return local_tensor(self._tensors[index.fqn])
 
 
 class _ChecksummedFiles(FileSystem):
@@ -198,7 +197,7 @@ def _shapes(metadata: Metadata) -> dict[str, tuple[torch.Size, torch.dtype]]:
     }
 
 
-def mismatches(path: Path, wanted: Mapping[str, torch.Tensor], *, elsewhere: Set[str] = frozenset()) -> list[str]:
+def mismatches(path: Path, wanted: Mapping[str, Located], *, elsewhere: Set[str] = frozenset()) -> list[str]:
     """How the tensors of a checkpoint differ from the wanted ones: names, global shapes, dtypes; empty when equal.
 
     elsewhere: names that other ranks want, which the checkpoint may hold besides.
@@ -222,7 +221,7 @@ def mismatches(path: Path, wanted: Mapping[str, torch.Tensor], *, elsewhere: Set
     return [f"{len(names)} {kind}: {_listing(names)}" for kind, names in kinds.items() if names]
 
 
-def read_tensors(path: Path, tensors: Mapping[str, torch.Tensor], group: dist.ProcessGroup | None) -> None:
+def read_tensors(path: Path, tensors: Mapping[str, Located], group: dist.ProcessGroup | None) -> None:
     """Fill tensors, plain or DTensor, in place. Collective over group; None: this process alone, whatever exists.
 
     Call `mismatches` first: what only the checkpoint has is ignored here, and dtypes are converted. Raises
@@ -231,12 +230,13 @@ def read_tensors(path: Path, tensors: Mapping[str, torch.Tensor], group: dist.Pr
     _read_into(tensors, _Reader(path, read_metadata(path)), group)
 
 
-def _read_into(tensors: Mapping[str, torch.Tensor], reader: _Reader, group: dist.ProcessGroup | None) -> None:
-    planner = _RegionPlanner()
+def _read_into(tensors: Mapping[str, Located], reader: _Reader, group: dist.ProcessGroup | None) -> None:
+    planner = _RegionPlanner(tensors)
+    here = {name: local_tensor(tensor) for name, tensor in tensors.items()}  # all that torch is told of them
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # no_dist is what is meant
-            dcp.load(dict(tensors), storage_reader=reader, planner=planner, process_group=group, no_dist=group is None)
+            dcp.load(here, storage_reader=reader, planner=planner, process_group=group, no_dist=group is None)
     except (Exception, CheckpointException) as error:
         raise CheckpointError(
             f"{reader.path} cannot be read and is now loaded in part only: {describe(error)}"

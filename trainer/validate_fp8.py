@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
+from torch import nn
 
 from kernels.fp8.formats import PAD
 from models.config import WITHOUT_BUDGET, ModelConfig
@@ -57,16 +59,26 @@ def fp8_problems(config: TrainConfig, model: ModelConfig) -> list[str]:
         found.append(
             f"precision.fp8_skip={precision.fp8_skip} leaves no layer in fp8; skip less, or use precision.compute=bf16"
         )
-    shapes = ((name, *whole.get_submodule(name).weight.shape) for name in names)  # type: ignore[misc]
-    return [*found, *_size_problems(shapes, model, parallel.tp)]
+    return [*found, *_size_problems(_shapes(whole, names), model, parallel.tp)]
 
 
-def _size_problems(shapes: Iterator[tuple[str, int, int]], model: ModelConfig, tp: int) -> list[str]:
-    """Of layers (name, features out, in): one line for each kind that has sizes fp8 does not take."""
+def _shapes(model: nn.Module, names: Sequence[str]) -> Iterator[tuple[str, str, int, int]]:
+    """Layers: name, its own or that of the fused one it is part of; name, features out and in. What is fused is taken
+    part by part, as the layer behind it, and layouts that do not fuse it, see it."""
+    for name in names:
+        layer: Any = model.get_submodule(name)
+        out, inside = layer.weight.shape
+        above, _, own = name.rpartition(".")
+        for part, rows in layer.parts.rows.items() if hasattr(layer, "parts") else [(own, out)]:
+            yield name, f"{above}.{part}", rows, inside
+
+
+def _size_problems(shapes: Iterator[tuple[str, str, int, int]], model: ModelConfig, tp: int) -> list[str]:
+    """Of `_shapes`: one line for each kind that has sizes fp8 does not take."""
     found: dict[str, str] = {}
-    for name, out, inside in shapes:
-        kind = name.split(".", 2)[2]
-        parts = _parts(kind, model, tp)
+    for layer, name, out, inside in shapes:
+        kind = layer.split(".", 2)[2]
+        parts = _parts(name.split(".", 2)[2], model, tp)
         wrong = [(size, n) for size, n in zip((out, inside), parts, strict=True) if size % n == 0 and size // n % PAD]
         if not wrong or kind in found:
             continue

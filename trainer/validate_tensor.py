@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 
@@ -86,11 +87,12 @@ def tp_dim(name: str, shape: torch.Size, model: ModelConfig, tp: int) -> int | N
 
 
 def parameter_shapes(model: ModelConfig) -> dict[str, torch.Size]:
-    """Of every parameter, by name; whole. model: legal and resolved."""
+    """Of every parameter, by name, whole; of fused ones their parts, whose rows the layout cuts alike. model: legal and resolved."""
     if (key := repr(model)) not in _SHAPES:
         _SHAPES.clear()
         with torch.device("meta"):
-            _SHAPES[key] = {name: p.shape for name, p in build_model(model).named_parameters()}
+            separate = build_model(replace(model, fused_projections=False))
+            _SHAPES[key] = {name: p.shape for name, p in separate.named_parameters()}
     return _SHAPES[key]
 
 

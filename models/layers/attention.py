@@ -5,7 +5,7 @@ B batch, T tokens, D hidden_size, H query heads, G key/value heads, K head_dim.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -22,8 +22,9 @@ from models.config import ModelConfig
 from models.layers import rope
 from models.layers.context_attention import ContextAttention, runs_on_context
 from models.layers.dropout import Dropout
-from models.layers.linear import column_linear, row_linear
+from models.layers.linear import column_linear, fused_column_linear, row_linear
 from models.layers.norm import make_head_norm
+from parallel.fused import stands_for
 from parallel.groups import NO_GROUPS, ModelParallel
 from parallel.tensor import empty_parameter, local_shard, project
 
@@ -191,7 +192,11 @@ def _residual_tokens(
 
 
 class Attention(nn.Module):
-    """Causal self-attention with grouped key/value heads (GQA, 2305.13245). [B, T, D] to [B, T, D]."""
+    """Causal self-attention with grouped key/value heads (GQA, 2305.13245). [B, T, D] to [B, T, D].
+
+    q, k and v are one layer, `qkv`, unless model.fused_projections=false, or ranks of tp share key/value heads: what
+    is whole on several ranks and what is cut cannot be one DTensor.
+    """
 
     def __init__(self, config: ModelConfig, layer: int, seed: int, groups: ModelParallel = NO_GROUPS) -> None:
         super().__init__()
@@ -206,9 +211,17 @@ class Attention(nn.Module):
         ranks = 1 if groups.tp is None else groups.tp.size()
         shared_by = max(1, ranks // config.num_kv_heads)
         hidden, bias = config.hidden_size, config.qkv_bias
-        self.q = column_linear(hidden, inner, bias=bias, groups=groups)
-        self.k = column_linear(hidden, inner_kv, bias=bias, groups=groups, shared_by=shared_by)
-        self.v = column_linear(hidden, inner_kv, bias=bias, groups=groups, shared_by=shared_by)
+        rows = {"q": inner, "k": inner_kv, "v": inner_kv}
+        self.fused = config.fused_projections and shared_by == 1
+        if self.fused:
+            self.qkv = fused_column_linear(self, "qkv", hidden, rows, bias=bias, groups=groups)
+        else:
+            self.q = column_linear(hidden, inner, bias=bias, groups=groups)
+            self.k = column_linear(hidden, inner_kv, bias=bias, groups=groups, shared_by=shared_by)
+            self.v = column_linear(hidden, inner_kv, bias=bias, groups=groups, shared_by=shared_by)
+            if config.fused_projections:
+                for part in (self.q, self.k, self.v):
+                    stands_for(part, "qkv")
         self.o = row_linear(inner, hidden, bias=config.attention_bias, groups=groups)
         self.q_norm = make_head_norm(config, groups) if config.qk_norm else None
         self.k_norm = make_head_norm(config, groups) if config.qk_norm else None
@@ -222,7 +235,9 @@ class Attention(nn.Module):
         )
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in project(x, (self.q, self.k, self.v)))
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in self._projected(x))
+        if self.fused and context.cos is not None and self.q_norm is None:
+            v = v.contiguous()  # kept for backward, a view would keep q and k as they were before rope with it
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if context.cos is not None and context.sin is not None:
@@ -232,6 +247,13 @@ class Attention(nn.Module):
         else:
             output = self._attend_across(q, k, v, context)
         return self.o(output.flatten(2))
+
+    def _projected(self, x: Tensor) -> Sequence[Tensor]:
+        """q, k and v of x [B, T, D], each [B, T, heads of this rank x K]."""
+        if not self.fused:
+            return project(x, (self.q, self.k, self.v))
+        (y,) = project(x, (self.qkv,))
+        return y.split(self.qkv.parts.sizes(), dim=-1)  # type: ignore[union-attr, operator]
 
     def _attend_across(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
         """`_attend` where the sequence is split over ranks."""

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.config import ModelConfig
-from models.layers.linear import column_linear, row_linear
+from models.layers.linear import column_linear, fused_column_linear, row_linear
 from parallel.groups import NO_GROUPS, ModelParallel
-from parallel.tensor import ColumnParallelLinear, RowParallelLinear, project
+from parallel.tensor import RowParallelLinear, project, project_entered
 
 ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -22,14 +22,24 @@ ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class MLP(nn.Module):
-    """down(act(gate(x)) * up(x)) when gated (GLU variants, 2002.05202), else down(act(up(x))). Keeps [B, T, D]."""
+    """down(act(gate(x)) * up(x)) when gated (GLU variants, 2002.05202), else down(act(up(x))). Keeps [B, T, D].
+
+    gate and up are one layer, `gate_up`, unless model.fused_projections=false.
+    """
 
     def __init__(self, config: ModelConfig, groups: ModelParallel = NO_GROUPS) -> None:
         super().__init__()
         self.activation = ACTIVATION_FUNCTIONS[config.activation]
         hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate = column_linear(hidden, inner, bias=bias, groups=groups) if config.gated_mlp else None
-        self.up = column_linear(hidden, inner, bias=bias, groups=groups)
+        self.gated = config.gated_mlp
+        self.fused = config.gated_mlp and config.fused_projections
+        if self.fused:
+            rows = {"gate": inner, "up": inner}
+            self.gate_up = fused_column_linear(self, "gate_up", hidden, rows, bias=bias, groups=groups)
+        else:
+            if self.gated:
+                self.gate = column_linear(hidden, inner, bias=bias, groups=groups)
+            self.up = column_linear(hidden, inner, bias=bias, groups=groups)
         self.down = row_linear(inner, hidden, bias=bias, groups=groups)
 
     def summand(self, x: Tensor) -> Tensor:
@@ -40,20 +50,25 @@ class MLP(nn.Module):
         """
         if not isinstance(self.down, RowParallelLinear):
             return self(x)
-        assert isinstance(self.up, ColumnParallelLinear)
-        inner = self.up.inside(x)
-        if self.gate is None:
-            return self.down.summand(self.activation(inner))
-        assert isinstance(self.gate, ColumnParallelLinear)
-        return self.down.summand(self.activation(self.gate.inside(x)) * inner)
+        return self.down.summand(self._activated([project_entered(x, layer) for layer in self._first_layers()]))
 
     def finish(self, y: Tensor) -> Tensor:
         """The sum of all summands, completed."""
         return self.down.add_bias(y) if isinstance(self.down, RowParallelLinear) else y
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.gate is None:
-            (up,) = project(x, (self.up,))
-            return self.down(self.activation(up))
-        gate, up = project(x, (self.gate, self.up))
-        return self.down(self.activation(gate) * up)
+        return self.down(self._activated(project(x, self._first_layers())))
+
+    def _first_layers(self) -> list[nn.Module]:
+        """Those that read the input."""
+        if self.fused:
+            return [self.gate_up]
+        return [self.gate, self.up] if self.gated else [self.up]
+
+    def _activated(self, projected: Sequence[Tensor]) -> Tensor:
+        """What `down` multiplies, [B, T, I] of this rank, from the results of the first layers."""
+        if not self.gated:
+            return self.activation(projected[0])
+        # Views, whose gradients are written side by side: a gated unit that reads them in place needs no copy.
+        gate, up = projected[0].chunk(2, dim=-1) if self.fused else projected
+        return self.activation(gate) * up

@@ -40,17 +40,18 @@ def shards_equal_the_whole(folder: str, placements: list[Placement]) -> list[str
     """On each rank: load into DTensors and compare the local shard with that of the whole model; names that differ."""
     config = resolve_model(ModelConfig(family="hf", path=folder))
     whole = build_model(config)
-    load_hf_weights(folder, dict(whole.named_parameters()), config)
+    weights = whole.state_dict()
+    load_hf_weights(folder, weights, config)
     mesh = init_device_mesh("cpu", (2,))
     sharded = {
         name: distribute_tensor(
             torch.full_like(parameter, torch.nan).detach(), mesh, [p for p in placements if fits(p, parameter)][:1]
         )
-        for name, parameter in whole.named_parameters()
+        for name, parameter in weights.items()
     }
     load_hf_weights(folder, sharded, config)
     differing = []
-    for name, parameter in whole.named_parameters():
+    for name, parameter in weights.items():
         expected = distribute_tensor(parameter.detach(), mesh, sharded[name].placements)
         if not torch.equal(sharded[name].to_local(), expected.to_local()):
             differing.append(name)
@@ -90,7 +91,8 @@ def elements_read(folder: str) -> tuple[int, int]:
     """On each rank: (elements read, elements held) for parameters sharded over two ranks."""
     config = resolve_model(ModelConfig(family="hf", path=folder))
     mesh = init_device_mesh("cpu", (2,))
-    parameters = {n: distribute_tensor(p.detach(), mesh, [Shard(0)]) for n, p in build_model(config).named_parameters()}
+    weights = build_model(config).state_dict()
+    parameters = {name: distribute_tensor(weight, mesh, [Shard(0)]) for name, weight in weights.items()}
     CountingFile.reads = []
     models.hf_files.safe_open = CountingFile
     try:
@@ -105,7 +107,7 @@ def export_on_ranks(out: str, *, fails_on: int | None = None) -> list[str]:
     """On each rank: export one model together; returns the parameters this rank was asked for, or the error."""
     rank = dist.get_rank()
     model = random_decoder(tiny())
-    parameters = dict(model.named_parameters())
+    parameters = model.state_dict()
     asked = []
 
     def read(name: str) -> Tensor:
@@ -124,7 +126,7 @@ def export_on_ranks(out: str, *, fails_on: int | None = None) -> list[str]:
 def partial_is_refused(folder: str) -> str:
     config = resolve_model(ModelConfig(family="hf", path=folder))
     mesh = init_device_mesh("cpu", (2,))
-    parameters: dict[str, Tensor] = {n: p.detach() for n, p in build_model(config).named_parameters()}
+    parameters: dict[str, Tensor] = build_model(config).state_dict()
     parameters["final_norm.weight"] = DTensor.from_local(torch.zeros(24), mesh, [Partial()])
     try:
         load_hf_weights(folder, parameters, config)

@@ -185,7 +185,7 @@ def test_every_parameter_has_an_initializer_and_residual_outputs_are_scaled_down
     config = tiny(qkv_bias=True, attention_bias=True, mlp_bias=True, qk_norm=True, positions="learned", init_std=0.03)
     model = build_model(config)
     wanted = model.initializers()
-    initialize(dict(model.named_parameters()), wanted, seed=1)
+    initialize(model.state_dict(), wanted, seed=1)
     assert wanted["blocks.1.attention.o.weight"] == wanted["blocks.0.mlp.down.weight"] == Normal(0.03 / 2)
     assert wanted["embedding.weight"] == wanted["positions.weight"] == wanted["head.weight"] == Normal(0.03)
     assert wanted["blocks.0.attention.q.weight"] == wanted["blocks.0.mlp.gate.weight"] == Normal(0.03)

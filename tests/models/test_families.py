@@ -11,6 +11,7 @@ import torch
 
 from models.config import FAMILY_NAMES, ModelConfig
 from models.registry import FAMILIES, resolve_model
+from parallel.fused import fused_parameters, separate
 from tests.models.oracle import CASES, CLASSES, GPT2, LLAMA, OPT, gradients_by_our_name, pair
 from tests.models.small import sample_tokens
 
@@ -34,9 +35,11 @@ def test_logits_and_gradients_equal_those_of_transformers(case: str, tmp_path: P
     (expected * direction).sum().backward()
     (logits * direction).sum().backward()
     expected_grads = gradients_by_our_name(reference, model)
+    held = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    grads = separate(held, fused_parameters(model))
     for name, expected_grad in expected_grads.items():
-        grad = model.get_parameter(name).grad
-        assert grad is not None
+        grad = grads[name]
+        assert isinstance(grad, torch.Tensor)
         scale = expected_grad
         if name.endswith("k.bias") and model.config.positions != "rope":
             # One vector added to all keys moves all scores of a query alike and changes no softmax: this gradient is

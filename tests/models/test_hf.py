@@ -50,7 +50,7 @@ def test_folders_of_many_files_load_and_are_written_like_one(case: str, tmp_path
     reference.save_pretrained(tmp_path / "in", max_shard_size="5KB")
     assert len(list((tmp_path / "in").glob("*.safetensors"))) > 2
     model = ours(tmp_path / "in")
-    parameters = dict(model.named_parameters())
+    parameters = model.state_dict()
     export_hf_weights(parameters.__getitem__, model.config, tmp_path / "out", dtype=torch.float32, max_shard_bytes=5000)
     files = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
     assert len(files) > 2
@@ -67,7 +67,7 @@ def test_folders_of_many_files_load_and_are_written_like_one(case: str, tmp_path
 def test_bf16_goes_out_and_comes_in(tmp_path: Path) -> None:
     """A cast through another dtype, or a header that says the wrong one."""
     model = random_decoder(tiny())
-    parameters = dict(model.named_parameters())
+    parameters = model.state_dict()
     export_hf_weights(parameters.__getitem__, model.config, tmp_path / "out", dtype=torch.bfloat16)
     theirs_again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     assert theirs_again.dtype == torch.bfloat16
@@ -96,7 +96,7 @@ def test_ranks_write_their_files_and_one_folder_appears(tmp_path: Path, ranks: R
     """Files written twice or by nobody, or a folder that is there before it is complete."""
     first, second = ranks.run(2, export_on_ranks, str(tmp_path / "out"))
     model = random_decoder(tiny())
-    assert sorted(first + second) == sorted(name for name, _ in model.named_parameters())
+    assert sorted(first + second) == sorted(model.state_dict())
     assert first
     assert second
     loaded = ours(tmp_path / "out")
@@ -128,7 +128,7 @@ def test_values_beyond_fp16_are_not_exported_as_infinity(tmp_path: Path) -> None
     model = random_decoder(tiny())
     with torch.no_grad():
         model.final_norm.weight[3] = 1e5
-    parameters = dict(model.named_parameters())
+    parameters = model.state_dict()
     with pytest.raises(ValueError, match=r"final_norm\.weight has values that fp16 cannot hold"):
         export_hf_weights(parameters.__getitem__, model.config, tmp_path / "out", dtype=torch.float16)
 
@@ -138,7 +138,7 @@ def test_the_tokenizer_and_its_special_tokens_go_along(tmp_path: Path) -> None:
     tokenizer = Tokenizer(WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"))
     tokenizer.save(str(tmp_path / "mine.json"))
     model = random_decoder(tiny())
-    parameters = dict(model.named_parameters())
+    parameters = model.state_dict()
     export_hf_weights(
         parameters.__getitem__,
         model.config,
@@ -150,7 +150,7 @@ def test_the_tokenizer_and_its_special_tokens_go_along(tmp_path: Path) -> None:
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out").decode([1, 0]) == "b a"
     config = transformers.AutoConfig.from_pretrained(tmp_path / "out")
     assert (config.bos_token_id, config.eos_token_id) == (None, 7)
-    parameters = dict(model.named_parameters())
+    parameters = model.state_dict()
     export_hf_weights(
         parameters.__getitem__, model.config, tmp_path / "two", dtype=torch.float32, tokenizer=tmp_path / "out"
     )
@@ -233,7 +233,7 @@ def test_nothing_is_written_before_all_tensors_are_known_to_fit(tmp_path: Path) 
     model = random_decoder(resolve_model(ModelConfig(family="hf", path=str(tmp_path))))
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     with pytest.raises(ValueError, match=r"model\.norm\.weight"):
-        load_hf_weights(tmp_path, dict(model.named_parameters()), model.config)
+        load_hf_weights(tmp_path, model.state_dict(), model.config)
     assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
 
 
@@ -265,7 +265,7 @@ def test_parameters_of_another_model_are_refused(tmp_path: Path) -> None:
     """A parameter the files have no word for, left as it was."""
     theirs("llama").save_pretrained(tmp_path)
     model = build_model(resolve_model(ModelConfig(family="hf", path=str(tmp_path))))
-    parameters = dict(model.named_parameters())
+    parameters = model.state_dict()
     parameters["extra"] = parameters.pop("final_norm.weight")
     with pytest.raises(ValueError, match=r"extra, final_norm\.weight"):
         load_hf_weights(tmp_path, parameters, model.config)

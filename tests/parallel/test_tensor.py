@@ -44,7 +44,7 @@ def _collectives_of_a_block(sequence_parallel: bool, sp_chunks: int = 1) -> tupl
     groups = ModelParallel(tp=mesh, sequence_parallel=sequence_parallel, sp_chunks=sp_chunks)
     config = tiny(intermediate_size=38)
     model = build_model(config, groups=groups)
-    initialize(dict(model.named_parameters()), model.initializers(), seed=0)
+    initialize(model.state_dict(), model.initializers(), seed=0)
     T = 8
     context = build_context(
         config,

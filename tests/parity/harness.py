@@ -36,7 +36,8 @@ from data.config import DataConfig, TokenizerConfig
 from data.reader import Slice
 from models.config import ModelConfig
 from parallel.dims import ParallelConfig
-from parallel.regions import local_region
+from parallel.fused import separate
+from parallel.regions import Located, Piece, local_region, local_tensor
 from tests.pool import RankPool
 from trainer.config import (
     CheckpointConfig,
@@ -112,16 +113,17 @@ def text_corpus(folder: Path) -> DataConfig:
     )
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
+def whole(tensor: Located) -> torch.Tensor:
     """A copy of the full tensor behind any sharding. Collective."""
-    if not isinstance(tensor, DTensor):
+    if not isinstance(tensor, DTensor | Piece):
         return tensor.detach().cpu().clone()
     # Not full_tensor: torch's own puts uneven shards of shards together in the wrong order.
     result = torch.zeros(tensor.shape, dtype=tensor.dtype)
-    result[local_region(tensor)] = tensor.detach().to_local()
-    for axis, placement in enumerate(tensor.placements):
+    result[local_region(tensor)] = local_tensor(tensor).detach()
+    placed = tensor.inside if isinstance(tensor, Piece) else tensor
+    for axis, placement in enumerate(placed.placements):
         if not placement.is_replicate():
-            dist.all_reduce(result, group=tensor.device_mesh.get_group(axis))
+            dist.all_reduce(result, group=placed.device_mesh.get_group(axis))
     return result
 
 
@@ -136,13 +138,15 @@ def run_here(config: TrainConfig) -> Outcome | None:
     def capture_then_update(**kwargs: Any) -> None:
         if not gradients:
             masters = trainer.state.data_parallel.masters
-            gradients.update({name: whole(m.grad) for name, m in masters.items() if m.grad is not None})
+            held = {name: m.grad for name, m in masters.items() if m.grad is not None}
+            gradients.update({name: whole(grad) for name, grad in separate(held, trainer.state.fused).items()})
         update(**kwargs)
 
     trainer.state.optimizer.step = capture_then_update  # type: ignore[method-assign]
     try:
         trainer.run()
-        weights = {name: whole(m) for name, m in trainer.state.data_parallel.masters.items()}
+        masters = separate(trainer.state.data_parallel.masters, trainer.state.fused)
+        weights = {name: whole(m) for name, m in masters.items()}
         gradients, weights = (union_over_ranks(tensors) for tensors in (gradients, weights))
     finally:
         trainer.close()

@@ -143,7 +143,7 @@ def test_sinks_start_at_zero_and_are_not_decayed(one_process: dict[str, tuple[Tr
 
     config, _ = one_process["window"]
     model = build_model(config.model)
-    parameters = dict(model.named_parameters())
+    parameters = model.state_dict()
     initialize(parameters, model.initializers(), seed=1)
     name = "blocks.1.attention.sinks"
     assert torch.equal(parameters[name], torch.zeros(4))

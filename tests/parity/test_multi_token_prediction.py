@@ -16,6 +16,7 @@ from models.config import ModelConfig
 from models.mla_config import MLAConfig
 from models.moe_config import MoEConfig, RoutingConfig
 from models.mtp_config import MTPConfig
+from parallel.fused import separate
 from tests.parity.harness import (
     Outcome,
     changed,
@@ -27,6 +28,7 @@ from tests.parity.harness import (
     run_on,
     text_corpus,
     tiny_config,
+    whole,
 )
 from tests.pool import RankPool
 from trainer.config import TrainConfig
@@ -156,7 +158,7 @@ def against_the_formula(config: TrainConfig) -> tuple[float, float, float]:
     """Largest relative deviations of a first step: of the losses, of the gradients; and of them without w / D."""
     trainer = Trainer(finalize(config, world_size=1))
     state, model = trainer.state, trainer.config.model
-    weights = {name: w.detach().double().clone().requires_grad_() for name, w in state.weights().items()}
+    weights = {name: whole(w).double().requires_grad_() for name, w in state.weights().items()}
     batches = trainer.train_data.next_step()
     losses = _Formula(model, weights).losses(batches)
     total = losses[0] + model.mtp.loss_weight / model.mtp.depth * torch.stack(losses[1:]).sum()
@@ -166,7 +168,8 @@ def against_the_formula(config: TrainConfig) -> tuple[float, float, float]:
     found: dict[str, Tensor] = {}
 
     def capture(**kwargs: Any) -> None:
-        found.update({name: m.grad.clone() for name, m in state.data_parallel.masters.items() if m.grad is not None})
+        held = {name: m.grad.clone() for name, m in state.data_parallel.masters.items() if m.grad is not None}
+        found.update({name: whole(grad) for name, grad in separate(held, state.fused).items()})
 
     state.optimizer.step = capture  # type: ignore[method-assign]
     metrics = train_step(state, [batch.look_ahead(model.mtp.depth) for batch in batches], lr=0.0)

@@ -65,7 +65,7 @@ Stepped = tuple[dict[str, float], dict[str, Tensor], dict[str, Tensor]]
 def steps_on_ranks(config: TrainConfig, valids: list[tuple[int, ...]], lr: float, size: int) -> Stepped:
     """train_step on each batch: numbers of the last one, weights before the first and after the last."""
     trainer = Trainer(finalize(config, world_size=dist.get_world_size()))
-    masters = trainer.state.data_parallel.masters
+    masters = trainer.state.weights()
     before = {name: whole(m) for name, m in masters.items()}
     try:
         for valid in valids:
@@ -107,7 +107,7 @@ def plain_steps(config: TrainConfig, weights: dict[str, Tensor], valids: list[tu
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
         optimizer.step()
     numbers = {"loss": loss.item(), "grad_norm": norm.item(), "skipped": 0.0, "valid_tokens": float(sum(valid))}
-    return numbers, weights, {name: p.detach() for name, p in model.named_parameters()}
+    return numbers, weights, model.state_dict()
 
 
 def assert_same_step(ours: Stepped, theirs: Stepped) -> None:
