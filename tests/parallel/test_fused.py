@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from tests.parity.harness import (
     weight_deviation,
     whole,
 )
-from tests.parity.interrupted import Part, run_part_on
+from tests.parity.interrupted import run_part_on
 from tests.pool import RankPool
 from trainer.adamw_kernel import KernelAdamW
 from trainer.config import OptimConfig
@@ -110,10 +111,8 @@ def test_a_block_has_one_product_for_each_input(changes: dict[str, Any], layers:
 
 def test_state_dicts_are_those_of_separate_layers_and_views() -> None:
     """Files that only one of both models reads; copies, which a load would fill for nothing."""
-    models = {
-        is_fused: build_model(tiny(qkv_bias=True, mlp_bias=True, fused_projections=is_fused))
-        for is_fused in (True, False)
-    }
+    config = tiny(qkv_bias=True, mlp_bias=True)
+    models = {is_fused: build_model(replace(config, fused_projections=is_fused)) for is_fused in (True, False)}
     source = random_decoder(models[False].config)
     state = source.state_dict()
     assert models[True].state_dict().keys() == state.keys()
@@ -190,29 +189,20 @@ def test_separate_products_train_the_same_model(ranks: RankPool, corpus: DataCon
 def test_checkpoints_move_between_fused_and_separate_layers(
     ranks: RankPool, corpus: DataConfig, tmp_path: Path
 ) -> None:
-    """From ranks of tp, whose order of rows is their own, to ranks that share keys and fuse less, and on to one process
-    without any. Rows that are read by the name of the one and written by that of the other."""
-    tp = {"parallel__tp": 2, "parallel__zero_stage": 1, "model__intermediate_size": 52, "model__num_heads": 4}
-    tp |= {"model__num_kv_heads": 2, "model__hidden_size": 32}
-    first = tiny_config(
-        tmp_path / "run", corpus, train__steps=1, checkpoint__at_end=True, schedule__name="constant", **tp
-    )
+    """From ranks of tp, whose order of rows is their own, to ranks that share keys and fuse less, to shards of another
+    order and to one process that fuses nothing. Rows read by the name of the one and written by that of the other."""
+    model = {"model__hidden_size": 32, "model__num_heads": 4, "model__num_kv_heads": 2, "model__intermediate_size": 52}
+    first = tiny_config(tmp_path / "run", corpus, train__steps=1, checkpoint__at_end=True, parallel__tp=2, **model)
+    first.schedule.warmup_steps, first.parallel.zero_stage = 0, 1
     written = run_part_on(ranks, 4, first)
-
-    def resumed(world_size: int, **changes: Any) -> Part:
-        config = changed(first, tmp_path / "run", train__steps=1, checkpoint__at_end=False, **changes)
-        config.model.fused_projections = world_size > 1
-        return run_part_on(ranks, world_size, config)
-
-    for part in (
-        resumed(4, parallel__tp=4),
-        resumed(2, parallel__tp=1, parallel__zero_stage=3),
-        resumed(1, parallel__tp=1),
-    ):
-        state, expected = part.state_at_start, written.state_at_end
-        assert state.keys() == expected.keys()
-        assert [name for name in state if not torch.equal(state[name], expected[name])] == []
     assert "optim/exp_avg/blocks.1.attention.k.weight" in written.state_at_end
+    for world_size, tp, stage in ((4, 4, 1), (2, 1, 3), (1, 1, 0)):
+        layout = {"parallel__tp": tp, "parallel__zero_stage": stage}
+        config = changed(first, tmp_path / "run", checkpoint__at_end=False, **layout)
+        config.model.fused_projections = world_size > 1
+        state = run_part_on(ranks, world_size, config).state_at_start
+        assert state.keys() == written.state_at_end.keys()
+        assert [name for name in state if not torch.equal(state[name], written.state_at_end[name])] == []
 
 
 def test_a_piece_says_what_state_is_asked_for() -> None:
