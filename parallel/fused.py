@@ -67,7 +67,7 @@ class Parts:
                 start, stop = max(first, begin), min(last, begin + size)
                 count = max(stop - start, 0)
                 return PartRows(start - first if count else 0, count, rank * size + (start - begin if count else 0))
-            begin += sizes[name]
+            begin += size
         raise KeyError(part)
 
     def separate(self, tensor: Tensor) -> dict[str, Located]:

@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from kernels.fp8 import Recipe
 from kernels.grouped_linear import choose_grouped_linear
+from models.config import ModelConfig
 from models.decoder import Decoder
 from models.fp8 import Fp8Linears, apply_fp8, linears_in_fp8
 from models.layers.attention import choose_attention
@@ -160,12 +161,23 @@ def attention_used(config: TrainConfig, device: torch.device) -> str:
     return str(used)
 
 
+def _projections(model: ModelConfig, dims: ParallelDims, state: TrainState) -> str:
+    """Which projections of one input are one product, and why not where they could be."""
+    layers = sorted({name.split(".")[-2] for name in state.fused})
+    used = f"{' and '.join(layers)} fused" if layers else "separate"
+    assert model.num_kv_heads is not None  # resolved
+    if model.fused_projections and not model.mla.kv_rank and dims.tp > model.num_kv_heads:
+        used += f"; q, k and v are not: parallel.tp={dims.tp} ranks share model.num_kv_heads={model.num_kv_heads}"
+    return used
+
+
 def implementations(config: TrainConfig, dims: ParallelDims, state: TrainState, device: torch.device) -> dict[str, str]:
     """What really computes each part of a step, for run.json."""
     model, train = config.model, config.train
     used = {
         "attention": attention_used(config, device),
         "loss": "linear_cross_entropy" + (", compiled" if compiles_loss(config) else ""),
+        "projections": _projections(model, dims, state),
         "blocks": f"torch.compile({train.compile_backend})" if train.compile else "eager",
         "activation_checkpoint": model.activation_checkpoint
         + (f": {describe_plan(list(state.activation_plan.values()))}" if state.activation_plan else ""),

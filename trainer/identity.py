@@ -65,22 +65,30 @@ def check_same_moments(path: Path, config: TrainConfig) -> None:
         )
 
 
-def check_same_scaling(path: Path, precision: PrecisionConfig) -> None:
+def check_same_scaling(path: Path, precision: PrecisionConfig, *, fused_projections: bool) -> None:
     """Raise ConfigError if the checkpoint holds other scales of fp8 than this run goes on from: a state of its own for
     delayed scaling, with a row per layer and step."""
     extra = read_extra(path)
     if extra.get("weights_only", False):
         return
 
-    def state(values: dict[str, Any]) -> dict[str, Any] | None:
-        if values["compute"] != "fp8" or values["fp8_recipe"] != "tensorwise_delayed":
-            return None
-        return {name: values[name] for name in ("fp8_amax_history", "fp8_skip")}
+    layers = "model.fused_projections"
 
-    theirs, ours = extra["config"]["precision"], asdict(precision)
+    def settings(values: dict[str, Any], fused: bool) -> dict[str, Any]:
+        names = ("compute", "fp8_recipe", "fp8_amax_history", "fp8_skip")
+        return {f"precision.{name}": values.get(name) for name in names} | {layers: fused}
+
+    def state(values: dict[str, Any]) -> dict[str, Any] | None:
+        if (values["precision.compute"], values["precision.fp8_recipe"]) != ("fp8", "tensorwise_delayed"):
+            return None
+        return {name: values[name] for name in ("precision.fp8_amax_history", "precision.fp8_skip", layers)}
+
+    # Before the field was there, layers were separate.
+    were_fused = extra["config"].get("model", {}).get("fused_projections", False)
+    theirs, ours = settings(extra["config"]["precision"], were_fused), settings(asdict(precision), fused_projections)
     if state(theirs) != state(ours):
-        names = [n for n in ("compute", "fp8_recipe", "fp8_amax_history", "fp8_skip") if theirs.get(n) != ours[n]]
-        found = ", ".join(f"precision.{name}={ours[name]} (checkpoint: {theirs.get(name)})" for name in names)
+        relevant = [name for name in ours if theirs[name] != ours[name]]
+        found = ", ".join(f"{name}={ours[name]} (checkpoint: {theirs[name]})" for name in relevant)
         raise ConfigError(
             [
                 f"checkpoint {path} and this run differ in the state of fp8_recipe=tensorwise_delayed: {found}; use "

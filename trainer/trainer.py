@@ -99,7 +99,7 @@ class Trainer:
         if self.resume_from is not None:
             check_same_model(self.resume_from, config.model)
             check_same_moments(self.resume_from, config)
-            check_same_scaling(self.resume_from, config.precision)
+            check_same_scaling(self.resume_from, config.precision, fused_projections=config.model.fused_projections)
             check_tokenizer_is_known(self.resume_from, config.data)
         self.train_data, self.validation_data = self._build_data()
         tokenizer = self.train_data.tokenizer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -196,11 +197,14 @@ def test_checkpoints_move_between_fused_and_separate_layers(
     first.schedule.warmup_steps, first.parallel.zero_stage = 0, 1
     written = run_part_on(ranks, 4, first)
     assert "optim/exp_avg/blocks.1.attention.k.weight" in written.state_at_end
+    shares_keys = "gate_up fused; q, k and v are not: parallel.tp=4 ranks share model.num_kv_heads=2"
     for world_size, tp, stage in ((4, 4, 1), (2, 1, 3), (1, 1, 0)):
         layout = {"parallel__tp": tp, "parallel__zero_stage": stage}
         config = changed(first, tmp_path / "run", checkpoint__at_end=False, **layout)
         config.model.fused_projections = world_size > 1
         state = run_part_on(ranks, world_size, config).state_at_start
+        said = json.loads((tmp_path / "run" / "run.json").read_text())["kernels"]["projections"]
+        assert said == {4: shares_keys, 2: "gate_up and qkv fused", 1: "separate"}[world_size]
         assert state.keys() == written.state_at_end.keys()
         assert [name for name in state if not torch.equal(state[name], written.state_at_end[name])] == []
 

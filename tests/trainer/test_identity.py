@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -36,13 +37,20 @@ def test_scales_of_delayed_scaling_go_on_only_as_what_they_were(tmp_path: Path) 
     """A tensor of another shape, found deep inside of loading; other recipes have no state and may change."""
     delayed = PrecisionConfig("fp8", fp8_recipe="tensorwise_delayed")
     bf16 = {"compute": "bf16", "master": "fp32"}  # from before there was fp8
-    for saved, goes_on in ((asdict(delayed), delayed), (bf16, PrecisionConfig("fp8")), (bf16, PrecisionConfig("bf16"))):
-        (tmp_path / "extra.json").write_text(json.dumps({"config": {"precision": saved}}))
-        check_same_scaling(tmp_path, goes_on)
+
+    def resume(saved: dict[str, Any], goes_on: PrecisionConfig, *, were_fused: bool | None = True) -> None:
+        model = {} if were_fused is None else {"model": {"fused_projections": were_fused}}
+        (tmp_path / "extra.json").write_text(json.dumps({"config": {"precision": saved, **model}}))
+        check_same_scaling(tmp_path, goes_on, fused_projections=True)
+
+    resume(asdict(delayed), delayed)
+    resume(bf16, PrecisionConfig("fp8"), were_fused=None)
+    resume(bf16, PrecisionConfig("bf16"), were_fused=None)
     with pytest.raises(ConfigError, match=r"precision\.compute=fp8 \(checkpoint: bf16\)"):
-        check_same_scaling(tmp_path, delayed)
-    (tmp_path / "extra.json").write_text(json.dumps({"config": {"precision": asdict(delayed)}}))
+        resume(bf16, delayed)
     with pytest.raises(ConfigError, match=r"precision\.fp8_skip=\['attention'\] \(checkpoint: \[\]\)"):
-        check_same_scaling(tmp_path, replace(delayed, fp8_skip=["attention"]))
+        resume(asdict(delayed), replace(delayed, fp8_skip=["attention"]))
+    with pytest.raises(ConfigError, match=r"model\.fused_projections=True \(checkpoint: False\); use what"):
+        resume(asdict(delayed), delayed, were_fused=None)  # from before layers were fused
     (tmp_path / "extra.json").write_text(json.dumps({"weights_only": True}))
-    check_same_scaling(tmp_path, delayed)
+    check_same_scaling(tmp_path, delayed, fused_projections=True)
