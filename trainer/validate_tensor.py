@@ -87,7 +87,7 @@ def tp_dim(name: str, shape: torch.Size, model: ModelConfig, tp: int) -> int | N
 
 
 def parameter_shapes(model: ModelConfig) -> dict[str, torch.Size]:
-    """Of every parameter, by name, whole; of fused ones their parts, whose rows the layout cuts alike. model: legal and resolved."""
+    """Of every parameter, by name; whole; of fused ones their parts. model: legal and resolved."""
     if (key := repr(model)) not in _SHAPES:
         _SHAPES.clear()
         with torch.device("meta"):
