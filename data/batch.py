@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +24,9 @@ class Batch:
     samples: torch.Tensor  # [B] int64; number of each sample in the run, the key of its dropout; filled by the loader
     ahead: tuple[tuple[torch.Tensor, torch.Tensor], ...] = ()  # tokens, labels [B, T]; filled by `look_ahead`, else ()
     indices: torch.Tensor | None = None  # [T] int64; where the tokens lie in the sequence; filled by `take`, else None
+    cut: Any = None  # parallel.cut.Cut: where all others lie; filled by `take`; None: zigzag, or nowhere else
 
-    def take(self, indices: torch.Tensor) -> Batch:
+    def take(self, indices: torch.Tensor, cut: Any = None) -> Batch:
         """The tokens at `indices` [T] of every sequence; `documents` stays whole, for they see tokens elsewhere."""
         return replace(
             self,
@@ -33,6 +35,7 @@ class Batch:
             positions=self.positions[:, indices],
             ahead=tuple((tokens[:, indices], labels[:, indices]) for tokens, labels in self.ahead),
             indices=indices,
+            cut=cut,
         )
 
     def look_ahead(self, depth: int) -> Batch:
@@ -68,4 +71,5 @@ class Batch:
             samples=change(self.samples),
             ahead=tuple((change(tokens), change(labels)) for tokens, labels in self.ahead),
             indices=None if self.indices is None else change(self.indices),
+            cut=self.cut,
         )

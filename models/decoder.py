@@ -18,6 +18,7 @@ from models.layers.mlp import MLP
 from models.layers.moe import MoE
 from models.layers.mtp import LookAhead
 from models.layers.norm import make_norm
+from parallel.cut import Cut
 from parallel.groups import NO_GROUPS, ModelParallel
 from parallel.pipeline.stages import Stage, make_stages
 
@@ -57,13 +58,13 @@ class Block(nn.Module):
 
 
 class MoEBlock(Block):
-    """A pre-norm block with a mixture of experts. `routing` adds up what its router reported in training.
+    """A pre-norm block with a mixture of experts. `routing` adds up what was reported in training.
 
     A hook takes the report from the output: hooks stay outside of what is recomputed in backward or compiled, so each
     forward pass counts once, and whoever calls the block sees a block.
     """
 
-    routing: Tensor | None = None  # [E + 5] fp32 (models/layers/router.py); reset by who reads it
+    routing: Tensor | None = None  # [E + len(REPORT)] fp32 (models/layers/router.py); reset by who reads it
     mlp: MoE
 
     def __init__(self, config: ModelConfig, layer: int, seed: int, groups: ModelParallel) -> None:
@@ -168,6 +169,7 @@ class Decoder(nn.Module):
         documents: Tensor | None = None,
         samples: Tensor | None = None,
         indices: Tensor | None = None,
+        cut: Cut | None = None,
         aux_scale: Tensor | None = None,
         head: Head | None = None,
         ahead: Sequence[tuple[Tensor, Head]] = (),
@@ -178,13 +180,13 @@ class Decoder(nn.Module):
 
         positions [B, T] int64 (None: 0, 1, ...), documents [B, T] int32 (None: attention crosses documents), samples
         [B] int64 (needed by dropout in training). indices [T] int64 says that these are only some tokens of sequences
-        of S, the others being on other ranks of groups; documents are then [B, S]. None: all are here, and nothing is
-        asked of other ranks, whatever groups there are. aux_scale 0-d is the gradient of the loss by routers' auxiliary
-        losses (None: they have none). A fused loss comes in as `head`, so that it runs inside the forward of the root
-        module, where FSDP has gathered the weight. With tensor parallelism a head gets all tokens and this rank's words
-        of the weight, [V/R, D]; without one the logits are of all words. ahead: run the blocks of multi-token
-        prediction, k from 1 on with the tokens [B, T] that lie k places later, and a head; the result is then a stack
-        of all heads' results, the first that of `head`. stage: run only this one, from `hidden`
+        of S, the others being on other ranks of groups as `cut` says; documents are then [B, S]. None: all are here,
+        and nothing is asked of other ranks, whatever groups there are. aux_scale 0-d is the gradient of the loss by
+        routers' auxiliary losses (None: they have none). A fused loss comes in as `head`, so that it runs inside the
+        forward of the root module, where FSDP has gathered the weight. With tensor parallelism a head gets all tokens
+        and this rank's words of the weight, [V/R, D]; without one the logits are of all words. ahead: run the blocks of
+        multi-token prediction, k from 1 on with the tokens [B, T] that lie k places later, and a head; the result is
+        then a stack of all heads' results, the first that of `head`. stage: run only this one, from `hidden`
         [B, T, D] unless it is the first, to hidden states unless it is the last; None: all layers. Raises ValueError
         for a sequence longer than the table of learned positions.
         """
@@ -202,6 +204,7 @@ class Decoder(nn.Module):
             documents=documents,
             samples=samples,
             indices=indices,
+            cut=cut,
             groups=self.groups,
         )._replace(aux_scale=aux_scale)
         if hidden is None:

@@ -9,25 +9,18 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import _get_current_dispatch_mode, _pop_mode_temporarily
 from torch.utils.checkpoint import (
     CheckpointPolicy,
-    _CachedTorchDispatchMode,
-    _CachingTorchDispatchMode,
     checkpoint,
     create_selective_checkpoint_contexts,
 )
 
 from parallel.problem import Problem, values
-
-_RECORDING = (_CachingTorchDispatchMode, _CachedTorchDispatchMode)
-"""What selective checkpointing runs a forward and its recomputation under."""
 
 MODES = ("none", "full", "selective", "offload", "budget")
 
@@ -123,26 +116,6 @@ def apply_activation_checkpoint(block: nn.Module, config: ActivationCheckpoint) 
         return checkpoint(inner, *args, **options, **kwargs)
 
     block.forward = forward
-
-
-def hide_hooks(module: nn.Module) -> None:
-    """Keep the forward hooks that a module inside a block has now out of what selective checkpointing records.
-
-    It expects the same ops in the same order when it recomputes, and fully_shard's hooks do not run the same then: what
-    is gathered already is not gathered again.
-    """
-
-    def hidden(hook: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            recording = isinstance(_get_current_dispatch_mode(), _RECORDING)
-            with _pop_mode_temporarily() if recording else nullcontext():
-                return hook(*args, **kwargs)
-
-        return run
-
-    for hooks in (module._forward_pre_hooks, module._forward_hooks):
-        for key, hook in hooks.items():
-            hooks[key] = hidden(hook)
 
 
 def apply_offload(block: nn.Module, *, pin_memory: bool) -> None:

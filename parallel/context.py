@@ -1,16 +1,19 @@
 """Context parallelism: the tokens of a sequence live on the ranks of the cp axis, and attention brings them together.
 
-A sequence of S tokens is cut into 2 n equal chunks for n ranks; rank r holds chunks r and 2n-1-r ("zigzag"). Under a
-causal mask a late chunk has more to attend to than an early one; a pair of one of each has the same work on every rank:
-of the (2n)(2n+1)/2 pairs of chunks that see each other, every rank computes 2n+1.
+A sequence of S tokens is cut into runs of neighbours, of which every rank holds some (parallel/cut.py): as many tokens
+as any other, and about as much to attend to.
 
     ring        keys and values go round; each rank attends to the part it holds while the next one arrives (2310.01889)
     ulysses     all-to-all: each rank gets the whole sequence for a share of the heads, and back (2309.14509)
     allgather   each rank gathers all keys and values and attends with its own queries (Llama 3, 2407.21783, 3.3.2)
     in two dimensions (2405.07719): Ulysses inside groups of u neighbours, ring or all-gather between the n/u groups
 
-The zigzag parts of u neighbours among n make up, in zigzag order over the u, one zigzag part among n/u: every method
-cuts a sequence in the same way.
+In two dimensions the n/u groups hold the parts of a cut, and a group's ranks the zigzag parts of its tokens. Of a
+zigzag cut these are the zigzag parts among all n.
+
+Ulysses needs no balance: every rank has all tokens, for as many heads. Ring and all-gather compute with a rank's own
+queries, and have that of the cut. What a rank of the ring does in one step may still be more than another does in it,
+while the next keys travel: only sums over all steps are balanced.
 
 B batch, T tokens on this rank, S = n T tokens of the sequence, H query heads, G key/value heads, K features of a head's
 query and key, V of its value. What a rank holds is a shard: the gradient of what it gathered is summed over ranks on
@@ -19,7 +22,9 @@ its way back, and nothing is divided.
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -28,33 +33,26 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from parallel.collectives import all_gather_rows, all_to_all_rows, reduce_scatter_rows
+from parallel.cut import Cut, Run, zigzag
 
 
-def chunks_of(rank: int, size: int) -> tuple[int, int]:
-    """The two chunks, of 2 * size, that a rank holds, in the order it holds them."""
-    return rank, 2 * size - 1 - rank
+def to_sequence(parts: Tensor, *, dim: int, cut: Cut | None = None) -> Tensor:
+    """The whole sequence in order from the parts of all ranks [n, ...], whose `dim` (of a part) is their tokens.
 
-
-def zigzag_indices(seq_len: int, *, rank: int, size: int) -> Tensor:
-    """Index in the sequence of each token of a rank, int64 [seq_len / size], ascending. On the CPU.
-
-    Raises ValueError unless 2 * size divides seq_len.
+    cut: None is zigzag.
     """
-    if seq_len % (2 * size):
-        raise ValueError(f"a sequence of {seq_len} tokens does not divide into 2 x {size} chunks")
-    return torch.cat([torch.arange(seq_len).chunk(2 * size)[chunk] for chunk in chunks_of(rank, size)])
+    cut = zigzag(parts.shape[dim + 1] * parts.shape[0], parts.shape[0]) if cut is None else cut
+    pieces: dict[Run, Tensor] = {}
+    for part, runs in zip(parts.unbind(0), cut.runs, strict=True):
+        pieces |= zip(runs, part.split([length for _, length in runs], dim=dim), strict=True)
+    return torch.cat([pieces[run] for run in sorted(pieces)], dim=dim)
 
 
-def to_sequence(parts: Tensor, *, dim: int) -> Tensor:
-    """The whole sequence in order from the parts of all ranks [n, ...], whose `dim` (of a part) is their tokens."""
-    firsts, seconds = parts.chunk(2, dim=dim + 1)
-    return torch.cat([*firsts.unbind(0), *reversed(seconds.unbind(0))], dim=dim)
-
-
-def to_parts(sequence: Tensor, *, dim: int, size: int) -> Tensor:
+def to_parts(sequence: Tensor, *, dim: int, size: int, cut: Cut | None = None) -> Tensor:
     """The parts of all ranks [n, ...] from the whole sequence: the inverse of `to_sequence`."""
-    chunks = sequence.chunk(2 * size, dim=dim)
-    return torch.stack([torch.cat([chunks[c] for c in chunks_of(rank, size)], dim=dim) for rank in range(size)])
+    cut = zigzag(sequence.shape[dim], size) if cut is None else cut
+    parts = [torch.cat([sequence.narrow(dim, *run) for run in runs], dim=dim) for runs in cut.runs]
+    return torch.stack(parts)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -67,27 +65,27 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 class _GatherSequence(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group, ctx.dtype = group, x.dtype
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, cut: Cut) -> Tensor:
+        ctx.group, ctx.dtype, ctx.cut = group, x.dtype, cut
         gathered = x.new_empty(group.size(), *x.shape)
         all_gather_rows(gathered, x.contiguous().view(-1), group=group, async_op=False)
-        return to_sequence(gathered, dim=1).to(_wide(x.dtype))
+        return to_sequence(gathered, dim=1, cut=cut).to(_wide(x.dtype))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        parts = to_parts(grad, dim=1, size=ctx.group.size())
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        parts = to_parts(grad, dim=1, size=ctx.group.size(), cut=ctx.cut)
         rank = ctx.group.rank()
         reduce_scatter_rows(parts.view(parts.shape[0], -1), rank=rank, group=ctx.group, async_op=False)
-        return parts[rank].to(ctx.dtype), None
+        return parts[rank].to(ctx.dtype), None, None
 
 
-def gather_sequence(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+def gather_sequence(x: Tensor, group: dist.ProcessGroup, cut: Cut) -> Tensor:
     """This rank's tokens x [B, T, ...] to all tokens in order [B, S, ...]. Backward: reduce-scatter (sum).
 
     The result is fp32 (fp64 for fp64), so that gradients are added up in it; what is gathered has x's type.
     """
-    return _GatherSequence.apply(x, group)
+    return _GatherSequence.apply(x, group, cut)
 
 
 # ---- Ulysses
@@ -156,7 +154,7 @@ def repeat_kv_heads(x: Tensor, size: int) -> Tensor:
 class BlockAttention(Protocol):
     """Attention between two runs of a sequence; kernels.attention.blockwise says what each method does."""
 
-    def sees(self, first_query: int, first_key: int, *, length: int) -> bool: ...
+    def sees(self, first_query: int, first_key: int, *, queries: int, keys: int) -> bool: ...
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, first_query: int, first_key: int) -> tuple[Tensor, Tensor]: ...
 
@@ -197,22 +195,26 @@ class _Hop:
         return self.received
 
 
-def pairs(
-    rank: int, source: int, *, size: int, length: int, blocks: BlockAttention
-) -> list[tuple[slice, slice, int, int]]:
-    """What rank computes with the keys of `source`: for each pair of chunks that see each other, where the queries and
-    the keys lie in their part, and the index of their first tokens in the sequence. length: tokens of a chunk.
+def pairs(rank: int, source: int, *, cut: Cut, blocks: BlockAttention) -> list[tuple[slice, slice, int, int]]:
+    """What rank computes with the keys of `source`: for each pair of runs that see each other, where the queries and
+    the keys lie in their part, and the index of their first tokens in the sequence.
 
-    A chunk comes with itself first, so that a query has seen a key (itself) before anything is merged.
+    A run comes with itself first, so that a query has seen a key (itself) before anything is merged.
     """
     found = []
-    for i, query_chunk in enumerate(chunks_of(rank, size)):
-        for j, key_chunk in sorted(enumerate(chunks_of(source, size)), key=lambda jc: jc[1] != query_chunk):
-            first_query, first_key = query_chunk * length, key_chunk * length
-            if blocks.sees(first_query, first_key, length=length):
-                own, other = (slice(n * length, (n + 1) * length) for n in (i, j))
+    for run, own in _places(cut.runs[rank]):
+        for other_run, other in sorted(_places(cut.runs[source]), key=lambda place: place[0] != run):
+            (first_query, queries), (first_key, keys) = run, other_run
+            hidden = first_key + keys <= cut.first_key(run)  # by documents
+            if not hidden and blocks.sees(first_query, first_key, queries=queries, keys=keys):
                 found.append((own, other, first_query, first_key))
     return found
+
+
+def _places(runs: Sequence[Run]) -> list[tuple[Run, slice]]:
+    """Each run of a rank with where its tokens lie in the rank's part."""
+    ends = list(itertools.accumulate(length for _, length in runs))
+    return [(run, slice(end - run[1], end)) for run, end in zip(runs, ends, strict=True)]
 
 
 class _RingAttention(torch.autograd.Function):
@@ -226,9 +228,10 @@ class _RingAttention(torch.autograd.Function):
         v: Tensor,
         sinks: Tensor | None,
         group: dist.ProcessGroup,
+        cut: Cut,
         blocks: BlockAttention,
     ) -> Tensor:
-        rank, size, length = group.rank(), group.size(), q.shape[1] // 2
+        rank, size = group.rank(), group.size()
         wide = _wide(q.dtype)
         output = torch.zeros(*q.shape[:3], v.shape[3], dtype=wide, device=q.device)
         lse = torch.full((q.shape[0], q.shape[2], q.shape[1]), -math.inf, dtype=wide, device=q.device)
@@ -236,7 +239,7 @@ class _RingAttention(torch.autograd.Function):
         for step in range(size):
             hop = _Hop(kv, group) if step < size - 1 else None
             source = (rank - step) % size
-            for own, other, *starts in pairs(rank, source, size=size, length=length, blocks=blocks):
+            for own, other, *starts in pairs(rank, source, cut=cut, blocks=blocks):
                 keys, values = kv[:, other].split((k.shape[3], v.shape[3]), dim=-1)
                 block_output, block_lse = blocks.forward(q[:, own], keys, values, *starts)
                 blocks.merge_(output[:, own], lse[..., own], block_output, block_lse)
@@ -248,15 +251,15 @@ class _RingAttention(torch.autograd.Function):
             lse = total
         output = output.to(q.dtype)
         ctx.save_for_backward(q, k, v, sinks, output, lse)
-        ctx.group, ctx.blocks = group, blocks
+        ctx.group, ctx.cut, ctx.blocks = group, cut, blocks
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, sinks, output, lse = ctx.saved_tensors
-        group, blocks = ctx.group, ctx.blocks
-        rank, size, length = group.rank(), group.size(), q.shape[1] // 2
+        group, cut, blocks = ctx.group, ctx.cut, ctx.blocks
+        rank, size = group.rank(), group.size()
         delta = blocks.delta(grad, output)  # [B, H, T]
         grad_q = torch.zeros(q.shape, dtype=lse.dtype, device=q.device)
         features = (k.shape[3], v.shape[3])
@@ -267,7 +270,7 @@ class _RingAttention(torch.autograd.Function):
             kv_hop = _Hop(kv, group) if step < size - 1 else None
             source = (rank - step) % size
             grad_kv = torch.zeros(kv.shape, dtype=lse.dtype, device=q.device)
-            for own, other, first_query, first_key in pairs(rank, source, size=size, length=length, blocks=blocks):
+            for own, other, first_query, first_key in pairs(rank, source, cut=cut, blocks=blocks):
                 keys, values = kv[:, other].split(features, dim=-1)
                 dq, dk, dv = blocks.backward(
                     grad[:, own],
@@ -292,7 +295,7 @@ class _RingAttention(torch.autograd.Function):
         if sinks is not None:  # dscore = P (dP - delta) of a key with dP = 0
             probabilities = torch.exp(sinks.to(lse.dtype)[:, None] - lse)
             grad_sinks = -(probabilities * delta).sum(dim=(0, 2)).to(sinks.dtype)
-        return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype), grad_sinks, None, None
+        return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype), grad_sinks, None, None, None
 
 
 def ring_attention(
@@ -301,13 +304,14 @@ def ring_attention(
     v: Tensor,
     *,
     group: dist.ProcessGroup,
+    cut: Cut,
     blocks: BlockAttention,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """Attention of this rank's q [B, T, H, K] over the k [B, T, G, K], v [B, T, G, V] of all ranks, in zigzag order.
+    """Attention of this rank's q [B, T, H, K] over the k [B, T, G, K], v [B, T, G, V] of all ranks, cut by `cut`.
 
     Each rank sends n-1 messages forward (keys with values) and 2n-1 backward (those again, and n with their gradients,
     in fp32). The next message is under way while a block is computed (2310.01889). sinks [H]: logits of each softmax
     that have no value; a rank's gradient of them is that of its own queries. Returns [B, T, H, V].
     """
-    return _RingAttention.apply(q, k, v, sinks, group, blocks)
+    return _RingAttention.apply(q, k, v, sinks, group, cut, blocks)

@@ -34,6 +34,10 @@ class ParallelConfig:
     cp_method: str = "ring"  # one of CP_METHODS
     cp_ulysses: int = 1  # ring or allgather between groups of this many of cp's processes, Ulysses inside them
     ep: int = 1  # processes of dp_shard x cp that the experts of a layer are shared out over
+    # Room for the rows from a rank to another, in equal shares of its rows; neither host nor compiler then waits for
+    # sizes. ep is always enough; a step that needs more than there is makes no update, and the run stops. 0: as many as
+    # there are, which the host reads in each layer. None: 0, or with train.compile ep.
+    ep_buffer: float | None = None
 
 
 def divisors(n: int) -> list[int]:
@@ -151,7 +155,24 @@ def problems(config: ParallelConfig, world_size: int) -> list[Problem]:
                 values("parallel.bucket_mb", [64.0]),
             )
         )
+    found += _ep_buffer_problems(config)
     return found + _degree_problems(config, world_size)
+
+
+def _ep_buffer_problems(config: ParallelConfig) -> list[Problem]:
+    buffer, ep = config.ep_buffer, config.ep
+    if not buffer or ep < 1:
+        return []
+    if ep == 1:
+        why = f"parallel.ep_buffer={buffer} is room for rows between ranks of parallel.ep, which is 1"
+        return [Problem(why, values("parallel.ep_buffer", [None]))]
+    if not 1 <= buffer <= ep:
+        why = (
+            f"parallel.ep_buffer={buffer} is neither 0 (exact sizes) nor from 1 (what equal shares need) to "
+            f"parallel.ep={ep} (what is always enough)"
+        )
+        return [Problem(why, values("parallel.ep_buffer", [None, 1.5, float(ep)]))]
+    return []
 
 
 def _degree_problems(config: ParallelConfig, world_size: int) -> list[Problem]:

@@ -15,17 +15,22 @@ Two ways to travel, with the same result:
 
     Routes   each row that has an expert, and no other. How many a rank gets is known to the devices only, and the host,
              which has to allocate them, waits once per layer and pass: in `plan_routes`.
-    Slots    where an expert takes at most a given number of a rank's rows, so many slots of each expert, filled with
-             rows or zeros (GShard's own way). Sizes are constants and the host waits for nothing; the price is slots
-             that stay empty.
+    Buffers  room for a constant number of rows from each rank to each, filled with rows, then with zeros. The host
+             waits for nothing and a compiled graph holds it all; the price is the memory and traffic of what stays
+             empty (an expert does not multiply it). Rows that find no room are counted, never forgotten: whoever
+             reads the count must not use the result (trainer/step.py makes no update of it).
+
+Where an expert takes at most so many of a rank's rows, or every pair of ranks has room for all, none is left over:
+`rows_per_pair` knows both bounds.
 
 Over tp every rank sends the whole rows of its own ep group: their features are cut inside the experts.
 
-E experts, R ranks of the axis, N rows of this rank, M rows that arrive, L slots of an expert for one rank's rows.
+E experts, R ranks of the axis, N rows of this rank, M rows that arrive, C rows from one rank to another at most.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,55 +84,77 @@ def plan_routes(counts: Tensor, axis: Axis) -> Routes:
     )
 
 
+def rows_per_pair(
+    num_rows: int, *, size: int, num_experts: int, top_k: int, buffer: float, limit: int | None
+) -> int | None:
+    """C: rows that a rank makes room for from each rank to each. None: `Routes`, for no bound is known or asked for.
+
+    Of num_rows = top_k x tokens rows a rank gets no more of a token's than it has experts. limit: how often an expert
+    is chosen at most; None: not known. buffer: room asked for, in equal shares num_rows / size; 0: enough for all,
+    where limit says how much that is. Only a buffer below these bounds may leave rows over.
+    """
+    if buffer == 0 and limit is None:
+        return None
+    local = num_experts // size
+    enough = num_rows // top_k * min(top_k, local)
+    if limit is not None:
+        enough = min(enough, local * limit)
+    return enough if buffer == 0 else min(enough, math.ceil(buffer * num_rows / size))
+
+
 @dataclass(frozen=True)
-class Slots:
-    """The same with L slots of each expert for each rank. Filled by `plan_slots`."""
+class Buffers:
+    """The same with room for C rows from each rank to each. Filled by `plan_buffers`."""
 
     axis: Axis
-    per_expert: int  # L
-    row_of_slot: Tensor  # [E L] int64
-    filled: Tensor  # [E L] bool: whether a slot has a row
-    slot_of_row: Tensor  # [N] int64
-    travels: Tensor  # [N] bool: whether a row has a slot
-    ends: Tensor  # [E/R] int32, of M = E L rows
+    row_of_place: Tensor  # [R C] int64: place c of rank r is r C + c
+    filled: Tensor  # [R C] bool: whether a place has a row
+    place_of_row: Tensor  # [N] int64
+    travels: Tensor  # [N] bool: whether a row has a place
+    by_expert: Tensor  # [M] int64, as in Routes, M = R C: empty places come last
+    as_arrived: Tensor  # [M] int64
+    ends: Tensor  # [E/R] int32
+    left_over: Tensor  # 0-d fp32: rows that have an expert and found no place
 
     def to_experts(self, rows: Tensor) -> Tensor:
-        """rows [N, D], sorted by expert, to the slots [M, D] of the experts here; empty ones are 0."""
-        slots = _Place.apply(rows, self.row_of_slot, self.filled, self.slot_of_row, self.travels)
-        equal = [slots.shape[0] // self.axis.size] * self.axis.size
-        arrived = all_to_all(slots, self.axis, sent=equal, received=equal)  # by source, then by expert
-        return self._swap(arrived, self.axis.size)
+        """rows [N, D], sorted by expert, to those [M, D] of the experts here, sorted by expert, then rows of 0."""
+        places = _Place.apply(rows, self.row_of_place, self.filled, self.place_of_row, self.travels)
+        return permute(self._exchange(places), self.by_expert, self.as_arrived)
 
     def from_experts(self, rows: Tensor, *, num_rows: int) -> Tensor:
-        """The inverse: slots [M, D] to [num_rows, D] in the order of before, 0 for rows without a slot."""
-        equal = [rows.shape[0] // self.axis.size] * self.axis.size
-        arrived = self._swap(rows, rows.shape[0] // (self.axis.size * self.per_expert))
-        slots = all_to_all(arrived, self.axis, sent=equal, received=equal)
-        return _Place.apply(slots, self.slot_of_row, self.travels, self.row_of_slot, self.filled)
+        """The inverse: rows [M, D] to [num_rows, D] in the order of before, 0 for those that stayed."""
+        places = self._exchange(permute(rows, self.as_arrived, self.by_expert))
+        return _Place.apply(places, self.place_of_row, self.travels, self.row_of_place, self.filled)
 
-    def _swap(self, rows: Tensor, outer: int) -> Tensor:
-        """[outer, inner, L] rows to [inner, outer, L]."""
-        return rows.unflatten(0, (outer, -1, self.per_expert)).transpose(0, 1).flatten(0, 2)
+    def _exchange(self, places: Tensor) -> Tensor:
+        equal = [places.shape[0] // self.axis.size] * self.axis.size
+        return all_to_all(places, self.axis, sent=equal, received=equal)
 
 
 @torch.no_grad()
-def plan_slots(counts: Tensor, axis: Axis, *, per_expert: int, num_rows: int) -> Slots:
-    """Slots for num_rows rows sorted by expert, counts [E] int64 of each, none above per_expert, then rows of none."""
-    num_experts = counts.shape[0]
-    ends = counts.cumsum(0)
-    starts = ends - counts
-    place = torch.arange(per_expert, device=counts.device)
+def plan_buffers(counts: Tensor, axis: Axis, *, per_pair: int, num_rows: int) -> Buffers:
+    """Buffers for num_rows rows sorted by expert, counts [E] int64 of each, then rows of none. Collective."""
+    by_rank = counts.view(axis.size, -1)  # [R, E/R]
+    ends = by_rank.sum(1).cumsum(0)  # [R], of the rows for each rank
+    starts = ends - by_rank.sum(1)
+    fitting = (by_rank.cumsum(1).clamp(max=per_pair)).diff(dim=1, prepend=by_rank.new_zeros(axis.size, 1))
+    equal = [1] * axis.size
+    arriving = all_to_all(fitting, axis, sent=equal, received=equal)  # [R, E/R]: from each rank, for each expert here
+    place = torch.arange(per_pair, device=counts.device).repeat(axis.size, 1)  # [R, C]
     row = torch.arange(num_rows, device=counts.device)
-    expert = torch.searchsorted(ends, row, right=True).clamp(max=num_experts - 1)
-    return Slots(
+    rank = torch.searchsorted(ends, row, right=True).clamp(max=axis.size - 1)
+    # Of an empty place the expert is E/R, which none has: a stable sort leaves it behind all others.
+    by_expert = torch.searchsorted(arriving.cumsum(1), place, right=True).flatten().argsort(stable=True)
+    return Buffers(
         axis=axis,
-        per_expert=per_expert,
-        row_of_slot=(starts[:, None] + place).clamp(max=num_rows - 1).flatten(),
-        filled=(place < counts[:, None]).flatten(),
-        slot_of_row=(expert * per_expert + row - starts[expert]).clamp(max=num_experts * per_expert - 1),
-        travels=row < ends[-1],
-        ends=torch.arange(1, num_experts // axis.size + 1, dtype=torch.int32, device=counts.device)
-        * (axis.size * per_expert),
+        row_of_place=(starts[:, None] + place).clamp(max=num_rows - 1).flatten(),
+        filled=(place < fitting.sum(1, keepdim=True)).flatten(),
+        place_of_row=rank * per_pair + (row - starts[rank]).clamp(max=per_pair - 1),
+        travels=(row < ends[-1]) & (row - starts[rank] < per_pair),
+        by_expert=by_expert,
+        as_arrived=inverse_of(by_expert),
+        ends=arriving.sum(0).cumsum(0).to(torch.int32),
+        left_over=(by_rank.sum() - fitting.sum()).float(),
     )
 
 

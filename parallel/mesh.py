@@ -153,6 +153,7 @@ def groups_in_layers(mesh: Meshes, config: ParallelConfig) -> ModelParallel:
     return ModelParallel(
         tp=several(mesh.state, "tp"),
         experts=experts,
+        ep_buffer=config.ep_buffer or 0.0,
         sequence_parallel=config.sequence_parallel,
         sp_chunks=config.sp_chunks,
         cp_ring=several(mesh.context, "cp_ring"),

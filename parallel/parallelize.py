@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
-from parallel.activation_checkpoint import ActivationCheckpoint, apply_activation_checkpoint, apply_offload, hide_hooks
+from parallel.activation_checkpoint import ActivationCheckpoint, apply_activation_checkpoint, apply_offload
 from parallel.data import BucketedDataParallel, DataParallel, FullyShardedDataParallel, is_spread_over_ep
 from parallel.dims import ParallelConfig
 from parallel.mesh import Meshes
@@ -141,7 +141,7 @@ def _shard_fully(
         if experts is not None:
             assert mesh.experts is not None
             fully_shard(experts, **options, **_shard_options(mesh.experts, "expert_shard", with_replicas=with_replicas))
-            hide_hooks(experts)
+            _run_hooks_around(block, experts)
         fully_shard(block, **options, **over)
     fully_shard(model, **(options | over | {"reshard_after_forward": False}))
     for module in model.modules():
@@ -159,6 +159,20 @@ def _shard_fully(
         replicas=mesh.state["dp_replicate"] if replicated and pipelined else None,
         reduce_dtype=precision.reduce_dtype,
     )
+
+
+def _run_hooks_around(block: nn.Module, experts: nn.Module) -> None:
+    """Gather and free experts with their block, not in the middle of its forward.
+
+    There the hooks of fully_shard would break its graph in two, and selective checkpointing would record them: it
+    expects the same ops in the same order when it recomputes, and what is gathered already is not gathered again.
+    """
+    for pre_hook in experts._forward_pre_hooks.values():
+        block.register_forward_pre_hook(pre_hook, with_kwargs=True)
+    for hook in experts._forward_hooks.values():
+        block.register_forward_hook(hook)
+    for hooks in (experts._forward_pre_hooks, experts._forward_pre_hooks_with_kwargs, experts._forward_hooks):
+        hooks.clear()
 
 
 def _all_spread_over_ep(module: nn.Module) -> bool:

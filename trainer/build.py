@@ -94,6 +94,8 @@ def build_state(config: TrainConfig, dims: ParallelDims, mesh: Meshes, device: t
             global_batch_size=config.train.global_batch_size,
             group=token_group,
             stages=None if pipeline is None else mesh.batch["pp"].get_group(),
+            buffered=bool(config.parallel.ep_buffer),
+            device=device,
         )
     return TrainState(
         model=model,
@@ -182,16 +184,16 @@ def implementations(config: TrainConfig, dims: ParallelDims, state: TrainState, 
         "activation_checkpoint": model.activation_checkpoint
         + (f": {describe_plan(list(state.activation_plan.values()))}" if state.activation_plan else ""),
         **describe_optimizer(state.optimizer, config.optim),
-        "context_parallel": context_parallelism(config.parallel, dims),
+        "context_parallel": context_parallelism(config.parallel, dims, documents=config.data.mask_documents),
         "data_parallel": f"zero{config.parallel.zero_stage}",
         "pipeline": state.passes.layout.summary if isinstance(state.passes, PipelinedPasses) else "none",
     }
     if model.moe.num_experts:
-        sizes = (model.hidden_size, model.moe.intermediate_size)
+        sizes = (model.hidden_size, model.moe.intermediate_size // dims.tp)
         used["experts"] = choose_grouped_linear(device, config.precision.compute_dtype, *sizes)
+        used["moe_permute"] = "triton" if device.type == "cuda" else "reference"
         if dims.ep > 1:
-            fixed = model.routing.capacity_factor > 0 and dims.cp == 1
-            used["experts"] += f", all_to_all({dims.ep}) of {'slots' if fixed else 'rows'}"
+            used["experts"] += f", all_to_all({dims.ep}) of {_what_travels(config, dims)}"
     if state.fp8 is not None:
         precision = config.precision
         used["linear"] = (
@@ -200,3 +202,11 @@ def implementations(config: TrainConfig, dims: ParallelDims, state: TrainState, 
         if model.moe.num_experts:
             used["experts"] += ", bf16"
     return used
+
+
+def _what_travels(config: TrainConfig, dims: ParallelDims) -> str:
+    """To experts on other ranks: parallel/expert.py."""
+    if config.parallel.ep_buffer:
+        return f"buffers ({config.parallel.ep_buffer:g} shares)"
+    fixed = config.model.routing.capacity_factor > 0 and dims.cp == 1
+    return "buffers (capacity)" if fixed else "rows"

@@ -12,6 +12,9 @@ from models.config import ModelConfig
 from models.decoder import Decoder, MoEBlock
 from models.layers.router import REPORT
 
+LEFT_OVER = "moe_left_over"
+"""The metric of choices that found no room: above 0, the step's update was not made and the run must stop."""
+
 
 class RoutingMonitor:
     """Adds the reports of all routers up over micro-batches and ranks, once per step.
@@ -28,36 +31,50 @@ class RoutingMonitor:
         global_batch_size: int,
         group: dist.ProcessGroup,
         stages: dist.ProcessGroup | None,
+        buffered: bool,
+        device: torch.device,
     ) -> None:
         """config: resolved. global_batch_size: sequences. group: ranks with different tokens of the global batch.
-        stages: ranks with the model's other layers; None: all of them are here.
+        stages: ranks with the model's other layers; None: all of them are here. buffered: whether choices may find no
+        room on their way to another rank (parallel.ep_buffer).
         """
         sparse = [layer for layer in range(config.num_blocks) if config.moe.in_layer(layer)]
         found = {layer: block for layer, block in model.blocks.named_children() if isinstance(block, MoEBlock)}
         self.blocks = {sparse.index(int(layer)): block for layer, block in found.items()}  # by row of the reports
         self.num_rows = len(sparse)
         self.config, self.global_batch_size, self.group, self.stages = config, global_batch_size, group, stages
+        self.buffered, self.device = buffered, device
 
     def aux_scale(self, loss_scale: Tensor) -> Tensor:
         """Gradient of the scaled training loss by the auxiliary losses of a sequence: their mean is part of it. 0-d."""
         return loss_scale / self.global_batch_size
 
     @torch.no_grad()
-    def finish(self, skipped: Tensor) -> dict[str, Tensor]:
-        """After the update: move the biases, unless it was skipped; metrics by name, 0-d.
+    def collect(self) -> Tensor:
+        """After the last backward: the reports of the step, fp64 [layers with experts, E + len(REPORT)], of all ranks.
 
         Collective over both groups.
         """
-        num_experts = self.config.moe.num_experts
-        shape = (self.num_rows, num_experts + len(REPORT))
-        report_LR = torch.zeros(shape, dtype=torch.float64, device=skipped.device)  # 0: layers of other stages
-        for row, block in self.blocks.items():
-            assert block.routing is not None, "a step without a forward pass"
-            report_LR[row] = block.routing
-            block.routing = None
+        shape = (self.num_rows, self.config.moe.num_experts + len(REPORT))
+        found = {row: block.routing for row, block in self.blocks.items() if block.routing is not None}
+        assert len(found) == len(self.blocks), "a step without a forward pass"
+        report_LR = torch.zeros(shape, dtype=torch.float64, device=self.device)  # 0: layers of other stages
+        for row, report in found.items():
+            report_LR[row] = report
+            self.blocks[row].routing = None
         dist.all_reduce(report_LR, group=self.group)
         if self.stages is not None:
             dist.all_reduce(report_LR, group=self.stages)
+        return report_LR
+
+    def all_computed(self, report_LR: Tensor) -> Tensor:
+        """0-d bool: no choice was left over for want of room. Else this step's gradients are not to be used."""
+        return report_LR[:, self.config.moe.num_experts + REPORT.index("left_over")].sum() == 0
+
+    @torch.no_grad()
+    def finish(self, report_LR: Tensor, skipped: Tensor) -> dict[str, Tensor]:
+        """After the update: move the biases, unless it was skipped; metrics by name, 0-d. report_LR: of `collect`."""
+        num_experts = self.config.moe.num_experts
         load_LE = report_LR[:, :num_experts]
         rate = self.config.routing.bias_update_rate
         if rate > 0:
@@ -78,4 +95,6 @@ class RoutingMonitor:
             "moe_load_max": share_LE.max(),
             "moe_load_min": share_LE.min(),
         }
+        if self.buffered:
+            found[LEFT_OVER] = sums["left_over"].sum()
         return found | {f"moe_load_{e}": share_LE[:, e].mean() for e in range(share_LE.shape[1])}

@@ -3,32 +3,45 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from data.batch import Batch
 from models.config import ATTENTION_IMPLEMENTATIONS, WITHOUT_BUDGET, ModelConfig
 from models.layers.context_attention import runs_on_context
-from parallel.context import zigzag_indices
+from parallel.cut import balanced, zigzag_indices
 from parallel.dims import CP_METHODS, ParallelConfig, ParallelDims, divisors
 from parallel.problem import Problem, multiples, values
 from trainer.config import TrainConfig
 
 
-def split_batch(batch: Batch, *, cp_rank: int, cp_size: int) -> Batch:
-    """The tokens of each sequence that belong to one rank of the cp axis, in zigzag order. [B, S] to [B, S / cp_size].
+def split_batch(
+    batch: Batch, *, cp_rank: int, cp_size: int, cp_ulysses: int = 1, windows: Mapping[int | None, int] | None = None
+) -> Batch:
+    """The tokens of each sequence that belong to one rank of the cp axis, [B, S] to [B, S / cp_size]. On the CPU.
 
-    Every rank of the axis loads the same whole sequences. cp_size 1: the batch as it is.
+    Every rank of the axis loads the same whole sequences. In zigzag order; where documents are masked, cut so that
+    ranks of the ring see about the same number of keys. windows: number of layers by window; None: one without. cp_size
+    1: the batch as it is.
     """
     if cp_size == 1:
         return batch
-    return batch.take(zigzag_indices(batch.tokens.shape[1], rank=cp_rank, size=cp_size))
+    seq_len, ring = batch.tokens.shape[1], cp_size // cp_ulysses
+    if batch.documents is None or ring == 1:
+        return batch.take(zigzag_indices(seq_len, rank=cp_rank, size=cp_size))
+    cut = balanced(batch.documents, ring, windows or {None: 1})
+    indices = cut.indices(cp_rank // cp_ulysses)
+    if cp_ulysses > 1:
+        indices = indices[zigzag_indices(len(indices), rank=cp_rank % cp_ulysses, size=cp_ulysses)]
+    return batch.take(indices, cut)
 
 
-def context_parallelism(parallel: ParallelConfig, dims: ParallelDims) -> str:
-    """What runs over the cp axis, for run.json."""
+def context_parallelism(parallel: ParallelConfig, dims: ParallelDims, *, documents: bool) -> str:
+    """What runs over the cp axis, with or without document masks, for run.json."""
     if dims.cp == 1:
         return "none"
     inner = f" over ulysses({dims.cp_ulysses})" if 1 < dims.cp_ulysses < dims.cp else ""
-    return f"{parallel.cp_method}({dims.cp if not inner else dims.cp_ring}){inner}"
+    cut = ", cut by documents" if documents and dims.cp_ring > 1 else ""
+    return f"{parallel.cp_method}({dims.cp if not inner else dims.cp_ring}){inner}{cut}"
 
 
 def problems(config: TrainConfig, model: ModelConfig) -> list[Problem]:

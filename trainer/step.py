@@ -98,7 +98,7 @@ class StepMetrics:
 
     loss: torch.Tensor  # 0-d fp32; mean over the valid tokens of the global batch, before the update
     grad_norm: torch.Tensor  # 0-d fp32; global L2 norm before clipping
-    skipped: torch.Tensor  # 0-d fp32; 1 if loss or gradients were not finite and nothing was updated
+    skipped: torch.Tensor  # 0-d fp32; 1 if nothing was updated: loss or gradients not finite, or choices left over
     valid_tokens: torch.Tensor  # 0-d int64; tokens with a label in the global batch
     loss_scale: torch.Tensor  # 0-d fp32; what this step's loss was scaled by
     extra: dict[str, torch.Tensor] = field(default_factory=dict)  # more metrics by name, 0-d
@@ -126,6 +126,7 @@ def forward_loss_sum(
         documents=batch.documents,
         samples=batch.samples,
         indices=batch.indices,
+        cut=batch.cut,
         aux_scale=aux_scale,
         head=head(batch.labels),
         ahead=[(tokens, head(labels)) for tokens, labels in batch.ahead],
@@ -187,13 +188,17 @@ def train_step(state: TrainState, microbatches: list[Batch], *, lr: float) -> St
     grad_norm = (
         global_grad_norm(counted, stages=state.stage_group, kernel=state.optimizer.norm_kernel).to(state.device) / scale
     )
-    finite = torch.isfinite(grad_norm) & torch.isfinite(loss_sums).all()
-    skipped = 1.0 - finite.float()
+    usable = torch.isfinite(grad_norm) & torch.isfinite(loss_sums).all()
+    report = None if state.routing is None else state.routing.collect()
+    if state.routing is not None and report is not None:
+        usable &= state.routing.all_computed(report)
+    skipped = 1.0 - usable.float()
     coefficient = clip_coefficient(grad_norm, state.grad_clip) / scale
     state.optimizer.step(lr=lr, grad_scale=coefficient, skip=skipped)
     state.data_parallel.publish()
     extra = {f"mtp_loss_{k}": loss_k for k, loss_k in enumerate(further, start=1)}
-    extra |= {} if state.routing is None else state.routing.finish(skipped)
+    if state.routing is not None and report is not None:
+        extra |= state.routing.finish(report, skipped)
     state.loss_scale.update(skipped)
     state.step += 1
     return StepMetrics(

@@ -6,7 +6,7 @@ import gc
 import math
 import resource
 import time
-from collections import deque
+from collections import Counter, deque
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ from trainer.metrics import MetricLogger
 from trainer.pipelined import PipelinedPasses, PlanOfStep
 from trainer.profiling import StepProfiler
 from trainer.resilience import PreemptionGuard
+from trainer.routing import LEFT_OVER
 from trainer.run_dir import check_run_dir, enter_run_dir, find_start
 from trainer.run_info import RunInfo, write_config, write_run_info
 from trainer.run_lock import RunLock
@@ -60,7 +61,7 @@ class Preempted(Exception):
 
 
 class TrainingDiverged(Exception):
-    """Loss or gradients were not finite and the configuration says to stop."""
+    """A step cannot be used and the configuration says to stop: not finite, or without all choices of experts."""
 
 
 @dataclass
@@ -341,7 +342,15 @@ class Trainer:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
 
     def _judge(self, record: dict[str, Any]) -> None:
-        """React to a step that was skipped because loss or gradients were not finite. Call it for every step."""
+        """React to a skipped step: loss or gradients not finite, or choices left over. Call it for every step."""
+        if record.get(LEFT_OVER, 0) > 0:
+            parallel = self.config.parallel
+            raise TrainingDiverged(
+                f"step {record['step']}: {record[LEFT_OVER]:.0f} choices of experts found no room in the buffers of "
+                f"parallel.ep_buffer={parallel.ep_buffer}, and no update was made; start again from the last "
+                f"checkpoint with more, {parallel.ep} is always enough, or with 0 for exact sizes: results do not "
+                "depend on it"
+            )
         if record["skipped_steps"] == self._skipped_before:
             self._skipped_in_a_row = 0
             return
@@ -361,7 +370,14 @@ class Trainer:
 
     def _part(self, batch: Batch) -> Batch:
         """What of a batch is this rank's: of each sequence, its tokens on the cp axis."""
-        return split_batch(batch, cp_rank=self.mesh.batch["cp"].get_local_rank(), cp_size=self.dims.cp)
+        model = self.config.model
+        return split_batch(
+            batch,
+            cp_rank=self.mesh.batch["cp"].get_local_rank(),
+            cp_size=self.dims.cp,
+            cp_ulysses=self.dims.cp_ulysses,
+            windows=Counter(model.window_of(layer) for layer in range(model.num_blocks)),
+        )
 
     # ---- now and then
 

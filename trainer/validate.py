@@ -136,7 +136,10 @@ def _resolve(config: TrainConfig, world_size: int) -> tuple[TrainConfig, list[st
     found += launcher_problems(os.environ)
     if not found:
         found += activation_problems(config, model, world_size)
-    return replace(config, model=model, data=data), list(dict.fromkeys(found))
+    parallel = config.parallel
+    if parallel.ep > 1 and parallel.ep_buffer is None:
+        parallel = replace(parallel, ep_buffer=float(parallel.ep) if config.train.compile else 0.0)
+    return replace(config, model=model, data=data, parallel=parallel), list(dict.fromkeys(found))
 
 
 def _with_models_tokenizer(config: TrainConfig) -> tuple[DataConfig, list[str]]:

@@ -38,13 +38,13 @@ def expert_problems(config: TrainConfig, model: ModelConfig, world_size: int) ->
                 values("parallel.tp", divisors(math.gcd(world_size, moe.intermediate_size)), near=parallel.tp),
             )
         )
-    if parallel.ep > 1 and config.train.compile:
+    if parallel.ep > 1 and config.train.compile and parallel.ep_buffer == 0:
         found.append(
             Problem(
-                f"train.compile=true does not work with parallel.ep={parallel.ep}: a block whose tokens travel in "
-                "numbers that the host must know is not one graph",
+                f"parallel.ep_buffer=0 with parallel.ep={parallel.ep} sends rows in numbers that the host must know, "
+                "and with train.compile=true a block is one graph without it",
+                values("parallel.ep_buffer", [float(parallel.ep)]),
                 values("train.compile", [False]),
-                values("parallel.ep", [1]),
             )
         )
     return found

@@ -27,11 +27,11 @@ class BlockAttention:
     slopes: Tensor | None = None  # [H]: ALiBi
     dropout: Callable[..., Tensor] | None = None  # (P [B, H, T, S], first_query=, first_key=) to the same shape
 
-    def sees(self, first_query: int, first_key: int, *, length: int) -> bool:
-        """Whether some of `length` queries may see some of as many keys. From indices alone, so known on the host."""
-        if first_key > first_query + length - 1:
+    def sees(self, first_query: int, first_key: int, *, queries: int, keys: int) -> bool:
+        """Whether some of so many queries may see some of so many keys. From indices alone, so known on the host."""
+        if first_key > first_query + queries - 1:
             return False
-        return self.window is None or first_key + length - 1 > first_query - self.window
+        return self.window is None or first_key + keys - 1 > first_query - self.window
 
     def keys_of(self, first_query: int, length: int) -> tuple[int, int]:
         """Index of the first key and behind the last that `length` queries may see. Known on the host like `sees`."""

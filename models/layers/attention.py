@@ -24,6 +24,7 @@ from models.layers.context_attention import ContextAttention, runs_on_context
 from models.layers.dropout import Dropout
 from models.layers.linear import column_linear, fused_column_linear, row_linear
 from models.layers.norm import make_head_norm
+from parallel.cut import Cut
 from parallel.fused import stands_for
 from parallel.groups import NO_GROUPS, ModelParallel
 from parallel.tensor import empty_parameter, local_shard, project
@@ -41,6 +42,7 @@ class Context(NamedTuple):
     documents: Tensor | None  # [B, S]: of the whole sequence, S = T unless context-parallel
     indices: Tensor | None  # [T]: where the tokens lie in the sequence; None: all of it is here
     samples: Tensor | None  # [B], the key of dropout
+    cut: Cut | None = None  # which tokens each rank of cp_ring holds; None: zigzag
     tokens: Tensor | None = None  # [T of the residual stream] int64, their index in the sequence; None: 0, 1, ...
     aux_scale: Tensor | None = None  # 0-d, gradient of the training loss by auxiliary losses; filled by Decoder.forward
 
@@ -134,12 +136,13 @@ def build_context(
     documents: Tensor | None,
     samples: Tensor | None,
     indices: Tensor | None = None,
+    cut: Cut | None = None,
     groups: ModelParallel = NO_GROUPS,
 ) -> Context:
     """Tables and masks of a forward pass over sequences of seq_len; positions None: 0, 1, ... dtype: of activations.
 
-    indices [T]: this rank has those tokens of each sequence; the others are on other ranks of groups. With tensor
-    parallelism slopes are those of this rank's heads.
+    indices [T]: this rank has those tokens of each sequence; the others are on other ranks of groups, as
+    `cut` says. With tensor parallelism slopes are those of this rank's heads.
     """
     if positions is None:
         positions = torch.arange(seq_len, device=device)[None]
@@ -177,6 +180,7 @@ def build_context(
         documents=documents,
         indices=indices,
         samples=samples,
+        cut=cut,
         tokens=_residual_tokens(seq_len, indices, device, groups),
     )
 
@@ -272,7 +276,7 @@ class Attention(nn.Module):
             slopes=context.slopes,
             dropout=self._dropout(context, first_head),
         )
-        return self.across.by_tokens(q, k, v, blocks, self._sinks_of(first_head, q.shape[2]))
+        return self.across.by_tokens(q, k, v, blocks, self._sinks_of(first_head, q.shape[2]), context.cut)
 
     def _sinks_of(self, first_head: int, num_heads: int) -> Tensor | None:
         """[num_heads] of the heads of this tp rank, from the first_head-th on; None: there are no sinks."""

@@ -14,13 +14,13 @@ from torch import Tensor
 from kernels.attention.blockwise import BlockAttention
 from kernels.attention.sinks import with_sinks
 from parallel.context import (
-    chunks_of,
     gather_heads,
     gather_sequence,
     repeat_kv_heads,
     ring_attention,
     scatter_heads,
 )
+from parallel.cut import Cut, zigzag
 from parallel.groups import ModelParallel
 
 RUNS_ON: dict[str, tuple[str, ...]] = {
@@ -58,7 +58,7 @@ class ContextAttention:
 
         q [B, T, H, K], k [B, T, G, K], v [B, T, G, V].
         attend(q [B, UT, H/U, K], k, v, first_head=the number of its first head) returns [B, UT, H/U, V]; its tokens are
-        a zigzag part of the sequence over cp_ring, or all of it where there is none. Returns [B, T, H, V].
+        a part of the sequence over cp_ring, or all of it where there is none. Returns [B, T, H, V].
 
         All of this stays out of compiled graphs, which it parts in two: messages of a ring are started and waited for
         in an order that a graph does not promise, and one graph of all pairs of chunks would be compiled per rank.
@@ -71,22 +71,32 @@ class ContextAttention:
         q, k, v = (scatter_heads(x, group) for x in (q, k, v))
         return gather_heads(attend(q, k, v, first_head=first_head), group)
 
-    def by_tokens(self, q: Tensor, k: Tensor, v: Tensor, blocks: BlockAttention, sinks: Tensor | None = None) -> Tensor:
+    def by_tokens(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        blocks: BlockAttention,
+        sinks: Tensor | None = None,
+        cut: Cut | None = None,
+    ) -> Tensor:
         """Attention of q [B, S/R, H, K] over the k [B, S/R, G, K], v [B, S/R, G, V] of all ranks of cp_ring.
 
-        sinks [H]: attention sinks of these heads. Returns [B, S/R, H, V].
+        sinks [H]: attention sinks of these heads. cut: which tokens each rank holds; None: zigzag. Returns
+        [B, S/R, H, V].
         """
         assert self.ring is not None
+        group = self.ring.get_group()
+        cut = zigzag(q.shape[1] * group.size(), group.size()) if cut is None else cut
         if self.method == "ring":
-            return ring_attention(q, k, v, group=self.ring.get_group(), blocks=blocks, sinks=sinks)
+            return ring_attention(q, k, v, group=group, cut=cut, blocks=blocks, sinks=sinks)
         features = (k.shape[3], v.shape[3])
-        k, v = gather_sequence(torch.cat((k, v), dim=-1), self.ring.get_group()).split(features, dim=-1)
-        length = q.shape[1] // 2
-        chunks = chunks_of(self.ring.get_local_rank(), self.ring.size())
+        k, v = gather_sequence(torch.cat((k, v), dim=-1), group, cut).split(features, dim=-1)
+        runs = cut.runs[self.ring.get_local_rank()]
         outputs = []
-        for queries, chunk in zip(q.chunk(2, dim=1), chunks, strict=True):
-            first_query = chunk * length
-            first, last = blocks.keys_of(first_query, length)
-            output, lse = blocks.forward(queries, k[:, first:last], v[:, first:last], first_query, first)
+        for queries, run in zip(q.split([length for _, length in runs], dim=1), runs, strict=True):
+            first, last = blocks.keys_of(*run)
+            first = max(first, cut.first_key(run))
+            output, lse = blocks.forward(queries, k[:, first:last], v[:, first:last], run[0], first)
             outputs.append(output if sinks is None else with_sinks(output, lse, sinks))
         return torch.cat(outputs, dim=1).to(q.dtype)

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import Shard
 
 from kernels.grouped_linear import grouped_linear, input_gradient, weight_gradient
+from kernels.moe_permute import permute, sort_by_expert, unpermute
 from models.config import ModelConfig
 from models.layers.mlp import ACTIVATION_FUNCTIONS, MLP
 from models.layers.router import Router
 from parallel.collectives import Axis
-from parallel.expert import Routes, Slots, inverse_of, permute, plan_routes, plan_slots
+from parallel.expert import Buffers, Routes, plan_buffers, plan_routes, rows_per_pair
 from parallel.groups import NO_GROUPS, ModelParallel
 from parallel.pipeline.weight_gradients import OUTSIDE, Deferring
 from parallel.tensor import empty_parameter, enter, leave, local_shard
@@ -49,7 +50,7 @@ class MoE(nn.Module):
     def forward(
         self, x: Tensor, *, samples: Tensor | None, indices: Tensor | None = None, aux_scale: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """x [B, T, D] to [B, T, D], and the router's report [E + 5]. samples, indices: those of Router.forward.
+        """x [B, T, D] to [B, T, D], and the report [E + len(REPORT)]. samples, indices: those of Router.forward.
 
         aux_scale: 0-d, the gradient of the training loss with respect to the auxiliary losses; None: they have none.
         With sequence parallelism x and the result have this rank's slice of the T tokens.
@@ -58,7 +59,8 @@ class MoE(nn.Module):
             x = enter(x, self.tp, sequence_parallel=self.sequence_parallel)
         routing = self.router(x, samples, indices)
         chosen, weights = routing.experts.flatten(0, 1), routing.weights.flatten(0, 1)
-        y = self.experts(x.flatten(0, 1), chosen, weights, routing.limit).view_as(x)
+        y, left_over = self.experts(x.flatten(0, 1), chosen, weights, routing.limit)
+        y = y.view_as(x)
         if self.shared is not None:
             y = y + self.shared.summand(x)
         if aux_scale is not None:
@@ -66,7 +68,8 @@ class MoE(nn.Module):
             y = _AddLoss.apply(y, routing.loss, aux_scale if self.tp is None else aux_scale / self.tp.size)
         if self.tp is not None:
             y = leave(y, self.tp, sequence_parallel=self.sequence_parallel)
-        return y if self.shared is None else self.shared.finish(y), routing.report
+        report = torch.cat([routing.report, left_over[None]])
+        return y if self.shared is None else self.shared.finish(y), report
 
 
 class Experts(nn.Module):
@@ -80,43 +83,52 @@ class Experts(nn.Module):
         hidden, inner = config.hidden_size, config.moe.intermediate_size
         self.num_experts = config.moe.num_experts
         self.ep = None if groups.experts is None else Axis.of(groups.experts["ep"])
+        self.ep_buffer = groups.ep_buffer
         self.activation = ACTIVATION_FUNCTIONS[config.activation]
         self.gate = GroupedLinear(self.num_experts, hidden, inner, cut_dim=OUT_FEATURES, groups=groups)
         self.up = GroupedLinear(self.num_experts, hidden, inner, cut_dim=OUT_FEATURES, groups=groups)
         self.down = GroupedLinear(self.num_experts, inner, hidden, cut_dim=IN_FEATURES, groups=groups)
 
-    def forward(self, x: Tensor, experts: Tensor, weights: Tensor, limit: int | None = None) -> Tensor:
+    def forward(self, x: Tensor, experts: Tensor, weights: Tensor, limit: int | None = None) -> tuple[Tensor, Tensor]:
         """x [B T, D] through its experts [B T, k] (E: none), added up with weights [B T, k]. Returns [B T, D].
 
-        limit: how often an expert is chosen at most; None: not known.
+        limit: how often an expert is chosen at most; None: not known. Also returns 0-d fp32, the number of choices that
+        found no room on their way over ep: unless it is 0, the result is not to be used.
         """
-        k = experts.shape[1]
-        flat = experts.flatten()
-        order = flat.argsort(stable=True)
-        inverse = inverse_of(order)
-        ends = torch.searchsorted(flat[order], torch.arange(self.num_experts, device=x.device), right=True)
-        rows = _Dispatch.apply(x, order // k, inverse, k)
+        permutation = sort_by_expert(experts, self.num_experts)
+        rows = permute(x, permutation)
+        left_over = torch.zeros((), device=x.device)
         if self.ep is None:
-            rows = self._compute(rows, ends.to(torch.int32))
+            rows = self._compute(rows, permutation.ends)
         else:
-            rows = self._compute_elsewhere(rows, ends, limit)
-        chosen = permute(rows, inverse, order).unflatten(0, (-1, k))
-        return (chosen * weights[..., None].to(x.dtype)).sum(1)
+            rows, left_over = self._compute_elsewhere(
+                rows, permutation.ends, self._room(rows.shape[0], experts.shape[1], limit)
+            )
+        return unpermute(rows, weights, permutation), left_over
 
     def _compute(self, rows: Tensor, ends: Tensor) -> Tensor:
         """rows [N, D] through the experts here, sorted by expert and ending before ends [number of them]; or 0."""
         return self.down(self.activation(self.gate(rows, ends)) * self.up(rows, ends), ends)
 
-    def _compute_elsewhere(self, rows: Tensor, ends: Tensor, limit: int | None) -> Tensor:
-        """The same with all E experts, wherever on ep they are, and int64 ends [E]."""
+    def _room(self, num_rows: int, top_k: int, limit: int | None) -> int | None:
+        """`rows_per_pair`. Outside of training, where no layer keeps its rows for backward, always enough for all."""
         assert self.ep is not None
-        counts, num_rows = ends.diff(prepend=ends.new_zeros(1)), rows.shape[0]
-        routes: Routes | Slots
-        if limit is None:
-            routes = plan_routes(counts, self.ep)
+        buffer = self.ep_buffer if self.training or self.ep_buffer == 0 else self.ep.size
+        return rows_per_pair(
+            num_rows, size=self.ep.size, num_experts=self.num_experts, top_k=top_k, buffer=buffer, limit=limit
+        )
+
+    def _compute_elsewhere(self, rows: Tensor, ends: Tensor, per_pair: int | None) -> tuple[Tensor, Tensor]:
+        """The same with all E experts, wherever on ep they are, and ends [E]; and how many rows are left over."""
+        assert self.ep is not None
+        counts, num_rows = ends.diff(prepend=ends.new_zeros(1)).long(), rows.shape[0]
+        routes: Routes | Buffers
+        if per_pair is None:
+            routes, left_over = plan_routes(counts, self.ep), torch.zeros((), device=rows.device)
         else:
-            routes = plan_slots(counts, self.ep, per_expert=limit, num_rows=num_rows)
-        return routes.from_experts(self._compute(routes.to_experts(rows), routes.ends), num_rows=num_rows)
+            routes = plan_buffers(counts, self.ep, per_pair=per_pair, num_rows=num_rows)
+            left_over = routes.left_over
+        return routes.from_experts(self._compute(routes.to_experts(rows), routes.ends), num_rows=num_rows), left_over
 
 
 class GroupedLinear(Deferring):
@@ -166,21 +178,6 @@ class _DeferringGroupedLinear(torch.autograd.Function):
 
         layer.weight_gradients.add(compute)
         return input_gradient(grad, local_shard(layer.weight, grad="sharded"), ends), None, None
-
-
-class _Dispatch(torch.autograd.Function):
-    """x [B T, D] to the rows [N, D] of x numbered token [N]. Backward gathers too: no atomic additions, one order."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, token: Tensor, inverse: Tensor, k: int) -> Tensor:
-        ctx.save_for_backward(inverse)
-        ctx.k = k
-        return x[token]
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        (inverse,) = ctx.saved_tensors
-        return grad[inverse].unflatten(0, (-1, ctx.k)).sum(1), None, None, None
 
 
 class _AddLoss(torch.autograd.Function):

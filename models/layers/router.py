@@ -20,7 +20,6 @@ from torch.distributed.tensor import Replicate
 from kernels.philox import uniform
 from models.config import ModelConfig
 from parallel.collectives import Axis, all_gather_alike, all_reduce
-from parallel.context import to_parts, to_sequence
 from parallel.groups import NO_GROUPS, ModelParallel
 from parallel.tensor import empty_parameter, local_shard
 
@@ -35,11 +34,12 @@ class Routing(NamedTuple):
     weights: Tensor  # [B, T, k] fp32
     loss: Tensor  # 0-d fp32, differentiable: weighted auxiliary losses of the tokens here, summed over sequences
     limit: int | None  # no expert is chosen by more of the tokens here than these; None: unknown to the host
-    report: Tensor  # [E + len(REPORT)] fp32, detached, sums over the tokens here: choices of each expert, then REPORT
+    report: Tensor  # [E + 5] fp32, detached, sums over the tokens here: choices of each expert, then most of REPORT
 
 
-REPORT = ("dropped", "choices", "entropy", "aux_loss", "z_loss")
-"""Choices not computed, all choices, nats of each token's distribution, unweighted losses of each sequence."""
+REPORT = ("dropped", "choices", "entropy", "aux_loss", "z_loss", "left_over")
+"""Choices not computed, all choices, nats of each token's distribution, unweighted losses of each sequence; and, filled
+by MoE.forward, choices that found no room on their way to another rank."""
 
 
 class Router(nn.Module):
@@ -140,16 +140,21 @@ class Router(nn.Module):
             cp = None if indices is None else self.cp
             seq_len = T * (1 if cp is None else cp.size)
             capacity = capacity_of(seq_len, E, self.moe.top_k, self.options.capacity_factor)
-            position = queue_position(experts, E) if cp is None else _position_across(experts, E, cp)
+            if cp is None or indices is None:
+                position = queue_position(experts, E)
+            else:
+                position = _position_across(experts, E, indices, cp)
             experts = torch.where(position < capacity, experts, E)
         return experts
 
 
-def _position_across(experts: Tensor, num_experts: int, cp: Axis) -> Tensor:
-    """`queue_position` of this rank's tokens [B, T, k] in the whole sequence."""
-    parts = all_gather_alike(experts[None], cp, dim=0)  # [R, B, T, k]
-    position = queue_position(to_sequence(parts, dim=1), num_experts)
-    return to_parts(position, dim=1, size=cp.size)[cp.rank]
+def _position_across(experts: Tensor, num_experts: int, indices: Tensor, cp: Axis) -> Tensor:
+    """`queue_position` of this rank's tokens [B, T, k], at indices [T] of the whole sequence, in all of it."""
+    numbered = torch.cat([experts, indices[:, None].expand(*experts.shape[:2], 1)], dim=2)
+    parts = all_gather_alike(numbered[None], cp, dim=0)  # [R, B, T, k + 1]
+    *choices, index = parts.transpose(0, 1).flatten(1, 2).unbind(2)  # k + 1 of [B, S]
+    order = index[0].argsort()
+    return queue_position(torch.stack(choices, dim=2)[:, order], num_experts)[:, indices]
 
 
 def capacity_of(seq_len: int, num_experts: int, top_k: int, factor: float) -> int:

@@ -74,9 +74,10 @@ def test_the_implementation_follows_device_dtype_and_sizes() -> None:
     """A grouped product asked for sizes that it refuses in the middle of a run."""
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     assert choose_grouped_linear(cpu, torch.bfloat16, 64, 64) == "split"
-    assert choose_grouped_linear(cuda, torch.bfloat16, 64, 128) == "grouped_mm"
+    assert choose_grouped_linear(cuda, torch.bfloat16, 64, 128) == "triton"
     assert choose_grouped_linear(cuda, torch.bfloat16, 64, 12) == "masked"
-    assert choose_grouped_linear(cuda, torch.float32, 64, 128) == "masked"
+    assert choose_grouped_linear(cuda, torch.float32, 64, 12) == "triton"
+    assert choose_grouped_linear(cuda, torch.float64, 64, 128) == "masked"
 
 
 def test_what_does_not_fit_is_refused() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from launch.errors import exit_code_of
-from parallel.context import zigzag_indices
+from parallel.cut import zigzag_indices
 from trainer.run_info import write_atomically
 
 

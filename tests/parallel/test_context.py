@@ -20,7 +20,8 @@ from kernels.attention.fused_blockwise import FusedBlockAttention
 from kernels.backend import interpreted
 from models.layers.context_attention import ContextAttention
 from parallel import context
-from parallel.context import pairs, repeat_kv_heads, to_parts, to_sequence, zigzag_indices
+from parallel.context import pairs, repeat_kv_heads, to_parts, to_sequence
+from parallel.cut import Cut, balanced, zigzag, zigzag_indices
 from parallel.dims import ParallelDims
 from parallel.groups import ModelParallel
 from parallel.mesh import build_mesh
@@ -84,7 +85,15 @@ def expected(mask: dict[str, Any], kv_heads: int = G, value_dim: int = K) -> lis
     return [output.detach(), *torch.autograd.grad(output, qkv, grad)]
 
 
-def attend(method: str, mask: dict[str, Any], q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> Tensor:
+def attend(
+    method: str,
+    mask: dict[str, Any],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None = None,
+    cut: Cut | None = None,
+) -> Tensor:
     """Attention of this rank's part, as a layer does it."""
     size, name = dist.get_world_size(), method.split("_")[0]
     dims = ParallelDims(dp_replicate=1, dp_shard=1, world_size=size, cp=size, cp_ulysses=INNER[method] or size)
@@ -100,7 +109,7 @@ def attend(method: str, mask: dict[str, Any], q: Tensor, k: Tensor, v: Tensor, s
         mine_of_sinks = None if sinks is None else sinks[first_head : first_head + q.shape[2]]
         if ring is None:
             return whole(q, k, v, **mine, sinks=mine_of_sinks)
-        return across.by_tokens(q, k, v, BlockAttention(**mine), mine_of_sinks)
+        return across.by_tokens(q, k, v, BlockAttention(**mine), mine_of_sinks, cut)
 
     return across.by_heads(q, k, v, local)
 
@@ -139,6 +148,42 @@ def test_attention_on_parts_is_attention_on_the_whole(
     """A block skipped, masked by its place on the rank or weighted twice; a gradient that does not come home."""
     results = ranks.run(size, on_parts, method, MASKS[mask], kv_heads)
     assert worst(results, expected(MASKS[mask], kv_heads)) < 1e-13
+
+
+UNEVEN = Cut([[(8, 24)], [(0, 4), (4, 4), (32, 16)]], {(8, 24): 8, (32, 16): 30})
+"""Two parts of 24 tokens in runs of any lengths, the keys that DOCUMENTS hides left out."""
+HIDING = torch.tensor([[0] * 8 + [1] * 23 + [2] * 17, [0] * 8 + [1] * 22 + [2] * 18], dtype=torch.int32)
+BALANCED = balanced(HIDING, 4, {None: 1})
+
+
+def on_cut(method: str, cut: Cut) -> tuple[Tensor, list[Tensor]]:
+    """Indices of this rank's tokens; their output and gradients."""
+    size, inner = dist.get_world_size(), INNER[method] or 1
+    group, rank = divmod(dist.get_rank(), inner)
+    assert len(cut.runs) * inner == size
+    here = cut.indices(group)
+    here = here[zigzag_indices(len(here), rank=rank, size=inner)] if inner > 1 else here
+    qkv, grad = inputs()
+    qkv = [x[:, here].requires_grad_() for x in qkv]
+    output = attend(method, {"documents": HIDING, "window": 21}, *qkv, cut=cut)
+    return here, [output.detach(), *torch.autograd.grad(output, qkv, grad[:, here])]
+
+
+@pytest.mark.parametrize(
+    ("method", "cut"),
+    [
+        *((m, UNEVEN) for m in ("ring", "allgather", "ring_ulysses", "allgather_ulysses")),
+        *((m, BALANCED) for m in ("ring", "allgather")),
+    ],
+)
+def test_attention_on_any_cut_is_attention_on_the_whole(ranks: RankPool, method: str, cut: Cut) -> None:
+    """A run taken for another of its rank, keys skipped that are seen, parts of parts put together in another order."""
+    reference = expected({"documents": HIDING, "window": 21})
+    found = ranks.run(len(cut.runs) * (INNER[method] or 1), on_cut, method, cut)
+    assert torch.equal(torch.cat([here for here, _ in found]).sort().values, torch.arange(S))
+    for here, results in found:
+        for ours, theirs in zip(results, reference, strict=True):
+            assert (ours - theirs[:, here]).abs().max() < 1e-13 * theirs.abs().max()
 
 
 def sinks_on_parts(method: str) -> list[Tensor]:
@@ -361,15 +406,15 @@ def test_zigzag_gives_every_rank_the_same_work(size: int) -> None:
         distance = [part[:, None] - index for part in parts]
         return [int(((d >= 0) & (d < (window or len(index)))).sum()) for d in distance]
 
-    zigzag = visible([zigzag_indices(len(index), rank=rank, size=size) for rank in range(size)])
-    assert max(zigzag) == min(zigzag)
+    zigzags = visible([zigzag_indices(len(index), rank=rank, size=size) for rank in range(size)])
+    assert max(zigzags) == min(zigzags)
     contiguous = visible(list(index.chunk(size)))
     assert max(contiguous) > 1.4 * min(contiguous)
     windowed = visible([zigzag_indices(len(index), rank=r, size=size) for r in range(size)], window=length // 4)
     assert max(windowed) <= 1.1 * sum(windowed) / size
     blocks = BlockAttention()
     done = [
-        sum(len(pairs(rank, source, size=size, length=length, blocks=blocks)) for source in range(size))
+        sum(len(pairs(rank, source, cut=zigzag(len(index), size), blocks=blocks)) for source in range(size))
         for rank in range(size)
     ]
     assert done == [2 * size + 1] * size
@@ -379,8 +424,15 @@ def test_a_window_skips_the_pairs_of_chunks_it_hides() -> None:
     """Work that grows with the sequence where the window does not."""
     for window, count in [(1, 2), (2, 4), (17, 4), (18, 5)]:
         blocks = BlockAttention(window=window)
-        found = [p for source in range(4) for p in pairs(1, source, size=4, length=16, blocks=blocks)]
+        found = [p for source in range(4) for p in pairs(1, source, cut=zigzag(128, 4), blocks=blocks)]
         assert len(found) == count, window
+
+
+def test_documents_skip_the_pairs_of_runs_they_hide() -> None:
+    """Blocks of keys of other documents, computed and masked away."""
+    cut = balanced(torch.arange(64)[None] // 16, 2, {None: 1})
+    counts = [sum(len(pairs(r, s, cut=cut, blocks=BlockAttention())) for s in range(2)) for r in range(2)]
+    assert counts == [2, 2]  # four documents in four chunks
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])

@@ -54,7 +54,7 @@ FAULTS: dict[str, tuple[Any, str, Callable[[Any], Any]]] = {
     "router_gradient_of_one_tp_rank": (router, "local_shard", _replicated),
     "auxiliary_loss_on_every_tp_rank": (moe, "_AddLoss", _twice),
     "load_of_one_cp_rank": (router, "all_reduce", lambda original: lambda x, axis: x),
-    "queue_of_one_cp_rank": (router, "_position_across", lambda original: lambda e, E, cp: router.queue_position(e, E)),
+    "queue_of_one_cp_rank": (router, "_position_across", lambda original: lambda e, E, *_: router.queue_position(e, E)),
     "no_auxiliary_loss_in_stages": (PipelinedPasses, "_loss_of_stage", _without_aux),
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest.mock import patch
 
@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 import trainer.step
+from data.batch import Batch
 from parallel.data import FullyShardedDataParallel
 from parallel.pipeline.actions import Action
 from parallel.pipeline.executor import _Run
@@ -64,6 +65,19 @@ def run_broken(config: TrainConfig, fault: str) -> Outcome | None:
     with ExitStack() as stack:
         stack.enter_context(patch.object(where, name, breaking(getattr(where, name))))
         stack.enter_context(patch("tests.parity.harness.torch.equal", lambda one, other: True))
+        return run_here(config)
+
+
+def run_with_lengths(config: TrainConfig) -> Outcome | None:
+    """Train on micro-batches of which every sample's number decides the length: 24 of its tokens, or 17."""
+
+    def cut(_: Trainer, batch: Batch) -> Batch:
+        length = 24 if batch.samples[0] % 2 else 17
+        tokens, labels, positions = (x[:, :length] for x in (batch.tokens, batch.labels, batch.positions))
+        documents = None if batch.documents is None else batch.documents[:, :length]
+        return replace(batch, tokens=tokens, labels=labels, positions=positions, documents=documents)
+
+    with patch.object(Trainer, "_part", cut):
         return run_here(config)
 
 

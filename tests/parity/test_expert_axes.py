@@ -24,7 +24,7 @@ from tests.parity.harness import (
     weight_deviation,
 )
 from tests.parity.on_expert_ranks import run_broken
-from tests.pool import RankPool
+from tests.pool import RankError, RankPool
 from trainer.config import TrainConfig
 from trainer.convert import export_checkpoint
 
@@ -80,6 +80,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
+COMPILED: dict[str, Any] = {"train__compile": True, "train__compile_backend": "aot_eager"}
+
 # (variant, ranks, ZeRO stage, other changes of `parallel`, changes outside of it)
 LAYOUTS: list[tuple[str, int, int, dict[str, Any], dict[str, Any]]] = [
     # pipelines
@@ -94,14 +96,15 @@ LAYOUTS: list[tuple[str, int, int, dict[str, Any], dict[str, Any]]] = [
     ("gshard", 4, 1, {"ep": 2}, {}),
     ("capacity", 4, 2, {"ep": 2}, {"model__activation_checkpoint": "selective"}),
     ("switch", 4, 1, {"ep": 4}, {}),
-    ("sigmoid", 4, 3, {"ep": 2, "dp_replicate": 2}, {}),
+    ("sigmoid", 4, 3, {"ep": 2, "dp_replicate": 2, "ep_buffer": 2.0}, {}),
+    ("mixtral", 4, 3, {"ep": 4, "ep_buffer": 3.5}, COMPILED | {"model__activation_checkpoint": "selective"}),
     ("few", 8, 2, {"ep": 2, "cpu_offload": True}, {}),
     # several
     ("switch", 8, 3, {"ep": 2, "tp": 2, "sequence_parallel": True}, {}),
     ("sigmoid", 8, 3, {"ep": 2, "pp": 2, "tp": 2, "pp_schedule": "zero_bubble", "sequence_parallel": True}, {}),
     ("deepseek", 8, 1, {"ep": 2, "cp": 2, "tp": 2, "pp": 2}, {}),
     ("capacity", 8, 3, {"ep": 2, "cp": 2, "tp": 2, "pp": 2}, {}),
-    ("capacity", 8, 2, {"ep": 4, "cp": 2, "tp": 2, "cp_method": "ulysses"}, {}),
+    ("capacity", 8, 2, {"ep": 4, "cp": 2, "tp": 2, "cp_method": "ulysses", "ep_buffer": 4.0}, {}),
 ]
 
 
@@ -226,6 +229,21 @@ def test_hugging_face_weights_go_to_spread_experts_and_back(
     assert alone.losses[0] < reference.losses[0]
 
 
+def test_choices_without_room_stop_the_run_before_an_update(
+    ranks: RankPool, one_process: References, tmp_path: Path
+) -> None:
+    """A choice that is dropped because a buffer was full, and a model that is trained without it."""
+    config, reference, _ = one_process.of("mixtral")
+    run = layout(config, tmp_path / "run", ep=4, ep_buffer=1.0)
+    message = r"TrainingDiverged: step 1: \d+ choices .* parallel.ep_buffer=1.0.* 4 is always"
+    with pytest.raises(RankError, match=message):
+        run_on(ranks, 4, run)
+    (line,) = (json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    assert line["skipped_steps"] == 1
+    assert line["moe_left_over"] > 0
+    assert line["grad_norm"] != pytest.approx(reference.grad_norms[0], rel=1e-5)
+
+
 def test_run_json_says_how_experts_are_spread(ranks: RankPool, one_process: References, tmp_path: Path) -> None:
     """A run whose record does not tell its layout."""
     config, _, _ = one_process.of("mixtral")
@@ -233,3 +251,6 @@ def test_run_json_says_how_experts_are_spread(ranks: RankPool, one_process: Refe
     info = json.loads((tmp_path / "run" / "run.json").read_text())
     assert info["mesh"] == {"pp": 1, "dp_replicate": 1, "dp_shard": 2, "cp": 1, "tp": 1, "ep": 2}
     assert info["kernels"]["experts"] == "split, all_to_all(2) of rows"
+    run_on(ranks, 2, layout(changed(config, tmp_path / "again", train__steps=1), tmp_path / "again", ep=2, ep_buffer=2))
+    info = json.loads((tmp_path / "again" / "run.json").read_text())
+    assert info["kernels"]["experts"] == "split, all_to_all(2) of buffers (2 shares)"

@@ -212,7 +212,15 @@ def test_a_run_goes_on_with_its_biases_on_another_layout(
             {"parallel__ep": 2, "model__moe": MoEConfig()},
             "parallel.ep=2 .* model.moe.num_experts=0 .*; use parallel.ep=1$",
         ),
-        ({"parallel__ep": 2, "train__compile": True}, "train.compile=true does not work with parallel.ep=2"),
+        (
+            {"parallel__ep": 2, "parallel__ep_buffer": 0.0, "train__compile": True},
+            "parallel.ep_buffer=0 with parallel.ep=2 .* one graph without it; use ",
+        ),
+        (
+            {"parallel__ep": 2, "parallel__ep_buffer": 0.5},
+            "parallel.ep_buffer=0.5 is neither 0 .*; use ",
+        ),
+        ({"parallel__ep_buffer": 1.5}, "parallel.ep_buffer=1.5 is room .* parallel.ep, which is 1; use "),
         ({"parallel__tp": 2}, "parallel.tp=2 does not divide model.moe.intermediate_size=11, .*; use parallel.tp=1$"),
     ],
 )

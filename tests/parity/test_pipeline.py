@@ -29,6 +29,7 @@ from tests.parity.on_pipeline_ranks import (
     run_and_answer,
     run_and_count_graphs,
     run_broken,
+    run_with_lengths,
 )
 from tests.pool import RankPool
 from trainer.config import ConfigError
@@ -287,6 +288,23 @@ def test_a_gather_starts_before_the_wait_for_the_message_and_costs_nothing(
         assert early.layers_in_memory == [0] * (2 * 3)  # F and B of three micro-batches
         assert early.started == [True] * (2 * 3)
         assert without.started == [False] * (2 * 3)  # negative control
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zbv"])
+def test_micro_batches_of_different_lengths_train_the_same_model(
+    ranks: RankPool, references: References, tmp_path: Path, schedule: str
+) -> None:
+    """Stages of a model that receive, mask or rotate a micro-batch in the shape of another."""
+    changes = {"train__micro_batch_size": 1, "train__steps": 2}
+    config = changed(references.of("masked").config, tmp_path / "alone", **changes)
+    (alone,) = ranks.run(1, run_with_lengths, config)
+    pipeline = {"parallel__pp": 2, "parallel__pp_schedule": schedule}
+    outcome = ranks.run(2, run_with_lengths, changed(config, tmp_path / "run", **pipeline))[0]
+    assert alone is not None
+    assert outcome is not None
+    assert loss_deviation(outcome, alone) <= 1e-6
+    assert gradient_deviation(outcome, alone) <= 1e-5
+    assert alone.losses[0] != pytest.approx(references.of("masked").outcome.losses[0], rel=1e-4)  # of whole sequences
 
 
 def test_the_trace_shows_plan_and_execution(ranks: RankPool, references: References, tmp_path: Path) -> None:

@@ -16,12 +16,16 @@ from trainer.sequence import split_batch
 from trainer.validate import finalize
 
 
-def test_a_part_has_the_tokens_labels_and_positions_of_its_chunks_and_all_documents() -> None:
+@pytest.mark.parametrize("ulysses", [1, 2, 4])
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_part_has_the_tokens_labels_and_positions_of_its_chunks_and_all_documents(masked: bool, ulysses: int) -> None:
     """Labels of other tokens than those that predict them."""
     index = torch.arange(16).expand(3, 16)
-    batch = Batch(tokens=index, labels=index + 1, positions=index % 5, documents=index // 5, samples=torch.arange(3))
-    parts = [split_batch(batch, cp_rank=rank, cp_size=4) for rank in range(4)]
-    assert parts[1].tokens[0].tolist() == [2, 3, 12, 13]
+    documents = index // 5 if masked else None
+    batch = Batch(tokens=index, labels=index + 1, positions=index % 5, documents=documents, samples=torch.arange(3))
+    parts = [split_batch(batch, cp_rank=rank, cp_size=4, cp_ulysses=ulysses) for rank in range(4)]
+    if not masked:
+        assert parts[1].tokens[0].tolist() == [2, 3, 12, 13]
     assert sorted(torch.cat([part.tokens[0] for part in parts]).tolist()) == list(range(16))
     for part in parts:
         assert part.indices is not None
@@ -30,6 +34,7 @@ def test_a_part_has_the_tokens_labels_and_positions_of_its_chunks_and_all_docume
         assert torch.equal(part.positions, part.tokens % 5)
         assert part.documents is batch.documents
         assert part.samples is batch.samples
+        assert (part.cut is None) == (not masked or ulysses == 4)
     assert split_batch(batch, cp_rank=0, cp_size=1) is batch
 
 
