@@ -108,7 +108,8 @@ class _SumOfGradients(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
         ctx.axis = axis
-        return x.view_as(x)
+        # A view that leaves a compiled graph is made again from x behind it, and its gradient would pass by the sum.
+        return x.clone() if torch.compiler.is_compiling() else x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
