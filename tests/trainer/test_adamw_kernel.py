@@ -554,7 +554,7 @@ def wide_config(**changes: Any) -> TrainConfig:
         ),
         (
             {"parallel__tp": 2, "parallel__zero_stage": 3},
-            "more into pieces of 128; use parallel.tp=1, or parallel.zero_stage=0 or 1, or optim.state_dtype",
+            "more into pieces of 128; use parallel.tp=1, or parallel.zero_stage=0, 1 or 2, or",
         ),
         (
             {"model__hidden_size": 640},
