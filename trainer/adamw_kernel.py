@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from parallel.regions import largest_piece, local_region
 from trainer.config import ConfigError, OptimConfig
 from trainer.gradients import local_gradient, local_shard_of
 
+NO_COPIES: Mapping[str, Tensor] = MappingProxyType({})
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """Of moments that are not quantized, by optim.state_dtype."""
 
@@ -85,12 +87,12 @@ class KernelAdamW:
         decay: Mapping[str, float],
         config: OptimConfig,
         *,
-        copies: Mapping[str, Tensor],
         seed: int,
+        copies: Mapping[str, Tensor] = NO_COPIES,
         fused: Mapping[str, Parts] = NOTHING_FUSED,
     ) -> None:
-        """decay: weight decay coefficient of each parameter, by name. copies: where new values of what this rank holds
-        of a parameter are written to as well, in another dtype. seed: of stochastic rounding. fused: what fused
+        """decay: weight decay coefficient of each parameter, by name. seed: of stochastic rounding. copies: where new
+        values of what this rank holds of a parameter are written to as well, in another dtype. fused: what fused
         parameters are made of, by name; bits are those of their parts.
 
         Raises ConfigError where optim.state_dtype=int8 and the layout cuts a block of 256 elements in two.

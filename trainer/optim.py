@@ -12,7 +12,7 @@ from torch import Tensor
 from kernels.backend import runs_triton
 from parallel.fused import NOTHING_FUSED, Parts
 from trainer.adamw import AdamW
-from trainer.adamw_kernel import KernelAdamW, is_quantized
+from trainer.adamw_kernel import NO_COPIES, KernelAdamW, is_quantized
 from trainer.config import OPTIMIZER_KERNELS, OPTIMIZERS, STATE_DTYPES, OptimConfig
 from trainer.gradients import clip_coefficient, global_grad_norm, local_shard_of
 from trainer.muon import Muon
@@ -157,7 +157,7 @@ def build_optimizer(
     *,
     seed: int = 0,
     fused: Mapping[str, Parts] = NOTHING_FUSED,
-    copies: Mapping[str, Tensor] | None = None,
+    copies: Mapping[str, Tensor] = NO_COPIES,
     first: Collection[str] = (),
 ) -> Optimizer:
     """The optimizer that config names, over master parameters by name (order and names the same on all ranks).
@@ -178,7 +178,7 @@ def build_optimizer(
     def adamw(some: Mapping[str, Tensor]) -> UpdateRule:
         if choose_kernel(config, stochastic=stochastic, device=device) == "torch":
             return AdamW(some, decay, config)
-        return KernelAdamW(some, decay, config, copies=copies or {}, seed=seed, fused=fused)
+        return KernelAdamW(some, decay, config, copies=copies, seed=seed, fused=fused)
 
     if config.name == "adamw":
         early = {name: p for name, p in parameters.items() if name in first}
