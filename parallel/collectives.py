@@ -1,9 +1,9 @@
 """Collectives, under the names of the torch version at hand.
 
-Two kinds. `*_rows` work in place on the raw buffers of data parallelism. The others are out of place and
-differentiable: layers call them on activations, eagerly or inside a compiled graph. Over all ranks of an axis together
-a collective is a linear map, and its backward the transpose of it. How each rank uses the result decides which map
-that is, so the name says it and the docstring states the backward:
+Two kinds. `*_rows` and `*_together` work in place on the raw buffers of data parallelism. The others are out of place
+and differentiable: layers call them on activations, eagerly or inside a compiled graph. Over all ranks of an axis
+together a collective is a linear map, and its backward the transpose of it. How each rank uses the result decides which
+map that is, so the name says it and the docstring states the backward:
 
     function             forward           backward          the value before -> after
     sum_of_gradients     identity          all-reduce        the same on all ranks -> used differently by each
@@ -16,6 +16,7 @@ that is, so the name says it and the docstring states the backward:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +51,60 @@ def all_to_all_rows(buffer: torch.Tensor, *, group: dist.ProcessGroup) -> torch.
     received = torch.empty_like(buffer)
     _all_to_all(received, buffer, group=group)
     return received
+
+
+# ---- of several tensors of one dtype at once. NCCL takes them in one launch, each in place. On gloo a message costs
+# more than its bytes, and coalesced tensors are sent one by one: there they are packed. When these return they are
+# done, on CUDA in the order of the current stream.
+
+
+def _packs(tensor: Tensor) -> bool:
+    return not tensor.is_cuda
+
+
+def reduce_scatter_together(shards: Sequence[Tensor], wholes: Sequence[Tensor], *, group: dist.ProcessGroup) -> None:
+    """shards[i] [length_i] := this rank's row of the sum over ranks of wholes[i] [N, length_i].
+
+    A shard may be that very row of its whole; the other rows are then left undefined.
+    """
+    if not _packs(wholes[0]):
+        with dist._coalescing_manager(group=group):
+            for shard, whole in zip(shards, wholes, strict=True):
+                _reduce_scatter(shard, whole.view(-1), group=group)
+        return
+    packed = torch.cat(list(wholes), dim=1)
+    received = packed.new_empty(packed.shape[1])
+    _reduce_scatter(received, packed.view(-1), group=group)
+    torch._foreach_copy_(list(shards), list(received.split([shard.numel() for shard in shards])))
+
+
+def all_gather_together(wholes: Sequence[Tensor], *, rank: int, group: dist.ProcessGroup) -> None:
+    """wholes[i] [N, length_i] := row n of rank n, in place; this rank gives its own."""
+    if not _packs(wholes[0]):
+        with dist._coalescing_manager(group=group):
+            for whole in wholes:
+                _all_gather(whole.view(-1), whole[rank], group=group)
+        return
+    mine = torch.cat([whole[rank] for whole in wholes])
+    packed = mine.new_empty(len(wholes[0]), len(mine))
+    _all_gather(packed.view(-1), mine, group=group)
+    torch._foreach_copy_(list(wholes), list(packed.split([whole.shape[1] for whole in wholes], dim=1)))
+
+
+def all_reduce_together(tensors: Sequence[Tensor], *, group: dist.ProcessGroup) -> None:
+    """Each := its sum over ranks, in place."""
+    if len(tensors) == 1:
+        dist.all_reduce(tensors[0], group=group)
+        return
+    if not _packs(tensors[0]):
+        with dist._coalescing_manager(group=group):
+            for tensor in tensors:
+                dist.all_reduce(tensor, group=group)
+        return
+    packed = torch.cat([tensor.flatten() for tensor in tensors])
+    dist.all_reduce(packed, group=group)
+    parts = packed.split([tensor.numel() for tensor in tensors])
+    torch._foreach_copy_(list(tensors), [part.view_as(t) for part, t in zip(parts, tensors, strict=True)])
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
     activation checkpointing   rewrites block.forward
     compile                    compiles that, one graph per block
     offload                    hooks around the compiled block
-    data parallelism           fully_shard on meta parameters, or buckets on real ones; then memory is allocated
+    data parallelism           fully_shard on meta parameters, or hooks on real ones; then memory is allocated
 
 A model is built on the meta device. After `parallelize` every parameter has memory on its device, sharded where the
 layout says so, and unspecified values: fill `masters`, then call `publish`.
@@ -23,11 +23,13 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor, Shard
 
 from parallel.activation_checkpoint import ActivationCheckpoint, apply_activation_checkpoint, apply_offload
-from parallel.data import BucketedDataParallel, DataParallel, FullyShardedDataParallel, is_spread_over_ep
+from parallel.data import DataParallel, is_spread_over_ep
 from parallel.dims import ParallelConfig
+from parallel.fully_sharded import FullyShardedDataParallel
 from parallel.mesh import Meshes
 from parallel.precision import PrecisionConfig
 from parallel.regions import local_tensor
+from parallel.zero import WholeParameters
 
 
 @dataclass(frozen=True)
@@ -73,14 +75,14 @@ def parallelize(
             apply_activation_checkpoint(block, checkpointing)
         if checkpointing.mode == "offload":
             apply_offload(block, pin_memory=device.type == "cuda")
-    if config.zero_stage >= 2:
+    if config.zero_stage == 3:
         return _shard_fully(model, mesh, config, precision=precision, device=device)
     model.to(precision.compute_dtype)
     model.to_empty(device=device)
-    return BucketedDataParallel(
+    return WholeParameters(
         model,
         mesh=mesh,
-        sharded=config.zero_stage == 1,
+        zero_stage=config.zero_stage,
         units=forward_units(model),
         master_dtype=precision.master_dtype,
         reduce_dtype=precision.reduce_dtype,
@@ -115,7 +117,7 @@ def forward_units(model: nn.Module) -> list[tuple[nn.Module, list[str]]]:
 def _shard_fully(
     model: nn.Module, mesh: Meshes, config: ParallelConfig, *, precision: PrecisionConfig, device: torch.device
 ) -> DataParallel:
-    """ZeRO-2 and 3 through FSDP2: one group per block, one for embedding, final norm and head together.
+    """ZeRO-3 through FSDP2: one group per block, one for embedding, final norm and head together.
 
     Experts that are spread over ep are a group of their own inside their block, over the ranks that hold the same.
 
@@ -130,7 +132,7 @@ def _shard_fully(
         "mp_policy": MixedPrecisionPolicy(
             param_dtype=precision.compute_dtype, reduce_dtype=precision.reduce_dtype, cast_forward_inputs=False
         ),
-        "reshard_after_forward": config.zero_stage == 3,
+        "reshard_after_forward": True,
     }
     if config.cpu_offload:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type == "cuda")
@@ -154,7 +156,6 @@ def _shard_fully(
     assert isinstance(model, FSDPModule)
     return FullyShardedDataParallel(
         model,
-        zero_stage=config.zero_stage,
         mesh=mesh,
         replicas=mesh.state["dp_replicate"] if replicated and pipelined else None,
         reduce_dtype=precision.reduce_dtype,

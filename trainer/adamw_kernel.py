@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from parallel.regions import largest_piece, local_region
 from trainer.config import ConfigError, OptimConfig
 from trainer.gradients import local_gradient, local_shard_of
 
+NO_COPIES: Mapping[str, Tensor] = MappingProxyType({})
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """Of moments that are not quantized, by optim.state_dtype."""
 
@@ -86,9 +88,11 @@ class KernelAdamW:
         config: OptimConfig,
         *,
         seed: int,
+        copies: Mapping[str, Tensor] = NO_COPIES,
         fused: Mapping[str, Parts] = NOTHING_FUSED,
     ) -> None:
-        """decay: weight decay coefficient of each parameter, by name. seed: of stochastic rounding. fused: what fused
+        """decay: weight decay coefficient of each parameter, by name. seed: of stochastic rounding. copies: where new
+        values of what this rank holds of a parameter are written to as well, in another dtype. fused: what fused
         parameters are made of, by name; bits are those of their parts.
 
         Raises ConfigError where optim.state_dtype=int8 and the layout cuts a block of 256 elements in two.
@@ -96,6 +100,7 @@ class KernelAdamW:
         self.config, self.seed = config, seed
         self.parameters = dict(parameters)
         self.decay = dict(decay)
+        self.copies = {name: copy for name, copy in copies.items() if name in parameters}
         make = Moment.zeros
         self.exp_avg = {n: make(n, p, config.state_dtype, signed=True) for n, p in parameters.items()}
         self.exp_avg_sq = {n: make(n, p, config.state_dtype, signed=False) for n, p in parameters.items()}
@@ -128,6 +133,10 @@ class KernelAdamW:
             skip=skip,
         )
 
+    def _copy(self, run: _Run) -> Tensor | None:
+        copy = self.copies.get(run.parameter)
+        return None if copy is None else copy[run.rows]
+
     def _prepared(self) -> AdamWUpdate:
         """The update of all local shards; made anew if they moved, as fully_shard moves padded ones at first use."""
         shards = [local_shard_of(self.parameters[run.parameter])[run.rows] for run in self._runs]
@@ -139,6 +148,7 @@ class KernelAdamW:
                 [self.exp_avg[run.parameter].local(run.rows) for run in self._runs],
                 [self.exp_avg_sq[run.parameter].local(run.rows) for run in self._runs],
                 decay=[self.decay[run.parameter] for run in self._runs],
+                copies=[self._copy(run) for run in self._runs],
                 rounding=[run.rounding for run in self._runs],
                 seed=self.seed,
             )
@@ -184,6 +194,6 @@ def _check_blocks(name: str, parameter: Tensor) -> None:
             [
                 f"optim.state_dtype=int8 quantizes blocks of {BLOCK} elements of a row, and this layout cuts the "
                 f"{columns} columns of {name} into pieces of {piece}; cut them into fewer ranks (parallel.tp, "
-                "parallel.dp_shard, parallel.zero_stage=1), or use optim.state_dtype=bf16 or fp32"
+                "parallel.dp_shard, parallel.zero_stage=2), or use optim.state_dtype=bf16 or fp32"
             ]
         )

@@ -100,7 +100,14 @@ def build_state(config: TrainConfig, dims: ParallelDims, mesh: Meshes, device: t
     return TrainState(
         model=model,
         data_parallel=data_parallel,
-        optimizer=build_optimizer(data_parallel.masters, config.optim, seed=config.train.seed, fused=fused),
+        optimizer=build_optimizer(
+            data_parallel.masters,
+            config.optim,
+            seed=config.train.seed,
+            fused=fused,
+            copies=data_parallel.copies,
+            first=data_parallel.needed_first,
+        ),
         loss_scale=LossScale(config.precision, device),
         token_group=token_group,
         device=device,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Protocol
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from kernels.backend import runs_triton
 from parallel.fused import NOTHING_FUSED, Parts
 from trainer.adamw import AdamW
-from trainer.adamw_kernel import KernelAdamW, is_quantized
+from trainer.adamw_kernel import NO_COPIES, KernelAdamW, is_quantized
 from trainer.config import OPTIMIZER_KERNELS, OPTIMIZERS, STATE_DTYPES, OptimConfig
 from trainer.gradients import clip_coefficient, global_grad_norm, local_shard_of
 from trainer.muon import Muon
@@ -36,6 +36,11 @@ SMALLEST_BF16_STEP = 2.0**-8
 class UpdateRule(Protocol):
     """How some of the parameters change in a step: AdamW, Muon."""
 
+    @property
+    def parameters(self) -> Mapping[str, Tensor]:
+        """Those, by name."""
+        ...
+
     def state(self) -> dict[str, Tensor]:
         """State tensors by name, KIND/PARAMETER; always the same objects."""
         ...
@@ -58,6 +63,8 @@ class Optimizer:
     ) -> None:
         """norm_kernel: what `global_grad_norm` of these parameters is to be taken by."""
         self.parameters = dict(parameters)
+        self.written = frozenset(name for rule in rules if isinstance(rule, KernelAdamW) for name in rule.copies)
+        """Parameters whose copies in another dtype an update writes too."""
         self.rules = rules
         self.norm_kernel = norm_kernel
         devices = {p.device for p in parameters.values()}
@@ -72,11 +79,20 @@ class Optimizer:
         self._num_steps = torch.zeros((), dtype=torch.float32, device=self._device)
 
     @torch.no_grad()
-    def step(self, *, lr: float, grad_scale: Tensor, skip: Tensor) -> None:
+    def step(
+        self,
+        *,
+        lr: float,
+        grad_scale: Tensor,
+        skip: Tensor,
+        updated: Callable[[Collection[str]], None] = lambda names: None,
+    ) -> None:
         """One update from `p.grad` of every parameter.
 
         grad_scale: 0-d fp32, multiplies all gradients (clipping coefficient / loss scale). skip: 0-d fp32; 0: update;
         1: leave parameters and state, the step count included, bit for bit as they are, whatever the gradients hold.
+        updated: called with the names of parameters right after their update was launched, before that of others.
+
         `p.grad` may be left scaled: call zero_grad next. No host synchronisation, except that for masters in host
         memory (offloaded) both scalars are copied there. Collective where matrices are sharded and the rule is Muon.
         Raises RuntimeError for a parameter without a gradient, or with one of another dtype, shape or placement.
@@ -85,6 +101,7 @@ class Optimizer:
         self._num_steps += 1 - skip
         for rule in self.rules:
             rule.update(lr=lr, grad_scale=grad_scale, skip=skip, num_steps=self._num_steps)
+            updated(rule.parameters)
 
     def zero_grad(self) -> None:
         """Drops all gradients."""
@@ -140,13 +157,16 @@ def build_optimizer(
     *,
     seed: int = 0,
     fused: Mapping[str, Parts] = NOTHING_FUSED,
+    copies: Mapping[str, Tensor] = NO_COPIES,
+    first: Collection[str] = (),
 ) -> Optimizer:
     """The optimizer that config names, over master parameters by name (order and names the same on all ranks).
 
     muon: hidden matrices by Muon, all else by AdamW with the same lr and weight decay. seed: of the stochastic rounding
     of bf16 parameters. fused: what fused parameters are made of, by name; a part is updated as it would be alone.
-    Raises ValueError for settings that do not go together, no parameters, or a layout that muon, or moments in 8 bits,
-    cannot divide.
+    copies: by name, local memory that new values go to in another dtype too, by rules that can do so in the same pass
+    (`Optimizer.written`). first: names of those that AdamW updates before others. Raises ValueError for settings that
+    do not go together, no parameters, or a layout that muon, or moments in 8 bits, cannot divide.
     """
     stochastic = any(p.dtype == torch.bfloat16 for p in parameters.values())
     if found := problems(config) + precision_problems(config, master="bf16" if stochastic else "fp32"):
@@ -158,10 +178,13 @@ def build_optimizer(
     def adamw(some: Mapping[str, Tensor]) -> UpdateRule:
         if choose_kernel(config, stochastic=stochastic, device=device) == "torch":
             return AdamW(some, decay, config)
-        return KernelAdamW(some, decay, config, seed=seed, fused=fused)
+        return KernelAdamW(some, decay, config, copies=copies, seed=seed, fused=fused)
 
     if config.name == "adamw":
-        return Optimizer(parameters, [adamw(parameters)], norm_kernel=norm_kernel)
+        early = {name: p for name, p in parameters.items() if name in first}
+        late = {name: p for name, p in parameters.items() if name not in first}
+        rules = [adamw(some) for some in (early, late) if some]
+        return Optimizer(parameters, rules, norm_kernel=norm_kernel)
     hidden = {name: p for name, p in parameters.items() if is_hidden_matrix(name, p)}
     others = {name: p for name, p in parameters.items() if name not in hidden}
     return Optimizer(parameters, [Muon(hidden, decay, config, fused=fused), adamw(others)], norm_kernel=norm_kernel)

@@ -272,6 +272,8 @@ def _join_groups_of_programs(mesh: Meshes, device: torch.device) -> None:
     program another rank may come there only after a message that this one has not started yet.
     """
     groups = [mesh.state[axis].get_group() for axis in ("dp_replicate", "shard", "tp")]
+    if mesh.experts is not None and mesh.expert_tokens is not None:
+        groups += [mesh.experts["expert_shard"].get_group(), mesh.expert_tokens.get_group()]
     if mesh.context is not None:
         groups += [mesh.context[axis].get_group() for axis in CONTEXT_AXES]
     for group in groups:

@@ -194,8 +194,9 @@ def train_step(state: TrainState, microbatches: list[Batch], *, lr: float) -> St
         usable &= state.routing.all_computed(report)
     skipped = 1.0 - usable.float()
     coefficient = clip_coefficient(grad_norm, state.grad_clip) / scale
-    state.optimizer.step(lr=lr, grad_scale=coefficient, skip=skipped)
-    state.data_parallel.publish()
+    # What the next forward needs first travels while others are updated.
+    publish = partial(state.data_parallel.publish, written=state.optimizer.written)
+    state.optimizer.step(lr=lr, grad_scale=coefficient, skip=skipped, updated=publish)
     extra = {f"mtp_loss_{k}": loss_k for k, loss_k in enumerate(further, start=1)}
     if state.routing is not None and report is not None:
         extra |= state.routing.finish(report, skipped)

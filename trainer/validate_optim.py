@@ -36,13 +36,13 @@ def optimizer_problems(config: TrainConfig, model: ModelConfig, world_size: int)
                 change(optim__kernel="torch", optim__state_dtype="fp32", precision__master="fp32"),
             )
         )
-    if precision.master == "bf16" and precision.reduce == "fp32" and parallel.zero_stage >= 2:
+    if precision.master == "bf16" and precision.reduce == "fp32" and parallel.zero_stage == 3:
         found.append(
             Problem(
-                f"precision.reduce=fp32 with precision.master=bf16 and parallel.zero_stage={parallel.zero_stage}: "
+                "precision.reduce=fp32 with precision.master=bf16 and parallel.zero_stage=3: "
                 "fully_shard adds the gradients of micro-batches in the dtype of the weights",
                 values("precision.reduce", ["bf16"]),
-                values("parallel.zero_stage", [0, 1], near=1),
+                values("parallel.zero_stage", [0, 1, 2], near=2),
             )
         )
     if optim.state_dtype == "int8" and not (dims_problems(parallel, world_size) or model_problems(model)):
@@ -69,13 +69,13 @@ def _block_problems(config: TrainConfig, model: ModelConfig, world_size: int) ->
             piece = longest_piece_of_a_row(name, shape, model, config, dims)
             if piece != shape[-1] and piece % BLOCK:
                 cut.setdefault((shape[-1], piece), []).append(name)
-    over = f" with parallel.zero_stage={stage} over {dims.dp_shard * dims.cp} ranks" if stage >= 2 else ""
+    over = f" with parallel.zero_stage={stage} over {dims.dp_shard * dims.cp} ranks" if stage == 3 else ""
     return [
         Problem(
             f"{why}, and parallel.tp={dims.tp}{over} cuts the {columns} columns of {_some(names)} into pieces of "
             f"{piece}",
             values("parallel.tp", divisors(world_size), near=dims.tp),
-            values("parallel.zero_stage", [1, 0]) if stage >= 2 else None,
+            values("parallel.zero_stage", [2, 1, 0]) if stage == 3 else None,
             otherwise,
         )
         for (columns, piece), names in cut.items()
@@ -96,7 +96,7 @@ def longest_piece_of_a_row(
     by_tp = tp_dim(name, shape, model, dims.tp)
     last = len(shape) - 1
     piece = -(-shape[last] // dims.tp) if by_tp == last else shape[last]
-    if config.parallel.zero_stage < 2:
+    if config.parallel.zero_stage < 3:
         return piece
     is_spread = dims.ep > 1 and len(shape) == 3
     ranks = dims.expert_shard if is_spread else dims.dp_shard * dims.cp

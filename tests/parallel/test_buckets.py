@@ -17,20 +17,27 @@ def test_a_bucket_holds_every_element_where_torch_chunk_puts_it(num_ranks: int) 
     """A row off by one would update a neighbour's weights; uneven and empty shards are where that happens."""
     tensors = {n: torch.randn(s) for n, s in SHAPES.items()}
     (layout,) = plan_buckets({n: t.shape for n, t in tensors.items()}, num_ranks=num_ranks, max_elements=10**6)
-    buffer = torch.zeros(num_ranks, layout.row_length)
+    buffer = torch.zeros(num_ranks * layout.shard_length)
     for slot in layout.slots:
-        slot.copy_in(buffer, tensors[slot.name], accumulate=False)
-        slot.copy_in(buffer, tensors[slot.name], accumulate=True)
+        target, source = slot.pair(slot.of_whole(buffer), tensors[slot.name])
+        target.copy_(source)
         back = torch.full_like(tensors[slot.name], float("nan"))
-        slot.copy_out(buffer, back)
-        torch.testing.assert_close(back, 2 * tensors[slot.name], rtol=0, atol=0)
+        source, target = slot.pair(slot.of_whole(buffer), back)
+        target.copy_(source)
+        assert torch.equal(tensors[slot.name], back)
         assert slot.dim == (slot.name == "e" and num_ranks == 4)  # matrices of a stack: 6 over 4, 4 rows over 4
         chunks = list(tensors[slot.name].chunk(num_ranks, dim=slot.dim))
         for rank in range(num_ranks):
-            local = slot.local_view(buffer[rank], rank)
+            local = slot.local_view(slot.of_whole(buffer)[rank], rank)
             expected = chunks[rank] if rank < len(chunks) else chunks[0][:0]
-            assert torch.equal(local.reshape(-1), 2 * expected.reshape(-1))
+            assert torch.equal(local, slot.local_part(tensors[slot.name], rank))
+            assert torch.equal(local.reshape(-1), expected.reshape(-1))
             assert local.is_contiguous()
+        if slot.is_parameter:
+            assert torch.equal(slot.of_whole(buffer).flatten(), tensors[slot.name].flatten())
+    assert any(slot.is_parameter for slot in layout.slots) == (num_ranks < 9)
+    parts = [slot.of_shard(torch.arange(layout.shard_length)) for slot in layout.slots]
+    assert torch.equal(torch.cat(parts), torch.arange(layout.shard_length))
 
 
 @settings(max_examples=50, deadline=None)
@@ -41,5 +48,5 @@ def test_buckets_keep_the_order_and_respect_the_limit(rows: list[int], num_ranks
     layouts = plan_buckets(shapes, num_ranks=num_ranks, max_elements=limit)
     assert [slot.name for layout in layouts for slot in layout.slots] == list(shapes)
     for layout in layouts:
-        assert len(layout.slots) == 1 or layout.row_length * num_ranks <= limit
-        assert [s.start for s in layout.slots[1:]] == [s.stop for s in layout.slots[:-1]]
+        assert len(layout.slots) == 1 or layout.shard_length * num_ranks <= limit
+        assert [s.start for s in layout.slots[1:]] == [s.start + s.length for s in layout.slots[:-1]]

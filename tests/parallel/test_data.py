@@ -9,134 +9,21 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from parallel.data import DataParallel, state_bytes
+from parallel import collectives
+from parallel.data import state_bytes
 from parallel.dims import ParallelConfig, ParallelDims
 from parallel.mesh import build_mesh
 from parallel.parallelize import BlockOptions, parallelize
 from parallel.precision import PrecisionConfig
+from parallel.zero import WholeParameters
+from tests.parallel.small_model import NUM_BLOCKS, Model, Sizes, build, data, full, oracle, steps, weights
 from tests.parity.harness import largest
 from tests.pool import RankPool
 from trainer.config import OptimConfig
 from trainer.optim import build_optimizer
-
-WIDTH, HIDDEN, NUM_BLOCKS, VOCAB = 13, 17, 3, 11  # odd: shards are uneven on every number of ranks
-
-
-class _Block(nn.Module):
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.up, self.down = nn.Linear(width, hidden), nn.Linear(hidden, width, bias=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.down(F.gelu(self.up(self.norm(x))))
-
-
-class _Model(nn.Module):
-    """The shape parallelize expects: blocks, and parameters before and after them; a tied table."""
-
-    def __init__(self, width: int = WIDTH, hidden: int = HIDDEN, vocab: int = VOCAB) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(vocab, width)
-        self.blocks = nn.ModuleList(_Block(width, hidden) for _ in range(NUM_BLOCKS))
-        self.final_norm = nn.LayerNorm(width)
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        x = self.embedding(tokens)
-        for block in self.blocks:
-            x = block(x)
-        return F.linear(self.final_norm(x), self.embedding.weight)
-
-
-def _weights() -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return {n: torch.randn(p.shape, generator=generator) * 0.3 for n, p in _Model().named_parameters()}
-
-
-def _data() -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    tokens = torch.randint(VOCAB, (8, 6), generator=generator)
-    return tokens[:, :-1], tokens[:, 1:]
-
-
-def _build(
-    stage: int, dp_replicate: int, *, precision: PrecisionConfig | None = None, bucket_mb: float = 0.002, **axes: Any
-) -> tuple[nn.Module, DataParallel]:
-    """A model in the given layout with `_weights`; buckets of ~2 KiB, so that there are several."""
-    precision = precision or PrecisionConfig()
-    config = ParallelConfig(dp_replicate=dp_replicate, zero_stage=stage, bucket_mb=bucket_mb, **axes)
-    mesh = build_mesh(ParallelDims.resolve(config, dist.get_world_size()), "cpu")
-    with torch.device("meta"):
-        model = _Model()
-    data_parallel = parallelize(
-        model, mesh, config, precision=precision, blocks=BlockOptions(), device=torch.device("cpu")
-    )
-    full = _weights()
-    for name, master in data_parallel.masters.items():
-        if isinstance(master, DTensor):
-            local = distribute_tensor(full[name], master.device_mesh, master.placements).to_local()
-            master.to_local().detach().copy_(local)
-        else:
-            master.detach().copy_(full[name])
-    data_parallel.publish()
-    return model, data_parallel
-
-
-def _full(t: torch.Tensor) -> torch.Tensor:
-    return (t.full_tensor() if isinstance(t, DTensor) else t).detach().clone()
-
-
-def _steps(stage: int, dp_replicate: int, num_micro: int, compute: str, num_steps: int) -> dict[str, torch.Tensor]:
-    """SGD-free check: gradients of the first step and weights after AdamW steps, gathered whole."""
-    precision = PrecisionConfig(compute=compute)
-    model, data_parallel = _build(stage, dp_replicate, precision=precision)
-    optimizer = build_optimizer(data_parallel.masters, OptimConfig(lr=1e-2))
-    inputs, labels = _data()
-    rank, world = dist.get_rank(), dist.get_world_size()
-    one, zero = torch.tensor(1.0), torch.tensor(0.0)
-    out: dict[str, torch.Tensor] = {}
-    for step in range(num_steps):
-        mine = inputs.chunk(world)[rank].chunk(num_micro), labels.chunk(world)[rank].chunk(num_micro)
-        for i, (x, y) in enumerate(zip(*mine, strict=True)):
-            data_parallel.start_microbatch(last=i == num_micro - 1)
-            logits = model(x).float()
-            (F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="sum") / labels.numel()).backward()
-        data_parallel.finish_backward()
-        if step == 0:
-            out |= {f"grad/{n}": _full(m.grad) for n, m in data_parallel.masters.items()}  # type: ignore[arg-type]
-        optimizer.step(lr=1e-2, grad_scale=one, skip=zero)
-        data_parallel.publish()
-    out |= {f"weight/{n}": _full(m) for n, m in data_parallel.masters.items()}
-    with torch.no_grad():
-        out["logits"] = model(inputs).float()
-    return out
-
-
-def _oracle(num_steps: int) -> dict[str, torch.Tensor]:
-    """torch alone: one process, torch.optim.AdamW."""
-    model = _Model()
-    model.load_state_dict(_weights())
-    decayed = [p for n, p in model.named_parameters() if p.ndim > 1 and not n.startswith("embedding")]
-    kept = [p for n, p in model.named_parameters() if p.ndim <= 1 or n.startswith("embedding")]
-    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": kept, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95))
-    inputs, labels = _data()
-    out: dict[str, torch.Tensor] = {}
-    for step in range(num_steps):
-        F.cross_entropy(model(inputs).flatten(0, 1), labels.flatten()).backward()
-        if step == 0:
-            out |= {f"grad/{n}": p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-        optimizer.step()
-        optimizer.zero_grad()
-    out |= {f"weight/{n}": p.detach().clone() for n, p in model.named_parameters()}
-    with torch.no_grad():
-        out["logits"] = model(inputs)
-    return out
-
 
 LAYOUTS = [(1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4)]  # (ranks, dp_replicate)
 
@@ -147,8 +34,8 @@ def test_gradients_and_updates_equal_one_process(
     ranks: RankPool, stage: int, world_size: int, dp_replicate: int
 ) -> None:
     """A mean instead of a sum, a shard in the wrong place, a stale all-gather: each moves a gradient or a weight."""
-    expected = _oracle(num_steps=3)
-    for result in ranks.run(world_size, _steps, stage, dp_replicate, 2, "fp32", 3):
+    expected = oracle(num_steps=3)
+    for result in ranks.run(world_size, steps, stage, dp_replicate, 2, "fp32", 3):
         assert result.keys() == expected.keys()
         for name, value in expected.items():
             if name.startswith("grad/"):
@@ -160,8 +47,8 @@ def test_gradients_and_updates_equal_one_process(
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_bf16_compute_keeps_fp32_masters_and_fp32_sums(ranks: RankPool, stage: int) -> None:
     """A master rounded to bf16 would lose every update smaller than 1/256 of its weight."""
-    expected = _oracle(num_steps=3)
-    result = ranks.run(2, _steps, stage, 1, 2, "bf16", 3)[0]
+    expected = oracle(num_steps=3)
+    result = ranks.run(2, steps, stage, 1, 2, "bf16", 3)[0]
     weight = result["weight/blocks.0.up.weight"]
     assert weight.dtype == torch.float32
     assert (weight != weight.bfloat16().float()).float().mean() > 0.9
@@ -170,39 +57,52 @@ def test_bf16_compute_keeps_fp32_masters_and_fp32_sums(ranks: RankPool, stage: i
             assert (result[name] - value).norm() <= 2e-2 * value.norm(), name
 
 
+def _stay_here(shards: list[torch.Tensor], wholes: list[torch.Tensor], *, group: dist.ProcessGroup) -> None:
+    """A reduce-scatter that takes this rank's part of its own summand for the sum."""
+    for shard, whole in zip(shards, wholes, strict=True):
+        shard.copy_(whole[dist.get_rank(group)])
+
+
 def _corrupt(stage: int) -> float:
-    """Like _steps, but this rank's gradients never leave it; the largest relative gradient error."""
-    model, data_parallel = _build(stage, 1)
-    if stage < 2:
+    """Like steps, but this rank's gradients never leave it; the largest relative gradient error."""
+    with pytest.MonkeyPatch.context() as patch:
+        if stage == 2:
+            patch.setattr("parallel.zero.reduce_scatter_together", _stay_here)
+        return _error_of_corrupt(stage)
+
+
+def _error_of_corrupt(stage: int) -> float:
+    model, data_parallel = build(stage, 1)
+    if stage == 0:
         data_parallel._reduce = lambda bucket: None  # type: ignore[attr-defined, method-assign]
-    else:
+    elif stage == 3:
         model.set_gradient_divide_factor(dist.get_world_size())  # type: ignore[operator]
         for block in model.blocks:  # type: ignore[union-attr]
             block.set_gradient_divide_factor(dist.get_world_size())  # type: ignore[operator, union-attr]
-    inputs, labels = _data()
+    inputs, labels = data()
     rank, world = dist.get_rank(), dist.get_world_size()
     data_parallel.start_microbatch(last=True)
     logits = model(inputs.chunk(world)[rank])
     y = labels.chunk(world)[rank]
     (F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="sum") / labels.numel()).backward()
     data_parallel.finish_backward()
-    expected = _oracle(num_steps=1)
+    expected = oracle(num_steps=1)
     errors = []
     for name, master in data_parallel.masters.items():
         value = expected[f"grad/{name}"]
         assert master.grad is not None
-        errors.append(((_full(master.grad) - value).abs().max() / value.abs().max()).item())
+        errors.append(((full(master.grad) - value).abs().max() / value.abs().max()).item())
     return largest(errors)
 
 
-@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize("stage", [0, 2, 3])
 def test_the_comparison_notices_a_missing_or_averaged_reduction(ranks: RankPool, stage: int) -> None:
     """Negative control of the equality tests above."""
     assert max(ranks.run(2, _corrupt, stage)) > 0.1
 
 
 def _unused() -> None:
-    _, data_parallel = _build(0, 1)
+    _, data_parallel = build(0, 1)
     data_parallel.start_microbatch(last=True)
     data_parallel.finish_backward()
 
@@ -220,14 +120,14 @@ def _bytes(
     config = ParallelConfig(zero_stage=stage)
     mesh = build_mesh(ParallelDims.resolve(config, dist.get_world_size()), "cpu")
     with torch.device("meta"):
-        model = _Model(width=width, hidden=hidden, vocab=12)
+        model = Model(Sizes(width, hidden, vocab=12))
     device = torch.device("cpu")
     data_parallel = parallelize(model, mesh, config, precision=precision, blocks=BlockOptions(), device=device)
     for master in data_parallel.masters.values():
         (master.to_local() if isinstance(master, DTensor) else master).detach().fill_(0.1)
     data_parallel.publish()
     optimizer = build_optimizer(data_parallel.masters, optim or OptimConfig())
-    inputs, labels = _data()
+    inputs, labels = data()
     data_parallel.start_microbatch(last=True)
     F.cross_entropy(model(inputs).float().flatten(0, 1), labels.flatten()).backward()
     moments = {n: t for n, t in optimizer.state_tensors().items() if t.ndim > 0}
@@ -243,29 +143,30 @@ def test_state_per_rank_is_the_zero_papers_sixteen_bytes(ranks: RankPool, stage:
     """1910.02054, figure 1, with K = 12: 16-bit weights and gradients 2 + 2, fp32 master and moments 4 + 8 bytes each,
     of which stage 1 shards the last two, stage 2 also gradients, stage 3 everything.
 
-    Stages 0 and 1 are that to the byte. fully_shard (2, 3) keeps one fp32 shard as parameter and master at once, and an
-    fp32 gradient shard: the paper's 16 / N of stage 3, counted as 4 + 4 + 0 + 8; whole 16-bit weights come and go.
+    Stages 0 to 2 are that to the byte. fully_shard (3) keeps one fp32 shard as parameter and master at once, and an
+    fp32 gradient shard: the paper's 16 / N, counted as 4 + 4 + 0 + 8; whole 16-bit weights come and go.
     """
     n = num_ranks
     per_parameter = {
         0: {"parameters": 2, "gradients": 2, "master": 4, "optimizer": 8},
         1: {"parameters": 2, "gradients": 2, "master": 4 / n, "optimizer": 8 / n},
-        2: {"parameters": 4 / n, "gradients": 4 / n, "master": 0, "optimizer": 8 / n},
+        2: {"parameters": 2, "gradients": 2 / n, "master": 4 / n, "optimizer": 8 / n},
         3: {"parameters": 4 / n, "gradients": 4 / n, "master": 0, "optimizer": 8 / n},
     }[stage]
     for num_parameters, measured in ranks.run(n, _bytes, stage, PrecisionConfig(compute="bf16", reduce="bf16")):
         assert measured == {kind: size * num_parameters for kind, size in per_parameter.items()}
 
 
-@pytest.mark.parametrize("stage", [0, 1])
+@pytest.mark.parametrize("stage", [0, 1, 2])
 def test_fp32_costs_no_second_copy_of_the_weights(ranks: RankPool, stage: int) -> None:
-    """In the model's own dtype the master is a view of the model: 4 + 4 + 0 + 8 (sharded: 8 / N)."""
+    """In the model's own dtype the master is a view of the model: 4 + 4 + 0 + 8 (sharded: 8 / N, at stage 2 4 / N)."""
     for num_parameters, measured in ranks.run(2, _bytes, stage, PrecisionConfig()):
-        expected = {"parameters": 4, "gradients": 4, "master": 0, "optimizer": 8 if stage == 0 else 4}
+        gradients, moments = 4 if stage < 2 else 2, 8 if stage == 0 else 4
+        expected = {"parameters": 4, "gradients": gradients, "master": 0, "optimizer": moments}
         assert measured == {kind: size * num_parameters for kind, size in expected.items()}
 
 
-@pytest.mark.parametrize("stage", [0, 1, 3])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_moments_in_8_bits_cost_two_bytes_and_a_scale_per_256_elements(ranks: RankPool, stage: int) -> None:
     """A second copy in fp32, scales per element. Without fp32 masters too: 2 + 2 + 0 + 2.03 bytes, not 16."""
     precision = PrecisionConfig(compute="bf16", master="bf16", reduce="bf16")
@@ -278,8 +179,68 @@ def test_moments_in_8_bits_cost_two_bytes_and_a_scale_per_256_elements(ranks: Ra
             vector = 4 if state_dtype == "bf16" else 8
             assert measured["optimizer"] == (matrix * (num_parameters - vectors) + vector * vectors) / n
             assert measured["master"] == 0
-            if stage < 2:
-                assert measured["parameters"] == measured["gradients"] == 2 * num_parameters
+            if stage < 3:
+                assert measured["parameters"] == 2 * num_parameters
+                assert measured["gradients"] == 2 * num_parameters / (n if stage == 2 else 1)
+
+
+def _together(packs: bool, in_place: bool) -> None:
+    """Each collective of several tensors against its definition."""
+    group, rank, world = dist.group.WORLD, dist.get_rank(), dist.get_world_size()
+    assert group is not None
+    generator = torch.Generator().manual_seed(3)
+    of_ranks = [torch.randint(9, (world, world, n), generator=generator).float() for n in (5, 1, 8)]  # sums are exact
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(collectives, "_packs", lambda tensor: packs)
+        wholes = [x[rank].clone() for x in of_ranks]
+        shards = [x[rank] if in_place else torch.empty_like(x[rank]) for x in wholes]
+        collectives.reduce_scatter_together(shards, wholes, group=group)
+        for shard, x in zip(shards, of_ranks, strict=True):
+            assert torch.equal(shard, x.sum(0)[rank])
+        wholes = [torch.full_like(x[0], float("nan")) for x in of_ranks]
+        for whole, x in zip(wholes, of_ranks, strict=True):
+            whole[rank] = x[rank, rank]
+        collectives.all_gather_together(wholes, rank=rank, group=group)
+        for whole, x in zip(wholes, of_ranks, strict=True):
+            assert torch.equal(whole, x.diagonal().T)
+        tensors = [x[rank].clone() for x in of_ranks]
+        collectives.all_reduce_together(tensors, group=group)
+        for tensor, x in zip(tensors, of_ranks, strict=True):
+            assert torch.equal(tensor, x.sum(0))
+
+
+@pytest.mark.parametrize(("packs", "in_place"), [(True, True), (True, False), (False, True), (False, False)])
+def test_collectives_of_several_tensors_are_those_of_each(ranks: RankPool, packs: bool, in_place: bool) -> None:
+    """Packed, as on gloo, or coalesced, as on NCCL (here by gloo as well): parts of a tensor that end up in another."""
+    ranks.run(4, _together, packs, in_place)
+
+
+def _most_held() -> tuple[int, int, int]:
+    """At stage 2, over two micro-batches: the most whole gradients held at once, and how many bucket and model have."""
+    model, data_parallel = build(2, 1)
+    assert isinstance(data_parallel, WholeParameters)
+    inputs, labels = data()
+    held = []
+    add = data_parallel.add_gradient
+
+    def watched(name: str, grad: torch.Tensor) -> None:
+        add(name, grad)
+        held.append(sum(len(bucket.arrived) for bucket in data_parallel.buckets))
+
+    data_parallel.add_gradient = watched  # type: ignore[method-assign]
+    for last in (False, True):
+        data_parallel.start_microbatch(last=last)
+        F.cross_entropy(model(inputs).flatten(0, 1), labels.flatten()).backward()
+    assert all(parameter.grad is None for parameter in model.parameters())
+    data_parallel.finish_backward()
+    buckets = [len(bucket.layout.slots) for bucket in data_parallel.buckets]
+    return max(held), max(buckets), sum(buckets)
+
+
+def test_stage_2_holds_the_whole_gradients_of_one_unit(ranks: RankPool) -> None:
+    """Gradients that stay until the backward is over: the memory of stage 1."""
+    held, of_unit, of_model = ranks.run(2, _most_held)[0]
+    assert held < of_unit < of_model
 
 
 class _CollectiveCounter(TorchDispatchMode):
@@ -296,10 +257,10 @@ class _CollectiveCounter(TorchDispatchMode):
 
 
 def _collectives(stage: int, dp_replicate: int = 1) -> Counter[str]:
-    model, data_parallel = _build(stage, dp_replicate, bucket_mb=64)
-    inputs, labels = _data()
+    model, data_parallel = build(stage, dp_replicate, bucket_mb=64)
+    inputs, labels = data()
     with torch.no_grad():
-        model(inputs)  # what `_build` published has arrived
+        model(inputs)  # what `build` published has arrived
     with _CollectiveCounter() as counter:
         for last in (False, True):
             data_parallel.start_microbatch(last=last)
@@ -313,28 +274,28 @@ def _collectives(stage: int, dp_replicate: int = 1) -> Counter[str]:
 
 def test_collectives_are_the_ones_each_stage_promises(ranks: RankPool) -> None:
     """Two micro-batches, one update, one forward. One collective too many is time nobody sees."""
-    groups = NUM_BLOCKS + 1
     assert ranks.run(2, _collectives, 0)[0] == {"allreduce": 1}
     assert ranks.run(2, _collectives, 1)[0] == {"reducescatterbase": 1, "allgatherbase": 1}
-    # What a forward gathers stays for the next at stage 2 (at stage 3: the root group), until a backward or an update.
-    # So here stage 2 gathers only for the last forward, stage 3 blocks for every forward and backward.
-    stage2, stage3 = ranks.run(2, _collectives, 2)[0], ranks.run(2, _collectives, 3)[0]
-    assert stage2 == {"reducescatterbase": 2 * groups, "allgatherbase": groups}
-    assert stage3 == {"reducescatterbase": 2 * groups, "allgatherbase": 5 * NUM_BLOCKS + 2}
+    # Units at stage 2: the blocks, the embedding, the last norm. fully_shard has one for what is in no block, gathered
+    # once between updates; blocks are gathered for every forward and backward.
+    units = NUM_BLOCKS + 2
+    assert ranks.run(2, _collectives, 2)[0] == {"reducescatterbase": 2 * units, "allgatherbase": units}
+    stage3 = ranks.run(2, _collectives, 3)[0]
+    assert stage3 == {"reducescatterbase": 2 * (NUM_BLOCKS + 1), "allgatherbase": 5 * NUM_BLOCKS + 2}
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_gradients_cross_replicas_once_per_step(ranks: RankPool, stage: int) -> None:
     """Two micro-batches. An all-reduce for each of them is traffic between nodes, the slowest there is."""
     all_reduces = ranks.run(4, _collectives, stage, 2)[0]["allreduce"]
-    assert all_reduces == (1 if stage == 1 else NUM_BLOCKS + 1)
+    assert all_reduces == {1: 1, 2: NUM_BLOCKS + 2, 3: NUM_BLOCKS + 1}[stage]
 
 
 def _delivered(stage: int, dp_replicate: int, axes: dict[str, Any]) -> tuple[float, Counter[str]]:
     """Bring two gradients of every parameter, in another order than the model's, as split backward does. The largest
     relative error of their sum over the ranks of a pipeline stage, and the collectives issued."""
-    _, data_parallel = _build(stage, dp_replicate, **axes)
-    shapes = {name: value.shape for name, value in reversed(_weights().items())}
+    _, data_parallel = build(stage, dp_replicate, **axes)
+    shapes = {name: value.shape for name, value in reversed(weights().items())}
     peers = dist.get_world_size() // axes.get("pp", 1)
     mine = dist.get_rank() % peers
     generator = torch.Generator().manual_seed(5)
@@ -350,7 +311,7 @@ def _delivered(stage: int, dp_replicate: int, axes: dict[str, Any]) -> tuple[flo
     for name, master in data_parallel.masters.items():
         assert master.grad is not None
         total = sum(gradients[name].sum(0) for gradients in brought)
-        errors.append(((_full(master.grad) - total).abs().max() / total.abs().max()).item())
+        errors.append(((full(master.grad) - total).abs().max() / total.abs().max()).item())
     return largest(errors), counter.counts
 
 
@@ -360,6 +321,7 @@ def _delivered(stage: int, dp_replicate: int, axes: dict[str, Any]) -> tuple[flo
         (0, 2, 2, {}),
         (1, 4, 2, {}),
         (2, 2, 1, {}),
+        (2, 8, 2, {"pp": 2}),
         (3, 4, 1, {}),
         (3, 8, 2, {"pp": 2}),
         (2, 4, 2, {"pp": 2, "dp_shard": 1}),
@@ -372,6 +334,10 @@ def test_gradients_that_autograd_does_not_deliver_are_summed_like_others(
     """Rows of an uneven cut on the wrong rank; a sum of one micro-batch, of one replica, or of a replica twice."""
     for error, counts in ranks.run(world_size, _delivered, stage, dp_replicate, axes):
         assert error <= 1e-6
-        if stage >= 2:  # each at once, so that no rank holds whole gradients; replicas once per block, table, norm
-            assert counts["reducescatterbase"] == 2 * len(_weights())
-            assert counts["allreduce"] == (NUM_BLOCKS + 3 if dp_replicate > 1 else 0)
+        shards = world_size // dp_replicate // axes.get("pp", 1)
+        if stage == 2:  # block by block, so that no rank holds whole gradients
+            assert counts["reducescatterbase"] == (2 * (NUM_BLOCKS + 2) if shards > 1 else 0)
+        if stage == 3:  # each at once
+            assert counts["reducescatterbase"] == 2 * len(weights())
+        if stage >= 2:  # replicas once per block, table, norm
+            assert counts["allreduce"] == (NUM_BLOCKS + stage if dp_replicate > 1 else 0)

@@ -79,9 +79,9 @@ def _slices_of_the_rank_before(true: Callable[..., Any]) -> Callable[..., Any]:
 def _only_first_values(true: Callable[..., None]) -> Callable[..., None]:
     published = []
 
-    def publish(self: DataParallel, **kwargs: Any) -> None:
+    def publish(self: DataParallel, *args: Any, **kwargs: Any) -> None:
         if not published:
-            true(self, **kwargs)
+            true(self, *args, **kwargs)
         published.append(self)
 
     return publish

@@ -12,7 +12,7 @@ from unittest.mock import patch
 import torch
 
 from models.layers import moe, router
-from parallel.data import _Holders
+from parallel.data import Holders
 from parallel.expert import Routes
 from parallel.mesh import Meshes
 from tests.parity.harness import Outcome, run_here
@@ -20,8 +20,8 @@ from trainer.config import TrainConfig
 from trainer.pipelined import PipelinedPasses
 
 
-def _over_all_tokens(original: Callable[..., _Holders]) -> Callable[..., _Holders]:
-    def of(mesh: Meshes, *, sharded: bool, experts: bool) -> _Holders:
+def _over_all_tokens(original: Callable[..., Holders]) -> Callable[..., Holders]:
+    def of(mesh: Meshes, *, sharded: bool, experts: bool) -> Holders:
         return replace(original(mesh, sharded=sharded, experts=experts), replicas=mesh.tokens)
 
     return of
@@ -49,7 +49,7 @@ def _without_aux(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 FAULTS: dict[str, tuple[Any, str, Callable[[Any], Any]]] = {
-    "experts_summed_over_ep": (_Holders, "of", _over_all_tokens),
+    "experts_summed_over_ep": (Holders, "of", _over_all_tokens),
     "rows_as_they_arrived": (moe, "plan_routes", _as_arrived),
     "router_gradient_of_one_tp_rank": (router, "local_shard", _replicated),
     "auxiliary_loss_on_every_tp_rank": (moe, "_AddLoss", _twice),

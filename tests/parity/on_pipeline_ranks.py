@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 import trainer.step
 from data.batch import Batch
-from parallel.data import FullyShardedDataParallel
+from parallel.fully_sharded import FullyShardedDataParallel
 from parallel.pipeline.actions import Action
 from parallel.pipeline.executor import _Run
 from parallel.pipeline.weight_gradients import Key, WeightGradients

@@ -110,7 +110,7 @@ def test_what_is_applied_from_outside_changes_nothing(
     assert_same_model(run_on(ranks, world_size, config, timeout=240), reference)
 
 
-@pytest.mark.parametrize(("world_size", "stage"), [(2, 0), (2, 1), (4, 3)])
+@pytest.mark.parametrize(("world_size", "stage"), [(2, 0), (2, 1), (4, 2), (4, 3)])
 def test_two_runs_of_one_configuration_are_bitwise_equal(
     ranks: RankPool, references: References, tmp_path: Path, world_size: int, stage: int
 ) -> None:

@@ -98,7 +98,8 @@ LAYOUTS: list[tuple[str, int, int, dict[str, Any], dict[str, Any]]] = [
     ("switch", 4, 1, {"ep": 4}, {}),
     ("sigmoid", 4, 3, {"ep": 2, "dp_replicate": 2, "ep_buffer": 2.0}, {}),
     ("mixtral", 4, 3, {"ep": 4, "ep_buffer": 3.5}, COMPILED | {"model__activation_checkpoint": "selective"}),
-    ("few", 8, 2, {"ep": 2, "cpu_offload": True}, {}),
+    ("few", 8, 2, {"ep": 2}, {}),
+    ("few", 8, 3, {"ep": 2, "cpu_offload": True}, {}),
     # several
     ("switch", 8, 3, {"ep": 2, "tp": 2, "sequence_parallel": True}, {}),
     ("sigmoid", 8, 3, {"ep": 2, "pp": 2, "tp": 2, "pp_schedule": "zero_bubble", "sequence_parallel": True}, {}),

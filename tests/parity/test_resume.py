@@ -57,9 +57,10 @@ FP16 = {
 SAME_LAYOUT = [
     (2, 0, {}),
     (2, 1, {}),
+    (2, 2, {}),
     (2, 3, {}),
-    (4, 1, {"parallel__dp_replicate": 2}),
-    (2, 1, {"precision__compute": "bf16"}),
+    (4, 2, {"parallel__dp_replicate": 2}),
+    (2, 2, {"precision__compute": "bf16"}),
     (2, 3, {"precision__compute": "bf16"}),
     (2, 0, {"precision__compute": "bf16", "precision__reduce": "bf16", "precision__master": "bf16"}),
     (2, 1, FP16),

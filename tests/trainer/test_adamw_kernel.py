@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,6 +13,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
@@ -28,6 +29,7 @@ from tests.parity.interrupted import run_part_on
 from tests.pool import RankPool
 from tests.trainer.optimized import bits, largest_difference
 from trainer.config import ConfigError, OptimConfig, TrainConfig
+from trainer.gradients import local_shard_of
 from trainer.identity import check_same_moments
 from trainer.optim import (
     Optimizer,
@@ -37,6 +39,7 @@ from trainer.optim import (
     decay_of,
     global_grad_norm,
 )
+from trainer.trainer import Trainer
 from trainer.validate import finalize
 
 SHAPES: dict[str, tuple[int, ...]] = {
@@ -392,7 +395,7 @@ def stage_0(
     return config, run_on(ranks, 2, config)
 
 
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("stage", [1, 2, 3])
 def test_stages_train_pure_bf16_with_8_bit_moments_to_the_same_bits(
     ranks: RankPool, stage_0: tuple[TrainConfig, Outcome], tmp_path: Path, stage: int
 ) -> None:
@@ -408,6 +411,49 @@ def test_stages_train_pure_bf16_with_8_bit_moments_to_the_same_bits(
         "others, stochastic rounding)"
     )
     assert kernels["gradient_norm"] == "torch, auto: on cpu"
+
+
+def _written(config: TrainConfig) -> tuple[int, int, list[str]]:
+    """Of a step: copies that the update wrote, all masters, and what was not its master rounded before anything else
+    could have copied it, or is not once it is published."""
+    trainer = Trainer(finalize(config, world_size=dist.get_world_size()))
+    parallel, wrong = trainer.state.data_parallel, []
+    publish = parallel.publish
+
+    def watched(names: Collection[str], *, written: Collection[str]) -> None:
+        for name in set(names) & set(written):
+            copy = parallel.copies[name]
+            if not torch.equal(copy, local_shard_of(parallel.masters[name]).to(copy.dtype)):
+                wrong.append(name)
+        num_written.append(len(set(names) & set(written)))
+        publish(names, written=written)
+
+    num_written: list[int] = []
+    try:
+        parallel.publish = watched  # type: ignore[method-assign, assignment]
+        trainer._launch_step()
+        values = dict(trainer.state.model.named_parameters())
+        for name, master in parallel.masters.items():
+            if not torch.equal(values[name], whole(master).to(values[name].dtype)):
+                wrong.append(name)
+        assert len(num_written) == (1 if config.parallel.zero_stage == 0 else 2)  # what is needed first, and the rest
+        return sum(num_written), len(values), wrong
+    finally:
+        trainer.close()
+
+
+@pytest.mark.parametrize(("stage", "size"), [(0, 255), (1, 256), (1, 255), (2, 255)])
+def test_the_update_writes_what_the_model_computes_with(
+    ranks: RankPool, corpus: DataConfig, tmp_path: Path, stage: int, size: int
+) -> None:
+    """Copies that are written a second time, or not at all, or into a neighbour's rows; rows that do not divide."""
+    changes = BLOCKS | {"precision__compute": "bf16", "optim__kernel": "triton", "model__hidden_size": size}
+    changes |= {"train__micro_batch_size": 1, "parallel__zero_stage": stage}
+    for written, masters, wrong in ranks.run(2, _written, tiny_config(tmp_path, corpus, **changes)):
+        assert wrong == []
+        # What has hidden_size rows: two projections and two norms of two layers, and the last norm.
+        uneven = 0 if stage == 0 or size % 2 == 0 else 2 * 4 + 1
+        assert written == masters - uneven
 
 
 def test_auto_is_the_kernel_where_it_was_measured_to_be_faster() -> None:
@@ -509,7 +555,7 @@ def wide_config(**changes: Any) -> TrainConfig:
         ),
         (
             {"parallel__tp": 2, "parallel__zero_stage": 3},
-            "more into pieces of 128; use parallel.tp=1, or parallel.zero_stage=0 or 1, or optim.state_dtype",
+            "more into pieces of 128; use parallel.tp=1, or parallel.zero_stage=0, 1 or 2, or",
         ),
         (
             {"model__hidden_size": 640},

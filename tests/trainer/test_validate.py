@@ -54,7 +54,11 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         "does not divide the 4 processes; use parallel.dp_replicate=1, 2 or 4",
     ),
     ({"parallel__zero_stage": 4}, "parallel.zero_stage=4 is not a ZeRO stage; use parallel.zero_stage=0, 1, 2 or 3"),
-    ({"parallel__cpu_offload": True}, "parallel.cpu_offload=true does not work with parallel.zero_stage=0"),
+    (
+        {"parallel__cpu_offload": True, "parallel__zero_stage": 2},
+        "parallel.cpu_offload=true does not work with parallel.zero_stage=2, which keeps whole parameters on the "
+        "device; use parallel.zero_stage=3, or parallel.cpu_offload=false",
+    ),
     ({"model__num_heads": 5}, "model.num_heads=5 does not divide model.hidden_size=36"),
     ({"model__activation_checkpoint": "some"}, "model.activation_checkpoint=some is unknown"),
     ({"model__family": "hf", "model__path": "/nowhere"}, "model.path=/nowhere does not exist"),
