@@ -90,7 +90,7 @@ class Engine:
                 try:
                     requests.append(self.add(prompt, one))
                 except ValueError as error:
-                    raise ValueError(f"prompt {number}: {error}") from None
+                    raise ValueError(f"prompts[{number}]: {error}") from None
             while self._sequences:
                 completions |= {d.request: d.completion for d in self.step() if d.completion is not None}
         finally:
