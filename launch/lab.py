@@ -78,7 +78,9 @@ def generate(config: LabConfig) -> None:
         return
     write_atomically(Path(config.out), text)
     tokens = sum(len(completion.token_ids) for completion in completions)
-    print(f"{len(lines)} prompts continued by {tokens} tokens in {seconds:.1f} s ({tokens / seconds:.0f}/s): {config.out}")
+    print(
+        f"{len(lines)} prompts continued by {tokens} tokens in {seconds:.1f} s ({tokens / seconds:.0f}/s): {config.out}"
+    )
 
 
 def problems(config: LabConfig) -> list[str]:
@@ -93,7 +95,9 @@ def problems(config: LabConfig) -> list[str]:
     if (config.prompts is None) == (config.prompt is None):
         found.append("one of prompts=IN.jsonl and prompt=TEXT is needed")
     if config.prompts is not None and not Path(config.prompts).is_file():
-        found.append(f"prompts={config.prompts} is no file; give JSON lines of {{'prompt': ...}} or {{'prompt_ids': ...}}")
+        found.append(
+            f"prompts={config.prompts} is no file; give JSON lines of {{'prompt': ...}} or {{'prompt_ids': ...}}"
+        )
     if config.out is not None and Path(config.out).is_dir():
         found.append(f"out={config.out} is a folder; give a file")
     return found + model_problems(config.model) + sampling_problems(config.sampling)

@@ -13,9 +13,7 @@ from tests.inference.greedy import prompts_of, run_preempting
 from tests.models.oracle import CASES, ours, pair, theirs
 
 DYNAMIC = "llama_ntk"  # its frequencies change with the length: nothing of it can be cached beyond the trained one
-MIXED = EngineConfig(
-    block_size=4, num_blocks=9, host_blocks=9, max_sequences=3, max_batch_tokens=7, preemption="swap"
-)
+MIXED = EngineConfig(block_size=4, num_blocks=9, host_blocks=9, max_sequences=3, max_batch_tokens=7, preemption="swap")
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case != DYNAMIC])
