@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a cl
 import torch
 
 from inference.config import EngineConfig, SamplingConfig, sampling_problems
-from inference.engine import Engine
+from inference.engine import Engine, Prompt
 from inference.sequence import Completion
 from launch.compose import Program, run_program
 from launch.errors import exit_code_of
@@ -68,7 +68,7 @@ def generate(config: LabConfig) -> None:
         raise ConfigError([f"prompts of text and sampling.stop need a tokenizer: {opened.no_tokenizer}"])
     with configuration_errors():
         engine = _engine(opened, config.engine)
-        requests = [line.get("prompt_ids", line.get("prompt")) for line in lines]
+        requests: list[Prompt] = [line.get("prompt_ids") or line.get("prompt", []) for line in lines]
         started = time.perf_counter()
         completions = engine.generate(requests, config.sampling)
     seconds = time.perf_counter() - started
@@ -127,7 +127,7 @@ def _engine(opened: OpenedModel, config: EngineConfig) -> Engine:
 
 
 def _line_out(line: dict[str, Any], completion: Completion) -> dict[str, Any]:
-    found = {
+    found: dict[str, Any] = {
         "token_ids": completion.token_ids,
         "text": completion.text,
         "logprobs": completion.logprobs,
