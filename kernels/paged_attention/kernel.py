@@ -35,15 +35,15 @@ class Block:
 
 
 def _choose(decodes: bool, features: int, itemsize: int) -> Block:
-    if features > 256:  # latent attention: K of 576
-        return Block(16, 32, 4, 2)
+    if features > 256:  # latent attention, whose keys have 576: more would not fit into shared memory or registers
+        return Block(32, 32, 8, 2) if itemsize < 4 else Block(16, 16, 8, 2)
     if decodes or itemsize == 4:
         return Block(16, 64, 4, 3) if itemsize < 4 else Block(16, 32, 4, 2)
     return Block(64, 64, 4, 3)
 
 
 ATTEND = Tuned(
-    (Block(16, 64, 4, 3), Block(16, 32, 4, 2), Block(64, 64, 4, 3), Block(128, 64, 8, 2)),
+    (Block(16, 64, 4, 3), Block(16, 32, 4, 2), Block(64, 64, 4, 3), Block(32, 32, 8, 2), Block(16, 16, 8, 2)),
     _choose,  # (every sequence has one query, the larger of K and V padded to a power of two, bytes of a number)
 )
 

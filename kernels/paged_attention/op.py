@@ -37,8 +37,8 @@ def paged_attention(
     Queries behind query_starts[S] pad: their result is 0. v_pages may be a slice of k_pages (latent attention).
 
     scale: of the scores, K^-1/2 unless given. A query sees the last `window` keys, itself included (None: all); slopes
-    [H] fp32 add ALiBi, sinks [H] attention sinks. Softmax in fp32. Returns [N, H, V] in q's dtype, without a gradient.
-    Raises TypeError for DTensors and wrong dtypes, ValueError for shapes.
+    [H] fp32 add ALiBi, sinks [H] attention sinks. Softmax in fp32; fp64 is computed in fp64, by the reference on any
+    device. Returns [N, H, V] in q's dtype, without a gradient. Raises TypeError for DTensors and wrong dtypes, ValueError for shapes.
     """
     refuse_dtensors(q=q, k_pages=k_pages, v_pages=v_pages)
     for name, x in (("block_tables", block_tables), ("query_starts", query_starts), ("lengths", lengths)):
@@ -95,7 +95,7 @@ def _paged_attention(
     slopes: Tensor | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    if not runs_triton(q):
+    if not runs_triton(q) or q.dtype == torch.float64:
         return paged_attention_reference(
             q,
             k_pages,
