@@ -62,13 +62,14 @@ def generate(config: LabConfig) -> None:
     found = problems(config)
     if found:
         raise ConfigError(found)
-    lines = [{"prompt": config.prompt}] if config.prompts is None else list(read_prompts(Path(config.prompts)))
+    one: dict[str, Any] = {"prompt": config.prompt}
+    lines = [one] if config.prompts is None else list(read_prompts(Path(config.prompts)))
     opened = open_model(config.model, _device(config.device))
     if opened.tokenizer is None and (any("prompt" in line for line in lines) or config.sampling.stop):
         raise ConfigError([f"prompts of text and sampling.stop need a tokenizer: {opened.no_tokenizer}"])
     with configuration_errors():
         engine = _engine(opened, config.engine)
-        requests: list[Prompt] = [line.get("prompt_ids") or line.get("prompt", []) for line in lines]
+        requests: list[Prompt] = [line["prompt"] if "prompt" in line else line["prompt_ids"] for line in lines]
         started = time.perf_counter()
         completions = engine.generate(requests, config.sampling)
     seconds = time.perf_counter() - started

@@ -185,7 +185,7 @@ def _attend(
             top = tl.load(sinks_ptr + head, mask=real, other=0.0).to(tl.float32) * LOG2_E
             total = total + 1.0
 
-        table_ptr += low.to(tl.int64) * table_width
+        table_ptr += tl.cast(low, tl.int64) * table_width
         first_key = 0
         if WINDOWED:
             first_key = tl.maximum(before + first + 1 - window, 0)

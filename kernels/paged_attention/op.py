@@ -38,7 +38,8 @@ def paged_attention(
 
     scale: of the scores, K^-1/2 unless given. A query sees the last `window` keys, itself included (None: all); slopes
     [H] fp32 add ALiBi, sinks [H] attention sinks. Softmax in fp32; fp64 is computed in fp64, by the reference on any
-    device. Returns [N, H, V] in q's dtype, without a gradient. Raises TypeError for DTensors and wrong dtypes, ValueError for shapes.
+    device. Returns [N, H, V] in q's dtype, without a gradient. Raises TypeError for DTensors and wrong dtypes,
+    ValueError for shapes.
     """
     refuse_dtensors(q=q, k_pages=k_pages, v_pages=v_pages)
     for name, x in (("block_tables", block_tables), ("query_starts", query_starts), ("lengths", lengths)):

@@ -26,7 +26,7 @@ PRODUCTS = {
     **dict.fromkeys(("grouped_linear", "grouped input gradient", "grouped weight gradient"), 1),
     **dict.fromkeys(("int8 16", "int8 4096", "int4 16", "int4 4096", "matmul", "fp8 product"), 1),
     "attention": 3,
-    "paged prefill": 1,  # a step of single tokens, and latents of 576 features, multiply 16 or 32 rows: too few for wgmma
+    "paged prefill": 1,  # single tokens and latents have 16 or 32 rows at a time: too few for wgmma
 }
 """Launches of kernels that multiply matrices, and how many of these."""
 
