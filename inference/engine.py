@@ -20,6 +20,10 @@ from models.decoder import Decoder
 Prompt = str | Seq[int]
 
 
+class RequestError(ValueError):
+    """A request that cannot be served; the message says which, why, and what can."""
+
+
 @dataclass
 class Delta:
     """What a step added to a request. Filled by `Engine.step`."""
@@ -77,8 +81,8 @@ class Engine:
     ) -> list[Completion]:
         """Continue prompts (text or token ids), each by `sampling` or by its own; in their order.
 
-        Raises ValueError, before anything is computed, for the first prompt that cannot be continued, naming it, and
-        while requests that were added are unfinished: their deltas would be lost.
+        Raises RequestError, before anything is computed, for the first prompt that cannot be continued, naming it, and
+        ValueError while requests that were added are unfinished: their deltas would be lost.
         """
         if self._sequences:
             raise ValueError(f"{len(self._sequences)} requests are unfinished; step until they end, or abort them")
@@ -89,8 +93,8 @@ class Engine:
             for number, (prompt, one) in enumerate(zip(prompts, each, strict=True)):
                 try:
                     requests.append(self.add(prompt, one))
-                except ValueError as error:
-                    raise ValueError(f"prompts[{number}]: {error}") from None
+                except RequestError as error:
+                    raise RequestError(f"prompts[{number}]: {error}") from None
             while self._sequences:
                 completions |= {d.request: d.completion for d in self.step() if d.completion is not None}
         finally:
@@ -99,24 +103,24 @@ class Engine:
         return [completions[request] for request in requests]
 
     def add(self, prompt: Prompt, sampling: SamplingConfig | None = None) -> int:
-        """Queue a request; its number. Raises ValueError for a prompt or settings that cannot be served."""
+        """Queue a request; its number. Raises RequestError for a prompt or settings that cannot be served."""
         sampling = SamplingConfig() if sampling is None else sampling
         if problems := sampling_problems(sampling):
-            raise ValueError("; ".join(problems))
+            raise RequestError("; ".join(problems))
         tokens = self._tokens(prompt)
         room = self.runner.max_seq_len - len(tokens)
         if room < 1:
-            raise ValueError(
+            raise RequestError(
                 f"the prompt has {len(tokens)} tokens; engine.max_seq_len={self.runner.max_seq_len} leaves room for "
                 f"at most {self.runner.max_seq_len - 1} before the first new one"
             )
         if sampling.max_tokens is not None and sampling.max_tokens > room:
-            raise ValueError(
+            raise RequestError(
                 f"sampling.max_tokens={sampling.max_tokens} behind a prompt of {len(tokens)} tokens is more than "
                 f"engine.max_seq_len={self.runner.max_seq_len} holds; use at most {room}, or null"
             )
         if sampling.stop and self.tokenizer is None:
-            raise ValueError(f"sampling.stop={sampling.stop} needs a tokenizer, and there is none")
+            raise RequestError(f"sampling.stop={sampling.stop} needs a tokenizer, and there is none")
         number, self._num_requests = self._num_requests, self._num_requests + 1
         sequence = Sequence(
             number=number,
@@ -157,15 +161,15 @@ class Engine:
     def _tokens(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
             if self.tokenizer is None:
-                raise ValueError("the prompt is text, and there is no tokenizer; give token ids")
+                raise RequestError("the prompt is text, and there is no tokenizer; give token ids")
             tokens = self.tokenizer.encode(prompt)
         else:
             tokens = [int(token) for token in prompt]
         if not tokens:
-            raise ValueError("the prompt has no tokens; begin with the token that begins a document")
+            raise RequestError("the prompt has no tokens; begin with the token that begins a document")
         outside = [token for token in tokens if not 0 <= token < self.vocab_size]
         if outside:
-            raise ValueError(
+            raise RequestError(
                 f"the prompt has the token id {outside[0]}, outside of the model's vocabulary of {self.vocab_size}; "
                 "use the tokenizer that the model was trained with"
             )

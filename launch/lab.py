@@ -19,11 +19,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a cl
 import torch
 
 from inference.config import EngineConfig, SamplingConfig, sampling_problems
-from inference.engine import Engine, Prompt
+from inference.engine import Engine, Prompt, RequestError
 from inference.sequence import Completion
 from launch.compose import Program, run_program
 from launch.errors import exit_code_of
-from launch.open_model import LabModelConfig, OpenedModel, model_problems, open_model
+from launch.open_model import LabModelConfig, model_problems, open_model
 from parallel.mesh import world_size_from_env
 from trainer.config import ConfigError, configuration_errors
 from trainer.run_info import write_atomically
@@ -68,9 +68,10 @@ def generate(config: LabConfig) -> None:
     if opened.tokenizer is None and (any("prompt" in line for line in lines) or config.sampling.stop):
         raise ConfigError([f"prompts of text and sampling.stop need a tokenizer: {opened.no_tokenizer}"])
     with configuration_errors():
-        engine = _engine(opened, config.engine)
-        requests: list[Prompt] = [line["prompt"] if "prompt" in line else line["prompt_ids"] for line in lines]
-        started = time.perf_counter()
+        engine = Engine(opened.model, config.engine, tokenizer=opened.tokenizer, eos_ids=opened.eos_ids)
+    requests: list[Prompt] = [line["prompt"] if "prompt" in line else line["prompt_ids"] for line in lines]
+    started = time.perf_counter()
+    with configuration_errors(RequestError):
         completions = engine.generate(requests, config.sampling)
     seconds = time.perf_counter() - started
     text = "".join(json.dumps(_line_out(*both)) + "\n" for both in zip(lines, completions, strict=True))
@@ -121,10 +122,6 @@ def read_prompts(path: Path) -> Iterator[dict[str, Any]]:
         if not isinstance(ids, list) or not all(type(token) is int for token in ids):
             raise ConfigError([f"prompts={path}, line {number}: prompt_ids must be a list of whole numbers"])
         yield line
-
-
-def _engine(opened: OpenedModel, config: EngineConfig) -> Engine:
-    return Engine(opened.model, config, tokenizer=opened.tokenizer, eos_ids=opened.eos_ids)
 
 
 def _line_out(line: dict[str, Any], completion: Completion) -> dict[str, Any]:
