@@ -69,16 +69,15 @@ class Scheduler:
         """The next step; its chunks are empty only if there is no sequence."""
         chunks: list[Chunk] = []
         budget = self.config.max_batch_tokens
-        waited = False
         for sequence in list(self.running):
             if sequence.status is not Status.RUNNING or budget == 0:
                 continue
             count = min(sequence.num_behind, budget)
-            waited |= not self._make_room(sequence, count)
+            self._make_room(sequence, count)
             if sequence.status is Status.RUNNING:
                 chunks.append(Chunk(sequence, count))
                 budget -= count
-        while not waited and budget > 0 and len(self.running) < self.config.max_sequences:
+        while budget > 0 and len(self.running) < self.config.max_sequences:
             admitted = self._admit(budget)
             if admitted is None:
                 break
@@ -106,7 +105,6 @@ class Scheduler:
             self._restart(sequence)
         self.swapped.clear()
         self.running.clear()
-        self._copies.clear()
 
     def finish(self, sequence: Sequence) -> None:
         """Drop a sequence, wherever it is."""
@@ -122,15 +120,13 @@ class Scheduler:
         sequence.status = Status.WAITING
         self.waiting.appendleft(sequence)
 
-    def _make_room(self, sequence: Sequence, count: int) -> bool:
-        """Blocks for `count` more tokens of a running sequence; False: sequences, maybe this one, had to give way."""
-        enough = True
+    def _make_room(self, sequence: Sequence, count: int) -> None:
+        """Blocks for `count` more tokens of a running sequence; others, or last of all itself, give way for them."""
         while not self.blocks.extend(sequence, sequence.num_computed + count):
-            enough, last = False, self.running[-1]
+            last = self.running[-1]
             self.preempt(last)
             if last is sequence:
-                break
-        return enough
+                return
 
     def _admit(self, budget: int) -> Chunk | None:
         """The first of those that do not run, if there is room for all of its tokens."""

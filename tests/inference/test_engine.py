@@ -121,14 +121,17 @@ def test_weights_that_change_in_place_serve_from_the_next_step_on() -> None:
     prompts = prompts_of([9, 14], shared=8)
     old = engine.generate(prompts, GREEDY)
     pointers = [parameter.data_ptr() for parameter in model.parameters()]
-    request = engine.add(prompts[0], GREEDY)
-    engine.step()
+    engine.add(prompts[1], GREEDY)
+    while not (begun := [token for delta in engine.step() for token in delta.token_ids]):
+        pass
     generator = torch.Generator().manual_seed(8)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
     engine.weights_changed()
-    engine.abort(request)
+    while engine.num_unfinished:
+        begun += [token for delta in engine.step() for token in delta.token_ids]
+    assert begun[1:] == by_the_whole_model(model, prompts[1] + begun[:1], 5)[0]
     new = engine.generate(prompts, GREEDY)
     for prompt, before, after in zip(prompts, old, new, strict=True):
         assert after.token_ids == by_the_whole_model(model, prompt, 6)[0] != before.token_ids

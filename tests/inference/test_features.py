@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 from inference.config import EngineConfig
 from inference.engine import Engine
+from kernels.backend import interpreted
 from models.config import ModelConfig, RopeConfig
 from models.decoder import Decoder
 from models.moe_config import MoEConfig
@@ -118,3 +120,15 @@ def test_rows_do_not_depend_on_the_batch_in_fp32() -> None:
         (alone,) = Engine(model, EngineConfig(block_size=4)).generate([prompt], GREEDY)
         assert alone.token_ids == completion.token_ids
         assert torch.allclose(torch.tensor(alone.logprobs), torch.tensor(completion.logprobs), atol=1e-5)
+
+
+@pytest.mark.interpreter
+def test_the_kernels_give_the_tokens_of_their_references() -> None:
+    """Block tables, chunks and pages as the engine makes them, which the kernels' own tests do not have."""
+    model = random_decoder(MODELS["sinks_and_windows"]())
+    prompts, sampling = prompts_of([2, 9]), replace(GREEDY, max_tokens=3)
+    config = EngineConfig(block_size=4, max_batch_tokens=7, max_sequences=3)
+    expected = Engine(model, config).generate(prompts, sampling)
+    with interpreted():
+        found = Engine(model, config).generate(prompts, sampling)
+    assert [completion.token_ids for completion in found] == [completion.token_ids for completion in expected]
