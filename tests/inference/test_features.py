@@ -15,6 +15,7 @@ from inference.engine import Engine
 from kernels.backend import interpreted
 from models.config import ModelConfig, RopeConfig
 from models.decoder import Decoder
+from models.layers.attention import build_context
 from models.moe_config import MoEConfig
 from tests.inference.greedy import GREEDY, by_the_whole_model, prompts_of, run_preempting
 from tests.models.small import random_decoder, tiny
@@ -132,3 +133,27 @@ def test_the_kernels_give_the_tokens_of_their_references() -> None:
     with interpreted():
         found = Engine(model, config).generate(prompts, sampling)
     assert [completion.token_ids for completion in found] == [completion.token_ids for completion in expected]
+
+
+@torch.no_grad()
+def test_a_block_that_is_served_compiles_into_one_graph() -> None:
+    """A number read on the host inside the model: no graph of the whole, and a wait in every layer."""
+    torch._dynamo.reset()
+    model = random_decoder(MODELS["sinks_and_windows"]())
+    engine = Engine(model, EngineConfig(block_size=4))
+    for prompt in prompts_of([3, 5]):
+        engine.add(prompt, GREEDY)
+    cache, tokens, positions = engine.runner._batch(engine.scheduler.schedule().chunks)
+    x = model.embedding(tokens)  # type: ignore[misc]
+    context = build_context(
+        model.config,
+        seq_len=cache.max_seq_len,
+        device=x.device,
+        dtype=x.dtype,
+        positions=positions,
+        documents=None,
+        samples=None,
+        cache=cache,
+    )
+    compiled = torch.compile(model.blocks[1], backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x, context=context), model.blocks[1](x, context=context))
