@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import hydra
 import yaml
@@ -26,10 +28,35 @@ CONFIG_DIR = str(Path(__file__).resolve().parent.parent / "configs")
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError)
 """What Hydra raises for wrong overrides and files; the last two for a group that is set to what is no name."""
 
-ConfigStore.instance().store(name="train_schema", node=TrainConfig)
+Config = TypeVar("Config")
+
+
+@dataclass(frozen=True)
+class Program(Generic[Config]):
+    """What an entry point is configured by: configs/NAME.yaml over a dataclass."""
+
+    name: str
+    schema: type[Config]
+    of_sweep: Callable[[Config, str], None]  # gives a job of --multirun places of its own, by its name
+
+    def __post_init__(self) -> None:
+        ConfigStore.instance().store(name=f"{self.name}_schema", node=self.schema)
+
+
+def _own_run_dir(config: TrainConfig, name: str) -> None:
+    config.run.dir = str(Path(config.run.dir) / name)
+    config.run.name = f"{config.run.name}-{name}"
+
+
+TRAIN = Program("train", TrainConfig, _own_run_dir)
 
 
 def run_jobs(arguments: list[str], job: Callable[[TrainConfig], None]) -> None:
+    """`run_program` of launch/train.py."""
+    run_program(TRAIN, arguments, job)
+
+
+def run_program(program: Program[Config], arguments: list[str], job: Callable[[Config], None]) -> None:
     """Call `job` with each configuration the command line asks for: one, or every point of a `--multirun` sweep.
 
     Plain overrides are composed here, so that every wrong one is named at once. Hydra's own flags (--multirun, --cfg,
@@ -39,7 +66,7 @@ def run_jobs(arguments: list[str], job: Callable[[TrainConfig], None]) -> None:
     `job` raises.
     """
     if not any(a.startswith("-") for a in arguments):
-        job(compose_one(arguments))
+        job(compose_for(program, arguments))
         return
     failed: dict[str, Exception] = {}  # name of a job to its failure
 
@@ -48,10 +75,9 @@ def run_jobs(arguments: list[str], job: Callable[[TrainConfig], None]) -> None:
             return
         name = _name_of_job(arguments)
         try:
-            typed = _to_object(config)
+            typed = _to_object(program, config)
             if HydraConfig.get().mode == RunMode.MULTIRUN:
-                typed.run.dir = str(Path(typed.run.dir) / name)
-                typed.run.name = f"{typed.run.name}-{name}"
+                program.of_sweep(typed, name)
             job(typed)
         except Exception as error:  # Hydra would go on with the next job, preempted or not
             failed[name] = error
@@ -59,9 +85,9 @@ def run_jobs(arguments: list[str], job: Callable[[TrainConfig], None]) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us, not to Hydra's own reporting
     sys.argv = [sys.argv[0], *arguments]
     try:
-        hydra.main(config_path=CONFIG_DIR, config_name="train", version_base="1.3")(task)()
+        hydra.main(config_path=CONFIG_DIR, config_name=program.name, version_base="1.3")(task)()
     except COMPOSITION_ERRORS as error:
-        raise ConfigError([explain(error)]) from None
+        raise ConfigError([explain(error, schema=program.schema)]) from None
     _raise(failed)
 
 
@@ -87,34 +113,39 @@ def _raise(failed: Mapping[str, Exception]) -> None:
 
 
 def compose_one(overrides: list[str]) -> TrainConfig:
+    """`compose_for` of launch/train.py."""
+    return compose_for(TRAIN, overrides)
+
+
+def compose_for(program: Program[Config], overrides: list[str]) -> Config:
     """One configuration. Raises ConfigError naming each override that is wrong, and why."""
     with initialize_config_dir(CONFIG_DIR, version_base="1.3"):
         try:
-            return _to_object(compose("train", overrides=overrides))
+            return _to_object(program, compose(program.name, overrides=overrides))
         except ConfigError:
             raise
         except COMPOSITION_ERRORS as error:
-            found = [line for override in overrides if (line := _problem_of(override)) is not None]
-            raise ConfigError(found or [explain(error)]) from None
+            found = [line for override in overrides if (line := _problem_of(program, override)) is not None]
+            raise ConfigError(found or [explain(error, schema=program.schema)]) from None
 
 
-def _problem_of(override: str) -> str | None:
+def _problem_of(program: Program[Config], override: str) -> str | None:
     """What is wrong with one override on its own, in one line; None: nothing."""
     try:
-        _to_object(compose("train", overrides=[override]))
+        _to_object(program, compose(program.name, overrides=[override]))
         return None
     except ConfigError as error:
         return error.problems[0]
     except COMPOSITION_ERRORS as error:
-        return explain(error, override)
+        return explain(error, override, schema=program.schema)
 
 
-def _to_object(config: DictConfig) -> TrainConfig:
+def _to_object(program: Program[Config], config: DictConfig) -> Config:
     """Raises ConfigError for keys that `+` added and that nothing reads."""
-    known = set(known_keys())
+    known = set(known_keys(OmegaConf.structured(program.schema)))
     unknown = [key for key in known_keys(config) if key not in known]
     if unknown:
-        raise ConfigError([no_such_key(key) for key in unknown])
+        raise ConfigError([no_such_key(key, program.schema) for key in unknown])
     typed = OmegaConf.to_object(config)
-    assert isinstance(typed, TrainConfig)
+    assert isinstance(typed, program.schema)
     return typed

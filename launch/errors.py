@@ -26,7 +26,7 @@ EXPECTED = (CheckpointError, TrainingDiverged, dist.DistNetworkError, dist.DistS
 files, a run that diverged, a port that is taken. Anything else shows its traceback."""
 _ROOT = Path(__file__).resolve().parent.parent
 _STDLIB = sysconfig.get_paths()["stdlib"]
-_PACKAGES = ("launch", "trainer", "parallel", "models", "kernels", "data")
+_PACKAGES = ("launch", "trainer", "parallel", "models", "kernels", "data", "inference")
 PATIENCE_SECONDS = 3.0
 _PATIENCE = timedelta(seconds=PATIENCE_SECONDS)
 _SPOKEN, _HEARD = "lattice/failed", "lattice/heard"

@@ -15,27 +15,30 @@ from trainer.config import TrainConfig
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 
-def explain(error: Exception, override: str | None = None) -> str:
-    """One line for what composing raised. override: the one that is wrong, if the error is known to be its fault."""
+def explain(error: Exception, override: str | None = None, *, schema: type = TrainConfig) -> str:
+    """One line for what composing a `schema` raised. override: the one that is wrong, if that is known."""
     if override is None:
         named = re.search(r"override (\S+=.*)", str(error))
         override = named.group(1) if named else None
     key = "" if override is None else override.partition("=")[0].lstrip("+~")
-    line = _wrong_choice(error, key) or _wrong_key(error, key) or _wrong_value(error, key) or _wrong_form(error, key)
+    line = _wrong_choice(error, key) or _wrong_key(error, key, schema)
+    line = line or _wrong_value(error, key) or _wrong_form(error, key)
     # A parser says in which file and line it stopped, on lines of their own.
     line = line or (" ".join(str(error).split()) if isinstance(error, yaml.YAMLError) else _first_line(error))
     return line if override is None or line.startswith(override) else f"{override}: {line}"
 
 
-def no_such_key(key: str) -> str:
+def no_such_key(key: str, schema: type = TrainConfig) -> str:
     """What to say about a key that nothing reads."""
-    close = difflib.get_close_matches(key, known_keys(), n=1)
+    known = known_keys(OmegaConf.structured(schema))
+    if inside := [name for name in known if name.startswith(f"{key}.")]:
+        return f"{key} is not a value; set {', '.join(inside)}"
+    close = difflib.get_close_matches(key, known, n=1)
     return f"there is no key {key}" + (f"; did you mean {close[0]}?" if close else "")
 
 
-def known_keys(node: Any = None, prefix: str = "") -> list[str]:
-    """Every key of a configuration, dotted; of the schema by default."""
-    node = OmegaConf.structured(TrainConfig) if node is None else node
+def known_keys(node: Any, prefix: str = "") -> list[str]:
+    """Every key of a configuration, dotted."""
     keys = []
     for key in node:
         keys.append(f"{prefix}{key}")
@@ -56,13 +59,13 @@ def _wrong_choice(error: Exception, key: str) -> str | None:
     return f"{problem}; use one of {', '.join(files)}"
 
 
-def _wrong_key(error: Exception, key: str) -> str | None:
+def _wrong_key(error: Exception, key: str, schema: type) -> str | None:
     unknown = re.search(r"Key '([^']*)' not in", str(error.__cause__))
     key = key or getattr(error.__cause__, "full_key", None) or ""
-    if unknown and not key.endswith(unknown.group(1)):  # inside of a value: data.blend=[{wight: 1}]
+    if unknown and unknown.group(1) not in key.split("."):  # inside of a value: data.blend=[{wight: 1}]
         return f"{key} has no key {unknown.group(1)}"
     if unknown or "Could not override" in str(error) or "not in struct" in str(error):
-        return no_such_key(key)
+        return no_such_key(key, schema)
     if "Could not append" in str(error) or "Multiple values for" in str(error):
         return f"{key} is there already; leave out the +"
     return None

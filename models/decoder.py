@@ -18,6 +18,7 @@ from models.layers.mlp import MLP
 from models.layers.moe import MoE
 from models.layers.mtp import LookAhead
 from models.layers.norm import make_norm
+from models.layers.paged_cache import PagedCache
 from parallel.cut import Cut
 from parallel.groups import NO_GROUPS, ModelParallel
 from parallel.pipeline.stages import Stage, make_stages
@@ -175,6 +176,7 @@ class Decoder(nn.Module):
         ahead: Sequence[tuple[Tensor, Head]] = (),
         stage: Stage | None = None,
         hidden: Tensor | None = None,
+        cache: PagedCache | None = None,
     ) -> Tensor:
         """Logits [B, T, V] of tokens [B, T] int64, or head(hidden [B, T, D], weight [V, D]) where a head is given.
 
@@ -187,10 +189,11 @@ class Decoder(nn.Module):
         and this rank's words of the weight, [V/R, D]; without one the logits are of all words. ahead: run the blocks of
         multi-token prediction, k from 1 on with the tokens [B, T] that lie k places later, and a head; the result is
         then a stack of all heads' results, the first that of `head`. stage: run only this one, from `hidden`
-        [B, T, D] unless it is the first, to hidden states unless it is the last; None: all layers. Raises ValueError
-        for a sequence longer than the table of learned positions.
+        [B, T, D] unless it is the first, to hidden states unless it is the last; None: all layers. cache: tokens [1, T]
+        are of several sequences, whose keys and values are kept there (models/layers/paged_cache.py); positions are
+        then needed. Raises ValueError for a sequence longer than the table of learned positions.
         """
-        seq_len = tokens.shape[1]
+        seq_len = tokens.shape[1] if cache is None else cache.max_seq_len
         if indices is not None:
             seq_len *= self.groups.cp_size  # of the whole sequence
             positions = indices[None] if positions is None else positions
@@ -205,6 +208,7 @@ class Decoder(nn.Module):
             samples=samples,
             indices=indices,
             cut=cut,
+            cache=cache,
             groups=self.groups,
         )._replace(aux_scale=aux_scale)
         if hidden is None:

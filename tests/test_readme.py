@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from launch.compose import compose_one
+from launch.compose import compose_for, compose_one
+from launch.lab import LAB
+from launch.lab import problems as lab_problems
 from trainer.config import ConfigError
 from trainer.validate import finalize
 
@@ -97,6 +99,27 @@ def test_training_commands_are_valid_configurations(
     finalize(config, world_size=processes)
 
 
+LAB_COMMANDS = [c for c in COMMANDS if "launch/lab.py" in c]
+
+
+@pytest.mark.parametrize("command", LAB_COMMANDS)
+def test_commands_of_the_inference_lab_are_valid_configurations(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A key that was renamed; a setting that is out of range. All that is missing is the model."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "IN.jsonl").write_text('{"prompt": "x"}\n')
+    words = shlex.split(command)
+    config = compose_for(LAB, words[words.index("launch/lab.py") + 1 :])
+    missing = f"model.path={config.model.path} does not exist; give a Hugging Face folder or a checkpoint"
+    assert lab_problems(config) == [missing]
+
+
+def test_the_readme_shows_the_inference_lab() -> None:
+    """Nothing left to check."""
+    assert len(LAB_COMMANDS) == 2
+
+
 RESULTS = [json.loads(path.read_text()) for path in sorted((ROOT / "benchmarks" / "results").glob("*.json"))]
 
 
@@ -143,6 +166,6 @@ def test_llama3_8b_runs_as_it_is_and_as_its_file_says_for_smaller_gpus(
 def test_links_and_files_named_in_the_readme_exist() -> None:
     """A page or module that was moved."""
     named = re.findall(r"\]\(([^)#]+)\)", README)
-    named += re.findall(r"`((?:launch|trainer|models|parallel)/[\w/]+\.py)`", README)
+    named += re.findall(r"`((?:launch|trainer|models|parallel|inference)/[\w/]+\.py)`", README)
     assert named
     assert [path for path in named if not (ROOT / path).exists()] == []

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor, Shard, zeros
 from data.config import DataConfig, DataError, TokenizerConfig
 from data.tokenizer import Tokenizer, load_tokenizer
 from models.config import ModelConfig
+from models.decoder import Decoder
 from models.hf import export_hf_weights, load_hf_weights
 from models.mtp_config import MTPConfig
 from models.registry import build_model, resolve_model
@@ -73,6 +74,38 @@ def export_checkpoint(
             token_ids=tokenizer.token_ids,
         )
     return Exported(checkpoint, tokenizer.missing)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model of a checkpoint, whole and on one device. Filled by `load_checkpoint`."""
+
+    model: Decoder
+    tokenizer: Tokenizer | None
+    no_tokenizer: str | None  # why there is none
+
+
+def load_checkpoint(source: Path, *, name: str, dtype: torch.dtype, device: torch.device) -> Loaded:
+    """The model of a checkpoint, or of a run's newest good one, with its weights in `dtype`, for inference.
+
+    name: what the user calls the path, for messages. Every file is verified; tensors are read one at a time. Raises
+    CheckpointError for a checkpoint that is absent, damaged or of no model.
+    """
+    checkpoint = find_checkpoint(source, name=name)
+    extra = read_extra(checkpoint)
+    config = _model_of(checkpoint, extra)
+    reader = TensorReader(checkpoint)
+    _weight_dtype(checkpoint, reader, config)
+    with torch.device("meta"):
+        model = build_model(config).to(dtype)
+    model.to_empty(device=device)
+    with torch.no_grad():
+        for key, tensor in model.state_dict().items():
+            tensor.copy_(reader.read(f"{WEIGHTS}{key}"))
+    try:
+        return Loaded(model.eval(), _tokenizer_of(checkpoint, extra), None)
+    except DataError as error:
+        return Loaded(model.eval(), None, str(error))
 
 
 def import_folder(source: Path, out: Path, *, dtype: torch.dtype = torch.float32, mtp_depth: int = 0) -> Path:

@@ -24,6 +24,7 @@ from models.layers.context_attention import ContextAttention, runs_on_context
 from models.layers.dropout import Dropout
 from models.layers.linear import column_linear, fused_column_linear, row_linear
 from models.layers.norm import make_head_norm
+from models.layers.paged_cache import PagedCache
 from parallel.cut import Cut
 from parallel.fused import stands_for
 from parallel.groups import NO_GROUPS, ModelParallel
@@ -33,7 +34,7 @@ from parallel.tensor import empty_parameter, local_shard, project
 class Context(NamedTuple):
     """What every block of one forward pass needs besides its input; a pytree. Filled by `build_context`."""
 
-    implementation: str  # reference, sdpa, flex or triton
+    implementation: str  # reference, sdpa, flex or triton; paged: the cache's
     cos: Tensor | None  # [B or 1, T, 1, K/2] fp32; None: no rope
     sin: Tensor | None
     mask: Any  # of layers without a window: None, Tensor (sdpa), BlockMask (flex) or Mask (triton)
@@ -45,6 +46,7 @@ class Context(NamedTuple):
     cut: Cut | None = None  # which tokens each rank of cp_ring holds; None: zigzag
     tokens: Tensor | None = None  # [T of the residual stream] int64, their index in the sequence; None: 0, 1, ...
     aux_scale: Tensor | None = None  # 0-d, gradient of the training loss by auxiliary losses; filled by Decoder.forward
+    cache: PagedCache | None = None  # in serving: keys and values of earlier tokens; None: those of this pass are all
 
 
 # What model.attention=auto takes: the first that can run. The one place where measurements decide (H200, bf16, heads of
@@ -137,17 +139,22 @@ def build_context(
     samples: Tensor | None,
     indices: Tensor | None = None,
     cut: Cut | None = None,
+    cache: PagedCache | None = None,
     groups: ModelParallel = NO_GROUPS,
 ) -> Context:
     """Tables and masks of a forward pass over sequences of seq_len; positions None: 0, 1, ... dtype: of activations.
 
     indices [T]: this rank has those tokens of each sequence; the others are on other ranks of groups, as
-    `cut` says. With tensor parallelism slopes are those of this rank's heads.
+    `cut` says. With tensor parallelism slopes are those of this rank's heads. With a cache, seq_len is
+    that of the longest sequence.
     """
     if positions is None:
         positions = torch.arange(seq_len, device=device)[None]
     cp_method = groups.cp_method if indices is not None and groups.cp_size > 1 else None
-    implementation = choose_attention(config, device, dtype, documents=documents is not None, cp_method=cp_method).name
+    implementation = "paged"
+    if cache is None:
+        choice = choose_attention(config, device, dtype, documents=documents is not None, cp_method=cp_method)
+        implementation = choice.name
     slopes = alibi_slopes(config.num_heads, device) if config.positions == "alibi" else None
     if slopes is not None and groups.tp is not None:
         slopes = slopes.chunk(groups.tp.size())[groups.tp.get_local_rank()]
@@ -167,7 +174,7 @@ def build_context(
             return flex.build_block_mask(seq_len, device, window=window, documents=documents)
         if implementation == "triton" and not in_blocks:
             return fused.build_mask(seq_len, device, window=window, documents=documents)
-        return None  # the reference makes its own, and so do blocks
+        return None  # the reference makes its own, and so do blocks and the cache
 
     windows = {config.window_of(layer) for layer in range(config.num_blocks)}
     return Context(
@@ -182,6 +189,7 @@ def build_context(
         samples=samples,
         cut=cut,
         tokens=_residual_tokens(seq_len, indices, device, groups),
+        cache=cache,
     )
 
 
@@ -209,7 +217,7 @@ class Attention(nn.Module):
         assert config.num_kv_heads is not None
         self.head_dim = config.head_dim
         self.num_heads = config.num_heads
-        self.window = config.window_of(layer)
+        self.layer, self.window = layer, config.window_of(layer)
         inner, inner_kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         # With fewer key/value heads than tp ranks, neighbours share one: those whose query heads attend to it.
         ranks = 1 if groups.tp is None else groups.tp.size()
@@ -246,7 +254,9 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if context.cos is not None and context.sin is not None:
             q, k = rope.rotate(q, context.cos, context.sin), rope.rotate(k, context.cos, context.sin)
-        if context.indices is None:
+        if context.cache is not None:
+            output = self._attend_cached(q, k, v, context)
+        elif context.indices is None:
             output = self._attend(q, k, v, context)
         else:
             output = self._attend_across(q, k, v, context)
@@ -258,6 +268,23 @@ class Attention(nn.Module):
             return project(x, (self.q, self.k, self.v))
         (y,) = project(x, (self.qkv,))
         return y.split(self.qkv.parts.sizes(), dim=-1)  # type: ignore[union-attr, operator]
+
+    def _attend_cached(
+        self, q: Tensor, k: Tensor, v: Tensor | None, context: Context, *, value_dim: int | None = None
+    ) -> Tensor:
+        """`_attend` where earlier tokens are in a cache. v None: the first value_dim features of k."""
+        assert context.cache is not None
+        return context.cache.attend(
+            self.layer,
+            q,
+            k,
+            v,
+            value_dim=self.head_dim if value_dim is None else value_dim,
+            scale=self.head_dim**-0.5,
+            window=self.window,
+            slopes=context.slopes,
+            sinks=self._sinks_of(0, q.shape[2]),
+        )
 
     def _attend_across(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
         """`_attend` where the sequence is split over ranks."""

@@ -25,7 +25,7 @@ from models.layers.linear import column_linear, replicated_linear, row_linear
 from models.layers.norm import make_stream_norm
 from parallel.collectives import Axis
 from parallel.groups import NO_GROUPS, ModelParallel
-from parallel.tensor import enter, project, project_entered
+from parallel.tensor import enter, local_shard, project, project_entered
 
 LATENT_NORM_EPS = 1e-6  # DeepSeek's, whatever the eps of its other norms
 
@@ -50,7 +50,8 @@ class LatentAttention(Attention):
         self.num_heads = H
         self.first_head = 0 if self.axis is None else self.axis.rank * (H // self.axis.size)
         self.sinks = make_sinks(config, groups)
-        self.mla, self.head_dim, self.window = mla, mla.nope_dim + mla.rope_dim, config.window_of(layer)
+        self.mla, self.head_dim = mla, mla.nope_dim + mla.rope_dim
+        self.layer, self.window = layer, config.window_of(layer)
         bias = config.attention_bias
         if mla.q_rank is None:
             self.q = column_linear(D, H * self.head_dim, bias=False, groups=groups)
@@ -72,6 +73,8 @@ class LatentAttention(Attention):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         q = self.queries(x, context)
+        if context.cache is not None:
+            return self.o(self._attend_compressed(q, *self.compress(x, context), context).flatten(2))
         k, v = self.expand(*self.compress(x, context))
         attend = self._attend if context.indices is None else self._attend_across
         return self.o(attend(q, k, v, context).flatten(2))
@@ -104,6 +107,21 @@ class LatentAttention(Attention):
         kv = project_entered(latent, self.kv_b).unflatten(-1, (-1, self.mla.nope_dim + self.mla.value_dim))
         k_nope, v = kv.split([self.mla.nope_dim, self.mla.value_dim], dim=-1)
         return torch.cat([k_nope, k_rope.expand(-1, -1, k_nope.shape[2], -1)], dim=-1), v
+
+    def _attend_compressed(self, q: Tensor, latent: Tensor, k_rope: Tensor, context: Context) -> Tensor:
+        """Attention of q [B, T, H, N + P] over cached latents, which are never expanded. Returns [B, T, H, V].
+
+        With kv_b = [W_k; W_v] per head, q . W_k c = W_k^T q . c and sum p W_v c = W_v sum p c: a single key/value head
+        of R + P features, whose first R are its value (2405.04434, section 2.1.2).
+        """
+        assert isinstance(self.kv_b.weight, Tensor)
+        rows = local_shard(self.kv_b.weight, grad="sharded").unflatten(0, (-1, self.mla.nope_dim + self.mla.value_dim))
+        w_k, w_v = rows.split([self.mla.nope_dim, self.mla.value_dim], dim=1)  # [H, N, R], [H, V, R]
+        q_nope, q_rope = q.split([self.mla.nope_dim, self.mla.rope_dim], dim=-1)
+        q = torch.cat([torch.einsum("bthn,hnr->bthr", q_nope, w_k), q_rope], dim=-1)
+        k = torch.cat([latent[:, :, None], k_rope], dim=-1)
+        output = self._attend_cached(q, k, None, context, value_dim=self.mla.kv_rank)
+        return torch.einsum("bthr,hvr->bthv", output, w_v)
 
     def _rotate(self, x: Tensor, context: Context) -> Tensor:
         """Turn x [B, T, heads, P]. Interleaved pairs come out as halves, in queries and keys alike: scores stay."""

@@ -26,6 +26,7 @@ PRODUCTS = {
     **dict.fromkeys(("grouped_linear", "grouped input gradient", "grouped weight gradient"), 1),
     **dict.fromkeys(("int8 16", "int8 4096", "int4 16", "int4 4096", "matmul", "fp8 product"), 1),
     "attention": 3,
+    "paged prefill": 1,  # single tokens and latents have 16 or 32 rows at a time: too few for wgmma
 }
 """Launches of kernels that multiply matrices, and how many of these."""
 
@@ -171,6 +172,32 @@ def attention_launches() -> Launches:
     yield "attention", forward_and_backward
 
 
+def serving_launches() -> Launches:
+    from kernels.paged_attention import paged_attention, write_pages
+
+    def table(*shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=torch.int32)
+
+    pages = bf16(64, 16, 8, 128)
+    for name, queries in (("decode", 128), ("prefill", 4096)):
+        q = bf16(queries, 32, 128)
+        yield (
+            f"paged {name}",
+            lambda q=q: paged_attention(  # type: ignore[misc]
+                q, pages, pages, table(128, 512), table(129), table(128), window=1024, sinks=torch.zeros(32)
+            ),
+        )
+    latents = bf16(64, 16, 1, 576)
+    yield (
+        "paged latent",
+        lambda: paged_attention(
+            bf16(128, 128, 576), latents, latents[..., :512], table(128, 512), table(129), table(128)
+        ),
+    )
+    token = bf16(128, 8, 128)
+    yield "write pages", lambda: write_pages(pages, pages, token, token, torch.zeros(128, dtype=torch.int64))
+
+
 def launches() -> Launches:
     """Calls of what training and inference call, each with a name: for tests.kernels.hopper.compile_launches."""
     return chain(
@@ -183,6 +210,7 @@ def launches() -> Launches:
         fp8_launches(),
         product_launches(),
         attention_launches(),
+        serving_launches(),
     )
 
 

@@ -1,0 +1,1 @@
+"""The inference lab: the trainer's own models, served."""

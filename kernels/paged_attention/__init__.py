@@ -1,0 +1,5 @@
+"""Attention over keys and values that lie in pages, and writing them there."""
+
+from kernels.paged_attention.op import paged_attention, write_pages
+
+__all__ = ["paged_attention", "write_pages"]

@@ -1,0 +1,50 @@
+"""Greedy continuations by the whole model, without a cache, and an engine that is made to preempt."""
+
+from __future__ import annotations
+
+import random
+
+import torch
+
+from inference.config import SamplingConfig
+from inference.engine import Engine
+from inference.sequence import Completion
+from models.decoder import Decoder
+
+GREEDY = SamplingConfig(temperature=0.0, max_tokens=6)
+
+
+def prompts_of(lengths: list[int], *, shared: int = 0, seed: int = 1) -> list[list[int]]:
+    """Random prompts below the vocabulary of the small models; all begin with the same `shared` tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    start = torch.randint(0, 61, (shared,), generator=generator).tolist()
+    return [(start + torch.randint(0, 61, (n,), generator=generator).tolist())[: max(n, 1)] for n in lengths]
+
+
+@torch.no_grad()
+def by_the_whole_model(model: Decoder, prompt: list[int], num_tokens: int) -> tuple[list[int], list[float]]:
+    """Tokens and their log-probabilities, the model run over everything for each."""
+    tokens, logprobs = list(prompt), []
+    for _ in range(num_tokens):
+        last = model(torch.tensor([tokens]))[0, -1].log_softmax(-1)
+        tokens.append(int(last.argmax()))
+        logprobs.append(float(last.max()))
+    return tokens[len(prompt) :], logprobs
+
+
+def run_preempting(
+    engine: Engine, prompts: list[list[int]], sampling: SamplingConfig, *, seed: int = 0, late: int = 0
+) -> list[Completion]:
+    """All prompts, the last `late` of them added as others run; before each step a random sequence may be preempted."""
+    chance = random.Random(seed)
+    waiting = list(prompts)
+    requests: list[int] = []
+    completions: dict[int, Completion] = {}
+    while waiting or engine.num_unfinished:
+        while waiting and (len(waiting) > late or chance.random() < 0.4 or not engine.num_unfinished):
+            requests.append(engine.add(waiting.pop(0), sampling))
+        running = engine.scheduler.running
+        if running and chance.random() < 0.5:
+            engine.scheduler.preempt(chance.choice(running))
+        completions |= {d.request: d.completion for d in engine.step() if d.completion is not None}
+    return [completions[request] for request in requests]

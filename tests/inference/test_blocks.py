@@ -1,0 +1,186 @@
+"""Scheduler and BlockManager without a model: pages hold token ids here, and every read is checked."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from inference.blocks import BlockManager
+from inference.config import EngineConfig, SamplingConfig
+from inference.scheduler import Scheduler, Step
+from inference.sequence import Sequence, Status
+
+MAX_LEN = 24
+
+
+class Pages:
+    """What a device would hold if a token's keys and values were its id and those before it."""
+
+    def __init__(self, blocks: BlockManager, host_blocks: int) -> None:
+        self.size = blocks.block_size
+        self.device: list[dict[int, tuple[int, ...]]] = [{} for _ in range(blocks.num_blocks)]
+        self.host: list[dict[int, tuple[int, ...]]] = [{} for _ in range(host_blocks)]
+
+    def run(self, step: Step) -> None:
+        """Copies, writes of all chunks, then reads of all chunks, as a layer does."""
+        for source, target, to_host in step.copies:
+            here, there = (self.device, self.host) if to_host else (self.host, self.device)
+            there[target] = dict(here[source])
+        written: Counter[tuple[int, int]] = Counter()
+        for sequence, count in step.chunks:
+            assert count > 0
+            for place in range(sequence.num_computed, sequence.num_computed + count):
+                block, offset = sequence.blocks[place // self.size], place % self.size
+                written[block, offset] += 1
+                self.device[block][offset] = tuple(sequence.tokens[: place + 1])
+        assert not written or max(written.values()) == 1
+        for sequence, count in step.chunks:
+            for place in range(sequence.num_computed + count):
+                block, offset = sequence.blocks[place // self.size], place % self.size
+                assert self.device[block][offset] == tuple(sequence.tokens[: place + 1])
+
+
+def check_books(scheduler: Scheduler, host_blocks: int) -> None:
+    """Every block is free or counted once per sequence that has it; nothing is lost on the host either."""
+    blocks = scheduler.blocks
+    uses = Counter(block for sequence in scheduler.running for block in sequence.blocks)
+    assert [uses[block] for block in range(blocks.num_blocks)] == blocks._uses
+    assert set(blocks._free) == {block for block in range(blocks.num_blocks) if not uses[block]}
+    on_host = [block for sequence in scheduler.swapped for block in sequence.host_blocks]
+    assert sorted(on_host + blocks._free_host) == list(range(host_blocks))
+    assert all(sequence.blocks == [] for sequence in [*scheduler.waiting, *scheduler.swapped])
+    assert all(sequence.num_computed == 0 for sequence in scheduler.waiting)
+    assert sorted(blocks._block_of.values()) == sorted(blocks._content_of)
+
+
+def sequence_of(number: int, tokens: list[int]) -> Sequence:
+    return Sequence(number, tokens, len(tokens), SamplingConfig(), seed=0, max_tokens=1, text=None)
+
+
+@settings(max_examples=120, deadline=None, derandomize=True)
+@given(
+    prompts=st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=18), min_size=1, max_size=9),
+    block_size=st.integers(1, 6),
+    spare=st.integers(0, 12),
+    host_blocks=st.sampled_from([0, 3, 30]),
+    max_sequences=st.integers(1, 5),
+    budget=st.integers(0, 9),
+    prefix_cache=st.booleans(),
+    preempting=st.sampled_from([0.0, 0.5, 1.0]),
+    seed=st.integers(0, 5),
+)
+def test_no_block_is_lost_or_overwritten_whatever_is_preempted(
+    prompts: list[list[int]],
+    block_size: int,
+    spare: int,
+    host_blocks: int,
+    max_sequences: int,
+    budget: int,
+    prefix_cache: bool,
+    preempting: float,
+    seed: int,
+) -> None:
+    """A leak, a block freed while it is read, a stale prefix, a copy in the wrong order; two tokens, so many prefixes
+    are shared. With preempting=1 a sequence is preempted before every step."""
+    chance = random.Random(seed)
+    config = EngineConfig(
+        block_size=block_size,
+        max_sequences=max_sequences,
+        max_batch_tokens=max_sequences + budget,
+        preemption="swap" if host_blocks else "recompute",
+    )
+    blocks = BlockManager(
+        -(-MAX_LEN // block_size) + spare, block_size, host_blocks=host_blocks, prefix_cache=prefix_cache
+    )
+    scheduler, pages = Scheduler(config, blocks), Pages(blocks, host_blocks)
+    for number, prompt in enumerate(prompts):
+        scheduler.add(sequence_of(number, list(prompt)))
+    ends = {number: chance.randint(len(prompt) + 1, MAX_LEN) for number, prompt in enumerate(prompts)}
+    for steps in range(4000):
+        if not scheduler.num_unfinished:
+            break
+        # One that is preempted before every step by recomputation, and behind by more than a step, never goes on.
+        if steps < 300 and scheduler.running and chance.random() < preempting:
+            scheduler.preempt(chance.choice(scheduler.running))
+            check_books(scheduler, host_blocks)
+        if chance.random() < 0.02:
+            scheduler.restart()
+            blocks.forget()
+        step = scheduler.schedule()
+        assert step.chunks
+        assert sum(chunk.num_tokens for chunk in step.chunks) <= config.max_batch_tokens
+        assert len(scheduler.running) <= max_sequences
+        pages.run(step)
+        for chunk in step.chunks:
+            sequence, samples = chunk.sequence, chunk.samples
+            sequence.num_computed += chunk.num_tokens
+            blocks.keep(sequence)
+            if samples:
+                sequence.tokens.append(chance.randint(0, 1))
+                if len(sequence.tokens) == ends[sequence.number] or chance.random() < 0.02:
+                    scheduler.finish(sequence)
+        check_books(scheduler, host_blocks)
+    assert scheduler.num_unfinished == 0
+    assert blocks.num_free == blocks.num_blocks
+    assert sorted(blocks._free_host) == list(range(host_blocks))
+
+
+def test_the_pages_of_this_file_notice_a_block_that_is_given_to_two() -> None:
+    """Negative control."""
+    config = EngineConfig(block_size=2, max_sequences=2, max_batch_tokens=8)
+    scheduler = Scheduler(config, BlockManager(12, 2))
+    scheduler.add(sequence_of(0, [1, 2, 3]))
+    scheduler.add(sequence_of(1, [4, 5, 6]))
+    step = scheduler.schedule()
+    step.chunks[1].sequence.blocks[0] = step.chunks[0].sequence.blocks[0]
+    with pytest.raises(AssertionError):
+        Pages(scheduler.blocks, 0).run(step)
+
+
+def test_equal_hashes_of_different_tokens_are_told_apart() -> None:
+    """A prefix cache that trusts its hashes: in Python -1 and -2 have one."""
+    assert hash((0, (-1, -1))) == hash((0, (-2, -2)))
+    blocks = BlockManager(8, 2)
+    first, second = sequence_of(0, [-1, -1, 5]), sequence_of(1, [-2, -2, 5])
+    assert blocks.start(first)
+    first.num_computed = 3
+    blocks.keep(first)
+    assert blocks.start(second)
+    assert second.num_computed == 0
+    assert first.blocks[0] != second.blocks[0]
+
+
+def test_a_block_is_found_only_behind_the_same_beginning() -> None:
+    """Blocks known by their own tokens alone: keys and values depend on all that precede."""
+    blocks = BlockManager(12, 2)
+    first = sequence_of(0, [1, 1, 7, 7, 0])
+    assert blocks.start(first)
+    first.num_computed = 5
+    blocks.keep(first)
+    for tokens, cached in (([2, 2, 7, 7, 0], 0), ([1, 1, 7, 7, 0], 4), ([1, 1, 7, 7], 2), ([1, 1, 7, 8, 0], 2)):
+        other = sequence_of(1, tokens)
+        assert blocks.start(other)
+        assert other.num_computed == cached
+        blocks.release(other)
+
+
+def test_what_was_used_last_stays_longest_and_ends_go_before_beginnings() -> None:
+    """Evicting a common beginning first: what follows it could never be found again."""
+    blocks = BlockManager(4, 1)
+    old, new = sequence_of(0, [1, 2, 3]), sequence_of(1, [9, 8])
+    for sequence in (old, new):
+        assert blocks.start(sequence)
+        sequence.num_computed = len(sequence.tokens) - 1
+        blocks.keep(sequence)
+        blocks.release(sequence)
+    probe = sequence_of(2, [5])
+    assert blocks.start(probe)  # takes the one block without content
+    assert blocks.extend(probe, 2)  # and one with: the end of the older sequence
+    blocks.release(probe)
+    assert blocks.start(old)
+    assert old.num_computed == 1
+    assert old.status is Status.WAITING  # the scheduler's business

@@ -1,0 +1,159 @@
+"""Every feature of the engine on and off, in random combinations: the tokens are those of the model alone."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+
+from inference.config import EngineConfig
+from inference.engine import Engine
+from kernels.backend import interpreted
+from models.config import ModelConfig, RopeConfig
+from models.decoder import Decoder
+from models.layers.attention import build_context
+from models.moe_config import MoEConfig
+from tests.inference.greedy import GREEDY, by_the_whole_model, prompts_of, run_preempting
+from tests.models.small import random_decoder, tiny
+
+LENGTHS = [1, 3, 8, 8, 12, 17, 23]
+SHARED = 7
+MODELS: dict[str, Callable[[], ModelConfig]] = {
+    "llama": lambda: tiny(),
+    "sinks_and_windows": lambda: tiny(attention_sinks=True, sliding_window=5, sliding_window_layers=[1]),
+    "alibi": lambda: tiny(positions="alibi"),
+    "moe": lambda: tiny(moe=MoEConfig(num_experts=4, top_k=2, intermediate_size=11)),
+    "yarn": lambda: tiny(rope=RopeConfig(scaling="yarn", factor=4.0, original_max_seq_len=8)),
+}
+
+
+@cache
+def served(name: str) -> Decoder:
+    return random_decoder(MODELS[name](), seed=0).double()
+
+
+@cache
+def expected(name: str) -> list[list[int]]:
+    assert GREEDY.max_tokens is not None
+    prompts = prompts_of(LENGTHS, shared=SHARED)
+    return [by_the_whole_model(served(name), prompt, GREEDY.max_tokens)[0] for prompt in prompts]
+
+
+def combination(seed: int) -> EngineConfig:
+    """Any legal settings."""
+    chance = random.Random(seed)
+    block_size = chance.choice([1, 2, 3, 4, 8, 16])
+    chunked = chance.random() < 0.5
+    max_sequences = chance.randint(1, 8)
+    return EngineConfig(
+        block_size=block_size,
+        num_blocks=-(-32 // block_size) + chance.choice([0, 1, 5, 40]),
+        host_blocks=chance.choice([4, 64]),
+        max_sequences=max_sequences,
+        max_batch_tokens=max_sequences + chance.choice([0, 3, 11]) if chunked else 32 + chance.choice([0, 40]),
+        chunked_prefill=chunked,
+        prefix_cache=chance.random() < 0.5,
+        preemption=chance.choice(["recompute", "swap"]),
+    )
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_features_do_not_change_the_tokens(seed: int) -> None:
+    """A block given away too early, a chunk's edge, a swapped block that comes back elsewhere, a wrong prefix."""
+    name = list(MODELS)[seed % len(MODELS)]
+    engine = Engine(served(name), combination(seed))
+    completions = run_preempting(engine, prompts_of(LENGTHS, shared=SHARED), GREEDY, seed=seed, late=3)
+    assert [completion.token_ids for completion in completions] == expected(name)
+    assert engine.blocks.num_free == engine.blocks.num_blocks
+
+
+def test_a_cache_with_one_wrong_value_changes_the_tokens() -> None:
+    """Negative control: tokens so insensitive that a broken cache would go unnoticed."""
+    engine = Engine(served("llama"), EngineConfig(block_size=4))
+    requests = [engine.add(prompt, GREEDY) for prompt in prompts_of(LENGTHS, shared=SHARED)]
+    engine.step()
+    engine.runner._keys[:, :, 0] = 0.0  # the first token of every block
+    found: dict[int, list[int]] = {}
+    while engine.num_unfinished:
+        found |= {d.request: d.completion.token_ids for d in engine.step() if d.completion is not None}
+    assert [found[request] for request in requests] != expected("llama")
+
+
+def test_no_preemption_is_needed_where_there_is_room_and_some_is_where_there_is_not() -> None:
+    """A scheduler that preempts for nothing, or a test of preemption in which none happens."""
+    prompts = prompts_of(LENGTHS, shared=SHARED)
+    for num_blocks, preempted in ((60, False), (8, True)):
+        engine = Engine(served("llama"), EngineConfig(block_size=4, num_blocks=num_blocks, prefix_cache=False))
+        completions = engine.generate(prompts, GREEDY)
+        assert [completion.token_ids for completion in completions] == expected("llama")
+        assert (engine.counts.recomputed > 0) == preempted
+
+
+def test_a_long_prompt_does_not_keep_others_from_decoding() -> None:
+    """Steps that are either prompts or continuations: every decode would wait for a prompt of thousands of tokens."""
+    engine = Engine(served("llama"), EngineConfig(block_size=4, max_batch_tokens=4, max_sequences=4))
+    first = engine.add(prompts_of([2])[0], GREEDY)
+    engine.step()
+    engine.add(prompts_of([20])[0], GREEDY)
+    assert [d.request for _ in range(4) for d in engine.step()] == [first] * 4
+
+
+@pytest.mark.parametrize("length", [8, 9])
+def test_a_prompt_that_is_cached_whole_still_computes_its_last_token(length: int) -> None:
+    """A prompt of exactly k blocks, all of them found: nothing would be left to sample from."""
+    (prompt,) = prompts_of([length])
+    engine = Engine(served("llama"), EngineConfig(block_size=4))
+    first, second = (engine.generate([prompt], GREEDY)[0].token_ids for _ in range(2))
+    assert first == second
+    assert engine.counts.cached_tokens == (4 if length == 8 else 8)
+
+
+def test_rows_do_not_depend_on_the_batch_in_fp32() -> None:
+    """Continuations that change with the load of a server. In fp32, where rounding may differ but not by a token."""
+    model = random_decoder(MODELS["llama"]())
+    prompts = prompts_of(LENGTHS, shared=SHARED)
+    together = Engine(model, EngineConfig(block_size=4)).generate(prompts, GREEDY)
+    for prompt, completion in zip(prompts, together, strict=True):
+        (alone,) = Engine(model, EngineConfig(block_size=4)).generate([prompt], GREEDY)
+        assert alone.token_ids == completion.token_ids
+        assert torch.allclose(torch.tensor(alone.logprobs), torch.tensor(completion.logprobs), atol=1e-5)
+
+
+@pytest.mark.interpreter
+def test_the_kernels_give_the_tokens_of_their_references() -> None:
+    """Block tables, chunks and pages as the engine makes them, which the kernels' own tests do not have."""
+    model = random_decoder(MODELS["sinks_and_windows"]())
+    prompts, sampling = prompts_of([2, 9]), replace(GREEDY, max_tokens=3)
+    config = EngineConfig(block_size=4, max_batch_tokens=7, max_sequences=3)
+    expected = Engine(model, config).generate(prompts, sampling)
+    with interpreted():
+        found = Engine(model, config).generate(prompts, sampling)
+    assert [completion.token_ids for completion in found] == [completion.token_ids for completion in expected]
+
+
+@torch.no_grad()
+def test_a_block_that_is_served_compiles_into_one_graph() -> None:
+    """A number read on the host inside the model: no graph of the whole, and a wait in every layer."""
+    torch._dynamo.reset()
+    model = random_decoder(MODELS["sinks_and_windows"]())
+    engine = Engine(model, EngineConfig(block_size=4))
+    for prompt in prompts_of([3, 5]):
+        engine.add(prompt, GREEDY)
+    cache, tokens, positions = engine.runner._batch(engine.scheduler.schedule().chunks)
+    x = model.embedding(tokens)  # type: ignore[misc]
+    context = build_context(
+        model.config,
+        seq_len=cache.max_seq_len,
+        device=x.device,
+        dtype=x.dtype,
+        positions=positions,
+        documents=None,
+        samples=None,
+        cache=cache,
+    )
+    compiled = torch.compile(model.blocks[1], backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x, context=context), model.blocks[1](x, context=context))

@@ -1,0 +1,141 @@
+"""launch/lab.py: a folder or a checkpoint in, completions out, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+import torch
+import transformers
+
+from data.tokenizer import Tokenizer, train_bpe
+from launch.convert import convert
+from launch.errors import exit_code_of
+from launch.lab import lab
+from tests.pool import RankPool
+
+PROMPTS: list[dict[str, Any]] = [{"prompt": "one two", "id": "a"}, {"prompt_ids": [3, 1, 4, 1, 5]}, {"prompt": "three"}]
+SETTINGS = ["sampling.temperature=0", "sampling.max_tokens=7", "engine.block_size=4"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random Llama of transformers, with a tokenizer."""
+    path = tmp_path_factory.mktemp("hf") / "model"
+    tokenizer = train_bpe(iter(["one two three two one " * 9]), 290)
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=tokenizer.vocab_size + 3,
+        hidden_size=24,
+        intermediate_size=37,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        max_position_embeddings=32,
+        initializer_range=0.3,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_id,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(path)
+    tokenizer.save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("prompts") / "in.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n\n" for line in PROMPTS))
+    return path
+
+
+def by_transformers(folder: Path) -> list[list[int]]:
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    tokenizer = Tokenizer.from_path(folder)
+    found = []
+    for line in PROMPTS:
+        inputs = torch.tensor([line.get("prompt_ids") or tokenizer.encode(line["prompt"])])
+        outputs = model.generate(
+            inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=7, do_sample=False, pad_token_id=0
+        )
+        found.append(outputs[0, inputs.shape[1] :].tolist())
+    return found
+
+
+def run(*arguments: str) -> None:
+    assert exit_code_of(lab, list(arguments)) == 0
+
+
+def test_a_folder_and_a_checkpoint_give_the_tokens_of_transformers(
+    ranks: RankPool, folder: Path, prompts: Path, tmp_path: Path
+) -> None:
+    """Weights in the wrong place, prompts out of order, text of other tokens, a checkpoint without its tokenizer."""
+    ranks.run(1, convert, ["import", str(folder), str(tmp_path / "imported")])
+    expected = by_transformers(folder)
+    for model in (folder, tmp_path / "imported" / "step_0", tmp_path / "imported"):
+        out = tmp_path / "new" / "out.jsonl"
+        run("mode=generate", f"model.path={model}", f"prompts={prompts}", f"out={out}", *SETTINGS)
+        lines = [json.loads(line) for line in out.read_text().splitlines()]
+        assert [line["token_ids"] for line in lines] == expected
+        tokenizer = Tokenizer.from_path(folder)
+        for line, prompt in zip(lines, PROMPTS, strict=True):
+            assert prompt.items() <= line.items()
+            kept = [token for token in line["token_ids"] if token != tokenizer.eos_id]
+            assert line["text"] == tokenizer.decode(kept)
+            assert len(line["logprobs"]) == len(line["token_ids"])
+            assert all(logprob <= 0 for logprob in line["logprobs"])
+
+
+def test_one_prompt_goes_to_standard_output(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A file needed to try something out; or lines between the results."""
+    run(f"model.path={folder}", "prompt=one two", "sampling.prompt_logprobs=true", "sampling.top_logprobs=2", *SETTINGS)
+    (line,) = capsys.readouterr().out.splitlines()
+    found = json.loads(line)
+    assert found["finish_reason"] in ("length", "stop")
+    assert found["prompt_logprobs"][0] is None
+    assert all(len(top) == 2 for top in found["top_logprobs"])
+
+
+MISTAKES = {
+    "model.path=/nowhere": "model.path=/nowhere does not exist; give a Hugging Face folder or a checkpoint",
+    "model.path={tmp}": "model.path={tmp} holds no checkpoint",
+    "prompts=/nowhere.jsonl": "prompts=/nowhere.jsonl is no file",
+    "prompts={tmp}/wrong.jsonl": "wrong.jsonl, line 2 must be an object with either prompt or prompt_ids",
+    "prompts={tmp}/long.jsonl": "prompts[1]: the prompt has 40 tokens; engine.max_seq_len=32 leaves room",
+    "prompts={tmp}/large.jsonl": "prompts[0]: the prompt has the token id 9999, outside of the model's vocabulary",
+    "sampling.max_tokens=0": "sampling.max_tokens=0 must be at least 1, or null",
+    "sampling.temperatur=0": "there is no key sampling.temperatur; did you mean sampling.temperature?",
+    "model=llama_tiny": "model is not a value; set model.path, model.dtype, model.tokenizer",
+    "mode=serve": "mode=serve is unknown; use generate",
+    "prompt=x": "one of prompts=IN.jsonl and prompt=TEXT is needed",
+    "out={tmp}": "is a folder; give a file",
+}
+
+
+def test_whatever_cannot_be_done_is_one_line(
+    folder: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A traceback, a run that begins and fails at the last prompt, or a file of results that is half there."""
+    (tmp_path / "wrong.jsonl").write_text('{"prompt": "x"}\n{"text": "x"}\n')
+    (tmp_path / "long.jsonl").write_text(f'{{"prompt": "x"}}\n{{"prompt_ids": {[1] * 40}}}\n')
+    (tmp_path / "large.jsonl").write_text('{"prompt_ids": [9999]}\n')
+    good = [f"model.path={folder}", f"prompts={prompts}", f"out={tmp_path / 'out.jsonl'}", *SETTINGS]
+    for override, says in MISTAKES.items():
+        assert exit_code_of(lab, [*good, override.format(tmp=tmp_path)]) == 2, override
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("configuration error: ")
+        assert says.format(tmp=tmp_path) in line
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_a_tokenizer_of_another_model_is_refused(
+    folder: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Text of tokens that mean something else; a document that cannot end."""
+    core = tokenizers.Tokenizer(tokenizers.models.WordLevel({"one": 0, "<end>": 4000}, unk_token="one"))
+    Tokenizer(core, eos_token="<end>", bos_token=None).save(tmp_path)
+    arguments = [f"model.path={folder}", f"prompts={prompts}", f"model.tokenizer={tmp_path}", *SETTINGS]
+    assert exit_code_of(lab, arguments) == 2
+    assert "they do not belong together" in capsys.readouterr().err
