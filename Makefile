@@ -1,5 +1,5 @@
 # make install   the environment, in .venv            make train   train on real text, on whatever this machine has
-# make test      the tests (CPU, gloo)                make check   lint and types
+# make test      the tests (CPU, gloo); ARGS=--thorough: all of CI's      make check   lint and types
 # make parity    every layout against one process, an hour on two cores; writes docs/COMPOSES.md
 PYTHON ?= python3
 VENV ?= .venv

@@ -35,6 +35,7 @@ def comparison(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Com
     return Comparison(ranks, text_corpus(folder), folder)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("layout", LAYOUTS, ids=name_of)
 def test_a_layout_trains_the_same_model(comparison: Comparison, layout: Layout) -> None:
     """Two features that each are right alone."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -189,7 +190,7 @@ def _cut_dims(config: ModelConfig) -> dict[str, int | None]:
     """The dim of every matrix that a model on these ranks is built with cut over tp."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
     with torch.device("meta"):
-        model = build_model(config, groups=ModelParallel(tp=mesh))
+        model = build_model(replace(config, fused_projections=False), groups=ModelParallel(tp=mesh))
     found: dict[str, int | None] = {}
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1:
