@@ -1,7 +1,7 @@
 """Data parallelism: the ZeRO stages (Rajbhandari et al., 1910.02054) behind one interface.
 
 A training step sees master parameters: what the optimizer updates and a checkpoint stores, by name, whole tensors at
-stage 0 and DTensors sharded on dim 0 above it, with their summed gradient in `.grad`. How gradients get there and how
+stage 0 and DTensors sharded on one dim above it, with their summed gradient in `.grad`. How gradients get there and how
 updated values get back into the model is the stage's business (with tensor parallelism, "whole" is a rank's tp shard):
 
     stage  model computes with    gradients are summed by              masters, moments

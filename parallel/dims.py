@@ -171,7 +171,7 @@ def _ep_buffer_problems(config: ParallelConfig) -> list[Problem]:
             f"parallel.ep_buffer={buffer} is neither 0 (exact sizes) nor from 1 (what equal shares need) to "
             f"parallel.ep={ep} (what is always enough)"
         )
-        return [Problem(why, values("parallel.ep_buffer", [None, 1.5, float(ep)]))]
+        return [Problem(why, values("parallel.ep_buffer", [1.0, float(ep), None]))]
     return []
 
 

@@ -119,7 +119,8 @@ def _shard_fully(
 ) -> DataParallel:
     """ZeRO-3 through FSDP2: one group per block, one for embedding, final norm and head together.
 
-    Experts that are spread over ep are a group of their own inside their block, over the ranks that hold the same.
+    Experts that are spread over ep are a group of their own, over the ranks that hold the same, gathered with their
+    block.
 
     The last group stays gathered from the root's forward to its backward, so a tied table and a loss that is computed
     from the head's weight inside the root's forward see one gathered tensor.

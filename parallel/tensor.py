@@ -191,9 +191,10 @@ class _Columns(torch.autograd.Function):
     """y_i = x W_i^T + b_i. In backward the sum of dx over the axis travels while the weight gradients are computed."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, axis: Axis, sequence_parallel: bool, sp_chunks: int, *parameters: Any
-    ) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        # Not one name for each: where no gradient is wanted, dynamo (torch 2.13) drops ctx if the arguments happen to
+        # be as many as the names with it.
+        axis, sequence_parallel, sp_chunks, *parameters = rest
         num = len(parameters) // 2  # weights, then a bias or None for each
         weights, biases = parameters[:num], parameters[num:]
         if sp_chunks > 1:

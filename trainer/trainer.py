@@ -345,11 +345,12 @@ class Trainer:
         """React to a skipped step: loss or gradients not finite, or choices left over. Call it for every step."""
         if record.get(LEFT_OVER, 0) > 0:
             parallel = self.config.parallel
+            exact = "" if self.config.train.compile else ", and 0 has exact sizes"
             raise TrainingDiverged(
                 f"step {record['step']}: {record[LEFT_OVER]:.0f} choices of experts found no room in the buffers of "
-                f"parallel.ep_buffer={parallel.ep_buffer}, and no update was made; start again from the last "
-                f"checkpoint with more, {parallel.ep} is always enough, or with 0 for exact sizes: results do not "
-                "depend on it"
+                f"parallel.ep_buffer={parallel.ep_buffer}, and no update was made; go on with more, of which results "
+                f"do not depend ({parallel.ep} is always enough{exact}): from the last checkpoint, or in a new run.dir "
+                "where there is none yet"
             )
         if record["skipped_steps"] == self._skipped_before:
             self._skipped_in_a_row = 0

@@ -51,7 +51,7 @@ class Context(NamedTuple):
 
 # What model.attention=auto takes: the first that can run. The one place where measurements decide (H200, bf16, heads of
 # 64 and 128; benchmarks/roofline/attention.py). cuDNN, which sdpa takes, is the fastest for plain causal attention
-# (triton has 0.65 to 0.88 of its speed) and has no kernel for anything else; of what has, triton has 1.06 to 1.48 times
+# (triton has 0.84 to 0.96 of its speed) and has no kernel for anything else; of what has, triton has 1.19 to 1.84 times
 # the speed of flex with windows and documents.
 PREFERRED_PLAIN = ("sdpa", "reference")  # causal, and everything where there is no CUDA
 PREFERRED_MASKED = ("triton", "flex", "sdpa", "reference")  # on CUDA: documents, windows, sinks, parts of a ring

@@ -108,14 +108,17 @@ def _validation_and_sample(config: TrainConfig) -> tuple[float, str]:
     return result["validation_loss"], result["sample"]
 
 
-@pytest.mark.parametrize("layout", ["tp2", "tp2-zero3", "tp4"])
+@pytest.mark.parametrize(("layout", "compiled"), [("tp2", False), ("tp2-zero3", False), ("tp4", False), ("tp2", True)])
 def test_validation_and_sampling_are_those_of_one_process(
-    ranks: RankPool, config: TrainConfig, reference: tuple[Path, Outcome], tmp_path: Path, layout: str
+    ranks: RankPool, config: TrainConfig, reference: tuple[Path, Outcome], tmp_path: Path, layout: str, compiled: bool
 ) -> None:
-    """Logits of some words only, or in the wrong order; a validation that sums over tp ranks."""
-    changes = {"train__eval_interval": 4, "train__eval_batches": 2, "train__sample_tokens": 8}
+    """Logits of some words only, or in the wrong order; a validation that sums over tp ranks; graphs that are right
+    only where gradients are wanted."""
+    changes: dict[str, Any] = {"train__eval_interval": 4, "train__eval_batches": 2, "train__sample_tokens": 8}
     expected = ranks.run(1, _validation_and_sample, changed(config, tmp_path / "one", **changes))[0]
     world_size, settings = LAYOUTS[layout]
+    if compiled:
+        changes |= {"train__compile": True, "train__compile_backend": "aot_eager"}
     for loss, sample in ranks.run(
         world_size, _validation_and_sample, changed(config, tmp_path / "run", **changes, **settings)
     ):
