@@ -246,6 +246,9 @@ LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {
     "tp2-sp-zero1-compiled": ("tied", {
         "parallel__tp": 2, "parallel__sequence_parallel": True, "parallel__zero_stage": 1, "train__compile": True,
     }),
+    "tp2-sp-chunks": ("llama", {
+        "parallel__tp": 2, "parallel__sequence_parallel": True, "parallel__sp_chunks": 2, "parallel__zero_stage": 2,
+    }),
     "cp4-ring": ("llama", {"parallel__cp": 4, "parallel__zero_stage": 3}),
     "cp4-ring-in-ulysses": ("llama", {"parallel__cp": 4, "parallel__cp_ulysses": 2, "parallel__zero_stage": 1}),
     "cp2-ulysses-tp2": ("llama", {"parallel__cp": 2, "parallel__cp_method": "ulysses", "parallel__tp": 2}),
@@ -258,6 +261,9 @@ LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {
     "pp4-1f1b": ("tied", {"parallel__pp": 4, "parallel__zero_stage": 0}),
     "pp2-zero_bubble": ("tied", {"parallel__pp": 2, "parallel__pp_schedule": "zero_bubble", "parallel__zero_stage": 1}),
     "pp2-zbv": ("llama", {"parallel__pp": 2, "parallel__pp_schedule": "zbv", "parallel__zero_stage": 1}),
+    "pp2-zbv-compiled": ("tied", {
+        "parallel__pp": 2, "parallel__pp_schedule": "zbv", "parallel__zero_stage": 1, "train__compile": True,
+    }),
     "pp2-dualpipev": ("tied", {"parallel__pp": 2, "parallel__pp_schedule": "dualpipev", "parallel__zero_stage": 0}),
     "pp2-interleaved": ("llama", {
         "parallel__pp": 2, "parallel__pp_schedule": "interleaved_1f1b", "parallel__zero_stage": 1,
@@ -270,6 +276,8 @@ LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {
     "moe-ep4-zero1": ("moe", {"parallel__ep": 4, "parallel__zero_stage": 1}),
     "moe-ep2-zero2": ("moe", {"parallel__ep": 2, "parallel__zero_stage": 2}),
     "moe-ep2-zero3": ("moe", {"parallel__ep": 2, "parallel__zero_stage": 3}),
+    "moe-ep4-buffers": ("moe", {"parallel__ep": 4, "parallel__ep_buffer": 4.0, "parallel__zero_stage": 2}),
+    "moe-ep2-compiled": ("moe", {"parallel__ep": 2, "parallel__zero_stage": 1, "train__compile": True}),
     "moe-ep2-tp2-sp": ("moe", {"parallel__ep": 2, "parallel__tp": 2, "parallel__sequence_parallel": True}),
     "moe-ep2-cp2": ("moe", {"parallel__ep": 2, "parallel__cp": 2, "parallel__zero_stage": 1}),
     "moe-pp2-ep2": ("moe", {"parallel__ep": 2, "parallel__pp": 2, "parallel__zero_stage": 1}),
