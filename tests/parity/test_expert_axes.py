@@ -236,7 +236,7 @@ def test_choices_without_room_stop_the_run_before_an_update(
     """A choice that is dropped because a buffer was full, and a model that is trained without it."""
     config, reference, _ = one_process.of("mixtral")
     run = layout(config, tmp_path / "run", ep=4, ep_buffer=1.0)
-    message = r"TrainingDiverged: step 1: \d+ choices .* parallel.ep_buffer=1.0.* 4 is always"
+    message = r"TrainingDiverged: step 1: \d+ choices .* parallel.ep_buffer=1.0.*4 is always"
     with pytest.raises(RankError, match=message):
         run_on(ranks, 4, run)
     (line,) = (json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
