@@ -18,6 +18,7 @@ from inference.blocks import Copy
 from inference.config import EngineConfig, longest
 from inference.sampling import Sampled, sample, settings_of
 from inference.scheduler import Chunk, Step
+from kernels.paged_attention import implementation
 from models.config import ModelConfig
 from models.decoder import Decoder
 from models.layers.paged_cache import PagedCache
@@ -46,6 +47,7 @@ class ModelRunner:
     def __init__(self, model: Decoder, config: EngineConfig) -> None:
         parameter = next(model.parameters())
         self.model, self.device = model, parameter.device
+        self.attention = implementation(self.device, parameter.dtype)  # what computes it
         self.max_seq_len = longest(config, model.config)
         self.block_size = config.block_size
         self.table_width = -(-self.max_seq_len // config.block_size)

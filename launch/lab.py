@@ -74,6 +74,7 @@ def generate(config: LabConfig) -> None:
     with configuration_errors(RequestError):
         completions = engine.generate(requests, config.sampling)
     seconds = time.perf_counter() - started
+    print(f"attention over the cache: {engine.runner.attention}", file=sys.stderr)
     text = "".join(json.dumps(_line_out(*both)) + "\n" for both in zip(lines, completions, strict=True))
     if config.out is None:
         print(text, end="")

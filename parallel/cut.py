@@ -5,9 +5,8 @@ Under a causal mask a late token has more to attend to than an early one, so con
     zigzag     2 n equal chunks, of which rank r holds r and 2n-1-r: equal work for one document, of the (2n)(2n+1)/2
                pairs of chunks that see each other 2n+1 each
     balanced   for documents, packed anywhere: n m equal chunks, m for each rank, dealt out by the number of keys that
-               their queries see. A short document's last token sees few, wherever in the sequence it lies. With few
-               chunks (MIN_CHUNK) of documents as long as many of them it is the best there is, not even: 1.3 to 1.6 of
-               the mean for 256 tokens per rank
+               their queries see. A short document's last token sees few, wherever in the sequence it lies. Where
+               MIN_CHUNK allows two chunks per rank only, the largest work may be 1.3 to 1.6 of the mean
 
 Every rank has the same number of tokens. A cut depends on nothing but the batch, which all ranks of the axis load
 alike; it is made on the host, before the step.

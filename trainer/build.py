@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 import torch.distributed as dist
 
@@ -49,14 +47,8 @@ def build_state(config: TrainConfig, dims: ParallelDims, mesh: Meshes, device: t
     split_backward = pipeline is not None and pipeline.schedule in SPLIT_BACKWARD
     weight_gradients = defer_weight_gradients(model.blocks, at_once=(Router,)) if split_backward else None
     fp8 = _multiply_in_fp8(model, config.precision, device) if config.precision.fp8 else None
-    checkpointing = ActivationCheckpoint(
-        mode=config.model.activation_checkpoint, save=config.model.activation_checkpoint_save
-    )
-    plan = {}
-    if checkpointing.mode == "budget":
-        plan = plan_activations(model, config, groups, device)
-    if fp8 is not None and "aten.mm" in checkpointing.save:
-        checkpointing = replace(checkpointing, save=[*checkpointing.save, "lattice.fp8_matmul"])  # the same, in fp8
+    checkpointing = _checkpointing(config)
+    plan = plan_activations(model, config, groups, device) if checkpointing.mode == "budget" else {}
     data_parallel = parallelize(
         model,
         mesh,
@@ -84,19 +76,7 @@ def build_state(config: TrainConfig, dims: ParallelDims, mesh: Meshes, device: t
             sequence_slices=dims.tp if config.parallel.sequence_parallel else 1,
             trace=config.parallel.pp_trace,
         )
-    token_group = mesh.tokens.get_group()
     fused = fused_parameters(model)
-    routing = None
-    if config.model.moe.num_experts:
-        routing = RoutingMonitor(
-            model,
-            config.model,
-            global_batch_size=config.train.global_batch_size,
-            group=token_group,
-            stages=None if pipeline is None else mesh.batch["pp"].get_group(),
-            buffered=bool(config.parallel.ep_buffer),
-            device=device,
-        )
     return TrainState(
         model=model,
         data_parallel=data_parallel,
@@ -109,19 +89,39 @@ def build_state(config: TrainConfig, dims: ParallelDims, mesh: Meshes, device: t
             first=data_parallel.needed_first,
         ),
         loss_scale=LossScale(config.precision, device),
-        token_group=token_group,
+        token_group=mesh.tokens.get_group(),
         device=device,
         grad_clip=config.train.grad_clip,
         compile_loss=compiles_loss(config),
         fused=fused,
         loss_weights=loss_weights(config.model.mtp, device) if config.model.mtp.depth else None,
         vocabulary=vocabulary_shard(config.model.vocab_size, groups),
-        routing=routing,
+        routing=_monitor_routing(model, config, mesh, device) if config.model.moe.num_experts else None,
         fp8=fp8,
         passes=passes,
         stage_group=passes.group if isinstance(passes, PipelinedPasses) else None,
         copies=passes.copies if isinstance(passes, PipelinedPasses) else frozenset(),
         activation_plan=plan,
+    )
+
+
+def _checkpointing(config: TrainConfig) -> ActivationCheckpoint:
+    """What blocks keep for backward, by the names of the operations that really run."""
+    save = config.model.activation_checkpoint_save
+    if config.precision.fp8 and "aten.mm" in save:
+        save = [*save, "lattice.fp8_matmul"]  # the same, in fp8
+    return ActivationCheckpoint(mode=config.model.activation_checkpoint, save=save)
+
+
+def _monitor_routing(model: Decoder, config: TrainConfig, mesh: Meshes, device: torch.device) -> RoutingMonitor:
+    return RoutingMonitor(
+        model,
+        config.model,
+        global_batch_size=config.train.global_batch_size,
+        group=mesh.tokens.get_group(),
+        stages=mesh.batch["pp"].get_group() if config.parallel.pp > 1 else None,
+        buffered=bool(config.parallel.ep_buffer),
+        device=device,
     )
 
 

@@ -17,6 +17,23 @@ from kernels.backend import refuse_dtensors, runs_triton
 from kernels.paged_attention.reference import paged_attention_reference, write_pages_reference
 
 
+def implementation(device: torch.device, dtype: torch.dtype) -> str:
+    """What computes attention of queries of a dtype on a device: triton, or the reference and why."""
+    if device.type != "cuda":
+        return f"reference (on {device.type})"
+    obstacle = _obstacle(dtype, on_gpu=True)
+    return "triton" if obstacle is None else f"reference (triton {obstacle})"
+
+
+def _obstacle(dtype: torch.dtype, *, on_gpu: bool) -> str | None:
+    """Why the kernel, where there is one, must not run; None: it may."""
+    if dtype == torch.float64:
+        return "has no fp64"
+    if on_gpu and dtype != torch.float32:
+        return f"is not right yet in {str(dtype).removeprefix('torch.')} on a GPU"  # Triton 3.6 on an H200: docs/LOG.md
+    return None
+
+
 def paged_attention(
     q: Tensor,
     k_pages: Tensor,
@@ -96,10 +113,7 @@ def _paged_attention(
     slopes: Tensor | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    # On an H200 (Triton 3.6) the kernel is right in fp32 and wrong in half precision, where the compiler overlaps loads
-    # of pages with those of their numbers: until it is shown to be right there, the reference runs.
-    half_on_gpu = q.is_cuda and q.dtype != torch.float32
-    if not runs_triton(q) or q.dtype == torch.float64 or half_on_gpu:
+    if not runs_triton(q) or _obstacle(q.dtype, on_gpu=q.is_cuda) is not None:
         return paged_attention_reference(
             q,
             k_pages,

@@ -12,6 +12,7 @@ import torch
 import transformers
 
 from data.tokenizer import Tokenizer, train_bpe
+from kernels.paged_attention import implementation
 from launch.convert import convert
 from launch.errors import exit_code_of
 from launch.lab import lab
@@ -91,11 +92,27 @@ def test_a_folder_and_a_checkpoint_give_the_tokens_of_transformers(
 def test_one_prompt_goes_to_standard_output(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A file needed to try something out; or lines between the results."""
     run(f"model.path={folder}", "prompt=one two", "sampling.prompt_logprobs=true", "sampling.top_logprobs=2", *SETTINGS)
-    (line,) = capsys.readouterr().out.splitlines()
+    captured = capsys.readouterr()
+    (line,) = captured.out.splitlines()
+    assert "attention over the cache: reference (on cpu)" in captured.err
     found = json.loads(line)
     assert found["finish_reason"] in ("length", "stop")
     assert found["prompt_logprobs"][0] is None
     assert all(len(top) == 2 for top in found["top_logprobs"])
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "expected"),
+    [
+        ("cpu", torch.bfloat16, "reference (on cpu)"),
+        ("cuda", torch.float32, "triton"),
+        ("cuda", torch.bfloat16, "reference (triton is not right yet in bfloat16 on a GPU)"),
+        ("cuda", torch.float64, "reference (triton has no fp64)"),
+    ],
+)
+def test_what_computes_attention_is_said(device: str, dtype: torch.dtype, expected: str) -> None:
+    """A reference that runs in place of a kernel, and nobody is told."""
+    assert implementation(torch.device(device), dtype) == expected
 
 
 MISTAKES = {
