@@ -1,6 +1,7 @@
 # make install   the environment, in .venv            make train   train on real text, on whatever this machine has
 # make test      the tests (CPU, gloo); ARGS=--thorough: all of CI's      make check   lint and types
-# make parity    every layout against one process, an hour on two cores; writes docs/COMPOSES.md
+# make drill     a hundred random faults in one run, against a run that was left alone; an hour on two cores
+# make parity    every layout against one process, two hours on two cores; writes docs/COMPOSES.md
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -19,7 +20,7 @@ ARGS ?=
 # Ranks of one test spend half of their time waiting for each other: two files of tests at a time.
 TESTS_AT_A_TIME ?= 2
 
-.PHONY: install train test parity check lint types clean
+.PHONY: install train test drill parity check lint types clean
 
 install: $(STAMP)
 
@@ -34,6 +35,9 @@ train: install
 
 test: install
 	$(BIN)/python -m pytest --numprocesses $(TESTS_AT_A_TIME) --dist loadfile $(ARGS)
+
+drill: install
+	$(BIN)/python launch/drill.py --faults 100 --seed $(shell date +%Y%m%d) --dir runs/drill-$(shell date +%Y%m%d-%H%M%S) $(ARGS)
 
 parity: install
 	$(BIN)/python -m tests.parity.compose $(ARGS)

@@ -7,7 +7,7 @@ Prints one JSON object over the steps of the newest start of the run, without th
 caches, allocator): tokens_per_second_per_gpu and mfu are means over time (all tokens over all seconds),
 step_seconds_median and _mean over steps, data_wait_fraction the share of time spent waiting for data; peak_memory_gib
 and the losses are over all steps of that start. mfu counts attention over the whole sequence, mfu_causal over what a
-token may see. A run with logging.profile_steps also gives `profile` (benchmarks/breakdown.py); the traced steps, which
+token may see. A run with train.profile.steps also gives `profile` (benchmarks/breakdown.py); the traced steps, which
 tracing slows, are better left out by --skip. docs/METRICS.md defines the fields.
 """
 
@@ -24,7 +24,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a clone, installed or not
 
-from benchmarks.breakdown import profile_of, trace_path
+from trainer.breakdown import profile_of, trace_path
 
 _CONFIG_KEYS = {
     "train": ("seq_len", "global_batch_size", "micro_batch_size", "compile"),

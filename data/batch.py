@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,6 +25,10 @@ class Batch:
     ahead: tuple[tuple[torch.Tensor, torch.Tensor], ...] = ()  # tokens, labels [B, T]; filled by `look_ahead`, else ()
     indices: torch.Tensor | None = None  # [T] int64; where the tokens lie in the sequence; filled by `take`, else None
     cut: Any = None  # parallel.cut.Cut: where all others lie; filled by `take`; None: zigzag, or nowhere else
+    columns: dict[str, torch.Tensor] = field(
+        default_factory=dict
+    )  # [B, T] int64 or fp32 each, of labels; -1 in those of
+    # int64: nothing there; filled by packing and by recipes
 
     def take(self, indices: torch.Tensor, cut: Any = None) -> Batch:
         """The tokens at `indices` [T] of every sequence; `documents` stays whole, for they see tokens elsewhere."""
@@ -36,7 +40,12 @@ class Batch:
             ahead=tuple((tokens[:, indices], labels[:, indices]) for tokens, labels in self.ahead),
             indices=indices,
             cut=cut,
+            columns={name: column[:, indices] for name, column in self.columns.items()},
         )
+
+    def with_columns(self, **columns: torch.Tensor) -> Batch:
+        """With more of what is known of each label: [B, T], of the same tokens as this batch."""
+        return replace(self, columns=self.columns | columns)
 
     def look_ahead(self, depth: int) -> Batch:
         """With `ahead` for k = 1 .. depth: the tokens and labels k places later. Of whole sequences, so before `take`.
@@ -72,4 +81,5 @@ class Batch:
             ahead=tuple((change(tokens), change(labels)) for tokens, labels in self.ahead),
             indices=None if self.indices is None else change(self.indices),
             cut=self.cut,
+            columns={name: change(column) for name, column in self.columns.items()},
         )

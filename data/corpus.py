@@ -72,14 +72,19 @@ def tokenise(source: TextSource, tokenizer: Tokenizer, cache_dir: str) -> Corpus
     """
     key = digest("tokens", 1, source.fingerprint(), tokenizer.fingerprint())
     folder = Path(cache_dir).expanduser() / "tokens" / key
-    return _open(cached(folder, lambda scratch: _write(scratch, source, tokenizer)))
+    return open_corpus(cached(folder, lambda scratch: _write(scratch, source, tokenizer)))
+
+
+def dtype_of(tokenizer: Tokenizer) -> np.dtype:
+    """What holds its ids on disk."""
+    return np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
 
 
 def _write(folder: Path, source: TextSource, tokenizer: Tokenizer) -> None:
     """Fill folder with tokens.bin, ends.npy and meta.json."""
-    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
+    dtype = dtype_of(tokenizer)
     content, ends, total = hashlib.sha256(), array.array("q"), 0
-    progress = _Progress(source.name)
+    progress = Progress(source.name)
     with parallel(), open(folder / "tokens.bin", "wb") as out:
         for ids, is_last in _encoded(source.documents(), tokenizer):
             if is_last:
@@ -100,7 +105,8 @@ def _write(folder: Path, source: TextSource, tokenizer: Tokenizer) -> None:
     (folder / "meta.json").write_text(json.dumps({**meta, "source": source.name}, indent=2) + "\n")
 
 
-def _open(folder: Path) -> Corpus:
+def open_corpus(folder: Path) -> Corpus:
+    """From tokens.bin, ends.npy and meta.json. Raises DataError where they are damaged."""
     try:
         meta = json.loads((folder / "meta.json").read_text())
         tokens = np.memmap(folder / "tokens.bin", dtype=meta["dtype"], mode="r")
@@ -136,7 +142,7 @@ def _encode(batch: list[tuple[str, bool]], tokenizer: Tokenizer) -> Iterator[tup
     yield from zip(encoded, (is_last for _, is_last in batch), strict=True)
 
 
-class _Progress:
+class Progress:
     """A line on stderr that says how far tokenising is; nothing for what takes less than two seconds."""
 
     def __init__(self, name: str) -> None:

@@ -57,6 +57,16 @@ class Loader:
         """All that decides what sample n is, in JSON values; the same on every rank that reads the same data."""
         return dict(self._identity)
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """Of examples, by name: those there are, and those that were cut or left out. Empty for other data."""
+        return dict(self._reader.counts)
+
+    @property
+    def left_out(self) -> list[str]:
+        """The first row of each kind that no example was made of, and why."""
+        return list(self._reader.left_out)
+
     def next_step(self) -> list[Batch]:
         """All micro-batches of this rank for the next step, in order; CPU tensors, pinned for a GPU.
 
@@ -97,6 +107,8 @@ class Loader:
         batch = self._reader.read([number if number < count else 0 for number in numbers])
         batch.samples = torch.tensor(numbers, dtype=torch.int64)
         batch.labels[batch.samples >= count] = IGNORE_INDEX
+        for column in batch.columns.values():
+            column[batch.samples >= count] = 0 if column.is_floating_point() else -1
         return batch.pin_memory() if self._pin else batch
 
     def state_dict(self, all_gather: AllGather | None = None) -> dict[str, Any]:

@@ -5,13 +5,16 @@ from __future__ import annotations
 from itertools import islice
 from typing import Any
 
-from data.config import BlendPart, DataConfig, DataError, has_stream, is_stream, parts
+from data.config import PAIRS, BlendPart, DataConfig, DataError, has_conversations, has_stream, is_stream, parts
 from data.corpus import open_tokens, tokenise
+from data.examples import ExampleSamples, open_examples
 from data.packing import Blend, FlatTokens, PackedDocuments, Proportions, Samples, split_tokens
+from data.preference import PairSamples, PairWriter, open_pairs
 from data.reader import RandomAccessReader, Reader, Slice, StreamReader
 from data.sources import HubStream, open_text
 from data.streams import BlendedStream, Cursor, SampleStream, Stream, StreamValidation
 from data.tokenizer import Tokenizer
+from data.unpaired import UnpairedWriter
 
 
 def open_reader(
@@ -47,6 +50,9 @@ def open_reader(
     }
     if len(sources) > 1:
         identity["weights"] = weights
+    if has_conversations(config):
+        identity["packing"] = config.conversations.packing
+        identity["too_long"] = config.conversations.too_long
     if has_stream(config):
         if tokenizer is None:
             raise DataError("data.tokenizer.path is missing: a stream is text")
@@ -55,13 +61,14 @@ def open_reader(
         identity["stream_block"] = config.stream_block if config.shuffle else None
         if training:
             streams = _Streams(config, sources, weights, tokenizer, seq_len=seq_len, seed=seed)
-            return StreamReader(
+            reader: Reader = StreamReader(
                 streams.open,
                 config.stream_shards,
                 part,
                 mask_documents=config.mask_documents,
                 vocab_size=vocab_size,
-            ), identity
+            )
+            return _counted(reader, sources), identity
     by_number: list[Samples] = []
     for source in sources:
         if isinstance(source, HubStream):
@@ -69,7 +76,17 @@ def open_reader(
             source = StreamValidation(source, tokenizer, seq_len=seq_len, fraction=config.validation_fraction)
         by_number.append(source)
     samples = Blend(by_number, weights) if len(by_number) > 1 else by_number[0]
-    return RandomAccessReader(samples, part, mask_documents=config.mask_documents, vocab_size=vocab_size), identity
+    reader = RandomAccessReader(samples, part, mask_documents=config.mask_documents, vocab_size=vocab_size)
+    return _counted(reader, sources), identity
+
+
+def _counted(reader: Reader, sources: list[Samples | HubStream]) -> Reader:
+    """With the counts of the examples among the sources."""
+    for source in sources:
+        if isinstance(source, ExampleSamples | PairSamples):
+            reader.counts.update(source.counts)
+            reader.left_out += source.left_out
+    return reader
 
 
 def _open_samples(
@@ -86,6 +103,8 @@ def _open_samples(
         f"the {split} split of data.path={source.path}" if source.path else f"the {split} split of data.source=stdlib"
     )
     which = 0 if split == "train" else 1
+    if source.source == "prompts":
+        raise DataError("data.source=prompts has nothing to predict: it is read by recipe=grpo and its family")
     if source.source == "tokens":
         array, content = open_tokens(str(source.path))
         eos_id = None
@@ -95,6 +114,27 @@ def _open_samples(
         return FlatTokens(array, seq_len=seq_len, key=key, what=what, eos_id=eos_id), content
     if tokenizer is None:
         raise DataError(f"data.tokenizer.path is missing: {what} is text")
+    if source.source == "conversations":
+        examples = open_examples(source, config.conversations, tokenizer, config.cache_dir)
+        return ExampleSamples(
+            examples.split(config.validation_fraction)[which],
+            config.conversations,
+            seq_len=seq_len,
+            key=key,
+            fill=tokenizer.eos_id,
+            what=what,
+        ), examples.corpus.content
+    if source.source in PAIRS:
+        writer = PairWriter if source.source == "preferences" else UnpairedWriter
+        pairs = open_pairs(source, config.conversations, tokenizer, config.cache_dir, writer=writer)
+        return PairSamples(
+            pairs.split(config.validation_fraction)[which],
+            config.conversations,
+            seq_len=seq_len,
+            key=key,
+            fill=tokenizer.eos_id,
+            what=what,
+        ), pairs.content
     corpus = tokenise(open_text(source), tokenizer, config.cache_dir)
     return PackedDocuments(
         corpus.split(config.validation_fraction)[which], seq_len=seq_len, key=key, what=what

@@ -5,6 +5,7 @@ A sample is seq_len + 1 consecutive tokens; which ones is a function of its numb
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from fractions import Fraction
 from typing import NamedTuple, Protocol
 
@@ -21,6 +22,8 @@ class Sample(NamedTuple):
 
     tokens: np.ndarray  # [T + 1] int64
     starts: np.ndarray  # int64, ascending: the indices in tokens at which a document begins
+    learned: np.ndarray | None = None  # [T + 1] bool: which tokens carry a loss where they are labels; None: all
+    columns: Mapping[str, np.ndarray] | None = None  # [T + 1] int64 or fp32: of tokens where they are labels
 
 
 class Samples(Protocol):
@@ -204,10 +207,13 @@ def make_batch(samples: list[Sample], numbers: list[int], *, mask_documents: boo
 
     With mask_documents, a document begun in an earlier sample counts as beginning with the row: what came before is not
     visible from here, so its positions start at 0 too. The first token of a document is then nobody's label, as
-    nothing before it may be seen.
+    nothing before it may be seen. Columns are the same of all samples.
     """
     rows = torch.from_numpy(np.stack([sample.tokens for sample in samples]))
     tokens, labels = rows[:, :-1].clone(), rows[:, 1:].clone()  # of one row, contiguous() would share memory
+    for row, sample in zip(labels, samples, strict=True):
+        if sample.learned is not None:
+            row[torch.from_numpy(~sample.learned[1:])] = IGNORE_INDEX
     index = torch.arange(tokens.shape[1])
     positions, documents = index.repeat(len(tokens), 1), None
     if mask_documents:
@@ -219,4 +225,14 @@ def make_batch(samples: list[Sample], numbers: list[int], *, mask_documents: boo
         begins[:, 0] = False
         documents = begins.cumsum(dim=1, dtype=torch.int32)
         positions = index - torch.where(begins, index, 0).cummax(dim=1).values
-    return Batch(tokens, labels, positions, documents, torch.tensor(numbers, dtype=torch.int64))
+    columns = {
+        name: torch.from_numpy(np.stack([_column(sample, name) for sample in samples]))
+        for name in samples[0].columns or ()
+    }
+    numbered = torch.tensor(numbers, dtype=torch.int64)
+    return Batch(tokens, labels, positions, documents, numbered, columns=columns)
+
+
+def _column(sample: Sample, name: str) -> np.ndarray:
+    assert sample.columns is not None
+    return sample.columns[name][1:]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import traceback
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -60,6 +61,8 @@ class Reader(ABC):
 
     def __init__(self, part: Slice, *, mask_documents: bool, vocab_size: int) -> None:
         self.part = part
+        self.counts: Counter[str] = Counter()  # of examples, where the data has any; filled by open_reader
+        self.left_out: list[str] = []  # the first row of each kind that is no example, and why; filled by open_reader
         self._mask_documents = mask_documents
         self._vocab_size = vocab_size
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from data.cache import cached, digest
-from data.config import DataConfig, DataError, is_stream, parts
+from data.config import NO_TOKENIZER, DataConfig, DataError, has_conversations, is_stream, parts
 from data.sources import HubStream, TextSource, open_text, sample_of
 
 END_OF_TEXT = "<|endoftext|>"
@@ -38,7 +39,9 @@ class Tokenizer:
         self._core = core
         self._core.no_padding()
         self._core.no_truncation()
-        self._folder = folder
+        self._placing: tokenizers.Tokenizer | None = None
+        self.folder = folder
+        self._alphabet = _byte_alphabet() if "ByteLevel" in repr(core.decoder) else {}
         self.eos_token = eos_token
         self.bos_token = bos_token
         self.eos_id: int = self._id(eos_token, "eos_token")
@@ -63,9 +66,37 @@ class Tokenizer:
         """`encode` of every text, over all cores where `parallel` allows."""
         return [encoding.ids for encoding in self._core.encode_batch_fast(list(texts), add_special_tokens=False)]
 
+    def encode_with_places(self, texts: Sequence[str]) -> list[tuple[list[int], np.ndarray]]:
+        """`encode_batch`, and for each text where its n tokens stand in it: [n, 2] int64, first character and that
+        behind the last. A character of several tokens stands at the place of each."""
+        if self._placing is None:
+            # Post-processors add special tokens, which is not wanted here, and cut blanks off places, which is wrong.
+            self._placing = tokenizers.Tokenizer.from_str(
+                json.dumps({**json.loads(self._core.to_str()), "post_processor": None})
+            )
+        encoded = self._placing.encode_batch(list(texts), add_special_tokens=False)
+        return [(each.ids, np.asarray(each.offsets, np.int64).reshape(-1, 2)) for each in encoded]
+
     def decode(self, ids: Sequence[int] | np.ndarray, *, skip_special_tokens: bool = False) -> str:
         """The text of ids; bytes that are no UTF-8 become the replacement character."""
         return self._core.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
+
+    def token_bytes(self, token: int) -> bytes:
+        """What one token stands for within a text; a character's bytes may lie across tokens."""
+        name = self._core.id_to_token(token)
+        if name is None:
+            return b""
+        if self._alphabet and all(letter in self._alphabet for letter in name):
+            return bytes(self._alphabet[letter] for letter in name)
+        if re.fullmatch(r"<0x[0-9A-F]{2}>", name):
+            return bytes([int(name[3:5], 16)])
+        if name.startswith("\u2581"):  # SentencePiece's blank, which a decoder leaves out at the beginning of a text
+            return name.replace("\u2581", " ").encode()
+        return self.decode([token]).encode()
+
+    def to_json(self) -> str:
+        """The text of its tokenizer.json."""
+        return self._core.to_str()
 
     def fingerprint(self) -> str:
         """Changes when any text may get other ids."""
@@ -75,8 +106,8 @@ class Tokenizer:
         """Write a folder that transformers' AutoTokenizer loads: tokenizer.json, tokenizer_config.json, companions."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        for name in _COMPANIONS if self._folder is not None else ():
-            origin = Path(str(self._folder)) / name
+        for name in _COMPANIONS if self.folder is not None else ():
+            origin = Path(str(self.folder)) / name
             if origin.is_file() and origin.resolve() != (folder / name).resolve():
                 shutil.copyfile(origin, folder / name)
         self._core.save(str(folder / "tokenizer.json"))
@@ -131,6 +162,8 @@ def load_tokenizer(config: DataConfig, *, train: bool = True) -> Tokenizer:
     """
     if config.tokenizer.path is not None:
         return Tokenizer.from_path(config.tokenizer.path, eos_token=config.tokenizer.eos_token)
+    if has_conversations(config):
+        raise DataError(NO_TOKENIZER)
     if any(part.source == "tokens" for part in parts(config)):
         raise DataError(
             "data.tokenizer.path is missing: with data.source=tokens the tokenizer is the one that made the array, "
@@ -211,6 +244,13 @@ def parallel() -> Iterator[None]:
         yield
     finally:
         os.environ[variable] = "false"
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The byte behind each letter that byte-level tokens are spelled with (Radford et al. 2019, GPT-2)."""
+    plain = [*range(ord("!"), ord("~") + 1), *range(ord("\xa1"), ord("\xac") + 1), *range(ord("\xae"), ord("\xff") + 1)]
+    others = [byte for byte in range(256) if byte not in plain]
+    return {chr(byte): byte for byte in plain} | {chr(256 + place): byte for place, byte in enumerate(others)}
 
 
 def _special_tokens(folder: Path) -> dict[str, str]:

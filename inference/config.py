@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
 
 from models.config import ModelConfig
 
 PREEMPTIONS = ("recompute", "swap")
+CACHE_DTYPES = {"auto": None, "fp8": torch.float8_e4m3fn, "int8": torch.int8}
+"""By name; None: that of the weights."""
 MAX_SEED = 2**32 - 1
 
 
@@ -16,7 +22,8 @@ class EngineConfig:
 
     block_size: int = 16  # tokens of a block (page) of the cache
     num_blocks: int | None = None  # of the cache; None: what memory_fraction leaves, off CUDA at most 1 GiB
-    memory_fraction: float = 0.9  # CUDA: of the device's memory, for weights, cache and all else
+    memory_fraction: float = 0.9  # CUDA: of the device's memory, for weights, cache and what steps and graphs take
+    cache_dtype: str = "auto"  # one of CACHE_DTYPES; in 8 bits with a scale for each token and head, half the memory
     host_blocks: int = 0  # room in host memory for sequences that are swapped out
     max_seq_len: int | None = None  # tokens of a prompt and its continuation; None: what the model was made for
     max_sequences: int = 256  # that run at a time
@@ -24,6 +31,13 @@ class EngineConfig:
     chunked_prefill: bool = True  # a long prompt is computed in several steps; false: only whole
     prefix_cache: bool = True  # blocks of equal beginnings are computed once
     preemption: str = "recompute"  # of a sequence that has to give way, one of PREEMPTIONS; swap needs host_blocks
+    overlap: bool | None = None  # a step is launched before the results of the one before are read; None: on CUDA
+    cuda_graphs: bool = True  # CUDA: steps that decode, and small ones with prompts, are one launch each
+    # Numbers of sequences that decoding is captured for: a step pads to the next, and one with more has no graph. Each
+    # keeps the logits of as many rows. Empty: 1, 2, 4, 8, then so close that at most an eighth pads
+    graph_sizes: list[int] = field(default_factory=list)
+    warmup: bool = False  # CUDA: graphs are captured and kernels compiled at the start, so that no request waits
+    deterministic: bool = False  # a token's log-probability has the same bits whatever is computed beside it; slower
     seed: int = 0  # makes the seeds of requests that have none
 
 
@@ -31,7 +45,7 @@ class EngineConfig:
 class SamplingConfig:
     """`sampling`: how a request is continued. The order is: penalties, temperature, top_k, top_p, min_p."""
 
-    temperature: float = 1.0  # 0: greedy
+    temperature: float = 1.0  # 0, or below 1e-6: greedy
     top_k: int = 0  # of the most probable tokens; 0: all
     top_p: float = 1.0  # of the most probable tokens those that make up this much together
     min_p: float = 0.0  # of those at least this times as probable as the most probable one
@@ -45,6 +59,31 @@ class SamplingConfig:
     ignore_eos: bool = False  # do not stop at the end of a document
     top_logprobs: int = 0  # also the log-probabilities of so many most probable tokens
     prompt_logprobs: bool = False  # also those of the prompt's tokens
+    speculate: bool = True  # false: this request gets no drafts, whatever the engine's speculation.method
+    # At most one of these; the continuation then ends where it is complete (inference/constraints.py).
+    json_schema: str | None = None  # text of a JSON schema: JSON that is valid under it
+    regex: str | None = None  # what matches this regular expression as a whole (syntax of Rust's regex)
+    choice: list[str] = field(default_factory=list)  # one of these
+    grammar: str | None = None  # what a grammar in Lark's syntax derives from `start`
+
+
+class ConstraintText(NamedTuple):
+    """What a continuation has to be."""
+
+    kind: str  # one of CONSTRAINTS
+    text: str
+
+
+CONSTRAINTS = ("json_schema", "regex", "choice", "grammar")
+
+
+def constraint_of(sampling: SamplingConfig) -> ConstraintText | None:
+    """The one constraint that sampling has; None: none."""
+    for kind in CONSTRAINTS:
+        value = getattr(sampling, kind)
+        if value is not None and value != []:
+            return ConstraintText(kind, json.dumps(value) if kind == "choice" else value)
+    return None
 
 
 def longest(config: EngineConfig, model: ModelConfig) -> int:
@@ -72,11 +111,35 @@ def engine_problems(config: EngineConfig, model: ModelConfig) -> list[str]:
     ]
     if not 0 < config.memory_fraction <= 1:
         found.append(f"engine.memory_fraction={config.memory_fraction} must be above 0 and at most 1; 0.9 is usual")
+    found += _graph_problems(config)
+    if config.cache_dtype not in CACHE_DTYPES:
+        found.append(f"engine.cache_dtype={config.cache_dtype} is unknown; use {', '.join(CACHE_DTYPES)}")
+    if config.deterministic and config.cache_dtype != "auto":
+        found.append(
+            f"engine.deterministic=true makes log-probabilities those of training, which knows no engine.cache_dtype="
+            f"{config.cache_dtype}; use cache_dtype=auto, or deterministic=false"
+        )
     if config.preemption not in PREEMPTIONS:
         found.append(f"engine.preemption={config.preemption} is unknown; use {' or '.join(PREEMPTIONS)}")
     if config.preemption == "swap" and config.host_blocks == 0:
         found.append("engine.preemption=swap has nowhere to swap to; set engine.host_blocks, or use recompute")
     return found or _length_problems(config, model)
+
+
+def _graph_problems(config: EngineConfig) -> list[str]:
+    outside = [size for size in config.graph_sizes if not 1 <= size <= config.max_sequences]
+    if outside:
+        nearest = sorted({min(max(size, 1), max(config.max_sequences, 1)) for size in config.graph_sizes})
+        return [
+            f"engine.graph_sizes={config.graph_sizes} has {outside[0]}, and steps have 1 to engine.max_sequences="
+            f"{config.max_sequences} sequences; use {nearest}"
+        ]
+    if not config.cuda_graphs and config.graph_sizes:
+        return [
+            f"engine.graph_sizes={config.graph_sizes} has no effect with engine.cuda_graphs=false; use [], or "
+            "cuda_graphs=true"
+        ]
+    return []
 
 
 def _length_problems(config: EngineConfig, model: ModelConfig) -> list[str]:
@@ -132,4 +195,8 @@ def sampling_problems(sampling: SamplingConfig) -> list[str]:
     hold(sampling.max_tokens is None or sampling.max_tokens >= 1, "max_tokens", "at least 1, or null")
     hold(all(sampling.stop), "stop", "strings that are not empty")
     hold(sampling.top_logprobs >= 0, "top_logprobs", "at least 0")
+    hold(all(sampling.choice), "choice", "strings that are not empty")
+    constraints = [kind for kind in CONSTRAINTS if getattr(sampling, kind) not in (None, [])]
+    if len(constraints) > 1:
+        found.append(f"{' and '.join(f'sampling.{kind}' for kind in constraints)} exclude each other; set one of them")
     return found

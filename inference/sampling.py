@@ -8,6 +8,7 @@ R rows (sequences that get a token), V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from typing import NamedTuple
 
@@ -15,12 +16,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from inference.constraints import allowed, allowed_bits
+from inference.memory import SAMPLED_LOGITS
 from inference.sequence import Sequence
-from kernels.philox import uniform
+from kernels.cross_entropy import invariant_cross_entropy
+from kernels.sampling import draw, sample_tokens
 
-STREAMS = ("inference.sampling", "inference.sampling.low")
+GREEDY_BELOW = 1e-6
+"""A temperature that is as good as 0. Logits over one that is much smaller are no numbers of fp32 any more."""
 SHIFT = 31
 """A draw's index is seed * 2^31 + position: seeds have 32 bits, positions 31."""
+
+
+Pick = Callable[[Tensor, Tensor, slice], Tensor]
+"""Takes tokens [r] of probabilities [r, V] by indices of random numbers [r]; the slice says which of all rows."""
 
 
 class Penalties(NamedTuple):
@@ -45,6 +54,7 @@ class Settings(NamedTuple):
     filtered: bool  # whether any row has top_k, top_p or min_p
     penalties: Penalties | None  # None: no row has any
     top_logprobs: int  # the most that a row asks for
+    allowed: Tensor | None  # [R, W] int32, of constraints: a bit for each token; None: no row has any
 
 
 class Sampled(NamedTuple):
@@ -61,7 +71,8 @@ def settings_of(sequences: Seq[Sequence], *, vocab_size: int, device: torch.devi
     each = [sequence.sampling for sequence in sequences]
 
     def tensor(values: object, dtype: torch.dtype) -> Tensor:
-        return torch.tensor(values, dtype=dtype, device=device)
+        made = torch.as_tensor(values, dtype=dtype)
+        return made.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else made
 
     penalties = None
     if any((s.repetition_penalty, s.presence_penalty, s.frequency_penalty) != (1.0, 0.0, 0.0) for s in each):
@@ -75,38 +86,114 @@ def settings_of(sequences: Seq[Sequence], *, vocab_size: int, device: torch.devi
             tokens=tensor(tokens, torch.int64),
             num_prompt=tensor([s.num_prompt for s in sequences], torch.int64),
         )
+    temperatures = [s.temperature if s.temperature >= GREEDY_BELOW else 0.0 for s in each]
+    shares = tensor([temperatures, [s.top_p for s in each], [s.min_p for s in each]], torch.float32)
+    top_k = [min(s.top_k or vocab_size, vocab_size) for s in each]
+    numbers = tensor([top_k, [(s.seed << SHIFT) + len(s.tokens) for s in sequences]], torch.int64)
+    bits = allowed_bits([sequence.constraint for sequence in sequences], vocab_size=vocab_size)
     return Settings(
-        temperature=tensor([s.temperature for s in each], torch.float32),
-        top_k=tensor([min(s.top_k or vocab_size, vocab_size) for s in each], torch.int64),
-        top_p=tensor([s.top_p for s in each], torch.float32),
-        min_p=tensor([s.min_p for s in each], torch.float32),
-        draw=tensor([(s.seed << SHIFT) + len(s.tokens) for s in sequences], torch.int64),
-        random=any(s.temperature > 0 for s in each),
-        filtered=any(s.temperature > 0 and (s.top_k, s.top_p, s.min_p) != (0, 1.0, 0.0) for s in each),
+        temperature=shares[0],
+        top_p=shares[1],
+        min_p=shares[2],
+        top_k=numbers[0],
+        draw=numbers[1],
+        random=any(temperatures),
+        filtered=any(s.temperature >= GREEDY_BELOW and (s.top_k, s.top_p, s.min_p) != (0, 1.0, 0.0) for s in each),
         penalties=penalties,
         top_logprobs=min(max((s.top_logprobs for s in each), default=0), vocab_size),
+        allowed=None if bits is None else tensor(bits, torch.int32),
     )
 
 
-def sample(logits: Tensor, settings: Settings) -> Sampled:
-    """The next token of each row of logits [R, V] (fp32 or fp64), and its log-probability.
+def sample(
+    logits: Tensor,
+    settings: Settings,
+    pick: Pick | None = None,
+    *,
+    batch_invariant: bool = False,
+) -> Sampled:
+    """The next token of each row of logits [R, V], and its log-probability, in fp32 (fp64 for fp64).
 
-    Log-probabilities are the model's own, before penalties and temperature: what a trainer computes for the same
-    tokens. Equal logits: the smaller token is the greedy one.
+    pick: what takes tokens [r] of probabilities [r, V] by settings.draw [r], for the rows it is told; `draw` unless
+    given. What rows with penalties, filters or constraints take of memory is bounded (inference/memory.py): they are
+    looked at some at a time.
+
+    Log-probabilities are the model's own, before penalties and temperature: what a trainer computes for the
+    same tokens. Equal logits: the smaller token is the greedy one. batch_invariant: that of `log_probabilities`.
     """
-    logprobs = logits.log_softmax(-1)
+    plain = not (settings.filtered or settings.penalties or settings.top_logprobs) and settings.allowed is None
+    if plain and pick is None:
+        tokens, logprobs = sample_tokens(logits, *((settings.temperature, settings.draw) if settings.random else ()))
+        if batch_invariant:
+            logprobs = log_probabilities(logits, tokens[:, None], batch_invariant=True)[:, 0]
+        return Sampled(tokens, logprobs, None, None)
+    most = max(1, SAMPLED_LOGITS // logits.shape[1])
+    pieces = [slice(first, first + most) for first in range(0, max(1, len(logits)), most)]
+    found = [_sample_rows(logits[rows], _of_rows(settings, rows), rows, pick, batch_invariant) for rows in pieces]
+    return found[0] if len(found) == 1 else _joined(found)
+
+
+def _sample_rows(logits: Tensor, settings: Settings, rows: slice, pick: Pick | None, batch_invariant: bool) -> Sampled:
+    given, logits = logits, wide(logits)
+    top = logits.topk(settings.top_logprobs, dim=-1).indices if settings.top_logprobs else None
     if settings.penalties is not None:
         logits = penalized(logits, settings.penalties)
+    if settings.allowed is not None:
+        may = allowed(settings.allowed, vocab_size=logits.shape[1])
+        logits = logits.masked_fill(~may, float("-inf"))
     tokens = logits.argmax(-1)
     if settings.random:
-        tokens = torch.where(settings.temperature > 0, draw(probabilities(logits, settings), settings.draw), tokens)
-    top = logprobs.topk(settings.top_logprobs, dim=-1) if settings.top_logprobs else None
+        p = probabilities(logits, settings)
+        drawn = draw(p, settings.draw) if pick is None else pick(p, settings.draw, rows)
+        tokens = torch.where(settings.temperature > 0, drawn, tokens)
+    asked = tokens[:, None] if top is None else torch.cat([tokens[:, None], top], dim=1)
+    logprobs = log_probabilities(given, asked, batch_invariant=batch_invariant)
     return Sampled(
         tokens=tokens,
-        logprobs=logprobs.gather(-1, tokens[:, None])[:, 0],
-        top_tokens=None if top is None else top.indices,
-        top_logprobs=None if top is None else top.values,
+        logprobs=logprobs[:, 0],
+        top_tokens=top,
+        top_logprobs=None if top is None else logprobs[:, 1:],
     )
+
+
+def _of_rows(settings: Settings, rows: slice) -> Settings:
+    """The settings of some of the rows."""
+    penalties = settings.penalties
+    return settings._replace(
+        temperature=settings.temperature[rows],
+        top_k=settings.top_k[rows],
+        top_p=settings.top_p[rows],
+        min_p=settings.min_p[rows],
+        draw=settings.draw[rows],
+        penalties=None if penalties is None else Penalties(*(x[rows] for x in penalties)),
+        allowed=None if settings.allowed is None else settings.allowed[rows],
+    )
+
+
+def _joined(parts: Seq[Sampled]) -> Sampled:
+    tops = [part.top_tokens for part in parts if part.top_tokens is not None]
+    top_logprobs = [part.top_logprobs for part in parts if part.top_logprobs is not None]
+    return Sampled(
+        tokens=torch.cat([part.tokens for part in parts]),
+        logprobs=torch.cat([part.logprobs for part in parts]),
+        top_tokens=torch.cat(tops) if tops else None,
+        top_logprobs=torch.cat(top_logprobs) if top_logprobs else None,
+    )
+
+
+def log_probabilities(logits: Tensor, tokens: Tensor, *, batch_invariant: bool = False) -> Tensor:
+    """log softmax of logits [R, V] at tokens [R, n]: [R, n] in fp32 (fp64 for fp64).
+
+    batch_invariant: a row's are a function of it alone, to the bit, and what a batch-invariant loss is computed from
+    (kernels/cross_entropy).
+    """
+    if batch_invariant:
+        return torch.stack([-invariant_cross_entropy(logits, which) for which in tokens.unbind(1)], dim=1)
+    return wide(logits).log_softmax(-1).gather(-1, tokens)
+
+
+def wide(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def penalized(logits: Tensor, penalties: Penalties) -> Tensor:
@@ -140,14 +227,3 @@ def probabilities(logits: Tensor, settings: Settings) -> Tensor:
     kept = kept & ((before < top_p * ordered.sum(-1, keepdim=True)) | (top_p >= 1))
     kept = kept & (ordered >= settings.min_p[:, None] * ordered[:, :1])
     return p * torch.zeros_like(kept).scatter(-1, order, kept)
-
-
-def draw(p: Tensor, index: Tensor) -> Tensor:
-    """A token of each row of p [R, V] in proportion to it: the first up to which more than a uniform share lies.
-
-    In the order of the vocabulary whatever was filtered, in fp64, by a random number of 48 bits.
-    """
-    cumulative = p.to(torch.float64).cumsum(-1)
-    high, low = (uniform(0, stream, index).to(torch.float64) for stream in STREAMS)
-    share = (high + low * 2.0**-24)[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, share, right=True)[:, 0]

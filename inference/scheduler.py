@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from inference.blocks import BlockManager, Copy
 from inference.config import EngineConfig
 from inference.sequence import Sequence, Status
+from inference.speculation.counts import SpeculationCounts
 
 
 class Chunk(NamedTuple):
-    """Tokens that a step computes: num_tokens of them from sequence.num_computed on."""
+    """Tokens that a step computes: num_tokens of a sequence from the first-th on."""
 
     sequence: Sequence
     num_tokens: int
+    first: int
+    samples: bool  # the step gives the sequence its next token
 
     @property
-    def samples(self) -> bool:
-        """Whether the step gives the sequence its next token."""
-        return self.num_tokens == self.sequence.num_behind
+    def end(self) -> int:
+        """Place of the token behind it, the next one if the step samples."""
+        return self.first + self.num_tokens
+
+
+def _next_chunk(sequence: Sequence, budget: int) -> Chunk:
+    count = min(sequence.num_behind, budget)
+    return Chunk(sequence, count, sequence.num_computed, count == sequence.num_behind)
 
 
 @dataclass
@@ -29,16 +38,18 @@ class Step:
 
     chunks: list[Chunk] = field(default_factory=list)
     copies: list[Copy] = field(default_factory=list)  # to be made first, in this order
+    num_drafts: list[int] = field(default_factory=list)  # of each chunk: tokens to be drafted behind it; empty: none
 
 
 @dataclass
 class Counts:
-    """What happened so far. Filled by Scheduler."""
+    """What happened so far. Filled by Scheduler, but for what is said to be another's."""
 
     recomputed: int = 0  # preemptions that lose what was computed
     swapped: int = 0  # preemptions that keep it on the host
     cached_tokens: int = 0  # that the prefix cache had
     prompt_tokens: int = 0  # of sequences that were started, or started again
+    speculation: SpeculationCounts | None = None  # kept by SpeculativeRunner; None: nobody drafts
 
 
 class Scheduler:
@@ -56,6 +67,7 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.counts = Counts()
         self._copies: list[Copy] = []  # of the next step
+        self.plan_drafts: Callable[[list[Chunk]], list[int]] | None = None  # set by Engine if it speculates
 
     @property
     def num_unfinished(self) -> int:
@@ -70,21 +82,40 @@ class Scheduler:
         chunks: list[Chunk] = []
         budget = self.config.max_batch_tokens
         for sequence in list(self.running):
-            if sequence.status is not Status.RUNNING or budget == 0:
+            if sequence.status is not Status.RUNNING or sequence.has_all_tokens or budget == 0:
                 continue
-            count = min(sequence.num_behind, budget)
-            self._make_room(sequence, count)
+            chunk = _next_chunk(sequence, budget)
+            self._make_room(sequence, chunk.num_tokens)
             if sequence.status is Status.RUNNING:
-                chunks.append(Chunk(sequence, count))
-                budget -= count
+                chunks.append(chunk)
+                budget -= chunk.num_tokens
+        drafts = self._drafts(chunks, budget)
+        budget -= sum(drafts)
         while budget > 0 and len(self.running) < self.config.max_sequences:
             admitted = self._admit(budget)
             if admitted is None:
                 break
             chunks.append(admitted)
             budget -= admitted.num_tokens
-        step, self._copies = Step(chunks, self._copies), []
+        drafts += [0] * (len(chunks) - len(drafts)) if drafts else []
+        step, self._copies = Step(chunks, self._copies, drafts), []
         return step
+
+    def must_know_tokens(self) -> bool:
+        """Whether the next step needs tokens that are still being computed, or would lose those that are.
+
+        A sequence that gives way begins again from its tokens, and some ways to sample look at all of them.
+        """
+        missing, budget = 0, self.config.max_batch_tokens
+        for sequence in self.running:
+            if sequence.samples_by_tokens:
+                return True
+            if not sequence.has_all_tokens:
+                count = min(sequence.num_behind, budget)
+                needed = self.blocks.blocks_for(sequence.num_computed + count)
+                missing += max(0, needed - len(sequence.blocks))  # a prompt in chunks has blocks for all of it
+                budget -= count
+        return missing > self.blocks.num_free
 
     def preempt(self, sequence: Sequence) -> None:
         """Take a running sequence's blocks away; it goes on later, to the same end."""
@@ -128,6 +159,29 @@ class Scheduler:
             if last is sequence:
                 return
 
+    def _drafts(self, chunks: list[Chunk], budget: int) -> list[int]:
+        """How many drafts each chunk gets: what is planned and there is room for. Nobody gives way for them.
+
+        They leave room to sequences that could begin: half of the tokens, or those of the first one's prompt where
+        prompts are not cut.
+        """
+        if self.plan_drafts is None:
+            return []
+        if (self.waiting or self.swapped) and len(self.running) < self.config.max_sequences:
+            first = len(self.waiting[0].tokens) if self.waiting and not self.swapped else 1
+            if self.config.chunked_prefill:
+                budget //= 2
+            elif first <= budget:
+                budget -= first
+        drafts = []
+        for chunk, count in zip(chunks, self.plan_drafts(chunks), strict=True):
+            count = min(count, budget)
+            while count and not self.blocks.extend(chunk.sequence, chunk.end + count):
+                count -= 1
+            drafts.append(count)
+            budget -= count
+        return drafts
+
     def _admit(self, budget: int) -> Chunk | None:
         """The first of those that do not run, if there is room for all of its tokens."""
         if self.swapped:
@@ -145,9 +199,11 @@ class Scheduler:
                 return None
             self.waiting.popleft()
             self.counts.cached_tokens += sequence.num_computed
+            if sequence.completion.cached_tokens is None:  # else it was preempted, and finds what was its own
+                sequence.completion.cached_tokens = sequence.num_computed
             self.counts.prompt_tokens += len(sequence.tokens)
         else:
             return None
         sequence.status = Status.RUNNING
         self.running.append(sequence)
-        return Chunk(sequence, min(sequence.num_behind, budget))
+        return _next_chunk(sequence, budget)

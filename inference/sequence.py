@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from inference.config import SamplingConfig
+from inference.constraints import Constraint
+from inference.speculation.counts import DraftCounts
 from inference.text import TextStream
 
 
@@ -25,9 +27,18 @@ class Completion:
     token_ids: list[int] = field(default_factory=list)  # the one that ended it included
     logprobs: list[float] = field(default_factory=list)  # of each, by the model alone: no penalty, no temperature
     text: str | None = None  # without what ended it; None: there is no tokenizer
-    finish_reason: str | None = None  # stop: a stop string, stop token or end of document; length; abort; None: not yet
+    # stop: a stop string, stop token, end of document or of a constraint; length; abort; None: not yet; and failures,
+    # nan: the model gives no probabilities; constraint: it cannot be followed any further
+    finish_reason: str | None = None
+    error: str | None = None  # of a failure: what happened
     top_logprobs: list[dict[int, float]] = field(default_factory=list)  # sampling.top_logprobs: of each place
     prompt_logprobs: list[float | None] | None = None  # sampling.prompt_logprobs: the first token has none
+    cached_tokens: int | None = None  # of the prompt, that the prefix cache had when it was begun; None: it was not
+    speculation: DraftCounts | None = None  # what became of drafts; None: there were none
+
+
+PENDING = -1
+"""A token that is still being computed, at the end of Sequence.tokens."""
 
 
 @dataclass(eq=False)
@@ -39,15 +50,16 @@ class Sequence:
     """
 
     number: int  # of the request
-    tokens: list[int]  # of prompt and continuation
+    tokens: list[int]  # of prompt and continuation; the last may be PENDING
     num_prompt: int
     sampling: SamplingConfig
     seed: int
     max_tokens: int
     text: TextStream | None
+    constraint: Constraint | None = None  # advanced by Engine
     completion: Completion = field(default_factory=Completion)
     status: Status = Status.WAITING  # kept by Scheduler
-    num_computed: int = 0  # tokens whose keys and values are in the cache; kept by Engine, Scheduler
+    num_computed: int = 0  # tokens whose keys and values are in the cache, or will be; kept by Engine, Scheduler
     blocks: list[int] = field(default_factory=list)  # kept by BlockManager, as the rest
     host_blocks: list[int] = field(default_factory=list)
     contents: list[int] = field(default_factory=list)  # of its first blocks: number of what is in them
@@ -56,6 +68,21 @@ class Sequence:
     def num_behind(self) -> int:
         """Tokens that are not in the cache; at least 1."""
         return len(self.tokens) - self.num_computed
+
+    @property
+    def has_all_tokens(self) -> bool:
+        """Whether its last token is known or being computed."""
+        return len(self.tokens) >= self.num_prompt + self.max_tokens
+
+    @property
+    def samples_by_tokens(self) -> bool:
+        """Whether its next token depends on its earlier ones by more than the model."""
+        s = self.sampling
+        return self.constraint is not None or (s.repetition_penalty, s.presence_penalty, s.frequency_penalty) != (
+            1.0,
+            0.0,
+            0.0,
+        )
 
     @property
     def wants_prompt_logprobs(self) -> bool:

@@ -10,11 +10,22 @@ REPLACEMENT = "\ufffd"
 
 
 class Tokenizer(Protocol):
-    """What the engine asks of a tokenizer (data/tokenizer.py has one)."""
+    """What the engine asks of a tokenizer (data/tokenizer.py has one). `token_bytes` is for
+    servers, the last three are for constrained output."""
 
     def encode(self, text: str) -> list[int]: ...
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str: ...
+
+    def token_bytes(self, token: int) -> bytes: ...
+
+    def to_json(self) -> str: ...
+
+    @property
+    def eos_id(self) -> int: ...
+
+    @property
+    def vocab_size(self) -> int: ...
 
 
 class TextStream:

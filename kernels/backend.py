@@ -53,6 +53,11 @@ def num_multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
+def launches_overlap(x: Tensor) -> bool:
+    """Whether a launch may begin while the one before ends, and wait inside (programmatic dependent launch: Hopper)."""
+    return x.is_cuda and torch.cuda.get_device_capability(x.device)[0] >= 9
+
+
 def reference_gradients(
     reference: Callable[..., Any], inputs: Sequence[Any], grads: Sequence[Tensor | None], wanted: Sequence[int]
 ) -> tuple[Tensor, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -27,6 +27,9 @@ from trainer.trainer import TrainingDiverged
 CONFIG_DIR = str(Path(__file__).resolve().parent.parent / "configs")
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError)
 """What Hydra raises for wrong overrides and files; the last two for a group that is set to what is no name."""
+
+# Where Hydra finds hydra/launcher=slurm: it looks through the path for modules of the package hydra_plugins.
+sys.path.append(str(Path(__file__).resolve().parent / "slurm" / "plugin"))
 
 Config = TypeVar("Config")
 
@@ -73,7 +76,7 @@ def run_program(program: Program[Config], arguments: list[str], job: Callable[[C
     def task(config: DictConfig) -> None:
         if failed and not isinstance(list(failed.values())[-1], (ConfigError, TrainingDiverged)):
             return
-        name = _name_of_job(arguments)
+        name = name_of_point(arguments, HydraConfig.get().overrides.task)
         try:
             typed = _to_object(program, config)
             if HydraConfig.get().mode == RunMode.MULTIRUN:
@@ -91,11 +94,14 @@ def run_program(program: Program[Config], arguments: list[str], job: Callable[[C
     _raise(failed)
 
 
-def _name_of_job(arguments: list[str]) -> str:
-    """What sets the job that Hydra is running apart from the others of its sweep, as the name of a folder."""
-    overrides = OverridesParser.create().parse_overrides([a for a in arguments if "=" in a and not a.startswith("-")])
-    swept = [override.key_or_group for override in overrides if override.is_sweep_override()]
-    now = [o for o in HydraConfig.get().overrides.task if o.partition("=")[0].lstrip("+") in swept]
+def name_of_point(arguments: Iterable[str], overrides: Iterable[str]) -> str:
+    """What sets one point of a sweep apart from the others, as the name of a folder.
+
+    arguments: of the sweep, with all values. overrides: of the point.
+    """
+    sweep = OverridesParser.create().parse_overrides([a for a in arguments if "=" in a and not a.startswith("-")])
+    swept = [override.key_or_group for override in sweep if override.is_sweep_override()]
+    now = [o for o in overrides if o.partition("=")[0].lstrip("+") in swept]
     return ",".join(now).replace("/", "_") or "0"
 
 

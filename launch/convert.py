@@ -38,6 +38,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     export = commands.add_parser("export", help="a checkpoint to a Hugging Face folder")
     export.add_argument("source", metavar="CHECKPOINT_DIR", type=Path, help="or a run: its newest good checkpoint")
     export.add_argument("out", metavar="OUT_DIR", type=Path, help="must be new or empty")
+    export.add_argument(
+        "--merged", action="store_true", help="of adapters: the model with them in it; default: a PEFT folder"
+    )
     export.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="of the files; default: as they are")
     into = commands.add_parser("import", help="a Hugging Face folder to a checkpoint (OUT_DIR/step_0)")
     into.add_argument("source", metavar="HF_DIR", type=Path, help="config.json and safetensors")
@@ -56,7 +59,7 @@ def convert(arguments: list[str]) -> None:
     dtype = DTYPES[command.dtype] if command.dtype is not None else None
     source, out = command.source.expanduser(), command.out.expanduser()
     if command.command == "export":
-        exported = export_checkpoint(source, out, dtype=dtype)
+        exported = export_checkpoint(source, out, dtype=dtype, merged=command.merged)
         say(f"exported {exported.checkpoint} to {out}")
         if exported.no_tokenizer is not None:
             say(f"no tokenizer was written: {exported.no_tokenizer}")

@@ -14,19 +14,31 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from inference.ranks import RankError
+from inference.server.errors import EngineFailedError
 from parallel.mesh import rank_from_env
 from trainer.checkpoint import CheckpointError
 from trainer.config import ConfigError
+from trainer.corruption import StateCorrupted
 from trainer.resilience import PREEMPTED_EXIT_CODE
 from trainer.trainer import Preempted, TrainingDiverged
 
 CONFIG_EXIT_CODE = 2
-EXPECTED = (CheckpointError, TrainingDiverged, dist.DistNetworkError, dist.DistStoreError)
+EXPECTED = (
+    CheckpointError,
+    TrainingDiverged,
+    StateCorrupted,
+    EngineFailedError,
+    RankError,
+    dist.DistNetworkError,
+    dist.DistStoreError,
+)
 """Failures whose message says it all, as it does for ValueError and OSError that this project raises itself: bad input,
-files, a run that diverged, a port that is taken. Anything else shows its traceback."""
+files, a run that diverged or whose bits changed, a rank that is gone, a port that is taken. Anything else shows its
+traceback."""
 _ROOT = Path(__file__).resolve().parent.parent
 _STDLIB = sysconfig.get_paths()["stdlib"]
-_PACKAGES = ("launch", "trainer", "parallel", "models", "kernels", "data", "inference")
+_PACKAGES = ("launch", "trainer", "parallel", "models", "kernels", "data", "inference", "planner")
 PATIENCE_SECONDS = 3.0
 _PATIENCE = timedelta(seconds=PATIENCE_SECONDS)
 _SPOKEN, _HEARD = "lattice/failed", "lattice/heard"

@@ -54,6 +54,8 @@ def report(run_dir: str, result: dict) -> None:
         overrides += [f"train.steps={2 * result['step']}"]
         print("next: train longer, from where this stopped:")
         print(f"  {folder}torchrun --nproc-per-node {processes} launch/train.py {shlex.join(overrides)}")
+        print("or look at the run:")
+        print(f"  {folder}python launch/report.py {run_dir}")
         print("or give the weights to transformers:")
         print(f"  {folder}python launch/convert.py export {run_dir}/checkpoints/step_{result['step']} {run_dir}/hf")
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from models.mla_config import MLAConfig, mla_problems
 from models.moe_config import MoEConfig, RoutingConfig, moe_problems
 from models.mtp_config import MTPConfig, mtp_problems
+from models.speculator_config import SpeculatorConfig, speculator_problems
 from parallel.problem import Advice, Problem, values
 
 FAMILY_NAMES = (
@@ -111,6 +112,7 @@ class ModelConfig:
     moe: MoEConfig = field(default_factory=MoEConfig)
     mtp: MTPConfig = field(default_factory=MTPConfig)
     tie_embeddings: bool = False
+    score: bool = False  # a reward model: one number of each token in place of logits, from a head of its own
     norm_first: bool = True  # pre-norm; False: post-norm (OPT-350m)
     final_norm: bool = True
     dropout: float = 0.0  # of embeddings and of the output of each residual branch, in training
@@ -119,6 +121,7 @@ class ModelConfig:
     routing: RoutingConfig = field(default_factory=RoutingConfig)
     attention: str = "auto"  # one of ATTENTION_IMPLEMENTATIONS
     fused_projections: bool = True  # q, k and v as one product, gate and up as one; false: as several, to compare
+    speculator: SpeculatorConfig = field(default_factory=SpeculatorConfig)
     activation_checkpoint: str = "none"  # one of ACTIVATION_CHECKPOINTS
     activation_memory_gib: float | None = None  # budget: of what all blocks of a GPU keep of one micro-batch
     activation_checkpoint_save: list[str] = field(
@@ -153,6 +156,7 @@ class ModelConfig:
             rope=self.rope.resolve() if self.positions == "rope" else RopeConfig(),
             mla=self.mla if self.mla.kv_rank else MLAConfig(),
             moe=self.moe.resolve(self.num_layers),
+            tie_embeddings=self.tie_embeddings and not self.score,
             mtp=self.mtp if self.mtp.depth else MTPConfig(),
             sliding_window=window,
             sliding_window_layers=layers,
@@ -178,6 +182,11 @@ class ModelConfig:
         return self.num_layers + self.mtp.depth
 
     @property
+    def num_outputs(self) -> int:
+        """Of the head, for each token."""
+        return 1 if self.score else self.vocab_size
+
+    @property
     def embeds_last(self) -> bool:
         """Whether the end of the model needs the embedding table too: as its head, or to embed later tokens."""
         return self.tie_embeddings or self.mtp.depth > 0
@@ -194,7 +203,7 @@ def problems(config: ModelConfig, seq_len: int | None = None) -> list[str]:
     With family=hf the shape is still in the folder, so only the run-time fields are checked: ask again about what
     models.registry.resolve_model returns.
     """
-    found = _run_time_problems(config)
+    found = _run_time_problems(config) + speculator_problems(config.speculator, seq_len=seq_len)
     if config.family == "hf":
         if config.path is None:
             found.append("model.path is missing; model=hf needs model.path=DIR, a Hugging Face folder")
@@ -219,7 +228,12 @@ def problems(config: ModelConfig, seq_len: int | None = None) -> list[str]:
     if config.positions == "rope":
         found += _rope_problems(config.rope)
     found += moe_problems(
-        config.moe, config.routing, num_layers=config.num_layers, gated=config.gated_mlp, norm_first=config.norm_first
+        config.moe,
+        config.routing,
+        num_layers=config.num_layers,
+        dense_size=config.intermediate_size,
+        gated=config.gated_mlp,
+        norm_first=config.norm_first,
     )
     found += mtp_problems(config.mtp, seq_len=seq_len)
     if seq_len is not None:

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from models.config import ModelConfig
 from models.initializers import Constant, Initializer, Normal
+from models.layers import serving
 from models.layers.attention import Attention, Context, build_context
 from models.layers.dropout import Dropout
-from models.layers.embedding import LearnedPositions, LMHead, make_embedding
+from models.layers.embedding import LearnedPositions, LMHead, ScoreHead, make_embedding
 from models.layers.mla import LatentAttention
 from models.layers.mlp import MLP
 from models.layers.moe import MoE
@@ -134,6 +135,9 @@ class Decoder(nn.Module):
     that this rank holds (None: the whole model); parameters of others do not exist here, names are the same.
     """
 
+    batch_invariant = False  # models.invariant.make_batch_invariant sets it
+    adapted = False  # models.lora.apply_adapters sets it
+
     def __init__(
         self,
         config: ModelConfig,
@@ -160,7 +164,7 @@ class Decoder(nn.Module):
             kind = MTPMoEBlock if config.moe.in_layer(layer) else MTPBlock
             self.blocks.add_module(str(layer), kind(config, layer, seed, groups))
         self.final_norm = (make_norm(config, groups) if config.final_norm else nn.Identity()) if last else None
-        self.head = LMHead(config, groups) if last else None
+        self.head = (ScoreHead if config.score else LMHead)(config, groups) if last else None
 
     def forward(
         self,
@@ -193,6 +197,8 @@ class Decoder(nn.Module):
         are of several sequences, whose keys and values are kept there (models/layers/paged_cache.py); positions are
         then needed. Raises ValueError for a sequence longer than the table of learned positions.
         """
+        if cache is not None and self.adapted:  # serving multiplies with weights alone, by kernels of its own
+            raise ValueError("a model is served with its adapters in its weights: merge them (models/merge.py)")
         seq_len = tokens.shape[1] if cache is None else cache.max_seq_len
         if indices is not None:
             seq_len *= self.groups.cp_size  # of the whole sequence
@@ -210,20 +216,25 @@ class Decoder(nn.Module):
             cut=cut,
             cache=cache,
             groups=self.groups,
+            batch_invariant_rows=len(x) if self.batch_invariant else None,
         )._replace(aux_scale=aux_scale)
         if hidden is None:
             if self.positions is not None:
                 x = x + self._learned_positions(positions, seq_len, context.tokens)
             x = self.dropout(x, samples, context.tokens)
-        for layer, block in self.blocks.named_children():
+        fused = cache is not None and cache.fused and serving.obstacle(self.config, self.groups) is None
+        if fused:
+            blocks = (self.blocks.get_submodule(str(layer)) for layer in range(self.config.num_layers))
+            x = serving.serve(blocks, self.final_norm, x, context)
+        for layer, block in () if fused else self.blocks.named_children():
             if int(layer) < self.config.num_layers and (stage is None or stage.start <= int(layer) < stage.stop):
                 x = block(x, context=context)
         if stage is not None and not stage.is_last:
             return x
         assert self.final_norm is not None
         assert self.head is not None
-        x = self.final_norm(x)
-        table = self._table() if self.head.weight is None else self.head.weight
+        x = x if fused else self.final_norm(x)
+        table = self.output_weight()
         results = [(head or self.head)(*self.head.inputs(x, table))]
         for number, (later, its_head) in enumerate(ahead, start=self.config.num_layers):
             x = self.blocks.get_submodule(str(number))(x, self._embed(later), context=context)
@@ -234,6 +245,11 @@ class Decoder(nn.Module):
         """[B, T] to [B, T, D] of the residual stream."""
         assert self.embedding is not None
         return self.embedding(tokens)
+
+    def output_weight(self) -> Tensor:
+        """The parameter of the output layer, [V, D]."""
+        assert self.head is not None
+        return self._table() if self.head.weight is None else self.head.weight
 
     def _table(self) -> Tensor:
         """The embedding's weight [V, D], which a tied head shares."""

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from models.registry import FAMILIES, hf_config
 from parallel.regions import Located, local_region, local_tensor
 
 HEAD = "lm_head.weight"
+SCORE = "score.weight"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -43,14 +45,17 @@ def load_hf_weights(
 
     `parameters`: name to Tensor, or to DTensor replicated or sharded on any dim; with whole_model=False they may be a
     part of the model's (a pipeline stage). `config` is resolved. Sources of fp32, fp16 and bf16 are cast to the dtype
-    of the parameter. Raises ValueError for tensors that are missing, left over, damaged or of another shape, naming
+    of the parameter. The head of a reward model stays as it is where the folder is a language model's, whose
+    own head is left out. Raises ValueError for tensors that are missing, left over, damaged or of another shape, naming
     file and tensor, before anything is written (but for damaged data).
     """
     folder = TensorFolder(Path(path))
-    weights = [weight for weight in FAMILIES[config.family].weights(config) if not weight.copy]
+    weights = [weight for weight in weights_of(config) if not weight.copy]
     ours = {weight.ours for weight in weights}
     if differing := ours ^ parameters.keys() if whole_model else parameters.keys() - ours:
         raise ValueError(f"parameters do not match model.family={config.family}: {', '.join(sorted(differing))}")
+    if config.score and SCORE not in folder.file_of:
+        weights = [weight for weight in weights if weight.theirs != SCORE]
     names = _match_names(folder, weights, config)
     weights = [weight for weight in weights if weight.ours in parameters]
     shapes = _hf_shapes(weights, {name: tuple(parameter.shape) for name, parameter in parameters.items()})
@@ -68,6 +73,12 @@ def load_hf_weights(
         _check_tied_head(folder, parameters["embedding.weight"])
 
 
+def weights_of(config: ModelConfig) -> list[HFWeight]:
+    """Where every parameter of a resolved config lies in its family's files."""
+    weights = FAMILIES[config.family].weights(config)
+    return [replace(w, theirs=SCORE) if config.score and w.ours == "head.weight" else w for w in weights]
+
+
 def _match_names(folder: TensorFolder, weights: Sequence[HFWeight], config: ModelConfig) -> dict[str, str]:
     """Name in the files of each expected tensor. Raises ValueError for missing and for left-over tensors."""
     family = FAMILIES[config.family]
@@ -76,7 +87,7 @@ def _match_names(folder: TensorFolder, weights: Sequence[HFWeight], config: Mode
         short = theirs.removeprefix(family.optional_prefix)
         names[theirs] = short if theirs not in folder.file_of and short in folder.file_of else theirs
     missing = sorted(set(names.values()) - folder.file_of.keys())
-    allowed = {HEAD} if config.tie_embeddings else set()
+    allowed = {HEAD} if config.tie_embeddings or config.score else set()
     left_over = sorted(
         name
         for name in folder.file_of.keys() - set(names.values()) - allowed
@@ -162,7 +173,7 @@ def export_hf_weights(
     out, partial = Path(out_dir), Path(f"{out_dir}.partial")
     description = hf_config(config) | {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     description |= dict(token_ids or {}) | {"torch_dtype": str(dtype).removeprefix("torch.")}
-    weights = FAMILIES[config.family].weights(config)
+    weights = weights_of(config)
     read = _remember_last(read)  # each expert's tensor is a part of one parameter
     with torch.device("meta"):
         ours = {name: tuple(tensor.shape) for name, tensor in Decoder(config).state_dict().items()}

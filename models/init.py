@@ -43,6 +43,13 @@ def initialize(parameters: Mapping[str, Located], initializers: Mapping[str, Ini
             local[place] = (normal(seed, f"init.{name}", index) * initializer.std).to(local.dtype)
 
 
+def start_score(weights: Mapping[str, Located], initializers: Mapping[str, Initializer], seed: int) -> None:
+    """Fill the head of a reward model, where it is here: a folder of a language model has none for it."""
+    name = "head.weight"
+    if name in weights:
+        initialize({name: weights[name]}, {name: initializers[name]}, seed)
+
+
 def _check(parameters: Mapping[str, Located], initializers: Mapping[str, Initializer]) -> None:
     found = []
     if missing := sorted(parameters.keys() - initializers.keys()):

@@ -32,11 +32,13 @@ FAMILIES: dict[str, Family] = {
 
 RUN_TIME_FIELDS = (
     "path",
+    "score",
     "dropout",
     "attention_dropout",
     "routing",
     "attention",
     "fused_projections",
+    "speculator",
     "activation_checkpoint",
     "activation_checkpoint_save",
     "activation_memory_gib",
@@ -118,6 +120,10 @@ def hf_config(config: ModelConfig) -> dict[str, Any]:
     """
     family = FAMILIES[config.family]
     written = {"architectures": [family.architecture], "model_type": family.name, **family.to_hf(config)}
+    if config.score:
+        written["architectures"] = [family.architecture.replace("ForCausalLM", "").replace("LMHeadModel", "")]
+        written["architectures"][0] += "ForSequenceClassification"
+        written |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
     back = shape_of(family.from_hf(written).resolve())
     lost = [f"model.{name}={value}" for name, value in shape_of(config).items() if back[name] != value]
     if lost:

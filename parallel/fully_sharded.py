@@ -45,7 +45,7 @@ class FullyShardedDataParallel(DataParallel):
         self.model = model
         self.replicas = replicas
         self.reduce_dtype = reduce_dtype
-        self.masters = dict(model.named_parameters())
+        self.masters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         kinds = set(map(is_spread_over_ep, self.masters.values()))
         self._holders = {kind: Holders.of(mesh, sharded=True, experts=kind) for kind in kinds}
         units = [(prefix, unit) for prefix, unit in model.named_modules() if isinstance(unit, FSDPModule)]
@@ -144,7 +144,7 @@ class FullyShardedDataParallel(DataParallel):
 
     def storage(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         masters = list(self.masters.values())
-        return masters, [master.grad for master in masters if master.grad is not None]
+        return list(self.model.parameters()), [master.grad for master in masters if master.grad is not None]
 
 
 class _ScatteredGradient(NamedTuple):

@@ -113,9 +113,21 @@ def fused_parameters(model: nn.Module) -> dict[str, Parts]:
     return {
         f"{layer}.{kind}" if layer else kind: parts
         for layer, module in model.named_modules()
-        if isinstance(parts := getattr(module, "parts", None), Parts)
-        for kind, _ in module.named_parameters(recurse=False)
+        for kind, parts in parts_by_kind(module).items()
     }
+
+
+def parts_by_kind(layer: nn.Module) -> dict[str, Parts]:
+    """What each parameter of a fused layer is made of, by its name there; empty for other layers.
+
+    All as the weight, but for those in its attribute `parts_of` (models/lora.py), some of which have no parts (None).
+    """
+    parts = getattr(layer, "parts", None)
+    if not isinstance(parts, Parts):
+        return {}
+    others: Mapping[str, Parts | None] = getattr(layer, "parts_of", NOTHING_FUSED)
+    of_kind = {kind: others.get(kind, parts) for kind, _ in layer.named_parameters(recurse=False)}
+    return {kind: parts for kind, parts in of_kind.items() if parts is not None}
 
 
 def separate(tensors: Mapping[str, Tensor], fused: Mapping[str, Parts]) -> dict[str, Located]:

@@ -21,6 +21,7 @@ class ModelParallel:
     cp_method: str = "ring"  # how keys travel over cp_ring: ring or allgather; ulysses where all of cp is cp_ulysses
     experts: DeviceMesh | None = None  # where experts lie: [ep], or [ep, tp]; None: on tp, as all else
     ep_buffer: float = 0.0  # ParallelConfig.ep_buffer; 0: sizes that the host reads
+    tokens_alike: bool = False  # the ranks of experts are ranks of tp, with the same tokens: none travels (serving)
 
     @property
     def cp_size(self) -> int:

@@ -125,7 +125,7 @@ def _shard_fully(
     The last group stays gathered from the root's forward to its backward, so a tied table and a loss that is computed
     from the head's weight inside the root's forward see one gathered tensor.
     """
-    model.to(precision.master_dtype)
+    _convert(model, trained=precision.master_dtype, frozen=precision.compute_dtype)
     replicated = mesh.state["dp_replicate"].size() > 1
     pipelined = mesh.state["pp"].size() > 1
     options: dict[str, Any] = {
@@ -161,6 +161,16 @@ def _shard_fully(
         replicas=mesh.state["dp_replicate"] if replicated and pipelined else None,
         reduce_dtype=precision.reduce_dtype,
     )
+
+
+def _convert(model: nn.Module, *, trained: torch.dtype, frozen: torch.dtype) -> None:
+    """Give parameters, on meta, the dtypes they are kept in: what no update changes needs no more than is computed
+    with."""
+    model.to(trained)
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if not parameter.requires_grad and frozen != trained:
+                setattr(module, name, nn.Parameter(parameter.to(frozen), requires_grad=False))
 
 
 def _run_hooks_around(block: nn.Module, experts: nn.Module) -> None:

@@ -89,7 +89,8 @@ class WholeParameters(DataParallel):
     ) -> None:
         """bucket_mb: size of buckets at stages 0 and 1."""
         self.model = model
-        self.params: dict[str, nn.Parameter] = dict(model.named_parameters())
+        # Those that are trained. Others stay as they were loaded, whole on every rank.
+        self.params: dict[str, nn.Parameter] = {n: p for n, p in model.named_parameters() if p.requires_grad}
         # What this rank computes with: a parameter itself, or its shard over the axes inside layers. Same memory.
         self._values = {name: local_tensor(p.detach()) for name, p in self.params.items()}
         self.device = next(iter(self.params.values())).device
@@ -194,7 +195,7 @@ class WholeParameters(DataParallel):
     def storage(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         sums = [sums for b in self.buckets if (sums := b.shard if b.scatters else b.whole) is not None]
         widened = [master.grad for master in self.masters.values() if master.grad is not None]
-        return list(self.params.values()), sums + widened
+        return list(self.model.parameters()), sums + widened
 
     # ---- backward
 

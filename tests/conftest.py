@@ -38,6 +38,12 @@ def ranks() -> RankPool:
     return _POOL
 
 
+@pytest.fixture(autouse=True)
+def _compiled_alone() -> None:
+    """Which sizes dynamo traces as symbols depends on what it compiled before: no test may depend on their order."""
+    torch._dynamo.reset()
+
+
 def pytest_sessionfinish() -> None:
     _POOL.close()
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import glob
 import multiprocessing as mp
 import os
 import pickle
 import signal
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -22,8 +24,13 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
+import torch._dynamo
 import torch.distributed as dist
 
+LONGEST_WAIT = timedelta(hours=1)
+"""Of a collective. Not what finds a rank that hangs: `RankPool.run` does, and a rank may wait for one that compiles."""
+STARVED = 10
+"""How many times as long as its patience `RankPool.run` waits at most for ranks that wait for a CPU or compute."""
 MAX_THREADS = 80
 """Of a rank; three per process group, and those of torch."""
 
@@ -51,12 +58,13 @@ def _rank_main(rank: int, world_size: int, listener: socket.socket, pipe: Connec
         master_listen_fd=None if rank else fd,
         wait_for_workers=False,
     )
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=120))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=LONGEST_WAIT)
     while True:
         try:
             fn, args, kwargs = pickle.loads(pipe.recv_bytes())
         except EOFError:
             os._exit(0)
+        torch._dynamo.reset()  # as before each test (conftest.py)
         try:
             reply = (True, fn(*args, **kwargs))
         except BaseException:
@@ -75,6 +83,34 @@ def _num_threads(pid: int) -> int:
         return len(os.listdir(f"/proc/{pid}/task"))
     except FileNotFoundError:
         return 0
+
+
+def _busy_seconds(pids: list[int]) -> dict[str, float]:
+    """For how long each thread has run or waited for a CPU; of nothing where the kernel does not count."""
+    busy = {}
+    for path in (path for pid in pids for path in glob.glob(f"/proc/{pid}/task/*/schedstat")):
+        with contextlib.suppress(OSError), open(path) as file:  # a thread that has ended
+            running, waiting, _ = map(int, file.read().split())
+            busy[path] = (running + waiting) / 1e9
+    return busy
+
+
+def _wait_for_answers(pipes: list[Connection], pids: list[int], patience: float) -> list[Any]:
+    """Those that are ready, or none when for `patience` seconds in all no thread of any rank had anything to do.
+
+    On a loaded machine ranks get a CPU now and then, and take many times as long as alone without being stuck.
+    """
+    asleep, begun = 0.0, time.monotonic()
+    before: dict[str, float] = {}  # so that the first turn, in which most answers come, reads nothing
+    while asleep < patience and time.monotonic() - begun < STARVED * patience:
+        since = time.monotonic()
+        if ready := wait(pipes, timeout=min(5.0, patience - asleep)):
+            return ready
+        now = _busy_seconds(pids)
+        busy = max((now[thread] - before.get(thread, 0.0) for thread in now), default=0.0)
+        asleep += max(time.monotonic() - since - busy, 0.0)
+        before = now
+    return []
 
 
 def _fork(target: Callable[..., None], *args: Any) -> int:
@@ -167,10 +203,11 @@ class RankPool:
     ) -> list[Any]:
         """fn(*args, **kwargs) on every rank of a gloo group of world_size; the results in rank order.
 
-        Raises RankError with the tracebacks of the ranks that failed, or died, or hung (the group is then made anew).
+        timeout: seconds without an answer, not counting those in which ranks computed or waited for a CPU. Raises
+        RankError with the tracebacks of the ranks that failed, or died, or hung (the group is then made anew).
         """
         self._discard_crowded()
-        _, pipes = self._group(world_size)
+        pids, pipes = self._group(world_size)
         message = pickle.dumps((fn, args, kwargs))
         for pipe in pipes:
             pipe.send_bytes(message)
@@ -180,7 +217,7 @@ class RankPool:
             pending = {pipes[rank]: rank for rank in range(world_size) if rank not in replies}
             # Once one rank has failed, the others may be waiting for it in a collective: do not wait long for them.
             patience = 5.0 if any(not ok for ok, _ in replies.values()) else timeout
-            ready = wait(list(pending), timeout=patience)
+            ready = _wait_for_answers(list(pending), pids, patience)
             if not ready:
                 dead.append(f"ranks {sorted(pending.values())} gave no answer within {patience} s")
             for pipe in ready:

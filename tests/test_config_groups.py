@@ -9,9 +9,10 @@ import pytest
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError
 
+from models.adapter_config import AdapterConfig
 from parallel.dims import ParallelConfig, ParallelDims
 from parallel.precision import DTYPES, PrecisionConfig
-from trainer.config import CheckpointConfig, LoggingConfig
+from trainer.config import CheckpointConfig, LoggingConfig, ResilienceConfig
 from trainer.metrics import MetricLogger
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -20,6 +21,8 @@ GROUPS = {
     "parallel": ParallelConfig,
     "checkpoint": CheckpointConfig,
     "logging": LoggingConfig,
+    "resilience": ResilienceConfig,
+    "adapter": AdapterConfig,
 }
 FILES = [(group, path.stem) for group in GROUPS for path in sorted((CONFIGS / group).glob("*.yaml"))]
 
@@ -41,7 +44,7 @@ def test_a_field_the_dataclass_lacks_is_refused() -> None:
         OmegaConf.merge(OmegaConf.structured(LoggingConfig), OmegaConf.create({"intervall": 1}))
 
 
-@pytest.mark.parametrize("group", ["checkpoint", "logging"])
+@pytest.mark.parametrize("group", ["checkpoint", "logging", "resilience"])
 def test_the_default_file_states_every_default_of_the_code(group: str) -> None:
     """Catches a default that is one thing in the YAML people read and another in the code."""
     written = OmegaConf.to_container(OmegaConf.load(CONFIGS / group / "default.yaml"))

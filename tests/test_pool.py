@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 
 import pytest
 import torch
@@ -30,6 +31,19 @@ def _die_on_last() -> None:
     dist.barrier()
 
 
+def _hang_on_last() -> None:
+    if dist.get_rank() < dist.get_world_size() - 1:
+        dist.barrier()
+    time.sleep(60)
+
+
+def _compute_for(seconds: float) -> float:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        pass
+    return seconds
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_every_rank_answers(ranks: RankPool, world_size: int) -> None:
     assert ranks.run(world_size, _sum_of_ranks) == [world_size * (world_size - 1) / 2] * world_size
@@ -45,3 +59,18 @@ def test_a_dead_rank_is_reported_and_replaced(ranks: RankPool) -> None:
     with pytest.raises(RankError, match=r"died|Connection"):
         ranks.run(2, _die_on_last)
     assert ranks.run(2, _sum_of_ranks) == [1.0, 1.0]
+
+
+def test_ranks_that_wait_for_each_other_are_given_up(ranks: RankPool) -> None:
+    """A collective that one rank does not enter, for which the whole suite would wait."""
+    begun = time.monotonic()
+    with pytest.raises(RankError, match=r"ranks \[0, 1\] gave no answer within 1.0 s"):
+        ranks.run(2, _hang_on_last, timeout=1.0)
+    assert time.monotonic() - begun < 11
+    assert ranks.run(2, _sum_of_ranks) == [1.0, 1.0]
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/schedstat"), reason="the kernel does not count")
+def test_ranks_that_compute_are_waited_for(ranks: RankPool) -> None:
+    """On a loaded machine every layout that takes long fails, one after the other, of nothing but the load."""
+    assert ranks.run(2, _compute_for, 1.5, timeout=0.5) == [1.5, 1.5]

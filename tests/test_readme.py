@@ -16,6 +16,8 @@ import pytest
 from launch.compose import compose_for, compose_one
 from launch.lab import LAB
 from launch.lab import problems as lab_problems
+from launch.plan import PLAN, plan_of
+from launch.slurm.submit import parse
 from trainer.config import ConfigError
 from trainer.validate import finalize
 
@@ -32,7 +34,7 @@ COMMANDS = [
 def test_the_readme_has_the_commands_this_file_checks() -> None:
     """A changed fence would leave nothing to check."""
     assert len(COMMANDS) >= 9
-    assert {c.split()[0] for c in COMMANDS} == {"make", "torchrun", "python"}
+    assert {c.split()[0] for c in COMMANDS} == {"make", "torchrun", "python", "sbatch"}
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("make")])
@@ -86,17 +88,33 @@ def test_training_commands_are_valid_configurations(
     (tmp_path / "corpus").mkdir()
     (tmp_path / "corpus" / "a.jsonl").write_text('{"text": "x"}\n')
     (tmp_path / "tokens.npy").write_bytes(b"")
+    (tmp_path / "chats.jsonl").write_text("{}\n")
+    (tmp_path / "pairs.jsonl").write_text("{}\n")
+    (tmp_path / "prompts.jsonl").write_text("{}\n")
     words = shlex.split(command)
     processes = int(words[words.index("--nproc-per-node") + 1]) if "--nproc-per-node" in words else 1
     overrides = [w for w in words[words.index("launch/train.py") + 1 :] if not w.startswith("--")]
     overrides = [o.partition(",")[0] for o in overrides]  # the first point of a sweep
     config = compose_one(overrides)
-    if config.model.path == "HF_DIR":
+    if config.model.path is not None:
         with pytest.raises(ConfigError) as refused:
             finalize(config, world_size=processes)
-        assert refused.value.problems == ["model.path=HF_DIR does not exist; give the folder of a Hugging Face model"]
+        path = config.model.path
+        own = [problem for problem in refused.value.problems if "LARGER_HF_DIR does not exist" not in problem]
+        assert own == [f"model.path={path} does not exist; give the folder of a Hugging Face model"]
         return
     finalize(config, world_size=processes)
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "launch/slurm/" in c])
+def test_commands_for_slurm_are_valid_configurations(command: str) -> None:
+    """A degree that does not divide the ranks of the nodes shown; sbatch told of options that are the script's."""
+    words = shlex.split(command)
+    script = next(i for i, word in enumerate(words) if "launch/slurm/" in word)
+    assert (ROOT / words[script]).exists()
+    submission, overrides, _ = parse([*words[1:script], *words[script + 1 :]])
+    finalize(compose_one(overrides), world_size=submission.world_size)
+    assert submission.spare_nodes == 0 or words[0] == "python"  # plain sbatch has no such option
 
 
 LAB_COMMANDS = [c for c in COMMANDS if "launch/lab.py" in c]
@@ -109,15 +127,24 @@ def test_commands_of_the_inference_lab_are_valid_configurations(
     """A key that was renamed; a setting that is out of range. All that is missing is the model."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "IN.jsonl").write_text('{"prompt": "x"}\n')
+    (tmp_path / "TEXT.txt").write_text("x")
+    monkeypatch.setattr("launch.modes.eval.harness_is_there", lambda: True)  # not part of every installation
     words = shlex.split(command)
     config = compose_for(LAB, words[words.index("launch/lab.py") + 1 :])
     missing = f"model.path={config.model.path} does not exist; give a Hugging Face folder or a checkpoint"
-    assert lab_problems(config) == [missing]
+    assert lab_problems(config) == ([] if config.bench.random_weights is not None else [missing])
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "launch/plan.py" in c])
+def test_commands_of_the_planner_plan_something_that_runs(command: str) -> None:
+    """A key that was renamed; a layout that the trainer refuses."""
+    words = shlex.split(command)
+    assert plan_of(compose_for(PLAN, words[words.index("launch/plan.py") + 1 :]))["step_seconds"] > 0
 
 
 def test_the_readme_shows_the_inference_lab() -> None:
     """Nothing left to check."""
-    assert len(LAB_COMMANDS) == 2
+    assert len(LAB_COMMANDS) >= 6
 
 
 RESULTS = [json.loads(path.read_text()) for path in sorted((ROOT / "benchmarks" / "results").glob("*.json"))]
@@ -134,7 +161,11 @@ def test_speeds_in_the_readme_are_in_the_results() -> None:
 
     measured = README.partition("## Measured")[2].partition("## Read it")[0]
     rows = [line for line in measured.splitlines() if line.startswith("|")]
-    speeds = {f"{x:,.0f}" for x in values(RESULTS, "tokens_per_second_per_gpu")}
+    speeds = {
+        f"{x:,.0f}"
+        for key in ("tokens_per_second_per_gpu", "tokens_per_second", "tokens_per_s")
+        for x in values(RESULTS, key)
+    }
     memory = {f"{x:.1f}" for x in values(RESULTS, "peak_memory_gib")}
     utilization = {f"{100 * x:.1f}" for x in values(RESULTS, "mfu")}
     ratios = {f"{x:.2f}" for x in values(RESULTS, "ratio")}

@@ -7,11 +7,14 @@ import torch.distributed as dist
 
 from kernels.fp8 import Recipe
 from kernels.grouped_linear import choose_grouped_linear
+from models.adapter_config import adapted_layers
 from models.config import ModelConfig
 from models.decoder import Decoder
 from models.fp8 import Fp8Linears, apply_fp8, linears_in_fp8
+from models.invariant import make_batch_invariant
 from models.layers.attention import choose_attention
 from models.layers.router import Router
+from models.lora import apply_adapters, learning_rates
 from models.registry import build_model
 from parallel.activation_budget import describe as describe_plan
 from parallel.activation_checkpoint import ActivationCheckpoint
@@ -24,29 +27,40 @@ from parallel.pipeline.weight_gradients import defer_weight_gradients
 from parallel.precision import FP8_GRADIENTS, PrecisionConfig
 from trainer.activations import plan_activations
 from trainer.config import TrainConfig
-from trainer.loss import loss_weights, vocabulary_shard
+from trainer.loss import Objective
 from trainer.loss_scale import LossScale
 from trainer.optim import build_optimizer
 from trainer.optim import describe as describe_optimizer
 from trainer.pipelined import PipelinedPasses, pipeline_layout
+from trainer.recipes import RECIPES
+from trainer.recipes.pretrain import Pretrain
 from trainer.routing import RoutingMonitor
 from trainer.sequence import context_parallelism
+from trainer.speculator import build_speculator_state
 from trainer.step import Passes, PlainPasses, TrainState
 
 
-def build_state(config: TrainConfig, dims: ParallelDims, mesh: Meshes, device: torch.device) -> TrainState:
+def build_state(
+    config: TrainConfig, dims: ParallelDims, mesh: Meshes, device: torch.device, objective: Objective
+) -> TrainState:
     """The state before its weights have values: fill `TrainState.weights`, then publish them. Collective.
 
-    config: validated, with the model resolved (trainer.validate.finalize).
+    config: validated, with the model resolved (trainer.validate.finalize). objective: the recipe's; heads have theirs.
     """
+    if config.model.speculator.kind != "none":
+        return build_speculator_state(config, dims, mesh, device)
     pipeline = pipeline_layout(config.parallel, config.model, seq_len=config.train.seq_len)
     stages = None if pipeline is None else pipeline.of_rank(mesh.batch["pp"].get_local_rank())
     groups = groups_in_layers(mesh, config.parallel)
     with torch.device("meta"):
         model = build_model(config.model, seed=config.train.seed, groups=groups, stages=stages)
+        if config.adapter.name != "none":
+            apply_adapters(model, config.adapter, config.precision.compute_dtype)
     split_backward = pipeline is not None and pipeline.schedule in SPLIT_BACKWARD
     weight_gradients = defer_weight_gradients(model.blocks, at_once=(Router,)) if split_backward else None
     fp8 = _multiply_in_fp8(model, config.precision, device) if config.precision.fp8 else None
+    if config.train.batch_invariant:
+        make_batch_invariant(model)
     checkpointing = _checkpointing(config)
     plan = plan_activations(model, config, groups, device) if checkpointing.mode == "budget" else {}
     data_parallel = parallelize(
@@ -87,15 +101,14 @@ def build_state(config: TrainConfig, dims: ParallelDims, mesh: Meshes, device: t
             fused=fused,
             copies=data_parallel.copies,
             first=data_parallel.needed_first,
+            lr_factors=learning_rates(config.adapter, data_parallel.masters),
         ),
         loss_scale=LossScale(config.precision, device),
         token_group=mesh.tokens.get_group(),
         device=device,
         grad_clip=config.train.grad_clip,
-        compile_loss=compiles_loss(config),
+        objective=objective,
         fused=fused,
-        loss_weights=loss_weights(config.model.mtp, device) if config.model.mtp.depth else None,
-        vocabulary=vocabulary_shard(config.model.vocab_size, groups),
         routing=_monitor_routing(model, config, mesh, device) if config.model.moe.num_experts else None,
         fp8=fp8,
         passes=passes,
@@ -110,6 +123,8 @@ def _checkpointing(config: TrainConfig) -> ActivationCheckpoint:
     save = config.model.activation_checkpoint_save
     if config.precision.fp8 and "aten.mm" in save:
         save = [*save, "lattice.fp8_matmul"]  # the same, in fp8
+    if config.train.batch_invariant and {"aten.mm", "aten.addmm"} & set(save):
+        save = [*save, "lattice.invariant_linear"]
     return ActivationCheckpoint(mode=config.model.activation_checkpoint, save=save)
 
 
@@ -148,11 +163,6 @@ def check_fp8_runs(config: TrainConfig, device: torch.device) -> None:
         )
 
 
-def compiles_loss(config: TrainConfig) -> bool:
-    """Other backends than inductor show how blocks are captured; they would make the loss no faster."""
-    return config.train.compile and config.train.compile_backend == "inductor"
-
-
 def attention_used(config: TrainConfig, device: torch.device) -> str:
     """The implementation of attention and why, for run.json. Raises ValueError where the one asked for does not run."""
     used = choose_attention(
@@ -184,9 +194,11 @@ def implementations(config: TrainConfig, dims: ParallelDims, state: TrainState, 
     """What really computes each part of a step, for run.json."""
     model, train = config.model, config.train
     used = {
-        "attention": attention_used(config, device),
-        "loss": "linear_cross_entropy" + (", compiled" if compiles_loss(config) else ""),
+        "attention": attention_used(config, device)
+        + (", gradients alone; forward: paged, batch-invariant" if state.model.batch_invariant else ""),
+        "loss": _loss(config),
         "projections": _projections(model, dims, state),
+        "products": "batch-invariant" if state.model.batch_invariant else "torch",
         "blocks": f"torch.compile({train.compile_backend})" if train.compile else "eager",
         "activation_checkpoint": model.activation_checkpoint
         + (f": {describe_plan(list(state.activation_plan.values()))}" if state.activation_plan else ""),
@@ -195,6 +207,14 @@ def implementations(config: TrainConfig, dims: ParallelDims, state: TrainState, 
         "data_parallel": f"zero{config.parallel.zero_stage}",
         "pipeline": state.passes.layout.summary if isinstance(state.passes, PipelinedPasses) else "none",
     }
+    if model.speculator.kind != "none":
+        used["loss"] = f"of {model.speculator.kind} heads; {used['loss']}"
+    if config.adapter.name != "none":
+        adapter, frozen = config.adapter, config.adapter.quantize
+        kind = "dora" if adapter.dora else "rslora" if adapter.rank_stabilized else "lora"
+        count = len(adapted_layers(adapter, model))
+        kept = config.precision.compute if frozen == "none" else f"{frozen}, others {config.precision.compute}"
+        used["adapters"] = f"{kind} of rank {adapter.rank} on {count} layers; frozen weights in {kept}"
     if model.moe.num_experts:
         sizes = (model.hidden_size, model.moe.intermediate_size // dims.tp)
         used["experts"] = choose_grouped_linear(device, config.precision.compute_dtype, *sizes)
@@ -209,6 +229,12 @@ def implementations(config: TrainConfig, dims: ParallelDims, state: TrainState, 
         if model.moe.num_experts:
             used["experts"] += ", bf16"
     return used
+
+
+def _loss(config: TrainConfig) -> str:
+    kernel = RECIPES[config.recipe.name].loss_kernel
+    compiled = kernel == Pretrain.loss_kernel and config.train.compiles_loss
+    return kernel + (", compiled" if compiled else "")
 
 
 def _what_travels(config: TrainConfig, dims: ParallelDims) -> str:

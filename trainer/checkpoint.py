@@ -49,6 +49,7 @@ __all__ = [
     "CheckpointManager",
     "TensorReader",
     "find_checkpoint",
+    "newest_checkpoint",
     "read_extra",
     "read_tensor",
     "resolve_resume",
@@ -248,6 +249,15 @@ def find_checkpoint(path: Path, *, name: str, group: dist.ProcessGroup | None = 
             f"{name}={path}: every checkpoint in {directory} is damaged: {'; '.join(damaged)}. Restore one of them"
         )
     return found
+
+
+def newest_checkpoint(path: Path, *, name: str) -> Path:
+    """What `find_checkpoint` looks at first, not verified; needs no process group. Raises CheckpointError for none."""
+    kind = _kind(path, name)
+    if kind == "checkpoint":
+        return path
+    directory = path / "checkpoints" if kind == "run" else path
+    return directory / f"step_{_steps(directory)[-1]}"
 
 
 def _kind(path: Path, name: str) -> str:

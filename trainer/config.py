@@ -7,15 +7,27 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from data.config import DataConfig
+from models.adapter_config import AdapterConfig
 from models.config import ModelConfig
 from parallel.dims import ParallelConfig
 from parallel.precision import PrecisionConfig
+from trainer.rl.config import RLConfig
 
 NONFINITE = ("skip", "stop")
 OPTIMIZERS = ("adamw", "muon")
 OPTIMIZER_KERNELS = ("auto", "torch", "triton")
 STATE_DTYPES = ("fp32", "bf16", "int8")
 SCHEDULES = ("constant", "linear", "cosine", "wsd")
+
+
+@dataclass
+class ProfileConfig:
+    """`train.profile`: what is traced into run.dir/profile."""
+
+    steps: list[int] = field(default_factory=list)  # numbers of steps, such as [6,7,8]; empty: none
+    ranks: list[int] = field(default_factory=lambda: [0])  # that write a trace; empty: all
+    memory: bool = False  # with every allocation; on CUDA also as a snapshot for pytorch.org/memory_viz
+    nvtx: bool = False  # CUDA: operations as NVTX ranges for `nsys profile`, instead of a trace
 
 
 @dataclass
@@ -40,7 +52,15 @@ class LoopConfig:
     sample_tokens: int = 0  # length of the text sampled when the run ends; 0: none
     sample_prompt: str = "def "
     deterministic: bool = False  # on CUDA, two runs give the same bits, more slowly; on the CPU they always do
+    # A token's forward has the same bits whatever is computed beside it, those of engine.deterministic=true; slower.
+    batch_invariant: bool = False
     timeout_seconds: float = 600.0  # a collective that waits longer ends the run
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+
+    @property
+    def compiles_loss(self) -> bool:
+        """Other backends than inductor show how blocks are captured; they would make the loss no faster."""
+        return self.compile and self.compile_backend == "inductor"
 
 
 @dataclass
@@ -87,6 +107,22 @@ class CheckpointConfig:
 
 
 @dataclass
+class ResilienceConfig:
+    """`resilience`: what is watched while training, and how soon (docs/FAULTS.md)."""
+
+    # train.timeout_seconds is what a step, a validation's batch or waiting for data may take; these may take longer.
+    first_step_seconds: float = 3600.0  # of a start: blocks are compiled, workers started
+    checkpoint_seconds: float = 3600.0  # waiting for a checkpoint that is being written
+    # Steps between comparisons of the state's bits, over replicas and with before; also at each checkpoint; 0: never
+    check_interval: int = 100
+    rerun_interval: int = 0  # steps between steps computed twice; 0: never. On CUDA with train.deterministic=true
+    straggler_interval: int = 50  # steps between comparisons of how long ranks keep each other waiting; 0: never
+    straggler_share: float = 0.1  # of a step's time that a rank may be later than the others before it is named
+    peer_interval: int = 0  # steps between copies of the state in the memory of this host and another; 0: none
+    peer_dir: str = "/dev/shm"  # for them: memory that outlives the process
+
+
+@dataclass
 class LoggingConfig:
     """`logging`."""
 
@@ -97,8 +133,33 @@ class LoggingConfig:
     tensorboard: bool = False
     console: bool = True
     peak_tflops: float | None = None  # MFU is against this; None: looked up by device name
-    profile_steps: int = 0  # trace so many steps into run.dir/profile; 0: none
-    profile_after: int = 5  # steps of this start before the traced ones
+    hardware: str | None = None  # rates to compare the run with at its end: as plan.hardware; None: the device's own
+
+
+@dataclass
+class RecipeConfig:
+    """`recipe`: what is trained for; a file of trainer/recipes."""
+
+    name: str = "pretrain"  # one of trainer.recipes.RECIPES
+    rl: RLConfig = field(default_factory=RLConfig)  # of recipe=grpo and its family
+    # dpo, of which the family and its numbers are defined in trainer/preference_losses.py
+    loss: str = "sigmoid"  # sigmoid, robust, ipo, hinge, simpo, orpo
+    beta: float = 0.1  # how far the policy may go from the reference; of orpo the weight of the loss beside nll
+    label_smoothing: float = 0.0  # sigmoid, robust: share of pairs whose answers are taken to be the wrong way round
+    gamma: float = 0.0  # simpo: by how much the chosen answer is to be ahead
+    nll_weight: float = 0.0  # of the negative log-likelihood per token of the chosen answers; of orpo it is 1
+    desirable_weight: float = 1.0  # kto: of the losses of good answers
+    undesirable_weight: float = 1.0  # kto: of those of bad ones
+    centering: float = 0.0  # reward: weight of the square of the sum of both rewards of a pair, which have no zero else
+    # model: one beside the policy; precomputed: numbers in the rows; adapter: the policy without its adapters
+    reference: str = "model"
+    reference_path: str | None = None  # its Hugging Face folder; None: what the run begins with
+    reference_offload: bool = False  # its weights stay in host memory
+    # distill, as defined in kernels/linear_cross_entropy/divergence.py; nll_weight of the labels beside it
+    teacher_path: str | None = None  # its Hugging Face folder
+    teacher_offload: bool = False  # its weights stay in host memory
+    divergence: float = 0.0  # 0: KL(teacher || student); 1: KL(student || teacher); between: Jensen-Shannon
+    temperature: float = 1.0  # that logits of both are divided by
 
 
 @dataclass
@@ -114,11 +175,14 @@ class TrainConfig:
     train: LoopConfig = field(default_factory=LoopConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    recipe: RecipeConfig = field(default_factory=RecipeConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    resilience: ResilienceConfig = field(default_factory=ResilienceConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     run: RunConfig = field(default_factory=RunConfig)
 

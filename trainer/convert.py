@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,14 +17,19 @@ from torch.distributed.tensor import DTensor, Shard, zeros
 
 from data.config import DataConfig, DataError, TokenizerConfig
 from data.tokenizer import Tokenizer, load_tokenizer
+from models.adapter_config import AdapterConfig
 from models.config import ModelConfig
 from models.decoder import Decoder
 from models.hf import export_hf_weights, load_hf_weights
+from models.merge import Merged
 from models.mtp_config import MTPConfig
 from models.registry import build_model, resolve_model
+from models.speculator import Speculator, save_speculator
+from parallel.groups import NO_GROUPS, ModelParallel
 from trainer.agreement import CheckpointError, Ranks
-from trainer.checkpoint import CheckpointManager, TensorReader, find_checkpoint, read_extra
+from trainer.checkpoint import CheckpointManager, TensorReader, find_checkpoint, newest_checkpoint, read_extra
 from trainer.config import CheckpointConfig, ConfigError
+from trainer.convert_adapters import base_folder, dtype_of, export_adapters, merged_weights, read_adapters
 from trainer.identity import model_identity
 
 WEIGHTS = "model/"
@@ -42,9 +48,16 @@ class Exported:
 
 
 def export_checkpoint(
-    source: Path, out: Path, *, dtype: torch.dtype | None = None, max_shard_bytes: float = SHARD_BYTES
+    source: Path,
+    out: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: float = SHARD_BYTES,
+    merged: bool = False,
 ) -> Exported:
     """Write the weights of a checkpoint as a Hugging Face folder that transformers loads.
+
+    Of a checkpoint of adapters: as a folder that PEFT loads or, merged, as the model they are for with them in it.
 
     source: a checkpoint, a run or its `checkpoints/` (the newest good one); every file is verified before a tensor is
     read. dtype: of the files; None: that of the weights in the checkpoint. The run's tokenizer goes along where it can
@@ -58,12 +71,29 @@ def export_checkpoint(
     extra = read_extra(checkpoint)
     config = _model_of(checkpoint, extra)
     reader = TensorReader(checkpoint)
-    saved_dtype = _weight_dtype(checkpoint, reader, config)
+    if config.speculator.kind != "none":
+        ranks.on_first(lambda: _export_heads(checkpoint, reader, config, out, dtype))
+        return Exported(checkpoint, "these are heads for a model, and go with its own")
+    adapter = _adapter_of(checkpoint, extra)
+    read: Callable[[str], torch.Tensor]
+    if adapter is None:
+        if merged:
+            raise ConfigError([f"--merged, but {checkpoint} holds no adapters; leave it out"])
+        saved_dtype = _weight_dtype(checkpoint, reader, config)
+        read = partial(_read_weight, reader)
+    elif not merged:
+        base = str(extra["adapter"]["base"]["path"])
+        ranks.on_first(lambda: export_adapters(reader, adapter, config, out, base=base, dtype=dtype))
+        return Exported(checkpoint, "these are adapters for a model, and go with its own")
+    else:
+        base_model = base_folder(checkpoint, extra)
+        saved_dtype = dtype or dtype_of(base_model)
+        read = merged_weights(base_model, config, read_adapters(reader, adapter, config), saved_dtype)
     with tempfile.TemporaryDirectory(prefix="lattice-tokenizer-") as scratch:
         tokenizer = ranks.on_first(lambda: _save_tokenizer(checkpoint, extra, Path(scratch)))
         ranks.on_first(lambda: out.rmdir() if out.exists() else None)  # empty; it comes back whole, by a rename
         export_hf_weights(
-            lambda name: reader.read(f"{WEIGHTS}{name}"),
+            read,
             config,
             out,
             dtype=dtype or saved_dtype,
@@ -76,36 +106,72 @@ def export_checkpoint(
     return Exported(checkpoint, tokenizer.missing)
 
 
+def _read_weight(reader: TensorReader, name: str) -> torch.Tensor:
+    return reader.read(f"{WEIGHTS}{name}")
+
+
+def _export_heads(
+    checkpoint: Path, reader: TensorReader, config: ModelConfig, out: Path, dtype: torch.dtype | None
+) -> None:
+    """The heads of a checkpoint as a folder for model.speculator_path."""
+    with torch.device("meta"):
+        names = Speculator(config.speculator, config).state_dict()
+    missing = sorted(name for name in names if f"{WEIGHTS}{name}" not in reader.shapes)
+    if missing:
+        raise CheckpointError(f"{checkpoint} does not hold all of its heads: {', '.join(missing[:5])} are missing")
+    weights = {name: reader.read(f"{WEIGHTS}{name}") for name in names}
+    if dtype is not None:
+        weights = {name: weight.to(dtype) for name, weight in weights.items()}
+    save_speculator(out, config.speculator, config, weights)
+
+
 @dataclass(frozen=True)
 class Loaded:
-    """A model of a checkpoint, whole and on one device. Filled by `load_checkpoint`."""
+    """A model of a checkpoint, on this rank's device. Filled by `load_checkpoint`."""
 
     model: Decoder
     tokenizer: Tokenizer | None
     no_tokenizer: str | None  # why there is none
 
 
-def load_checkpoint(source: Path, *, name: str, dtype: torch.dtype, device: torch.device) -> Loaded:
+def load_checkpoint(
+    source: Path, *, name: str, dtype: torch.dtype, device: torch.device, groups: ModelParallel = NO_GROUPS
+) -> Loaded:
     """The model of a checkpoint, or of a run's newest good one, with its weights in `dtype`, for inference.
 
-    name: what the user calls the path, for messages. Every file is verified; tensors are read one at a time. Raises
-    CheckpointError for a checkpoint that is absent, damaged or of no model.
+    name: what the user calls the path, for messages. groups: the ranks its layers are cut over, each of which reads its
+    own part. Every file is verified, by the ranks of the default process group together. Raises CheckpointError for a
+    checkpoint that is absent, damaged or of no model.
     """
     checkpoint = find_checkpoint(source, name=name)
     extra = read_extra(checkpoint)
     config = _model_of(checkpoint, extra)
-    reader = TensorReader(checkpoint)
-    _weight_dtype(checkpoint, reader, config)
+    if config.speculator.kind != "none":
+        raise CheckpointError(
+            f"{checkpoint} holds {config.speculator.kind} heads for a model; give {name} the model, and "
+            "model.speculator_path the folder that launch/convert.py export makes of this"
+        )
+    reader, adapter = TensorReader(checkpoint), _adapter_of(checkpoint, extra)
+    if adapter is None:
+        _weight_dtype(checkpoint, reader, config)
     with torch.device("meta"):
-        model = build_model(config).to(dtype)
+        model = build_model(config, groups=groups).to(dtype)
     model.to_empty(device=device)
-    with torch.no_grad():
-        for key, tensor in model.state_dict().items():
-            tensor.copy_(reader.read(f"{WEIGHTS}{key}"))
+    if adapter is None:
+        reader.fill({f"{WEIGHTS}{key}": tensor for key, tensor in model.state_dict().items()})
+    else:
+        load_hf_weights(base_folder(checkpoint, extra), model.state_dict(), config)
+        Merged(model.state_dict(), read_adapters(reader, adapter, config), keep=False)
     try:
         return Loaded(model.eval(), _tokenizer_of(checkpoint, extra), None)
     except DataError as error:
         return Loaded(model.eval(), None, str(error))
+
+
+def model_of_checkpoint(source: Path, *, name: str) -> ModelConfig:
+    """The model that `load_checkpoint` would find, resolved; nothing is verified. Raises CheckpointError for none."""
+    checkpoint = newest_checkpoint(source, name=name)
+    return _model_of(checkpoint, read_extra(checkpoint))
 
 
 def import_folder(source: Path, out: Path, *, dtype: torch.dtype = torch.float32, mtp_depth: int = 0) -> Path:
@@ -177,6 +243,13 @@ def _model_of(checkpoint: Path, extra: Mapping[str, Any]) -> ModelConfig:
     if values is None:
         raise CheckpointError(f"{checkpoint} does not say which model it holds (config.model in its extra.json)")
     return _typed(ModelConfig, values, f"{checkpoint}: config.model in its extra.json")
+
+
+def _adapter_of(checkpoint: Path, extra: Mapping[str, Any]) -> AdapterConfig | None:
+    """The adapters that a checkpoint holds; None: it holds a whole model."""
+    if extra.get("adapter") is None:
+        return None
+    return _typed(AdapterConfig, extra["config"]["adapter"], f"{checkpoint}: config.adapter in its extra.json")
 
 
 def _weight_dtype(checkpoint: Path, reader: TensorReader, config: ModelConfig) -> torch.dtype:

@@ -12,13 +12,16 @@ from models.registry import shape_of
 from parallel.precision import PrecisionConfig
 from trainer.checkpoint import read_extra
 from trainer.config import ConfigError, TrainConfig
+from trainer.run_info import mask_secrets
 
 
 def model_identity(config: ModelConfig) -> dict[str, Any]:
     """The fields of a resolved model that say what its weights mean; others may change between runs."""
     shape = shape_of(config)
     whole = asdict(replace(config, **shape))
-    return {name: whole[name] for name in shape if name != "init_std"}
+    # Heads for a model are not the model.
+    heads = {name: getattr(config.speculator, name) for name in ("kind", "num_heads", "num_layers")}
+    return {name: whole[name] for name in shape if name != "init_std"} | {"speculator": heads}
 
 
 def run_identity(config: TrainConfig) -> dict[str, Any]:
@@ -116,7 +119,7 @@ def changed_settings(before: dict[str, Any], config: TrainConfig) -> list[str]:
     """The settings that differ from those a checkpoint was made with, as `group.field=new (was old)`."""
     old, new = _flat(before), _flat(asdict(config))
     return [
-        f"{name}={new.get(name)} (was {old.get(name)})"
+        f"{name}={mask_secrets(new.get(name), name)} (was {mask_secrets(old.get(name), name)})"
         for name in sorted(old.keys() | new.keys())
         if old.get(name) != new.get(name) and not name.startswith(("run.", "checkpoint.resume"))
     ]

@@ -27,6 +27,10 @@ blocks, over the N_k tokens that have a label k places further on, and what is m
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
@@ -34,11 +38,66 @@ from data.batch import IGNORE_INDEX, Batch
 from kernels.linear_cross_entropy import (
     VocabularyShard,
     linear_cross_entropy,
+    linear_token_losses,
+    linear_token_losses_and_entropies,
     vocab_parallel_linear_cross_entropy,
 )
+from models.decoder import Head
 from models.mtp_config import MTPConfig
 from parallel.groups import ModelParallel
 from parallel.tensor import chunk_bounds
+
+
+class Objective(Protocol):
+    """What a step minimises: sums over a micro-batch, each divided by its count in the global batch, and weighted.
+
+    A recipe's loss is one of these. Sums and counts of the micro-batches of all ranks with different tokens are added
+    up, so a token, a sequence or a pair of them has to be counted on one of these ranks alone, or in shares.
+    """
+
+    names: Sequence[str]  # of the sums after the first, which is `loss`, in metrics
+    weights: Tensor  # fp32 [1 + D], on the device: of each in what is minimised; 0 where it is only reported
+
+    def counts(self, batch: Batch) -> Tensor:
+        """What each sum is divided by, of this micro-batch: [1 + D] int64 on the device."""
+        ...
+
+    def head(self, batch: Batch) -> Head:
+        """Given to Decoder.forward, on the last stage of a pipeline: the sums, fp32, [1 + D] or, with `ahead`, 0-d."""
+        ...
+
+    def ahead(self, batch: Batch) -> list[tuple[Tensor, Head]]:
+        """Given to Decoder.forward with the head: of multi-token prediction."""
+        ...
+
+
+class NextToken:
+    """The objective of pretraining, L + (w / D) sum_k L_k above: every label of a batch, each by its number."""
+
+    def __init__(
+        self,
+        *,
+        weights: Tensor,
+        names: Sequence[str] = (),
+        compile: bool = False,
+        vocabulary: VocabularyShard | None = None,
+        batch_invariant: bool = False,
+    ) -> None:
+        """weights, names: see Objective. The others: see `token_loss_sum`."""
+        self.weights = weights
+        self.names = names
+        self._loss = partial(
+            token_loss_sum, compile=compile, vocabulary=vocabulary, batch_invariant=batch_invariant
+        )  # fmt: skip
+
+    def counts(self, batch: Batch) -> Tensor:
+        return torch.stack([count_valid(labels) for labels in (batch.labels, *(labels for _, labels in batch.ahead))])
+
+    def head(self, batch: Batch) -> Head:
+        return partial(self._loss, labels=batch.labels)
+
+    def ahead(self, batch: Batch) -> list[tuple[Tensor, Head]]:
+        return [(tokens, partial(self._loss, labels=labels)) for tokens, labels in batch.ahead]
 
 
 def token_loss_sum(
@@ -47,19 +106,66 @@ def token_loss_sum(
     labels: Tensor,
     compile: bool = False,
     vocabulary: VocabularyShard | None = None,
+    batch_invariant: bool = False,
 ) -> Tensor:
     """S_p: the sum of the losses of the valid tokens of a part, in nats. 0-d, fp32 (fp64 for fp64), differentiable.
 
     hidden [B, T, D] is the decoder's output after its last norm, weight [V, D] that of the output layer (a plain
     tensor), labels [B, T] int64 with IGNORE_INDEX where there is no loss. compile: fuse the softmax (torch.compile).
-    vocabulary: where weight has only some of the words, which ones, and whose are the others.
+    vocabulary: where weight has only some of the words, which ones, and whose are the others. batch_invariant: of a
+    model that is (models/invariant.py); each token's loss is then a function of its own row of hidden, to the bit.
     Errors are those of `linear_cross_entropy`.
     """
     if vocabulary is not None:
         return vocab_parallel_linear_cross_entropy(
             hidden, weight, labels, shard=vocabulary, ignore_index=IGNORE_INDEX, compile=compile
         )
-    return linear_cross_entropy(hidden, weight, labels, ignore_index=IGNORE_INDEX, compile=compile)
+    return linear_cross_entropy(
+        hidden, weight, labels, ignore_index=IGNORE_INDEX, compile=compile, batch_invariant=batch_invariant
+    )
+
+
+def token_losses(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    vocabulary: VocabularyShard | None = None,
+    temperature: float = 1.0,
+    batch_invariant: bool = False,
+) -> Tensor:
+    """What `token_loss_sum` adds up: minus the log-probabilities of labels, [B, T] fp32 (fp64 for fp64), 0 where there
+    is none; each has its own gradient. temperature divides the logits. Errors are those of `linear_token_losses`."""
+    return linear_token_losses(
+        hidden,
+        weight,
+        labels,
+        shard=vocabulary,
+        temperature=temperature,
+        ignore_index=IGNORE_INDEX,
+        batch_invariant=batch_invariant,
+    )
+
+
+def token_losses_and_entropies(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    vocabulary: VocabularyShard | None = None,
+    temperature: float = 1.0,
+    batch_invariant: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """`token_losses`, and the entropy of the distribution over words before each label, alike and with a gradient."""
+    return linear_token_losses_and_entropies(
+        hidden,
+        weight,
+        labels,
+        shard=vocabulary,
+        temperature=temperature,
+        ignore_index=IGNORE_INDEX,
+        batch_invariant=batch_invariant,
+    )
 
 
 def vocabulary_shard(vocab_size: int, groups: ModelParallel) -> VocabularyShard | None:
@@ -70,14 +176,22 @@ def vocabulary_shard(vocab_size: int, groups: ModelParallel) -> VocabularyShard 
     return VocabularyShard(group=groups.tp.get_group(), first=first)
 
 
-def loss_weights(mtp: MTPConfig, device: torch.device) -> Tensor:
-    """What the training loss multiplies L, L_1, ... L_D with: fp32 [1 + D]."""
-    return torch.tensor([1.0] + [mtp.loss_weight / mtp.depth] * mtp.depth, device=device)
-
-
-def count_all_valid(batch: Batch) -> Tensor:
-    """n_p of L, L_1, ... L_D: [1 + D], as `count_valid`."""
-    return torch.stack([count_valid(labels) for labels in (batch.labels, *(labels for _, labels in batch.ahead))])
+def next_token(
+    mtp: MTPConfig,
+    *,
+    device: torch.device,
+    compile: bool = False,
+    vocabulary: VocabularyShard | None = None,
+    batch_invariant: bool = False,
+) -> NextToken:
+    """The objective of a model with D = mtp.depth blocks of multi-token prediction."""
+    return NextToken(
+        weights=torch.tensor([1.0] + [mtp.loss_weight / max(mtp.depth, 1)] * mtp.depth, device=device),
+        names=[f"mtp_loss_{k}" for k in range(1, mtp.depth + 1)],
+        compile=compile,
+        vocabulary=vocabulary,
+        batch_invariant=batch_invariant,
+    )
 
 
 def count_valid(labels: Tensor) -> Tensor:

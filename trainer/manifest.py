@@ -108,6 +108,9 @@ def read_manifest(folder: Path) -> Manifest:
             raise ValueError("its checksum does not match")
         if body["format"] != FORMAT:
             raise CheckpointError(f"{MANIFEST}: format {body['format']} is unknown; this version reads format {FORMAT}")
+        for name in body["files"]:
+            if Path(name).name != name or name in ("", ".."):
+                raise ValueError(f"it names {name!r}, outside of the checkpoint")
         files = {name: FileRecord(**record) for name, record in body["files"].items()}
         return Manifest(step=body["step"], world_size=body["world_size"], files=files)
     except FileNotFoundError:

@@ -55,6 +55,7 @@ class MetricLogger:
         last_kept = _truncate(path, resume_step)
         self._metrics = _open_after_whole_line(path)
         self._events = _open_after_whole_line(run_dir / "events.jsonl")
+        self._ranks = _open_after_whole_line(run_dir / "ranks.jsonl")
         if config.console:
             first_step = resume_step + 1
             self._sinks.append(ConsoleSink(total_steps=total_steps, interval=config.interval, first_step=first_step))
@@ -86,6 +87,12 @@ class MetricLogger:
         for sink in list(self._sinks):
             self._guard(sink, sink.log, clean)
 
+    def log_ranks(self, step: int, late_seconds: list[float]) -> None:
+        """How late each rank was for its steps, in rank order: a line in ranks.jsonl, which is only appended to."""
+        if self._is_main:
+            self._ranks.write(json.dumps({"step": step, "late_seconds": late_seconds}) + "\n")
+            self._ranks.flush()
+
     def event(self, kind: str, text: str, **fields: Any) -> None:
         """Something worth noticing: a line on the console and one in events.jsonl.
 
@@ -111,6 +118,7 @@ class MetricLogger:
         self._sinks.clear()
         self._metrics.close()
         self._events.close()
+        self._ranks.close()
 
     def _start(self, name: str, resume_step: int, make: Callable[[], Sink]) -> None:
         """Add an optional sink. A fresh run that cannot have it stops; a restart, perhaps at night, goes on without."""

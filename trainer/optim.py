@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import Protocol
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from kernels.backend import runs_triton
 from parallel.fused import NOTHING_FUSED, Parts
+from parallel.problem import Problem, values
 from trainer.adamw import AdamW
 from trainer.adamw_kernel import NO_COPIES, KernelAdamW, is_quantized
 from trainer.config import OPTIMIZER_KERNELS, OPTIMIZERS, STATE_DTYPES, OptimConfig
@@ -29,8 +31,12 @@ of llama3_8b took 1.534 s with kernels/adamw and kernels/global_norm and 1.562 s
 itself is 1.39 times as fast as torch's fused one with scaled gradients. Where torch cannot (int8 and bf16 moments,
 stochastic rounding), auto is triton everywhere."""
 
+NOTHING_SCALED: Mapping[str, float] = MappingProxyType({})
+
 SMALLEST_BF16_STEP = 2.0**-8
 """Of a bf16 number, relative, that rounding to nearest does not undo wherever the number lies between powers of 2."""
+LARGEST_BF16_BETA = 0.996
+"""By which a moment in bf16 may shrink, in three digits: 1 - SMALLEST_BF16_STEP."""
 
 
 class UpdateRule(Protocol):
@@ -59,13 +65,20 @@ class Optimizer:
     """
 
     def __init__(
-        self, parameters: Mapping[str, Tensor], rules: list[UpdateRule], *, norm_kernel: str = "torch"
+        self,
+        parameters: Mapping[str, Tensor],
+        rules: list[UpdateRule],
+        *,
+        norm_kernel: str = "torch",
+        lr_factors: Sequence[float] | None = None,
     ) -> None:
-        """norm_kernel: what `global_grad_norm` of these parameters is to be taken by."""
+        """norm_kernel: what `global_grad_norm` of these parameters is to be taken by. lr_factors: what multiplies the
+        learning rate, by rule; None: nothing does."""
         self.parameters = dict(parameters)
         self.written = frozenset(name for rule in rules if isinstance(rule, KernelAdamW) for name in rule.copies)
         """Parameters whose copies in another dtype an update writes too."""
         self.rules = rules
+        self.lr_factors = [1.0] * len(rules) if lr_factors is None else lr_factors
         self.norm_kernel = norm_kernel
         devices = {p.device for p in parameters.values()}
         if len(devices) != 1:
@@ -99,8 +112,8 @@ class Optimizer:
         """
         grad_scale, skip = grad_scale.to(self._device), skip.to(self._device)
         self._num_steps += 1 - skip
-        for rule in self.rules:
-            rule.update(lr=lr, grad_scale=grad_scale, skip=skip, num_steps=self._num_steps)
+        for rule, factor in zip(self.rules, self.lr_factors, strict=True):
+            rule.update(lr=lr * factor, grad_scale=grad_scale, skip=skip, num_steps=self._num_steps)
             updated(rule.parameters)
 
     def zero_grad(self) -> None:
@@ -159,14 +172,16 @@ def build_optimizer(
     fused: Mapping[str, Parts] = NOTHING_FUSED,
     copies: Mapping[str, Tensor] = NO_COPIES,
     first: Collection[str] = (),
+    lr_factors: Mapping[str, float] = NOTHING_SCALED,
 ) -> Optimizer:
     """The optimizer that config names, over master parameters by name (order and names the same on all ranks).
 
     muon: hidden matrices by Muon, all else by AdamW with the same lr and weight decay. seed: of the stochastic rounding
     of bf16 parameters. fused: what fused parameters are made of, by name; a part is updated as it would be alone.
     copies: by name, local memory that new values go to in another dtype too, by rules that can do so in the same pass
-    (`Optimizer.written`). first: names of those that AdamW updates before others. Raises ValueError for settings that
-    do not go together, no parameters, or a layout that muon, or moments in 8 bits, cannot divide.
+    (`Optimizer.written`). first: names of those that AdamW updates before others. lr_factors: by name, what multiplies
+    the learning rate of the step; adamw alone. Raises ValueError for settings that do not go together, no parameters,
+    or a layout that muon, or moments in 8 bits, cannot divide.
     """
     stochastic = any(p.dtype == torch.bfloat16 for p in parameters.values())
     if found := problems(config) + precision_problems(config, master="bf16" if stochastic else "fp32"):
@@ -181,10 +196,11 @@ def build_optimizer(
         return KernelAdamW(some, decay, config, copies=copies, seed=seed, fused=fused)
 
     if config.name == "adamw":
-        early = {name: p for name, p in parameters.items() if name in first}
-        late = {name: p for name, p in parameters.items() if name not in first}
-        rules = [adamw(some) for some in (early, late) if some]
-        return Optimizer(parameters, rules, norm_kernel=norm_kernel)
+        kinds: dict[tuple[bool, float], dict[str, Tensor]] = {}
+        for name, p in parameters.items():
+            kinds.setdefault((name not in first, lr_factors.get(name, 1.0)), {})[name] = p
+        rules = [adamw(kinds[kind]) for kind in sorted(kinds)]
+        return Optimizer(parameters, rules, norm_kernel=norm_kernel, lr_factors=[factor for _, factor in sorted(kinds)])
     hidden = {name: p for name, p in parameters.items() if is_hidden_matrix(name, p)}
     others = {name: p for name, p in parameters.items() if name not in hidden}
     return Optimizer(parameters, [Muon(hidden, decay, config, fused=fused), adamw(others)], norm_kernel=norm_kernel)
@@ -218,50 +234,67 @@ def describe(optimizer: Optimizer, config: OptimConfig) -> dict[str, str]:
 
 def problems(config: OptimConfig) -> list[str]:
     """Every reason why these settings cannot work, one line each."""
-    found = []
+    found: list[str] = []
     if config.name not in OPTIMIZERS:
-        found.append(f"optim.name={config.name} is not an optimizer; use one of {', '.join(OPTIMIZERS)}")
+        found.append(Problem(f"optim.name={config.name} is not an optimizer", values("optim.name", OPTIMIZERS)))
+
+    def outside(field: str, bounds: str) -> Problem:
+        what = f"optim.{field}={getattr(config, field)} must be {bounds}"
+        return Problem(what, values(f"optim.{field}", [getattr(OptimConfig(), field)]))
+
     for field in ("lr", "weight_decay"):
         value = getattr(config, field)
         if not (math.isfinite(value) and value >= 0):
-            found.append(f"optim.{field}={value} must be a number of at least 0")
-    for field in ("beta1", "beta2", "momentum"):
-        value = getattr(config, field)
-        if not 0 <= value < 1:
-            found.append(f"optim.{field}={value} must be at least 0 and below 1")
+            found.append(outside(field, "a number of at least 0"))
+    found += [
+        outside(field, "at least 0 and below 1")
+        for field in ("beta1", "beta2", "momentum")
+        if not 0 <= getattr(config, field) < 1
+    ]
     if not (math.isfinite(config.eps) and config.eps > 0):
-        found.append(f"optim.eps={config.eps} must be positive; 1e-8 is usual")
+        found.append(outside("eps", "positive"))
     if config.newton_schulz_steps < 1:
-        found.append(f"optim.newton_schulz_steps={config.newton_schulz_steps} must be at least 1; 5 is usual")
+        found.append(outside("newton_schulz_steps", "at least 1"))
     return found + _kernel_problems(config)
 
 
 def _kernel_problems(config: OptimConfig) -> list[str]:
     """What is wrong with optim.kernel and optim.state_dtype."""
-    found = []
-    if config.kernel not in OPTIMIZER_KERNELS:
-        found.append(f"optim.kernel={config.kernel} is unknown; use {', '.join(OPTIMIZER_KERNELS)}")
-    if config.state_dtype not in STATE_DTYPES:
-        return [*found, f"optim.state_dtype={config.state_dtype} is unknown; use {', '.join(STATE_DTYPES)}"]
-    if config.state_dtype == "fp32":
+    found: list[str] = []
+    kernel, dtype = config.kernel, config.state_dtype
+    if kernel not in OPTIMIZER_KERNELS:
+        found.append(Problem(f"optim.kernel={kernel} is unknown", values("optim.kernel", OPTIMIZER_KERNELS)))
+    if dtype not in STATE_DTYPES:
+        return [*found, Problem(f"optim.state_dtype={dtype} is unknown", values("optim.state_dtype", STATE_DTYPES))]
+    if dtype == "fp32":
         return found
     if config.name == "muon":
         found.append(
-            f"optim.state_dtype={config.state_dtype} is for optim.name=adamw; the momentum of muon has the dtype of "
-            "precision.master; use optim.state_dtype=fp32"
+            Problem(
+                f"optim.state_dtype={dtype} is for optim.name=adamw; the momentum of muon has the dtype of "
+                "precision.master",
+                values("optim.state_dtype", ["fp32"]),
+                values("optim.name", ["adamw"]),
+            )
         )
-    if config.kernel == "torch":
+    if kernel == "torch":
         found.append(
-            f"optim.state_dtype={config.state_dtype} is not in optim.kernel=torch, whose moments have the dtype of the "
-            "weights; use optim.kernel=auto or triton"
+            Problem(
+                f"optim.state_dtype={dtype} is not in optim.kernel=torch, whose moments have the dtype of the weights",
+                values("optim.kernel", ["auto", "triton"]),
+                values("optim.state_dtype", ["fp32"]),
+            )
         )
     for beta in ("beta1", "beta2"):
         value = getattr(config, beta)
-        if config.state_dtype == "bf16" and 1 - value < SMALLEST_BF16_STEP:
+        if dtype == "bf16" and 1 - value < SMALLEST_BF16_STEP:
             found.append(
-                f"optim.state_dtype=bf16 with optim.{beta}={value}: a moment that shrinks by a factor of {value} is "
-                "rounded back to what it was (bf16 has 8 bits) and never forgets; use at most 0.996, or "
-                "optim.state_dtype=int8 or fp32"
+                Problem(
+                    f"optim.state_dtype=bf16 with optim.{beta}={value}: a moment that shrinks by a factor of {value} "
+                    "is rounded back to what it was (bf16 has 8 bits) and never forgets",
+                    values(f"optim.{beta}", [LARGEST_BF16_BETA]),
+                    values("optim.state_dtype", ["int8", "fp32"]),
+                )
             )
     return found
 
@@ -270,15 +303,23 @@ def precision_problems(config: OptimConfig, *, master: str) -> list[str]:
     """Why these settings cannot be used with precision.master, one line each."""
     if master != "bf16":
         return []
-    found = []
+    found: list[str] = []
+    fp32 = values("precision.master", ["fp32"])
     if config.name == "muon":
         found.append(
-            "precision.master=bf16 is for optim.name=adamw: muon rounds to nearest, which loses updates below 1/256 of "
-            "a weight; use precision.master=fp32"
+            Problem(
+                "precision.master=bf16 is for optim.name=adamw: muon rounds to nearest, which loses updates below "
+                "1/256 of a weight",
+                fp32,
+                values("optim.name", ["adamw"]),
+            )
         )
     if config.kernel == "torch":
         found.append(
-            "precision.master=bf16 is rounded stochastically, and optim.kernel=torch rounds to nearest; use "
-            "optim.kernel=auto or triton"
+            Problem(
+                "precision.master=bf16 is rounded stochastically, and optim.kernel=torch rounds to nearest",
+                values("optim.kernel", ["auto", "triton"]),
+                fp32,
+            )
         )
     return found

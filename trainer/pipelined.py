@@ -14,6 +14,7 @@ from torch import Tensor
 
 from data.batch import Batch
 from models.config import ModelConfig
+from models.decoder import Decoder, Head
 from models.flops import multiplications_of_layers
 from models.mtp_config import MTPConfig
 from parallel.data import DataParallel
@@ -29,7 +30,7 @@ from parallel.pipeline.timeline import draw
 from parallel.pipeline.trace import chrome_trace
 from parallel.pipeline.weight_gradients import WeightGradients
 from trainer.gradients import local_shard_of
-from trainer.step import TrainState, forward_loss_sum, logits_head
+from trainer.step import TrainState, forward_head, forward_loss_sum, in_evaluation, logits_head, logprobs_head
 
 TIED = "embedding.weight"
 """What first and last stage both hold when embeddings are tied, or multi-token prediction embeds later tokens."""
@@ -40,7 +41,7 @@ def pipeline_layout(config: ParallelConfig, model: ModelConfig, *, seq_len: int)
     if config.pp == 1:
         return None
     depth, model = model.mtp.depth, replace(model, mtp=MTPConfig())
-    head = model.vocab_size * model.hidden_size
+    head = model.num_outputs * model.hidden_size
     costs = multiplications_of_layers(model, seq_len)
     ahead = depth * (costs[-1] + 2 * model.hidden_size**2 + head)
     return make_layout(config, costs, head_cost=head + ahead)
@@ -151,7 +152,7 @@ class PipelinedPasses:
         self.tied_group = _group_of_ends(mesh, ends) if model.embeds_last and ends[0] != ends[1] else None
         self.copies = frozenset({TIED}) if self.tied_group is not None and self.rank == ends[1] else frozenset()
 
-    def backward(self, state: TrainState, microbatches: list[Batch], per_token: Tensor) -> Tensor:
+    def backward(self, state: TrainState, microbatches: list[Batch], scales: Tensor) -> Tensor:
         done: set[int] = set()
 
         def reduce(stage: int) -> None:
@@ -163,17 +164,17 @@ class PipelinedPasses:
         schedule = self.layout.training(len(microbatches))
         aux_scale = None if state.routing is None else state.routing.aux_scale(state.loss_scale.scale)
         work = self._work(microbatches, self._loss_of_stage(state, microbatches, aux_scale), reduce)
-        losses = self.executor.run(self._program(schedule), work, seed=per_token)
+        sums = self.executor.run(self._program(schedule), work, seed=scales)
         self._traced = schedule, [len(batch.tokens) for batch in microbatches]
         self.data_parallel.finish_backward()
         self._sum_tied()
-        return self._total(losses, torch.zeros_like(per_token, dtype=torch.float64))
+        return self._total(sums, len(scales), state.device)
 
-    def loss_sum(self, state: TrainState, microbatches: list[Batch]) -> Tensor:
+    def sums(self, state: TrainState, microbatches: list[Batch]) -> Tensor:
         program = self._program(self.layout.evaluation(len(microbatches)))
         work = self._work(microbatches, self._loss_of_stage(state, microbatches))
-        total = torch.zeros(1, dtype=torch.float64, device=state.device)
-        return self._total(self.executor.run(program, work, seed=None), total)[0]
+        sums = self.executor.run(program, work, seed=None)
+        return self._total(sums, len(state.objective.counts(microbatches[0])), state.device)
 
     def logits(self, state: TrainState, tokens: Tensor, position: int) -> Tensor:
         def forward(stage: int, microbatch: int, hidden: Tensor | None) -> Tensor:
@@ -191,6 +192,33 @@ class PipelinedPasses:
         logits = results[0].float() if self.rank == holder else torch.empty(shape, device=state.device)
         dist.broadcast(logits, src=dist.get_global_rank(self.group, holder), group=self.group)
         return logits
+
+    def per_token(
+        self, model: Decoder, microbatches: list[Batch], head: Callable[[Batch], Head], *, everywhere: bool = True
+    ) -> list[Tensor]:
+        def forward(stage: int, microbatch: int, hidden: Tensor | None) -> Tensor:
+            batch = microbatches[microbatch]
+            return forward_head(model, batch, head(batch), stage=self.layout.stages[stage], hidden=hidden)
+
+        program = self._program(self.layout.evaluation(len(microbatches)))
+        with in_evaluation(model):
+            results = self.executor.run(program, self._work(microbatches, forward), seed=None)
+        holder = self.layout.owner[-1]
+        if not everywhere:
+            nothing = torch.empty(0, device=microbatches[0].labels.device)
+            return [results.get(number, nothing) for number in range(len(microbatches))]
+        found = []
+        for number, batch in enumerate(microbatches):
+            if self.rank == holder:
+                values = results[number].contiguous()
+            else:
+                values = torch.empty(batch.labels.shape, dtype=torch.float32, device=batch.labels.device)
+            dist.broadcast(values, src=dist.get_global_rank(self.group, holder), group=self.group)
+            found.append(values)
+        return found
+
+    def token_logprobs(self, model: Decoder, microbatches: list[Batch], *, temperature: float = 1.0) -> list[Tensor]:
+        return self.per_token(model, microbatches, logprobs_head(model, temperature))
 
     def write_trace(self, run_dir: Path) -> None:
         """pipeline_trace.json and pipeline_timeline.png: planned and executed time line of the newest step.
@@ -220,7 +248,7 @@ class PipelinedPasses:
             layer = stage.start
         else:  # blocks of multi-token prediction lie behind the last layer
             layer = max(self._of_layer) if stage.is_last else stage.stop - 1
-        self.data_parallel.gather(self._outside + self._of_layer[layer])
+        self.data_parallel.gather(self._outside + self._of_layer.get(layer, []))
 
     def _work(
         self,
@@ -249,10 +277,11 @@ class PipelinedPasses:
 
         return forward
 
-    def _total(self, losses: dict[int, Tensor], total: Tensor) -> Tensor:
-        """`total` [1 + D], zeros in fp64, with the sums over micro-batches added, on every rank of the pipeline."""
-        for microbatch in sorted(losses):  # the order of a plain step
-            total += losses[microbatch]
+    def _total(self, sums: dict[int, Tensor], size: int, device: torch.device) -> Tensor:
+        """The sums [size] of all micro-batches added up in fp64, on every rank of the pipeline."""
+        total = torch.zeros(size, dtype=torch.float64, device=device)
+        for microbatch in sorted(sums):  # the order of a plain step
+            total += sums[microbatch]
         dist.all_reduce(total, group=self.group)
         return total
 

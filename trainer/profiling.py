@@ -1,60 +1,83 @@
-"""Traces of a few steps, for ui.perfetto.dev, chrome://tracing and benchmarks/breakdown.py."""
+"""Traces of chosen steps on chosen ranks, for ui.perfetto.dev, chrome://tracing, Nsight and trainer/breakdown.py."""
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from trainer.config import ProfileConfig
+
 STEP = "train_step"
 """Name of the annotation around the launch of each traced step."""
+HISTORY = 200_000
+"""Allocations that a memory snapshot goes back at most."""
 
 
 class StepProfiler:
-    """Records `num_steps` steps after the first `after` ones of this start, into folder/rank_R.json.gz."""
+    """Records runs of consecutive steps among those that are chosen, each into folder/step_N, N its first step.
 
-    def __init__(self, *, after: int, num_steps: int, folder: Path, rank: int, device: torch.device) -> None:
-        """num_steps: 0 for no trace."""
-        self._before = after
-        self._left = num_steps
-        self._path = folder / f"rank_{rank}.json.gz"
-        self._device = device
+    rank_R.json.gz is the trace of a rank; rank_R.memory.pickle, with train.profile.memory on CUDA, its allocations for
+    pytorch.org/memory_viz (made by torch; nothing here reads it). With train.profile.nvtx operations are NVTX ranges
+    instead, for `nsys profile`, and nothing is written.
+    """
+
+    def __init__(self, config: ProfileConfig, *, folder: Path, rank: int, device: torch.device) -> None:
+        """Raises ValueError where NVTX ranges are asked for without CUDA."""
+        if config.nvtx and config.steps and device.type != "cuda":
+            raise ValueError(f"train.profile.nvtx=true needs CUDA, and this runs on {device.type}; set it to false")
+        self._config = config
+        self._steps = frozenset(config.steps)
+        self._traces = not config.ranks or rank in config.ranks
+        self._folder, self._rank, self._device = folder, rank, device
+        self._first = 0  # of the steps being traced; 0: none are
         self._profile: profile | None = None
-        self._annotation: record_function | None = None
+        self._step = contextlib.ExitStack()
 
-    def begin_step(self) -> None:
+    def begin_step(self, step: int) -> None:
         """Call it before a step is launched."""
-        if self._left and not self._before:
-            if self._profile is None:
-                self._profile = self._start()
-            self._annotation = record_function(STEP)
-            self._annotation.__enter__()
+        if step not in self._steps:
+            return
+        if not self._first:
+            self._first = step
+            self._start()
+        self._step.enter_context(record_function(STEP))
+        if self._config.nvtx and self._traces:
+            self._step.enter_context(torch.autograd.profiler.emit_nvtx())
 
-    def end_step(self) -> Path | None:
-        """Call it when the step has been launched; the file, if this was the last one to be traced."""
-        if self._annotation is None:
-            self._before = max(0, self._before - 1)
+    def end_step(self, step: int) -> Path | None:
+        """Call it when the step has been launched; the folder, on every rank, if the next one is not traced."""
+        self._step.close()
+        if not self._first or step + 1 in self._steps:
             return None
-        assert self._profile is not None
-        self._annotation.__exit__(None, None, None)
-        self._annotation = None
-        self._left -= 1
-        if self._left:
-            return None
-        self._synchronize()
-        self._profile.stop()
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._profile.export_chrome_trace(str(self._path))
-        self._profile = None
-        return self._path
+        folder, self._first = self._folder / f"step_{self._first}", 0
+        self._stop(folder)
+        return folder
 
-    def _start(self) -> profile:
-        activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (self._device.type == "cuda")
+    def _start(self) -> None:
         self._synchronize()  # the trace holds whole steps, and nothing of the one before
-        started = profile(activities=activities)
-        started.start()
-        return started
+        if not self._traces or self._config.nvtx:
+            return
+        cuda = self._device.type == "cuda"
+        if self._config.memory and cuda:
+            torch.cuda.memory._record_memory_history(max_entries=HISTORY)
+        activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda
+        self._profile = profile(activities=activities, profile_memory=self._config.memory)
+        self._profile.start()
+
+    def _stop(self, folder: Path) -> None:
+        self._synchronize()
+        if self._profile is None:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        self._profile.stop()
+        self._profile.export_chrome_trace(str(folder / f"rank_{self._rank}.json.gz"))
+        self._profile = None
+        if self._config.memory and self._device.type == "cuda":
+            torch.cuda.memory._dump_snapshot(str(folder / f"rank_{self._rank}.memory.pickle"))
+            torch.cuda.memory._record_memory_history(enabled=None)
 
     def _synchronize(self) -> None:
         if self._device.type == "cuda":

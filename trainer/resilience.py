@@ -51,6 +51,11 @@ class PreemptionGuard:
         self._received = 0
         self._previous: dict[signal.Signals, Any] = {number: signal.signal(number, self._note) for number in SIGNALS}
 
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """All ranks, over gloo, for what the host says after a step; None: this process is alone."""
+        return self._group
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._received = number
 

@@ -77,6 +77,12 @@ def write_run_info(run_dir: Path, info: RunInfo) -> dict[str, Any]:
     return content
 
 
+def add_to_run_info(run_dir: Path, **fields: Any) -> None:
+    """Add what was not known at the start. run.json is there."""
+    path = run_dir / "run.json"
+    write_atomically(path, json.dumps(json.loads(path.read_text()) | fields, indent=2) + "\n")
+
+
 def _earlier_starts(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from parallel.problem import Problem, values
 from trainer import optim as optimizers
 from trainer.config import SCHEDULES, OptimConfig, ScheduleConfig
 
@@ -45,28 +46,48 @@ def problems(config: ScheduleConfig, optim: OptimConfig, total_steps: int) -> li
 
 
 def _schedule_problems(config: ScheduleConfig, total_steps: int) -> list[str]:
-    found = []
-    if config.name not in SCHEDULES:
-        found.append(f"schedule.name={config.name} is not a schedule; use one of {', '.join(SCHEDULES)}")
+    found: list[str] = []
+    name, warmup, decay = config.name, config.warmup_steps, config.decay_steps
+    if name not in SCHEDULES:
+        found.append(Problem(f"schedule.name={name} is not a schedule", values("schedule.name", SCHEDULES)))
     if not 0 <= config.final_fraction <= 1:
-        found.append(f"schedule.final_fraction={config.final_fraction} must be between 0 and 1; 0.1 is usual")
-    if not 0 <= config.warmup_steps <= total_steps:
         found.append(
-            f"schedule.warmup_steps={config.warmup_steps} does not fit into train.steps={total_steps}; "
-            f"use 0 to {total_steps}"
+            Problem(
+                f"schedule.final_fraction={config.final_fraction} must be between 0 and 1",
+                values("schedule.final_fraction", [ScheduleConfig().final_fraction]),
+            )
         )
-    if config.decay_steps is not None and config.name != "wsd":
+    at_end = wsd_decay_steps(config, total_steps) if name == "wsd" else 0
+    if not 0 <= warmup <= total_steps:
         found.append(
-            f"schedule.decay_steps={config.decay_steps} has no effect with schedule.name={config.name}; "
-            "use null, or schedule.name=wsd"
+            Problem(
+                f"schedule.warmup_steps={warmup} does not fit into train.steps={total_steps}",
+                values("schedule.warmup_steps", {0, max(total_steps - at_end, 0)}, near=warmup),
+                values("train.steps", [warmup + at_end]) if warmup > total_steps else None,
+            )
         )
-    elif config.decay_steps is not None and config.decay_steps < 1:
+    if decay is not None and name != "wsd":
         found.append(
-            f"schedule.decay_steps={config.decay_steps} must be at least 1, or null for a tenth of train.steps"
+            Problem(
+                f"schedule.decay_steps={decay} has no effect with schedule.name={name}",
+                values("schedule.decay_steps", [None]),
+                values("schedule.name", ["wsd"]),
+            )
         )
-    elif config.name == "wsd" and config.warmup_steps + (decay := wsd_decay_steps(config, total_steps)) > total_steps:
+    elif decay is not None and decay < 1:
         found.append(
-            f"schedule.warmup_steps={config.warmup_steps} and schedule.decay_steps={decay} together are longer than "
-            f"train.steps={total_steps}; shorten one of them"
+            Problem(
+                f"schedule.decay_steps={decay} must be at least 1, or null for a tenth of train.steps",
+                values("schedule.decay_steps", [1, None]),
+            )
+        )
+    elif warmup <= total_steps < warmup + at_end:
+        found.append(
+            Problem(
+                f"schedule.warmup_steps={warmup} and schedule.decay_steps={at_end} together are longer than "
+                f"train.steps={total_steps}",
+                values("schedule.warmup_steps", [max(total_steps - at_end, 0)]),
+                values("schedule.decay_steps", [max(total_steps - warmup, 1)]),
+            )
         )
     return found

@@ -2,12 +2,14 @@
 
     loss = sum of token losses / number of valid tokens, both over the global batch
 
-Each rank divides by the global count before backward, so gradients only ever need to be summed.
+Each rank divides by the global count before backward, so gradients only ever need to be summed. What is summed and
+counted is the recipe's `Objective` (trainer/loss.py); the above is that of pretraining.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
@@ -15,17 +17,18 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.profiler import record_function
 
 from data.batch import Batch
-from kernels.linear_cross_entropy import VocabularyShard
 from models.decoder import Decoder, Head
 from models.fp8 import Fp8Linears
+from models.speculator import Speculator
 from parallel.activation_budget import Choice
 from parallel.data import DataParallel
 from parallel.fused import Parts, separate
 from parallel.pipeline.stages import Stage
 from parallel.regions import Located
-from trainer.loss import count_all_valid, count_valid, token_loss_sum
+from trainer.loss import Objective, count_valid, token_losses, vocabulary_shard
 from trainer.loss_scale import LossScale
 from trainer.optim import Optimizer, clip_coefficient, global_grad_norm
 from trainer.routing import RoutingMonitor
@@ -34,20 +37,36 @@ from trainer.routing import RoutingMonitor
 class Passes(Protocol):
     """Forward and backward over this rank's micro-batches, plain or pipelined. Collective over all ranks."""
 
-    def backward(self, state: TrainState, microbatches: list[Batch], per_token: torch.Tensor) -> torch.Tensor:
-        """Leave in every master's `.grad` that of per_token * token losses, summed over micro-batches and ranks.
+    def backward(self, state: TrainState, microbatches: list[Batch], scales: torch.Tensor) -> torch.Tensor:
+        """Leave in every master's `.grad` that of scales * the objective's sums, over micro-batches and ranks.
 
-        per_token: fp32 [1 + D], for the next token and each of D further ones (`Batch.ahead`). Returns the sums of the
-        token losses of these micro-batches, fp64 [1 + D].
+        scales: fp32 [1 + D]. Returns the sums of these micro-batches, fp64 [1 + D].
         """
         ...
 
-    def loss_sum(self, state: TrainState, microbatches: list[Batch]) -> torch.Tensor:
-        """Sum of the token losses of these micro-batches, of the next token alone, 0-d fp64, without gradients."""
+    def sums(self, state: TrainState, microbatches: list[Batch]) -> torch.Tensor:
+        """The objective's sums of these micro-batches, fp64 [1 + D], without gradients."""
         ...
 
     def logits(self, state: TrainState, tokens: torch.Tensor, position: int) -> torch.Tensor:
         """Logits [B, V] fp32 that follow tokens [B, T] at `position`, on every rank."""
+        ...
+
+    def per_token(
+        self, model: Decoder, microbatches: list[Batch], head: Callable[[Batch], Head], *, everywhere: bool = True
+    ) -> list[torch.Tensor]:
+        """What head(batch), given to Decoder.forward, finds of every token of a micro-batch: [B, T] fp32 of each.
+
+        Without gradients and dropout; on every rank of a pipeline, and under cp of this rank's tokens. model: the one
+        these passes run (state.model of a TrainState). everywhere: False leaves the findings, then of any shape, where
+        the pipeline ends; other ranks get tensors without elements.
+        """
+        ...
+
+    def token_logprobs(
+        self, model: Decoder, microbatches: list[Batch], *, temperature: float = 1.0
+    ) -> list[torch.Tensor]:
+        """log p(label | tokens before it) in nats, 0 where there is no label: `per_token` of `token_losses`."""
         ...
 
 
@@ -55,18 +74,16 @@ class Passes(Protocol):
 class TrainState:
     """Everything a step reads and changes."""
 
-    model: Decoder
+    model: Decoder | Speculator
     data_parallel: DataParallel
     optimizer: Optimizer
     loss_scale: LossScale
     token_group: dist.ProcessGroup  # ranks with different tokens of the global batch
     device: torch.device
     grad_clip: float  # largest global gradient norm; 0: none
-    compile_loss: bool
+    objective: Objective
     fused: Mapping[str, Parts] = field(default_factory=dict)  # of the masters, by name: parallel.fused.fused_parameters
     passes: Passes = field(default_factory=lambda: PlainPasses())
-    loss_weights: torch.Tensor | None = None  # [1 + D]: trainer.loss.loss_weights; None: the next token is all
-    vocabulary: VocabularyShard | None = None  # this rank's words of the output layer; None: all
     routing: RoutingMonitor | None = None  # of a mixture of experts
     fp8: Fp8Linears | None = None  # the layers that multiply in fp8
     stage_group: dist.ProcessGroup | None = None  # ranks with the other stages of the model; None: this one has all
@@ -74,6 +91,7 @@ class TrainState:
     activation_plan: dict[str, Choice] = field(
         default_factory=dict
     )  # by block; empty: no budget. Filled by build_state
+    before_update: Callable[[], None] | None = None  # called when gradients are complete; filled by trainer/health.py
     step: int = 0  # updates attempted so far; filled by train_step
 
     def weights(self) -> dict[str, Located]:
@@ -96,7 +114,7 @@ class TrainState:
 class StepMetrics:
     """Results of a step, still on the device: reading them waits for the step."""
 
-    loss: torch.Tensor  # 0-d fp32; mean over the valid tokens of the global batch, before the update
+    loss: torch.Tensor  # 0-d fp32; the objective's first sum by its count, before the update; of tokens: their mean
     grad_norm: torch.Tensor  # 0-d fp32; global L2 norm before clipping
     skipped: torch.Tensor  # 0-d fp32; 1 if nothing was updated: loss or gradients not finite, or choices left over
     valid_tokens: torch.Tensor  # 0-d int64; tokens with a label in the global batch
@@ -112,14 +130,10 @@ def forward_loss_sum(
     stage: Stage | None = None,
     hidden: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Sums of this micro-batch's token losses, fp32 [1 + D]: of the next token and of those in `batch.ahead`.
+    """The objective's sums of this micro-batch, fp32 [1 + D].
 
     Their backward adds aux_scale times the auxiliary losses'. Of a pipeline stage before the last: its hidden states.
     """
-
-    def head(labels: torch.Tensor) -> Head:
-        return partial(token_loss_sum, labels=labels, compile=state.compile_loss, vocabulary=state.vocabulary)
-
     result = state.model(
         batch.tokens,
         positions=batch.positions,
@@ -128,8 +142,8 @@ def forward_loss_sum(
         indices=batch.indices,
         cut=batch.cut,
         aux_scale=aux_scale,
-        head=head(batch.labels),
-        ahead=[(tokens, head(labels)) for tokens, labels in batch.ahead],
+        head=state.objective.head(batch),
+        ahead=state.objective.ahead(batch),
         stage=stage,
         hidden=hidden,
     )
@@ -139,22 +153,82 @@ def forward_loss_sum(
 class PlainPasses:
     """The whole model on this rank: one micro-batch after the other."""
 
-    def backward(self, state: TrainState, microbatches: list[Batch], per_token: torch.Tensor) -> torch.Tensor:
-        loss_sum = torch.zeros_like(per_token, dtype=torch.float64)  # millions of tokens: fp32 would round
+    def backward(self, state: TrainState, microbatches: list[Batch], scales: torch.Tensor) -> torch.Tensor:
+        total = torch.zeros_like(scales, dtype=torch.float64)  # millions of tokens: fp32 would round
         aux_scale = None if state.routing is None else state.routing.aux_scale(state.loss_scale.scale)
         for i, batch in enumerate(microbatches):
             state.data_parallel.start_microbatch(last=i == len(microbatches) - 1)
-            loss = forward_loss_sum(state, batch, aux_scale=aux_scale)
-            loss.backward(per_token)
-            loss_sum += loss.detach()
+            sums = forward_loss_sum(state, batch, aux_scale=aux_scale)
+            sums.backward(scales)
+            total += sums.detach()
         state.data_parallel.finish_backward()
-        return loss_sum
+        return total
 
-    def loss_sum(self, state: TrainState, microbatches: list[Batch]) -> torch.Tensor:
-        return torch.cat([forward_loss_sum(state, batch).double() for batch in microbatches]).sum()
+    def sums(self, state: TrainState, microbatches: list[Batch]) -> torch.Tensor:
+        return torch.stack([forward_loss_sum(state, batch).double() for batch in microbatches]).sum(0)
 
     def logits(self, state: TrainState, tokens: torch.Tensor, position: int) -> torch.Tensor:
         return state.model(tokens, head=logits_head(state.model, position)).float()
+
+    def per_token(
+        self, model: Decoder, microbatches: list[Batch], head: Callable[[Batch], Head], *, everywhere: bool = True
+    ) -> list[torch.Tensor]:
+        with in_evaluation(model), torch.no_grad():
+            return [forward_head(model, batch, head(batch)) for batch in microbatches]
+
+    def token_logprobs(
+        self, model: Decoder, microbatches: list[Batch], *, temperature: float = 1.0
+    ) -> list[torch.Tensor]:
+        return self.per_token(model, microbatches, logprobs_head(model, temperature))
+
+
+def forward_head(
+    model: Decoder, batch: Batch, head: Head, *, stage: Stage | None = None, hidden: torch.Tensor | None = None
+) -> torch.Tensor:
+    """What a head makes of a micro-batch, or the hidden states of a pipeline stage before the last."""
+    return model(
+        batch.tokens,
+        positions=batch.positions,
+        documents=batch.documents,
+        samples=batch.samples,
+        indices=batch.indices,
+        cut=batch.cut,
+        head=head,
+        stage=stage,
+        hidden=hidden,
+    )
+
+
+def logprobs_head(model: Decoder, temperature: float = 1.0) -> Callable[[Batch], Head]:
+    """Heads for `Passes.per_token`: log-probabilities of labels [B, T], under logits divided by temperature."""
+    vocabulary = vocabulary_shard(model.config.vocab_size, model.groups)
+
+    def of_batch(batch: Batch) -> Head:
+        def head(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+            losses = token_losses(
+                hidden,
+                weight,
+                batch.labels,
+                vocabulary=vocabulary,
+                temperature=temperature,
+                batch_invariant=model.batch_invariant,
+            )
+            return -losses.float()
+
+        return head
+
+    return of_batch
+
+
+@contextmanager
+def in_evaluation(model: nn.Module) -> Iterator[None]:
+    """Without dropout and routers' reports while this lasts."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 def logits_head(model: nn.Module, position: int) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
@@ -169,53 +243,66 @@ def logits_head(model: nn.Module, position: int) -> Callable[[torch.Tensor, torc
 
 def train_step(state: TrainState, microbatches: list[Batch], *, lr: float) -> StepMetrics:
     """Accumulate gradients over this rank's micro-batches (already on the device) and update the weights once."""
-    valid = torch.stack([count_all_valid(b) for b in microbatches]).sum(0)
-    dist.all_reduce(valid, group=state.token_group)
+    counts = count(state.objective, microbatches)
+    dist.all_reduce(counts, group=state.token_group)
+    valid_tokens, counts = counts[0], counts[1:]
     scale = state.loss_scale.scale.clone()
-    per_token = scale / valid.clamp(min=1)
-    if state.loss_weights is not None:
-        per_token = per_token * state.loss_weights
+    scales = state.objective.weights * (scale / counts.clamp(min=1))
     if state.fp8 is not None:
         state.fp8.begin_step(first=state.step == 0)
 
-    loss_sums = state.passes.backward(state, microbatches, per_token)
+    with record_function("forward and backward"):
+        sums = state.passes.backward(state, microbatches, scales)
     if state.fp8 is not None:
         state.fp8.end_step()
-    dist.all_reduce(loss_sums, group=state.token_group)
-    loss, *further = (loss_sums / valid.clamp(min=1)).float().unbind()
+    dist.all_reduce(sums, group=state.token_group)
+    loss, *further = (sums / counts.clamp(min=1)).float().unbind()
 
     counted = [master for name, master in state.data_parallel.masters.items() if name not in state.copies]
     grad_norm = (
         global_grad_norm(counted, stages=state.stage_group, kernel=state.optimizer.norm_kernel).to(state.device) / scale
     )
-    usable = torch.isfinite(grad_norm) & torch.isfinite(loss_sums).all()
+    usable = torch.isfinite(grad_norm) & torch.isfinite(sums).all()
     report = None if state.routing is None else state.routing.collect()
     if state.routing is not None and report is not None:
         usable &= state.routing.all_computed(report)
     skipped = 1.0 - usable.float()
     coefficient = clip_coefficient(grad_norm, state.grad_clip) / scale
+    if state.before_update is not None:
+        state.before_update()
     # What the next forward needs first travels while others are updated.
     publish = partial(state.data_parallel.publish, written=state.optimizer.written)
-    state.optimizer.step(lr=lr, grad_scale=coefficient, skip=skipped, updated=publish)
-    extra = {f"mtp_loss_{k}": loss_k for k, loss_k in enumerate(further, start=1)}
+    with record_function("update"):
+        state.optimizer.step(lr=lr, grad_scale=coefficient, skip=skipped, updated=publish)
+    extra = dict(zip(state.objective.names, further, strict=True))
     if state.routing is not None and report is not None:
         extra |= state.routing.finish(report, skipped)
     state.loss_scale.update(skipped)
     state.step += 1
     return StepMetrics(
-        loss=loss, grad_norm=grad_norm, skipped=skipped, valid_tokens=valid[0], loss_scale=scale, extra=extra
+        loss=loss, grad_norm=grad_norm, skipped=skipped, valid_tokens=valid_tokens, loss_scale=scale, extra=extra
     )
 
 
+def count(objective: Objective, microbatches: list[Batch]) -> torch.Tensor:
+    """Valid tokens of these micro-batches, then the objective's counts: [2 + D] int64."""
+    return torch.stack([torch.cat([count_valid(b.labels)[None], objective.counts(b)]) for b in microbatches]).sum(0)
+
+
 @torch.no_grad()
-def evaluate(state: TrainState, steps: Iterable[list[Batch]]) -> float:
-    """Mean loss over the valid tokens of these lists of micro-batches, of all ranks. All ranks call it together."""
-    totals = torch.zeros(2, dtype=torch.float64, device=state.device)  # loss sum, valid tokens
+def evaluate(state: TrainState, steps: Iterable[list[Batch]]) -> dict[str, float]:
+    """The objective's numbers, `loss` first, over these lists of micro-batches, of all ranks, which call it together.
+
+    Of those in `state.objective.names`, the ones that batches are made for: multi-token prediction's are not there.
+    """
+    sums = torch.zeros((), dtype=torch.float64, device=state.device)
+    counts = torch.zeros((), dtype=torch.int64, device=state.device)
     state.model.eval()
     for step in steps:
         on_device = [batch.to(state.device) for batch in step]
-        totals[0] += state.passes.loss_sum(state, on_device)
-        totals[1] += torch.stack([count_valid(batch.labels) for batch in on_device]).sum()
+        sums = sums + state.passes.sums(state, on_device)
+        counts = counts + count(state.objective, on_device)[1:]
     state.model.train()
+    totals = torch.stack([sums, counts.double()])
     dist.all_reduce(totals, group=state.token_group)
-    return (totals[0] / totals[1].clamp(min=1)).item()
+    return dict(zip(["loss", *state.objective.names], (totals[0] / totals[1].clamp(min=1)).tolist(), strict=False))

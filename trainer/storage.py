@@ -262,8 +262,15 @@ class TensorReader:
             raise CheckpointError(f"{self._path} holds no tensor {name}; it holds {', '.join(near)} and others")
         shape, dtype = self.shapes[name]
         tensor = torch.empty(shape, dtype=dtype)
-        _read_into({name: tensor}, _Reader(self._path, self._metadata), None)
+        self.fill({name: tensor})
         return tensor
+
+    def fill(self, tensors: Mapping[str, Located]) -> None:
+        """Tensors of any layout in place, of each the part that is here; dtypes are converted.
+
+        Names and shapes are those of the checkpoint. Raises CheckpointError when a file cannot be read.
+        """
+        _read_into(tensors, _Reader(self._path, self._metadata), None)
 
 
 def read_tensor(path: Path, name: str) -> torch.Tensor:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gc
-import math
+import logging
+import os
 import resource
 import time
 from collections import Counter, deque
@@ -16,18 +17,23 @@ import torch.distributed as dist
 
 from data.batch import Batch
 from data.config import DataError
-from data.loader import Loader, build_loader
+from data.loader import Loader
 from models.flops import causal_flops_per_token, flops_per_token, num_parameters
 from models.hf import load_hf_weights
-from models.init import initialize
+from models.init import initialize, start_score
 from parallel.activation_budget import describe
 from parallel.dims import ParallelDims
 from parallel.mesh import build_mesh, init_distributed, pick_device
+from trainer.adapters import adapter_identity, check_same_adapter, load_base, start_adapters
 from trainer.agreement import check_same_on_all_ranks
+from trainer.breakdown import profile_of, sentence, trace_path
 from trainer.build import attention_used, build_state, check_fp8_runs, implementations
-from trainer.checkpoint import CheckpointManager, read_extra
+from trainer.checkpoint import CheckpointError, CheckpointManager, read_extra
 from trainer.config import ConfigError, TrainConfig, configuration_errors
+from trainer.corruption import StateCorrupted
 from trainer.determinism import make_deterministic
+from trainer.goodput import Goodput
+from trainer.health import Health
 from trainer.identity import (
     changed_settings,
     check_same_model,
@@ -37,19 +43,27 @@ from trainer.identity import (
     model_identity,
     run_identity,
 )
+from trainer.injection import planned_faults
 from trainer.metrics import MetricLogger
+from trainer.peers import PeerCheckpoints
 from trainer.pipelined import PipelinedPasses, PlanOfStep
+from trainer.predicted import compare
 from trainer.profiling import StepProfiler
+from trainer.recipes import RECIPES
 from trainer.resilience import PreemptionGuard
 from trainer.routing import LEFT_OVER
 from trainer.run_dir import check_run_dir, enter_run_dir, find_start
-from trainer.run_info import RunInfo, write_config, write_run_info
+from trainer.run_info import RunInfo, add_to_run_info, write_config, write_run_info
 from trainer.run_lock import RunLock
 from trainer.sample import check_prompt, sample_text
 from trainer.schedule import learning_rate
 from trainer.sequence import split_batch
-from trainer.step import StepMetrics, evaluate, train_step
+from trainer.speculator import load_model, start_heads, targets
+from trainer.step import StepMetrics, train_step
 from trainer.throughput import StepClock, Throughput, mfu_peak
+from trainer.watchdog import record_collectives
+
+logger = logging.getLogger(__name__)
 
 GC_INTERVAL = 50
 """Steps between garbage collections. They are switched off otherwise: one that falls on a different step on each rank
@@ -72,6 +86,7 @@ class _Pending:
     values: torch.Tensor  # fp64 on the host: loss, grad_norm, skipped, valid_tokens, loss_scale, then `extra`
     extra: list[str]  # names of more metrics
     end: torch.cuda.Event | float  # of the step, and of the copy of its values
+    positions: int  # that it trained on
 
 
 class Trainer:
@@ -80,11 +95,13 @@ class Trainer:
     def __init__(self, config: TrainConfig) -> None:
         """config: validated, with the model resolved (trainer.validate.finalize)."""
         self.config = config
+        self.recipe = RECIPES[config.recipe.name]()
         with configuration_errors():
             self.device = pick_device(config.train.device)
             attention_used(config, self.device)
             check_fp8_runs(config, self.device)
         make_deterministic(config.train.deterministic, self.device)
+        record_collectives()
         init_distributed(self.device, config.train.timeout_seconds)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.is_main = self.rank == 0
@@ -96,9 +113,11 @@ class Trainer:
         self.lock = RunLock(self.run_dir)
         check_run_dir(config, self.lock)
         self.checkpoints = CheckpointManager(self.run_dir / "checkpoints", config.checkpoint, device=self.device)
+        self.adapter = adapter_identity(config)
         self.resume_from = find_start(config, self.checkpoints.group)
         if self.resume_from is not None:
             check_same_model(self.resume_from, config.model)
+            check_same_adapter(self.resume_from, self.adapter)
             check_same_moments(self.resume_from, config)
             check_same_scaling(self.resume_from, config.precision, fused_projections=config.model.fused_projections)
             check_tokenizer_is_known(self.resume_from, config.data)
@@ -107,7 +126,9 @@ class Trainer:
         check_same_on_all_ranks(
             {"data": self.train_data.identity, "tokenizer": tokenizer.fingerprint() if tokenizer else None}
         )
-        self.state = build_state(config, self.dims, self.mesh, self.device)
+        self.state = build_state(
+            config, self.dims, self.mesh, self.device, self.recipe.objective(config, self.mesh, self.device)
+        )
         self.tokens_per_step = config.train.global_batch_size * config.train.seq_len
         self.tokens = 0  # trained on since step 1
         self.skipped_steps = 0
@@ -115,7 +136,11 @@ class Trainer:
         self._skipped_in_a_row = 0
         self._changed: list[str] = []  # settings, since the checkpoint
         self._load()
+        self.peers = self._load_from_peers()
+        self.recipe.start(config, self.state, self.mesh)
         enter_run_dir(config, self.resume_from, self.lock)
+        if self.peers is not None:
+            self.peers.start()
         self.metrics = MetricLogger(
             self.run_dir,
             config.logging,
@@ -125,16 +150,17 @@ class Trainer:
             config_dict=asdict(config),
             resume_step=self.state.step,
         )
-        self.profiler = StepProfiler(
-            after=config.logging.profile_after,
-            num_steps=config.logging.profile_steps,
-            folder=self.run_dir / "profile",
-            rank=self.rank,
-            device=self.device,
-        )
+        with configuration_errors():
+            self.profiler = StepProfiler(
+                config.train.profile, folder=self.run_dir / "profile", rank=self.rank, device=self.device
+            )
+        self.goodput = Goodput(self.run_dir, resume_step=self.state.step, is_main=self.is_main)
         self.guard = PreemptionGuard()
+        self.health = Health(config, self.state, device=self.device, group=self.guard.group)
+        self.faults = planned_faults()  # none, unless this is a drill
         self._alone = False  # other ranks may have ended, or be waiting elsewhere
         self._pending: deque[_Pending] = deque()
+        self._seconds: deque[float] = deque(maxlen=1000)  # of the newest steps
         self._validation_loss: float | None = None  # of the newest validation
         self._describe()
 
@@ -144,16 +170,11 @@ class Trainer:
         config, train = self.config, self.config.train
 
         def build(split: str) -> Loader:
-            return build_loader(
-                config.data,
-                seq_len=train.seq_len,
-                global_batch_size=train.global_batch_size,
-                micro_batch_size=train.micro_batch_size,
+            return self.recipe.open_data(
+                config,
+                split=split,
                 rank=self.mesh.samples.get_local_rank(),
                 world_size=self.dims.dp,
-                seed=train.seed,
-                split=split,
-                vocab_size=config.model.vocab_size,
                 device_type=self.device.type,
             )
 
@@ -166,39 +187,80 @@ class Trainer:
     def _load(self) -> None:
         """Weights from a checkpoint, from a Hugging Face folder, or drawn; then into the model."""
         weights = self.state.weights()
+        heads = self.config.model.speculator.kind != "none"
+        if heads:
+            with configuration_errors():
+                load_model(self.state, self.config.model)
+        if self.adapter is not None:
+            with configuration_errors():
+                load_base(self.state, self.config)
         if self.resume_from is not None:
             if read_extra(self.resume_from).get("weights_only", False):
                 # From launch/convert.py import: a new run, with nothing but its weights from elsewhere.
                 self.checkpoints.load(self.resume_from, {f"model/{name}": tensor for name, tensor in weights.items()})
             else:
                 extra = self.checkpoints.load(self.resume_from, self.state.state_tensors())
-                with configuration_errors(DataError):
-                    self.train_data.load_state_dict(extra["data"])
-                if extra["step"] > self.config.train.steps:
-                    raise ConfigError(
-                        [
-                            f"train.steps={self.config.train.steps} is less than the {extra['step']} steps that "
-                            f"{self.resume_from} has behind it; raise train.steps, or choose another run.dir"
-                        ]
-                    )
-                if extra["config"]["precision"]["compute"] != self.config.precision.compute:
-                    self.state.loss_scale.reset()
-                self.state.step = extra["step"]
-                self.tokens = extra["tokens"]
-                self.skipped_steps = self._skipped_before = extra["skipped_steps"]
-                self._skipped_in_a_row = extra["skipped_in_a_row"]
-                self._changed = changed_settings(extra["config"], self.config)
+                self._continue_from(extra)
+        elif heads:
+            start_heads(self.state, self.config.train.seed)
+        elif self.adapter is not None:
+            start_adapters(self.state, self.config)
         elif self.config.model.path is not None:
+            if self.config.model.score:
+                start_score(weights, self.state.model.initializers(), self.config.train.seed)
             load_hf_weights(self.config.model.path, weights, self.config.model, whole_model=self.dims.pp == 1)
         else:
             initialize(weights, self.state.model.initializers(), self.config.train.seed)
         self.state.data_parallel.publish()
 
+    def _continue_from(self, extra: dict[str, Any]) -> None:
+        """Everything of a checkpoint that is no tensor."""
+        with configuration_errors(DataError):
+            self.train_data.load_state_dict(extra["data"])
+        self.recipe.load_state_dict(extra.get("recipe", {}))
+        if extra["step"] > self.config.train.steps:
+            raise ConfigError(
+                [
+                    f"train.steps={self.config.train.steps} is less than the {extra['step']} steps that "
+                    f"{self.resume_from} has behind it; raise train.steps, or choose another run.dir"
+                ]
+            )
+        if extra["config"]["precision"]["compute"] != self.config.precision.compute:
+            self.state.loss_scale.reset()
+        self.state.step = extra["step"]
+        self.tokens = extra["tokens"]
+        self.skipped_steps = self._skipped_before = extra["skipped_steps"]
+        self._skipped_in_a_row = extra["skipped_in_a_row"]
+        self._changed = changed_settings(extra["config"], self.config)
+
+    def _load_from_peers(self) -> PeerCheckpoints | None:
+        """The state from copies in memory, where a crash left some that are newer than what was loaded."""
+        config = self.config.resilience
+        if config.peer_interval == 0:
+            return None
+        peers = PeerCheckpoints(
+            self.run_dir,
+            Path(config.peer_dir),
+            device=self.device,
+            ranks_per_host=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        )
+        step = peers.newest()
+        if step is not None and step > self.state.step:
+            try:
+                self._continue_from(peers.load(step, self.state.state_tensors()))
+            except CheckpointError as error:
+                logger.warning("%s; the run goes on from step %d", error, self.state.step)
+            else:
+                self.state.data_parallel.publish()
+                self.resume_from = self.run_dir / f"memory (step {step})"
+        return peers
+
     def _describe(self) -> None:
         """config.yaml, run.json and one line on the console: what really runs."""
         device_name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
         peak = mfu_peak(device_name, self.config.logging.peak_tflops)
-        flops = flops_per_token(self.config.model, self.config.train.seq_len)
+        frozen = self.adapter is not None
+        flops = flops_per_token(self.config.model, self.config.train.seq_len, frozen=frozen)
         self.throughput = Throughput(world_size=self.world_size, flops_per_token=flops, peak=peak)
         self.clock = StepClock(self.device)
         precision = self.config.precision
@@ -217,7 +279,7 @@ class Trainer:
             kernels=implementations(self.config, self.dims, self.state, self.device),
             precision={"compute": precision.compute, "master": precision.master, "reduce": precision.reduce},
             flops_per_token=flops,
-            flops_per_token_causal=causal_flops_per_token(self.config.model, self.config.train.seq_len),
+            flops_per_token_causal=causal_flops_per_token(self.config.model, self.config.train.seq_len, frozen=frozen),
             peak_flops=peak,
             pipeline=None if pipeline is None else pipeline.fields,
             resume_step=self.state.step,
@@ -235,6 +297,8 @@ class Trainer:
             step=self.state.step,
             **({} if pipeline is None else {"pipeline": pipeline.fields}),
         )
+        if text := self.recipe.describe_data(self.train_data):
+            self.metrics.event("data", text, **self.train_data.counts)
         if plan := self.state.activation_plan:
             what = describe(list(plan.values()))
             self.metrics.event(
@@ -256,32 +320,50 @@ class Trainer:
         gc.collect()
         gc.disable()
         try:
-            return self._run()
-        except (Preempted, TrainingDiverged):
+            result = self._run()
+            self._discard_peers()
+            return result
+        except (Preempted, TrainingDiverged, StateCorrupted):
+            self._discard_peers()
             raise  # on all ranks at the same step
         except BaseException:
             self._alone = True
             raise
         finally:
+            self.health.stop()
             gc.enable()
+
+    def _discard_peers(self) -> None:
+        if self.peers is not None:
+            self.peers.discard()
 
     def _run(self) -> dict[str, Any]:
         config, state = self.config, self.state
         loss = None
         self.clock.start()
+        self.health.start()
         while state.step < config.train.steps:
-            self.profiler.begin_step()
+            self.profiler.begin_step(state.step + 1)
             self._launch_step()
-            if (trace := self.profiler.end_step()) is not None:
-                self.metrics.event("profile", f"traced into {trace.parent}", step=state.step)
+            if (traces := self.profiler.end_step(state.step)) is not None:
+                self._report_traces(traces)
             finished = state.step == config.train.steps
             validate = config.train.eval_interval > 0 and (finished or state.step % config.train.eval_interval == 0)
             preempted = self.guard.requested(state.step) and not finished
+            stragglers = self.health.end_step(state.step)
+            if late := self.health.late_seconds(state.step):
+                self.metrics.log_ranks(state.step, late)
+            for straggler in stragglers:
+                self.metrics.event("straggler", f"step {state.step}: {straggler}", **asdict(straggler), step=state.step)
             due = config.checkpoint.interval > 0 and state.step % config.checkpoint.interval == 0
             save = due or preempted or (finished and config.checkpoint.at_end)
             # On the GPU a step is logged after the next was launched, so that the device never waits for the host.
-            one_behind = self.device.type == "cuda" and not (finished or validate or save)
+            self.health.begin("results", state.step)
+            checked = self.health.check(state.step, save=save)
+            one_behind = self.device.type == "cuda" and not (finished or validate or save or checked)
             records = self._collect(keep=1 if one_behind else 0)
+            if checked:
+                self.clock.start()
             if validate:
                 records[-1] |= self._validate()
             for record in records:
@@ -293,11 +375,16 @@ class Trainer:
             if preempted:
                 self.metrics.event("preempted", f"saved at step {state.step}; start again to continue", step=state.step)
                 raise Preempted(f"preempted at step {state.step}; the state is in {self.run_dir}/checkpoints")
+            if self.peers is not None and state.step % config.resilience.peer_interval == 0 and not finished:
+                self.peers.save(state.step, state.state_tensors(), self._extra())
             self._report_checkpoints()
             if state.step % GC_INTERVAL == 0:
                 gc.collect(1)
+        self.health.begin("checkpoint", state.step)
         self.checkpoints.wait()
         self._report_checkpoints()
+        self.health.begin("sample", state.step)
+        self._compare_with_prediction()
         if isinstance(state.passes, PipelinedPasses) and config.parallel.pp_trace:
             state.passes.write_trace(self.run_dir)
         return {"step": state.step, "loss": loss, "validation_loss": self._validation_loss, "sample": self._sample()}
@@ -305,19 +392,27 @@ class Trainer:
     def _launch_step(self) -> None:
         """Run one step; on the GPU, only enqueue it. Its numbers are `_pending`."""
         started = time.perf_counter()
-        microbatches = [
-            self._part(batch.look_ahead(self.config.model.mtp.depth)).to(self.device)
-            for batch in self.train_data.next_step()
-        ]
-        data_wait = time.perf_counter() - started
         step = self.state.step + 1
+        self.health.begin("data", step)
+        if self.faults is not None:
+            self.faults.before_step(self, step)
+        batches = self.recipe.collect(self.train_data)
+        report = self.recipe.report()
+        microbatches = [self._part(self._targets(batch, training=True)).to(self.device) for batch in batches]
+        microbatches = self.recipe.prepare(microbatches)
+        data_wait = time.perf_counter() - started
         lr = learning_rate(
             self.config.schedule, base_lr=self.config.optim.lr, step=step, total_steps=self.config.train.steps
         )
-        metrics = train_step(self.state, microbatches, lr=lr)
-        self.tokens += self.tokens_per_step
-        record = {"step": step, "lr": lr, "tokens": self.tokens, "data_wait_seconds": data_wait}
-        self._pending.append(_Pending(record, _to_host(metrics), list(metrics.extra), self.clock.mark()))
+        self.health.begin("step", step)
+        metrics = self.health.computed(lambda: train_step(self.state, microbatches, lr=lr))
+        metrics.extra |= self.recipe.measured()
+        positions = self.tokens_per_step if report.positions is None else report.positions
+        self.tokens += positions
+        record = {"step": step, "lr": lr, "tokens": self.tokens, "data_wait_seconds": data_wait} | report.metrics
+        self._pending.append(_Pending(record, _to_host(metrics), list(metrics.extra), self.clock.mark(), positions))
+        for kind, text in report.events:
+            self.metrics.event(kind, text, step=step)
 
     def _collect(self, *, keep: int) -> list[dict[str, Any]]:
         """Wait for all pending steps but the newest `keep`; their records (docs/METRICS.md)."""
@@ -326,10 +421,12 @@ class Trainer:
             pending = self._pending.popleft()
             seconds = self.clock.seconds_to(pending.end)
             loss, grad_norm, skipped, valid_tokens, loss_scale, *extra = pending.values.tolist()
+            self._seconds.append(seconds)
             self.skipped_steps += int(skipped)
             record = pending.record | {"loss": loss, "grad_norm": grad_norm, "valid_tokens": int(valid_tokens)}
-            record |= self.throughput.of_step(self.tokens_per_step, seconds)
+            record |= self.throughput.of_step(pending.positions, seconds)
             record |= {"peak_memory_gib": self._peak_memory_gib(), "skipped_steps": self.skipped_steps}
+            record["goodput"] = self.goodput.after(seconds)
             record |= dict(zip(pending.extra, extra, strict=True))
             if self.state.loss_scale.dynamic:
                 record["loss_scale"] = loss_scale
@@ -369,6 +466,19 @@ class Trainer:
                 "lower optim.lr or look at the data"
             )
 
+    def _targets(self, batch: Batch, *, training: bool) -> Batch:
+        """A batch of whole sequences with what is to be predicted beyond the next token."""
+        model = self.config.model
+        if model.speculator.kind != "none":
+            return targets(batch, model)
+        return batch.look_ahead(model.mtp.depth) if training else batch
+
+    def _prepared(self, step: list[Batch]) -> list[Batch]:
+        """Micro-batches of a validation as the objective wants them."""
+        self.health.begin("validation", self.state.step)
+        parts = [self._part(self._targets(batch, training=False)).to(self.device) for batch in step]
+        return self.recipe.prepare(parts)
+
     def _part(self, batch: Batch) -> Batch:
         """What of a batch is this rank's: of each sequence, its tokens on the cp axis."""
         model = self.config.model
@@ -386,33 +496,65 @@ class Trainer:
         """Validation of the current weights: its fields of the step's record. Its time belongs to no step."""
         assert self.validation_data is not None
         batches = self.validation_data.batches(self.config.train.eval_batches)
-        loss = evaluate(self.state, ([self._part(batch) for batch in step] for step in batches))
-        self._validation_loss = loss
+        found = self.recipe.validate(self.state, map(self._prepared, batches))
+        self._validation_loss = found.get("loss")
         self.clock.start()
-        return {"validation_loss": loss, "validation_perplexity": math.exp(loss) if loss < 700 else math.inf}
+        return self.recipe.validation_metrics(found)
 
     def _save(self, *, blocking: bool) -> None:
         """Checkpoint the state after the current step. Not blocking: written while training goes on."""
-        state = self.state
-        extra = {
-            "step": state.step,
+        self.health.begin("checkpoint", self.state.step)
+        self.checkpoints.save(self.state.step, self.state.state_tensors(), self._extra(), blocking=blocking)
+        self._report_checkpoints()
+        self.clock.start()
+
+    def _extra(self) -> dict[str, Any]:
+        """Everything of a checkpoint that is no tensor; the same on every rank. Collective."""
+        return {
+            "step": self.state.step,
             "tokens": self.tokens,
             "skipped_steps": self.skipped_steps,
             "skipped_in_a_row": self._skipped_in_a_row,
             "data": self.train_data.state_dict(self._all_gather),
+            "recipe": self.recipe.state_dict(),
             "model": model_identity(self.config.model),
             "tokenizer": self.train_data.tokenizer.fingerprint() if self.train_data.tokenizer is not None else None,
             "seed": self.config.train.seed,
             "config": asdict(self.config),
-        }
-        self.checkpoints.save(state.step, self.state.state_tensors(), extra, blocking=blocking)
-        self._report_checkpoints()
-        self.clock.start()
+        } | ({} if self.adapter is None else {"adapter": self.adapter})
 
     def _report_checkpoints(self) -> None:
         """An event for every checkpoint that has become complete: from then on a crash loses nothing before it."""
         for step in self.checkpoints.committed():
             self.metrics.event("checkpoint", f"checkpoint of step {step}", step=step)
+
+    def _report_traces(self, folder: Path) -> None:
+        """An event with where the time of the traced steps went, on rank 0."""
+        path = trace_path(self.run_dir, self.rank)
+        if not self.is_main or path.parent != folder:  # traced on other ranks alone, or as NVTX ranges
+            self.metrics.event("profile", f"traced into {folder}", step=self.state.step)
+            return
+        found = profile_of(self.run_dir, rank=self.rank)
+        self.metrics.event("profile", f"{sentence(found)}; traced into {folder}", step=self.state.step, **found)
+
+    def _compare_with_prediction(self) -> None:
+        """An event and a field of run.json: memory and time beside what the planner says of this run."""
+        if not self.is_main:
+            return
+        on_gpu = self.device.type == "cuda"
+        try:
+            text, fields = compare(
+                self.config,
+                world_size=self.world_size,
+                device_name=torch.cuda.get_device_name(self.device) if on_gpu else "cpu",
+                seconds=list(self._seconds),
+                peak_gib=self._peak_memory_gib() if on_gpu else None,
+            )
+        except Exception as error:  # the run is done, and what it did is not for a prediction to spoil
+            text, fields = f"no prediction: {error!r}", {}
+        self.metrics.event("predicted", text, step=self.state.step, **fields)
+        if fields:
+            add_to_run_info(self.run_dir, predicted=fields)
 
     def _all_gather(self, value: Any) -> list[Any]:
         """One object of every data-parallel rank, in rank order."""
@@ -424,7 +566,7 @@ class Trainer:
         train, tokenizer = self.config.train, self.train_data.tokenizer
         if train.sample_tokens == 0 or tokenizer is None:
             return None
-        return sample_text(
+        text = sample_text(
             self.state,
             tokenizer,
             prompt=train.sample_prompt,
@@ -432,6 +574,9 @@ class Trainer:
             max_seq_len=train.seq_len,
             seed=train.seed,
         )
+        said = f"sampled {train.sample_tokens} tokens after {train.sample_prompt!r}"
+        self.metrics.event("sample", said, step=self.state.step, sample=text)
+        return text
 
     def close(self) -> None:
         """Stop background work and flush every sink. Call it also after a failure.
@@ -443,6 +588,8 @@ class Trainer:
         if self.validation_data is not None:
             self.validation_data.close()
         self.metrics.close()
+        if self.peers is not None and not self._alone:
+            self.peers.close()
         if not self._alone:
             self.checkpoints.close()
             self.lock.release()  # else with the process: a checkpoint may still be being written

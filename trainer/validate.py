@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from data.config import DataConfig, parts
-from data.config import problems as data_problems
 from models.config import problems as model_problems
 from models.registry import resolve_model
 from parallel.activation_checkpoint import ActivationCheckpoint
@@ -25,16 +24,30 @@ from parallel.pipeline.layout import problems as pipeline_problems
 from parallel.pipeline.schedules import SCHEDULES, SPLIT_BACKWARD
 from parallel.precision import problems as precision_problems
 from parallel.problem import Problem, kind_of, multiples, values, without_advice
+from planner.hardware_files import read_hardware
 from trainer.activations import problems as activation_problems
-from trainer.config import NONFINITE, CheckpointConfig, ConfigError, LoggingConfig, LoopConfig, TrainConfig
+from trainer.config import (
+    NONFINITE,
+    CheckpointConfig,
+    ConfigError,
+    LoggingConfig,
+    LoopConfig,
+    ResilienceConfig,
+    TrainConfig,
+)
+from trainer.recipes import problems as recipe_problems
 from trainer.resilience import launcher_problems
 from trainer.schedule import problems as schedule_problems
 from trainer.sequence import problems as sequence_problems
 from trainer.sinks import WANDB_MODES
+from trainer.validate_adapter import adapter_run_problems
 from trainer.validate_chunks import chunk_problems
+from trainer.validate_data import data_problems
 from trainer.validate_experts import expert_problems
 from trainer.validate_fp8 import fp8_problems
+from trainer.validate_invariant import invariant_problems
 from trainer.validate_optim import optimizer_problems
+from trainer.validate_speculator import speculator_run_problems
 from trainer.validate_tensor import tensor_parallel_problems
 from trainer.validate_unused import unused_problems
 
@@ -45,7 +58,7 @@ def finalize(config: TrainConfig, *, world_size: int) -> TrainConfig:
     Needs no process group and no device. Raises ConfigError with every problem found, each with the nearest values that
     are legal beside the other settings.
     """
-    resolved, found = _resolve(config, world_size)
+    resolved, found = resolve(config, world_size)
     if found:
         raise ConfigError([with_legal_advice(problem, found, config, world_size) for problem in found])
     return resolved
@@ -53,7 +66,7 @@ def finalize(config: TrainConfig, *, world_size: int) -> TrainConfig:
 
 def find_problems(config: TrainConfig, *, world_size: int) -> list[str]:
     """Every problem of `finalize`, with advice that nobody has tried."""
-    return _resolve(config, world_size)[1]
+    return resolve(config, world_size)[1]
 
 
 def with_legal_advice(problem: str, found: list[str], config: TrainConfig, world_size: int) -> str:
@@ -95,8 +108,8 @@ def with_changes(config: TrainConfig, change: Mapping[str, Any]) -> TrainConfig:
     return changed
 
 
-def _resolve(config: TrainConfig, world_size: int) -> tuple[TrainConfig, list[str]]:
-    """What `finalize` returns, and every problem."""
+def resolve(config: TrainConfig, world_size: int) -> tuple[TrainConfig, list[str]]:
+    """What `finalize` returns, and every problem, with advice that nobody has tried."""
     model = config.model
     if model.path is not None:
         model = replace(model, path=str(Path(model.path).expanduser()))
@@ -119,16 +132,22 @@ def _resolve(config: TrainConfig, world_size: int) -> tuple[TrainConfig, list[st
     found += precision_problems(config.precision)
     found += optimizer_problems(config, model, world_size)
     found += schedule_problems(config.schedule, config.optim, config.train.steps)
-    found += _loop_problems(config.train)
+    found += _loop_problems(config.train, world_size)
     found += _checkpoint_problems(config.checkpoint)
+    found += _resilience_problems(config)
     found += _logging_problems(config.logging)
     found += _cross_problems(config, world_size)
+    found += recipe_problems(config)
     if config.parallel.cp > 1 and not dims_problems(config.parallel, world_size):
         found += sequence_problems(config, model)
     found += tensor_parallel_problems(config, model, world_size)
     found += chunk_problems(config)
     if not (model_problems(model, seq_len=config.train.seq_len) or dims_problems(config.parallel, world_size)):
         found += fp8_problems(config, model)
+    found += invariant_problems(config, model)
+    found += speculator_run_problems(config, model)
+    if not model_problems(model, seq_len=config.train.seq_len):
+        found += adapter_run_problems(config, model)
     found += pipeline_problems(config.parallel, model.num_layers)
     # A value that is wrong in itself has been named.
     wrong = {problem.partition("=")[0] for problem in found}
@@ -175,7 +194,7 @@ def _one_of(field_name: str, value: str, choices: tuple[str, ...]) -> list[str]:
     return [] if value in choices else [Problem(f"{field_name}={value} is unknown", values(field_name, choices))]
 
 
-def _loop_problems(train: LoopConfig) -> list[str]:
+def _loop_problems(train: LoopConfig, world_size: int) -> list[str]:
     minimums = {"steps": 1, "seq_len": 1, "global_batch_size": 1, "micro_batch_size": 1, "seed": 0, "grad_clip": 0}
     minimums |= {"max_skipped_steps": 1, "eval_interval": 0, "eval_batches": 1, "sample_tokens": 0}
     found = _at_least("train", train, minimums)
@@ -183,6 +202,10 @@ def _loop_problems(train: LoopConfig) -> list[str]:
         found.append(f"train.timeout_seconds={train.timeout_seconds} must be positive and finite; 600 is usual")
     found += _one_of("train.device", train.device, ("auto", "cpu", "cuda"))
     found += _one_of("train.nonfinite", train.nonfinite, NONFINITE)
+    if wrong := [step for step in train.profile.steps if step < 1]:
+        found.append(f"train.profile.steps holds {wrong[0]}; steps are numbered from 1")
+    if wrong := [rank for rank in train.profile.ranks if not 0 <= rank < world_size]:
+        found.append(f"train.profile.ranks holds {wrong[0]}; this run has ranks 0 to {world_size - 1}")
     if train.compile and train.compile_backend not in torch._dynamo.list_backends(exclude_tags=()):
         found.append(f"train.compile_backend={train.compile_backend} is not a torch.compile backend; use inductor")
     return found
@@ -199,13 +222,29 @@ def _checkpoint_problems(checkpoint: CheckpointConfig) -> list[str]:
 
 def _logging_problems(logging: LoggingConfig) -> list[str]:
     found = _one_of("logging.wandb_mode", logging.wandb_mode, WANDB_MODES)
-    found += _at_least("logging", logging, {"profile_steps": 0, "profile_after": 0})
+    if logging.hardware is not None:
+        found += [f"logging.hardware={line}" for line in read_hardware(logging.hardware)[1]]
     if logging.interval < 1:
         found.append(
             f"logging.interval={logging.interval} must be at least 1; to silence the console use logging.console=false"
         )
     if logging.peak_tflops is not None and not 0 < logging.peak_tflops < math.inf:
         found.append(f"logging.peak_tflops={logging.peak_tflops} must be positive, or null to look it up")
+    return found
+
+
+def _resilience_problems(config: TrainConfig) -> list[str]:
+    resilience = config.resilience
+    minimums = {"check_interval": 0, "rerun_interval": 0, "straggler_interval": 0, "peer_interval": 0}
+    found = _at_least("resilience", resilience, minimums)
+    for name in ("first_step_seconds", "checkpoint_seconds", "straggler_share"):
+        if not 0 < (value := getattr(resilience, name)) < math.inf:
+            default = getattr(ResilienceConfig, name)
+            found.append(f"resilience.{name}={value} must be positive and finite; {default:g} is usual")
+    if resilience.peer_interval > 0 and not Path(resilience.peer_dir).is_dir():
+        found.append(
+            f"resilience.peer_dir={resilience.peer_dir} is no folder of this host; use /dev/shm, or another in memory"
+        )
     return found
 
 

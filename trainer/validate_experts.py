@@ -7,7 +7,7 @@ import math
 from models.config import ModelConfig
 from parallel.dims import ParallelDims, divisors
 from parallel.dims import problems as dims_problems
-from parallel.problem import Problem, values
+from parallel.problem import Problem, change, values
 from trainer.config import TrainConfig
 
 
@@ -18,7 +18,8 @@ def expert_problems(config: TrainConfig, model: ModelConfig, world_size: int) ->
         return []
     if not moe.num_experts:
         why = f"parallel.ep={parallel.ep} shares out experts, and model.moe.num_experts=0 has none"
-        return [Problem(why, values("parallel.ep", [1]))] if parallel.ep > 1 else []
+        none = change(parallel__ep=1, parallel__ep_buffer=None) if parallel.ep_buffer else values("parallel.ep", [1])
+        return [Problem(why, none)] if parallel.ep > 1 else []
     found = []
     if moe.num_experts % parallel.ep:
         dims = ParallelDims.resolve(parallel, world_size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
@@ -21,7 +22,7 @@ def tensor_parallel_problems(config: TrainConfig, model: ModelConfig, world_size
     tp = config.parallel.tp
     if tp == 1 or dims_problems(config.parallel, world_size) or model.num_kv_heads is None:
         return []
-    found = _model_problems(model, tp, world_size)
+    found = problems_of_model(model, tp, candidates=divisors(world_size))
     seq_len, cp = config.train.seq_len, config.parallel.cp
     if config.parallel.sequence_parallel and seq_len % (cp * tp):
         over = f"parallel.tp={tp}" if cp == 1 else f"parallel.cp={cp} x parallel.tp={tp}"
@@ -37,10 +38,11 @@ def tensor_parallel_problems(config: TrainConfig, model: ModelConfig, world_size
     return found
 
 
-def _model_problems(model: ModelConfig, tp: int, world_size: int) -> list[Problem]:
+def problems_of_model(model: ModelConfig, tp: int, *, candidates: Iterable[int]) -> list[Problem]:
+    """Every reason why the layers of a model, resolved, cannot be cut over tp ranks; advice is of the candidates."""
     assert model.num_kv_heads is not None  # resolved
     found = []
-    fitting = _fitting(model, tp, world_size)
+    fitting = _fitting(model, tp, candidates)
     for name in ("num_heads", "intermediate_size") if has_mlp(model) else ("num_heads",):
         size = getattr(model, name)
         if size % tp:
@@ -80,6 +82,8 @@ def tp_dim(name: str, shape: torch.Size, model: ModelConfig, tp: int) -> int | N
     """The dim of a parameter (matrix, or stack of them) that tp cuts; None for those that every rank has whole."""
     assert model.num_kv_heads is not None  # resolved
     layer = name.split(".")[-2]
+    if layer == "head" and model.score:
+        return None
     shared = name.endswith((".attention.k.weight", ".attention.v.weight")) and tp > model.num_kv_heads
     if tp == 1 or layer in WHOLE or shared:
         return None
@@ -105,13 +109,14 @@ def _words_for_all(vocab_size: int, tp: int) -> bool:
     return first < last
 
 
-def _fitting(model: ModelConfig, tp: int, world_size: int) -> Advice | None:
-    """The degrees that this model and the number of processes allow."""
+def _fitting(model: ModelConfig, tp: int, candidates: Iterable[int]) -> Advice | None:
+    """The degrees that this model allows."""
     assert model.num_kv_heads is not None  # resolved
     legal = [
         d
-        for d in divisors(math.gcd(world_size, model.num_heads))
-        if (model.intermediate_size % d == 0 or not has_mlp(model))
+        for d in candidates
+        if model.num_heads % d == 0
+        and (model.intermediate_size % d == 0 or not has_mlp(model))
         and _kv_heads_fit(model.num_kv_heads, d)
         and _words_for_all(model.vocab_size, d)
     ]

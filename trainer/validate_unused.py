@@ -7,10 +7,12 @@ whole (validation, sampling, profiling, a logger, compiling, loss scaling) may s
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import reduce
 from typing import Any
 
+from data.config import ConversationsConfig, PromptsConfig, has_conversations
+from models.adapter_config import AdapterConfig
 from parallel.problem import Problem, shown, values
 from trainer.config import TrainConfig
 
@@ -41,6 +43,27 @@ _USES = (
         ("model.activation_checkpoint_save",),
         lambda c: c.model.activation_checkpoint not in ("selective", "budget"),
         "model.activation_checkpoint",
+    ),
+    _Use(
+        ("model.speculator.num_heads", "model.speculator.num_layers", "model.speculator.decay"),
+        lambda c: c.model.speculator.kind != "medusa",
+        "model.speculator.kind",
+    ),
+    _Use(("model.speculator.token_weight",), lambda c: c.model.speculator.kind != "eagle", "model.speculator.kind"),
+    _Use(
+        tuple(f"data.conversations.{field.name}" for field in fields(ConversationsConfig)),
+        lambda c: not has_conversations(c.data),
+        "data.source",
+    ),
+    _Use(
+        tuple(f"adapter.{field.name}" for field in fields(AdapterConfig) if field.name != "name"),
+        lambda c: c.adapter.name == "none",
+        "adapter.name",
+    ),
+    _Use(
+        tuple(f"data.prompts.{field.name}" for field in fields(PromptsConfig)),
+        lambda c: c.data.source != "prompts",
+        "data.source",
     ),
     _Use(("model.mtp.loss_weight",), lambda c: c.model.mtp.depth == 0, "model.mtp.depth"),
 )

@@ -101,8 +101,10 @@ def _check(q: Tensor, k: Tensor, v: Tensor, mask: Mask, slopes: Tensor | None, s
         raise ValueError(f"the fused attention {reason}")
     if mask.ranges is not None:
         first_key, _, first_query, _ = mask.ranges
-        if first_key.shape[1] != T or first_query.shape[1] != S or first_key.shape[0] not in (1, B):
-            found = f"{first_key.shape[1]} queries and {first_query.shape[1]} keys in {first_key.shape[0]} rows"
+        rows = first_key.shape[0]
+        # Not `rows in (1, B)`: dynamo compares members of a tuple by identity, and a B of a dynamic shape equals none.
+        if first_key.shape[1] != T or first_query.shape[1] != S or (rows != 1 and rows != B):
+            found = f"{first_key.shape[1]} queries and {first_query.shape[1]} keys in {rows} rows"
             raise ValueError(f"the mask is one of {found}; q and k have {T} and {S} in {B}")
 
 

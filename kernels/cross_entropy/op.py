@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from kernels.backend import reference_gradients, refuse_dtensors, runs_triton
 from kernels.cross_entropy.reference import cross_entropy_reference
+from kernels.rows import has_kernel
 
 
 def cross_entropy(
@@ -34,6 +35,17 @@ def cross_entropy(
     flat, labels_N = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
     losses, _ = _cross_entropy(flat, labels_N, ignore_index, label_smoothing, z_loss)
     return losses.view(labels.shape)
+
+
+@torch.no_grad()
+def invariant_cross_entropy(logits: Tensor, labels: Tensor, *, ignore_index: int = -100) -> Tensor:
+    """`cross_entropy` without a gradient, whose losses depend on their own row alone, to the bit: by the kernel, which
+    has a program per row, and where it does not run (off CUDA, and for fp64) a row at a time."""
+    if has_kernel(logits) or not labels.numel():
+        return cross_entropy(logits, labels, ignore_index=ignore_index)
+    rows = zip(logits.reshape(-1, 1, logits.shape[-1]), labels.reshape(-1, 1), strict=True)
+    losses = [cross_entropy_reference(row.clone(), label, ignore_index) for row, label in rows]
+    return torch.cat(losses).view(labels.shape)
 
 
 def cross_entropy_in_place(

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.backend import runs_triton
+from kernels.rows import has_kernel
 
 
 def shard_statistics(logits: Tensor, labels: Tensor, *, first: int, ignore_index: int = -100) -> Tensor:
@@ -20,7 +20,7 @@ def shard_statistics(logits: Tensor, labels: Tensor, *, first: int, ignore_index
 
     logits [C, V], of the words from `first` on; labels [C] int64 number the words of all ranks.
     """
-    if runs_triton(logits):
+    if has_kernel(logits):
         from kernels.cross_entropy import kernel
 
         return kernel.shard_statistics(logits.contiguous(), labels.contiguous(), first, ignore_index)
@@ -49,14 +49,14 @@ def shard_gradient_(
 ) -> None:
     """The logits [C, V], contiguous, become scale (softmax - one_hot) of this rank's words; 0 where ignored.
 
-    lse [C] as `combine_shards` returns it, scale 0-d, both fp32.
+    lse [C] as `combine_shards` returns it and scale, 0-d or [C], are fp32 (fp64 for fp64).
     """
-    if runs_triton(logits):
+    if has_kernel(logits):
         from kernels.cross_entropy import kernel
 
         kernel.gradient(logits, logits, labels.contiguous(), lse, scale, ignore_index=ignore_index, first=first)
         return
     words = torch.arange(first, first + logits.shape[1], device=logits.device)
     softmax = (logits.to(lse.dtype) - lse[:, None]).exp()
-    d_logits = (softmax - (words == labels[:, None]).to(lse.dtype)) * scale
+    d_logits = (softmax - (words == labels[:, None]).to(lse.dtype)) * scale.view(-1, 1)
     logits.copy_(torch.where((labels != ignore_index)[:, None], d_logits, 0.0))

@@ -45,6 +45,9 @@ TILES = Tuned(
     _choose,
 )
 
+INVARIANT = Tile(64, 128, 64, 4, 4)
+"""For any number of rows, so that a row's bits do not depend on it."""
+
 
 @triton.jit
 def _group_of_tile(ends_ptr, tile, num_groups, GROUPS: tl.constexpr, BLOCK_M: tl.constexpr):
@@ -155,8 +158,8 @@ def _weight_gradient(
     tl.store(d_weight_ptr + offsets, total.to(d_weight_ptr.dtype.element_ty), mask=inside)
 
 
-def _tile_for(x: Tensor, num_groups: int) -> Tile:
-    tile = TILES(x.element_size(), x.shape[0] // num_groups)
+def _tile_for(x: Tensor, num_groups: int, tile: Tile | None = None) -> Tile:
+    tile = TILES(x.element_size(), x.shape[0] // num_groups) if tile is None else tile
     return replace(tile, k=tile.k * 2 // x.element_size())
 
 
@@ -164,14 +167,16 @@ def _descriptor(matrix: Tensor, block: tuple[int, int]) -> TensorDescriptor:
     return TensorDescriptor.from_tensor(matrix, list(block))
 
 
-def rows_times_weights(rows: Tensor, weight: Tensor, ends: Tensor, *, transposed: bool) -> Tensor:
+def rows_times_weights(
+    rows: Tensor, weight: Tensor, ends: Tensor, *, transposed: bool, tile: Tile | None = None
+) -> Tensor:
     """rows [N, K] to [N, M], transposed, or [N, M] to [N, K], by their group's weight [M, K]; 0 where there is none.
 
-    Contiguous, their features in multiples of 16 bytes; at least one row and one group.
+    Contiguous, their features in multiples of 16 bytes; at least one row and one group. tile: one that is wanted.
     """
     num_groups, group_rows, features = weight.shape
     width = group_rows if transposed else features
-    tile = _tile_for(rows, num_groups)
+    tile = _tile_for(rows, num_groups, tile)
     y = rows.new_empty(rows.shape[0], width)
     tiles_m = triton.cdiv(rows.shape[0], tile.m) + num_groups
     _rows_times_weights[(tiles_m * triton.cdiv(width, tile.n),)](

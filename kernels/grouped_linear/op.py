@@ -1,11 +1,13 @@
 """The grouped linear layer as one op, so that compiled graphs and activation checkpointing see no loop inside.
 
-Four implementations, all with the same result up to rounding:
+Implementations, all with the same result up to rounding:
 
     triton      CUDA, fp32 and half precision: kernel.py, group sizes read on the device
     grouped_mm  CUDA, bf16, only where it is asked for: torch._grouped_mm, one kernel, group sizes read on the device
     masked      CUDA, all else: every group's product over all rows, G times the arithmetic, but no host synchronisation
     split       CPU: a product per group, over slices
+    invariant   where it is asked for: one of these by products (kernels/invariant_linear), or a tile, of one kind for
+                any number of rows, so that a row's bits depend on it and its group's weight alone
 
 N rows, G groups, K features in, M features out.
 """
@@ -16,15 +18,18 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils.flop_counter import register_flop_formula
+
+from kernels.invariant_linear import invariant_linear
 
 ALIGNMENT = 16
 """Bytes that rows are a multiple of, for triton and torch._grouped_mm."""
 
 
-IMPLEMENTATIONS = ("grouped_mm", "masked", "split")
+IMPLEMENTATIONS = ("grouped_mm", "masked", "split", "invariant")
 
 
 def choose_grouped_linear(device: torch.device, dtype: torch.dtype, *sizes: int) -> str:
@@ -44,8 +49,8 @@ def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor, *, implementation: s
 
     ends [G] int32, ascending, on x's device: group g is rows ends[g - 1] to ends[g]; a group may be empty. Rows from
     ends[G - 1] on belong to no group: their output and their gradient are 0. implementation: of the list above, for
-    backward as well; None: `choose_grouped_linear` chooses. Raises TypeError for a DTensor and for wrong dtypes,
-    ValueError for shapes that do not fit, or not this implementation.
+    backward as well except for invariant; None: `choose_grouped_linear` chooses. Raises TypeError for a
+    DTensor and for wrong dtypes, ValueError for shapes that do not fit, or not this implementation.
     """
     for name, tensor in (("x", x), ("weight", weight), ("ends", ends)):
         if isinstance(tensor, DTensor):
@@ -73,21 +78,25 @@ def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor, *, implementation: s
 def _grouped_linear(x: Tensor, weight: Tensor, ends: Tensor, implementation: str | None = None) -> Tensor:
     if not x.shape[0]:  # experts of a rank that nobody chose: not a size to ask a library for
         return x.new_zeros(0, weight.shape[1])
-    implementation = implementation or choose_grouped_linear(x.device, x.dtype, *weight.shape[1:])
+    invariant = implementation == "invariant"
+    if implementation is None or invariant:
+        implementation = choose_grouped_linear(x.device, x.dtype, *weight.shape[1:])
     if implementation == "triton":
-        from kernels.grouped_linear.kernel import rows_times_weights
+        from kernels.grouped_linear.kernel import INVARIANT, rows_times_weights
 
-        return rows_times_weights(x.contiguous(), weight.contiguous(), ends.contiguous(), transposed=True)
+        tile = INVARIANT if invariant else None
+        return rows_times_weights(x.contiguous(), weight.contiguous(), ends.contiguous(), transposed=True, tile=tile)
     if implementation == "grouped_mm":
         y = torch._grouped_mm(x.contiguous(), weight.contiguous().transpose(1, 2), offs=ends)
         return torch.where(_grouped(x, ends), y, 0)
     y = x.new_zeros(x.shape[0], weight.shape[1])
+    product = invariant_linear if invariant else F.linear
     if implementation == "masked":
         for g, member in _members(x, ends):
-            y += torch.where(member, x, 0) @ weight[g].T
+            y += torch.where(member, product(x, weight[g]), 0)
     else:
         for g, rows in _slices(ends):
-            torch.mm(x[rows], weight[g].T, out=y[rows])
+            y[rows] = product(x[rows], weight[g])
     return y
 
 
@@ -152,14 +161,17 @@ def _(grad: Tensor, x: Tensor, ends: Tensor, implementation: str | None = None) 
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.implementation = inputs
-    ctx.save_for_backward(*tensors)
+    x, weight, ends, implementation = inputs
+    ctx.implementation = None if implementation == "invariant" else implementation
+    for_x, for_weight = ctx.needs_input_grad[:2]  # frozen weights are neither multiplied for nor is x kept for them
+    ctx.save_for_backward(x if for_weight else None, weight if for_x else None, ends)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
     x, weight, ends = ctx.saved_tensors
-    d_x = input_gradient(grad, weight, ends, ctx.implementation)
-    return d_x, weight_gradient(grad, x, ends, ctx.implementation), None, None
+    d_x = None if weight is None else input_gradient(grad, weight, ends, ctx.implementation)
+    d_weight = None if x is None else weight_gradient(grad, x, ends, ctx.implementation)
+    return d_x, d_weight, None, None
 
 
 _grouped_linear.register_autograd(_backward, setup_context=_save)
@@ -195,7 +207,7 @@ def _members(x: Tensor, ends: Tensor) -> Iterator[tuple[int, Tensor]]:
 
 
 def _slices(ends: Tensor) -> Iterator[tuple[int, slice]]:
-    """(g, rows) of the groups that have any. Reads ends, which is on the host."""
+    """(g, rows) of the groups that have any. Reads ends on the host."""
     start = 0
     for g, end in enumerate(ends.tolist()):
         if end > start:

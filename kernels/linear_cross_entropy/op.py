@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,11 +19,19 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
-from kernels.cross_entropy import cross_entropy, loss_and_gradient_
+from kernels.cross_entropy import cross_entropy, invariant_cross_entropy, loss_and_gradient_
 from kernels.cross_entropy.op import assert_words
+from kernels.invariant_linear import invariant_linear
+from kernels.rows import has_kernel
 
-ChunkFunctions = tuple[Callable[..., Tensor], Callable[..., tuple[Tensor, Tensor]]]
-"""What runs between the products: without and with a gradient."""
+
+class ChunkFunctions(NamedTuple):
+    """How a chunk is computed."""
+
+    loss: Callable[..., Tensor]  # between the products, without a gradient
+    loss_and_gradient: Callable[..., tuple[Tensor, Tensor]]
+    product: Callable[[Tensor, Tensor], Tensor] = F.linear  # hidden [C, D] and weight [V, D] to logits
+
 
 # fp16 cannot hold a probability below 6e-8, and most of a large vocabulary is below that. d_logits lies in [-1, 1], so
 # it is kept times the largest power of two that fits, and the fp32 sums are divided by it again without rounding.
@@ -39,6 +47,7 @@ def linear_cross_entropy(
     chunk_tokens: int = 4096,
     compile: bool = False,
     triton: bool = False,
+    batch_invariant: bool = False,
 ) -> Tensor:
     """Sum over valid tokens of -log softmax(hidden weight^T)[label]; 0 where no token is valid.
 
@@ -53,13 +62,16 @@ def linear_cross_entropy(
     (kernels/cross_entropy) writes the gradient over the logits; fp64 has no such kernel. chunk_tokens trades that
     memory against one pass over d_weight per chunk; it changes results by rounding only.
 
+    batch_invariant: what is summed up are the losses of `linear_token_losses` with batch_invariant, which depend on
+    their own row of hidden alone, to the bit; the gradients are ordinary ones.
+
     Raises TypeError for DTensors and for wrong dtypes, ValueError for shapes that do not fit, for chunk_tokens < 1 and
-    for compile with triton. A label that is neither ignore_index nor in [0, V) is torch's index error, on CUDA its
-    device-side assertion.
+    for more than one of compile, triton and batch_invariant. A label that is neither ignore_index nor in [0, V) is
+    torch's index error, on CUDA its device-side assertion.
     """
     _check(hidden, weight, labels, chunk_tokens)
-    check_choice(hidden, compile=compile, triton=triton)
-    chunk_functions = _compiled() if compile else _FUSED if triton else (_chunk_loss, _chunk_loss_and_gradient)
+    check_choice(hidden, compile=compile, triton=triton, batch_invariant=batch_invariant)
+    chunk_functions = _compiled() if compile else _FUSED if triton else _INVARIANT if batch_invariant else _PLAIN
     # Inside a Function grad mode is always off and requires_grad tells nothing about no_grad: look here.
     grad_hidden, grad_weight = (torch.is_grad_enabled() and tensor.requires_grad for tensor in (hidden, weight))
     return _LinearCrossEntropy.apply(
@@ -84,10 +96,12 @@ def _check(hidden: Tensor, weight: Tensor, labels: Tensor, chunk_tokens: int) ->
         raise ValueError(f"chunk_tokens={chunk_tokens} must be at least 1; 4096 suits a GPU")
 
 
-def check_choice(hidden: Tensor, *, compile: bool, triton: bool) -> None:
+def check_choice(hidden: Tensor, *, compile: bool, triton: bool, batch_invariant: bool = False) -> None:
     """Raise for two ways at once, and for a kernel that does not exist."""
-    if compile and triton:
-        raise ValueError("compile=True and triton=True both choose what runs between the products; use one of them")
+    chosen = {"compile": compile, "triton": triton, "batch_invariant": batch_invariant}
+    asked = [f"{name}=True" for name, wanted in chosen.items() if wanted]
+    if len(asked) > 1:
+        raise ValueError(f"{' and '.join(asked)} each choose what runs between the products; use one of them")
     if triton and hidden.dtype == torch.float64:
         raise TypeError("hidden has dtype torch.float64, which the kernel does not have; use triton=False")
 
@@ -105,7 +119,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden: bool,
         grad_weight: bool,
     ) -> Tensor:
-        loss_only, loss_and_gradient = chunk_functions
+        loss_only, loss_and_gradient, product = chunk_functions
         scale = FP16_GRADIENT_SCALE if hidden.dtype == torch.float16 else 1.0
         dtype = _accumulation_dtype(hidden)
         flat_ND, labels_N = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
@@ -114,7 +128,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), dtype=torch.float64, device=hidden.device)
         for start in range(0, flat_ND.shape[0], chunk_tokens):
             chunk = slice(start, start + chunk_tokens)
-            logits_CV = F.linear(flat_ND[chunk], weight)
+            logits_CV = product(flat_ND[chunk], weight)
             if not (grad_hidden or grad_weight):
                 loss += loss_only(logits_CV, labels_N[chunk], ignore_index)
                 continue
@@ -149,23 +163,21 @@ def _accumulation_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
-def _log_softmax_and_loss(
-    logits_CV: Tensor, labels_C: Tensor, ignore_index: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(log probabilities [C, V], valid [C], target [C, 1] with 0 where not valid, sum of the token losses, 0-d).
-
-    The sum is in fp64, so that cutting the tokens otherwise changes the last bit of the result at most.
-    """
+def _log_softmax_and_loss(logits_CV: Tensor, labels_C: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(log probabilities [C, V], valid [C], losses [C])."""
     log_probability_CV = torch.log_softmax(logits_CV, dim=-1, dtype=_accumulation_dtype(logits_CV))
     valid_C = labels_C != ignore_index
     target_C1 = torch.where(valid_C, labels_C, 0).unsqueeze(-1)
     losses_C = torch.where(valid_C, -log_probability_CV.gather(-1, target_C1).squeeze(-1), 0.0)
-    return log_probability_CV, valid_C, target_C1, losses_C.sum(dtype=torch.float64)
+    return log_probability_CV, valid_C, losses_C
 
 
 def _chunk_loss(logits_CV: Tensor, labels_C: Tensor, ignore_index: int) -> Tensor:
-    """Sum of the token losses of a chunk, 0-d fp64."""
-    return _log_softmax_and_loss(logits_CV, labels_C, ignore_index)[-1]
+    """Sum of the token losses of a chunk, 0-d.
+
+    In fp64, so that cutting the tokens otherwise changes the last bit of the result at most.
+    """
+    return _log_softmax_and_loss(logits_CV, labels_C, ignore_index)[2].sum(dtype=torch.float64)
 
 
 def _chunk_loss_and_gradient(
@@ -176,7 +188,8 @@ def _chunk_loss_and_gradient(
     In-place operations touch what is made here only. They halve the memory of the eager form; compiled, all of this is
     one reduction and one elementwise kernel.
     """
-    log_probability_CV, valid_C, target_C1, loss = _log_softmax_and_loss(logits_CV, labels_C, ignore_index)
+    log_probability_CV, valid_C, losses_C = _log_softmax_and_loss(logits_CV, labels_C, ignore_index)
+    loss, target_C1 = losses_C.sum(dtype=torch.float64), torch.where(valid_C, labels_C, 0).unsqueeze(-1)
     words_V = torch.arange(logits_CV.shape[-1], device=logits_CV.device)
     one_hot_CV = (words_V == target_C1).to(logits_CV.dtype)
     d_logits_CV = log_probability_CV.exp_().sub_(one_hot_CV).mul_((valid_C * scale).unsqueeze(-1))
@@ -196,13 +209,29 @@ def _fused_chunk_loss_and_gradient(
     return losses_C.sum(dtype=torch.float64), logits_CV
 
 
-_FUSED: ChunkFunctions = (_fused_chunk_loss, _fused_chunk_loss_and_gradient)
+def _invariant_chunk_loss(logits_CV: Tensor, labels_C: Tensor, ignore_index: int) -> Tensor:
+    return invariant_cross_entropy(logits_CV, labels_C, ignore_index=ignore_index).sum(dtype=torch.float64)
+
+
+def _invariant_chunk_loss_and_gradient(
+    logits_CV: Tensor, labels_C: Tensor, ignore_index: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    loss = _invariant_chunk_loss(logits_CV, labels_C, ignore_index)  # before the gradient takes the logits' place
+    rest = _fused_chunk_loss_and_gradient if has_kernel(logits_CV) else _chunk_loss_and_gradient
+    return loss, rest(logits_CV, labels_C, ignore_index, scale)[1]
+
+
+_PLAIN = ChunkFunctions(_chunk_loss, _chunk_loss_and_gradient)
+_FUSED = ChunkFunctions(_fused_chunk_loss, _fused_chunk_loss_and_gradient)
+_INVARIANT = ChunkFunctions(_invariant_chunk_loss, _invariant_chunk_loss_and_gradient, invariant_linear)
 
 
 @cache
 def _compiled() -> ChunkFunctions:
     """The two chunk functions under torch.compile; one pair per process, so that each shape is compiled once."""
-    return torch.compile(_chunk_loss, fullgraph=True), torch.compile(_chunk_loss_and_gradient, fullgraph=True)
+    return ChunkFunctions(
+        torch.compile(_chunk_loss, fullgraph=True), torch.compile(_chunk_loss_and_gradient, fullgraph=True)
+    )
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

@@ -90,3 +90,30 @@ def dequantize(
         BLOCKS=tile.blocks, HALF=BLOCK // 2, GROUP=GROUP, num_warps=tile.num_warps, enable_fp_fusion=False,
     )  # fmt: skip
     return y
+
+
+@triton.jit
+def _dequantize_blocks(
+    packed_ptr, largest_ptr, levels_ptr, y_ptr, num_values, BLOCKS: tl.constexpr, HALF: tl.constexpr
+):  # fmt: skip
+    block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+    byte = block[:, None] * HALF + tl.arange(0, HALF)[None, :]
+    packed = tl.load(packed_ptr + byte, mask=2 * byte < num_values, other=0).to(tl.int32)
+    largest = tl.load(largest_ptr + block, mask=block * 2 * HALF < num_values, other=0.0)[:, None]
+    first = tl.load(levels_ptr + (packed >> 4)) * largest
+    second = tl.load(levels_ptr + (packed & 15)) * largest
+    dtype: tl.constexpr = y_ptr.dtype.element_ty
+    values = tl.reshape(tl.join(first.to(dtype), second.to(dtype)), (BLOCKS, 2 * HALF))
+    value = block[:, None] * (2 * HALF) + tl.arange(0, 2 * HALF)[None, :]
+    tl.store(y_ptr + value, values, mask=value < num_values)
+
+
+def dequantize_blocks(packed: Tensor, largest: Tensor, dtype: torch.dtype) -> Tensor:
+    """[n] of dtype from packed [n/2] and fp32 magnitudes [n/64] of whole blocks; contiguous, n at least 1."""
+    num_values, tile = 2 * len(packed), TILES(2 * len(packed))
+    y = torch.empty(num_values, dtype=dtype, device=packed.device)
+    _dequantize_blocks[(triton.cdiv(len(largest), tile.blocks),)](
+        packed, largest, levels(packed.device), y, num_values,
+        BLOCKS=tile.blocks, HALF=BLOCK // 2, num_warps=tile.num_warps, enable_fp_fusion=False,
+    )  # fmt: skip
+    return y

@@ -20,6 +20,7 @@ from kernels.attention.fused_blockwise import FusedBlockAttention
 from kernels.attention.sinks import with_sinks
 from models.config import ModelConfig
 from models.layers import rope
+from models.layers.as_served import Runs, runs_of, value_as_served
 from models.layers.context_attention import ContextAttention, runs_on_context
 from models.layers.dropout import Dropout
 from models.layers.linear import column_linear, fused_column_linear, row_linear
@@ -47,6 +48,7 @@ class Context(NamedTuple):
     tokens: Tensor | None = None  # [T of the residual stream] int64, their index in the sequence; None: 0, 1, ...
     aux_scale: Tensor | None = None  # 0-d, gradient of the training loss by auxiliary losses; filled by Decoder.forward
     cache: PagedCache | None = None  # in serving: keys and values of earlier tokens; None: those of this pass are all
+    runs: Runs | None = None  # without a cache, of a batch-invariant model: attend as with one (models/invariant.py)
 
 
 # What model.attention=auto takes: the first that can run. The one place where measurements decide (H200, bf16, heads of
@@ -141,12 +143,14 @@ def build_context(
     cut: Cut | None = None,
     cache: PagedCache | None = None,
     groups: ModelParallel = NO_GROUPS,
+    batch_invariant_rows: int | None = None,
 ) -> Context:
     """Tables and masks of a forward pass over sequences of seq_len; positions None: 0, 1, ... dtype: of activations.
 
     indices [T]: this rank has those tokens of each sequence; the others are on other ranks of groups, as
     `cut` says. With tensor parallelism slopes are those of this rank's heads. With a cache, seq_len is
-    that of the longest sequence.
+    that of the longest sequence. batch_invariant_rows: B, of a batch-invariant model (models/invariant.py); None: it
+    is an ordinary one.
     """
     if positions is None:
         positions = torch.arange(seq_len, device=device)[None]
@@ -155,7 +159,9 @@ def build_context(
     if cache is None:
         choice = choose_attention(config, device, dtype, documents=documents is not None, cp_method=cp_method)
         implementation = choice.name
-    slopes = alibi_slopes(config.num_heads, device) if config.positions == "alibi" else None
+    slopes = None if cache is None else cache.slopes
+    if slopes is None and config.positions == "alibi":
+        slopes = alibi_slopes(config.num_heads, device)
     if slopes is not None and groups.tp is not None:
         slopes = slopes.chunk(groups.tp.size())[groups.tp.get_local_rank()]
     if slopes is not None and cp_method is not None and groups.cp_ulysses is not None:
@@ -163,8 +169,12 @@ def build_context(
     cos = sin = None
     if config.positions == "rope":
         assert config.rotary_dim is not None  # resolved
-        cos, sin = rope.tables(config.rope, config.rotary_dim, positions, seq_len)
+        known, invariant = None if cache is None else cache.frequencies, batch_invariant_rows is not None
+        cos, sin = rope.tables(config.rope, config.rotary_dim, positions, seq_len, known, batch_invariant=invariant)
 
+    runs = None
+    if batch_invariant_rows is not None and cache is None:
+        runs = runs_of(batch_invariant_rows, seq_len, documents, device)
     in_blocks = cp_method is not None and groups.cp_ring is not None
 
     def build(window: int | None) -> Any:
@@ -190,6 +200,7 @@ def build_context(
         cut=cut,
         tokens=_residual_tokens(seq_len, indices, device, groups),
         cache=cache,
+        runs=runs,
     )
 
 
@@ -256,6 +267,10 @@ class Attention(nn.Module):
             q, k = rope.rotate(q, context.cos, context.sin), rope.rotate(k, context.cos, context.sin)
         if context.cache is not None:
             output = self._attend_cached(q, k, v, context)
+        elif context.runs is not None:
+            output = value_as_served(
+                lambda: self._attend(q, k, v, context), lambda: self._attend_cached(q, k, v, context)
+            )
         elif context.indices is None:
             output = self._attend(q, k, v, context)
         else:
@@ -272,9 +287,10 @@ class Attention(nn.Module):
     def _attend_cached(
         self, q: Tensor, k: Tensor, v: Tensor | None, context: Context, *, value_dim: int | None = None
     ) -> Tensor:
-        """`_attend` where earlier tokens are in a cache. v None: the first value_dim features of k."""
-        assert context.cache is not None
-        return context.cache.attend(
+        """`_attend` where tokens are in pages. v None: the first value_dim features of k."""
+        pages = context.runs if context.cache is None else context.cache
+        assert pages is not None
+        return pages.attend(
             self.layer,
             q,
             k,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from parallel.fused import Parts
+from parallel.fused import Parts, parts_by_kind
 from parallel.groups import ModelParallel
 from parallel.tensor import ColumnParallelLinear, ReplicatedLinear, RowParallelLinear
 
@@ -41,17 +41,17 @@ def fused_column_linear(
 def _take_apart(branch: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any, *, name: str) -> None:
     """A state dict of `branch` with the parts of its fused layer in place of it."""
     layer: Any = getattr(branch, name)
-    for kind, _ in layer.named_parameters(recurse=False):
+    for kind, parts in parts_by_kind(layer).items():
         if (tensor := state.pop(f"{prefix}{name}.{kind}", None)) is not None:
-            state.update({f"{prefix}{part}.{kind}": rows for part, rows in layer.parts.separate(tensor).items()})
+            state.update({f"{prefix}{part}.{kind}": rows for part, rows in parts.separate(tensor).items()})
 
 
 def _put_together(branch: nn.Module, state: dict[str, Any], prefix: str, *_rest: Any, name: str) -> None:
     """The reverse, before it is loaded; what is missing is reported as missing in the fused layer."""
     layer: Any = getattr(branch, name)
-    for kind, _ in layer.named_parameters(recurse=False):
-        names = [f"{prefix}{part}.{kind}" for part in layer.parts.rows]
-        if layer.parts.ranks == 1 and all(part in state for part in names):
+    for kind, parts in parts_by_kind(layer).items():
+        names = [f"{prefix}{part}.{kind}" for part in parts.rows]
+        if parts.ranks == 1 and all(part in state for part in names):
             state[f"{prefix}{name}.{kind}"] = torch.cat([state.pop(part) for part in names])
 
 

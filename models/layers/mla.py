@@ -16,8 +16,10 @@ import math
 import torch
 from torch import Tensor, nn
 
+from kernels.grouped_linear import grouped_linear
 from models.config import ModelConfig
 from models.layers import rope
+from models.layers.as_served import value_as_served
 from models.layers.attention import Attention, Context, make_sinks
 from models.layers.context_attention import ContextAttention
 from models.layers.dropout import Dropout
@@ -40,6 +42,8 @@ class LatentAttention(Attention):
 
     `queries`, `compress` and `expand` are apart so that inference can keep what lies between the last two.
     """
+
+    batch_invariant = False  # models/invariant.py
 
     def __init__(self, config: ModelConfig, layer: int, seed: int, groups: ModelParallel = NO_GROUPS) -> None:
         nn.Module.__init__(self)  # not Attention's, whose projections this one does not have
@@ -75,7 +79,14 @@ class LatentAttention(Attention):
         q = self.queries(x, context)
         if context.cache is not None:
             return self.o(self._attend_compressed(q, *self.compress(x, context), context).flatten(2))
-        k, v = self.expand(*self.compress(x, context))
+        compressed = self.compress(x, context)
+        if context.runs is not None:
+            output = value_as_served(
+                lambda: self._attend(q, *self.expand(*compressed), context),
+                lambda: self._attend_compressed(q, *compressed, context),
+            )
+            return self.o(output.flatten(2))
+        k, v = self.expand(*compressed)
         attend = self._attend if context.indices is None else self._attend_across
         return self.o(attend(q, k, v, context).flatten(2))
 
@@ -118,10 +129,20 @@ class LatentAttention(Attention):
         rows = local_shard(self.kv_b.weight, grad="sharded").unflatten(0, (-1, self.mla.nope_dim + self.mla.value_dim))
         w_k, w_v = rows.split([self.mla.nope_dim, self.mla.value_dim], dim=1)  # [H, N, R], [H, V, R]
         q_nope, q_rope = q.split([self.mla.nope_dim, self.mla.rope_dim], dim=-1)
-        q = torch.cat([torch.einsum("bthn,hnr->bthr", q_nope, w_k), q_rope], dim=-1)
+        q = torch.cat([self._by_head(q_nope, w_k.transpose(1, 2)), q_rope], dim=-1)
         k = torch.cat([latent[:, :, None], k_rope], dim=-1)
         output = self._attend_cached(q, k, None, context, value_dim=self.mla.kv_rank)
-        return torch.einsum("bthr,hvr->bthv", output, w_v)
+        return self._by_head(output, w_v)
+
+    def _by_head(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x [B, T, H, I] times weight [H, O, I], a matrix for each head: [B, T, H, O]."""
+        if not self.batch_invariant:
+            return torch.einsum("bthi,hoi->btho", x, weight)
+        B, T, H, _ = x.shape
+        ends = torch.arange(1, H + 1, dtype=torch.int32, device=x.device) * (B * T)
+        rows = x.permute(2, 0, 1, 3).flatten(0, 2)  # of head 0, then of head 1, ...
+        y = grouped_linear(rows, weight, ends, implementation="invariant")
+        return y.view(H, B, T, -1).permute(1, 2, 0, 3)
 
     def _rotate(self, x: Tensor, context: Context) -> Tensor:
         """Turn x [B, T, heads, P]. Interleaved pairs come out as halves, in queries and keys alike: scores stay."""

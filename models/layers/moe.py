@@ -75,7 +75,8 @@ class MoE(nn.Module):
 class Experts(nn.Module):
     """E gated feed-forward networks whose weights are stacked; over ep, E/R of them are here (parallel/expert.py).
 
-    Over tp each is cut by its inner features, and the result is a summand.
+    Over tp each is cut by its inner features, and the result is a summand. Where the ranks of ep have the same tokens
+    (ModelParallel.tokens_alike), what the experts of one make of them is a summand as well.
     """
 
     def __init__(self, config: ModelConfig, groups: ModelParallel = NO_GROUPS) -> None:
@@ -83,7 +84,7 @@ class Experts(nn.Module):
         hidden, inner = config.hidden_size, config.moe.intermediate_size
         self.num_experts = config.moe.num_experts
         self.ep = None if groups.experts is None else Axis.of(groups.experts["ep"])
-        self.ep_buffer = groups.ep_buffer
+        self.ep_buffer, self.tokens_alike = groups.ep_buffer, groups.tokens_alike
         self.activation = ACTIVATION_FUNCTIONS[config.activation]
         self.gate = GroupedLinear(self.num_experts, hidden, inner, cut_dim=OUT_FEATURES, groups=groups)
         self.up = GroupedLinear(self.num_experts, hidden, inner, cut_dim=OUT_FEATURES, groups=groups)
@@ -95,6 +96,8 @@ class Experts(nn.Module):
         limit: how often an expert is chosen at most; None: not known. Also returns 0-d fp32, the number of choices that
         found no room on their way over ep: unless it is 0, the result is not to be used.
         """
+        if self.ep is not None and self.tokens_alike:
+            return self._of_experts_here(x, experts, weights, self.ep), torch.zeros((), device=x.device)
         permutation = sort_by_expert(experts, self.num_experts)
         rows = permute(x, permutation)
         left_over = torch.zeros((), device=x.device)
@@ -105,6 +108,12 @@ class Experts(nn.Module):
                 rows, permutation.ends, self._room(rows.shape[0], experts.shape[1], limit)
             )
         return unpermute(rows, weights, permutation), left_over
+
+    def _of_experts_here(self, x: Tensor, experts: Tensor, weights: Tensor, ep: Axis) -> Tensor:
+        """`forward` with the choices that fell on this rank's experts; the sum over ep is that of all."""
+        num_here = self.num_experts // ep.size
+        permutation = sort_by_expert(experts - ep.rank * num_here, num_here)  # outside of these: no expert
+        return unpermute(self._compute(permute(x, permutation), permutation.ends), weights, permutation)
 
     def _compute(self, rows: Tensor, ends: Tensor) -> Tensor:
         """rows [N, D] through the experts here, sorted by expert and ending before ends [number of them]; or 0."""
@@ -138,6 +147,7 @@ class GroupedLinear(Deferring):
         self, num_experts: int, in_features: int, out_features: int, *, cut_dim: int, groups: ModelParallel = NO_GROUPS
     ) -> None:
         super().__init__()
+        self.implementation: str | None = None  # of grouped_linear; models/invariant.py sets it
         shape = (num_experts, out_features, in_features)
         mesh = groups.tp if groups.experts is None else groups.experts
         if mesh is None:
@@ -151,7 +161,8 @@ class GroupedLinear(Deferring):
         """rows [N, in], sorted by expert, those of expert e ending before ends[e] (int32 [E]). Returns [N, out]."""
         if self.weight_gradients is not None:
             return self._deferring(rows, ends)
-        return grouped_linear(rows, local_shard(self.weight, grad="sharded"), ends)
+        weight = local_shard(self.weight, grad="sharded")
+        return grouped_linear(rows, weight, ends, implementation=self.implementation)
 
     @torch.compiler.disable(reason=OUTSIDE)
     def _deferring(self, rows: Tensor, ends: Tensor) -> Tensor:

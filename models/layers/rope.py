@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from kernels.rows import each_row_off_gpu
 from models.config import RopeConfig
 
 
@@ -30,11 +31,25 @@ def frequencies(rope: RopeConfig, head_dim: int, seq_len: int) -> tuple[Tensor, 
     return inverse, 1.0
 
 
-def tables(rope: RopeConfig, head_dim: int, positions: Tensor, seq_len: int) -> tuple[Tensor, Tensor]:
-    """cos and sin for positions [B or 1, T]: two fp32 tensors [B or 1, T, 1, head_dim / 2]."""
-    inverse, factor = frequencies(rope, head_dim, seq_len)
+def tables(
+    rope: RopeConfig,
+    head_dim: int,
+    positions: Tensor,
+    seq_len: int,
+    known: tuple[Tensor, float] | None = None,
+    *,
+    batch_invariant: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """cos and sin for positions [B or 1, T]: two fp32 tensors [B or 1, T, 1, head_dim / 2].
+
+    known: `frequencies`, where somebody has kept them on the device. batch_invariant: a position's bits do not depend
+    on the others (models/invariant.py).
+    """
+    inverse, factor = frequencies(rope, head_dim, seq_len) if known is None else known
     inverse = inverse.to(positions.device, non_blocking=True)  # a blocking copy would wait for the device's queue
     angles = positions.to(torch.float32)[..., None, None] * inverse
+    if batch_invariant:
+        return each_row_off_gpu(torch.cos, angles) * factor, each_row_off_gpu(torch.sin, angles) * factor
     return angles.cos() * factor, angles.sin() * factor
 
 

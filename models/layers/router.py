@@ -10,6 +10,8 @@ B batch, T tokens here, S tokens of the sequence, D hidden_size, E experts, k ex
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -66,6 +68,10 @@ class Router(nn.Module):
         self.cp = None if groups.cp is None else Axis.of(groups.cp)
         bias = torch.zeros(config.moe.num_experts, dtype=torch.float32) if config.moe.router == "sigmoid" else None
         self.register_buffer("bias", bias)
+        # models/invariant.py replaces these
+        self.product: Callable[[Tensor, Tensor], Tensor] = F.linear
+        sigmoid = config.moe.router == "sigmoid"
+        self.score: Callable[[Tensor], Tensor] = torch.sigmoid if sigmoid else partial(torch.softmax, dim=-1)
         self.seed, self.site = seed, f"blocks.{layer}.router"
         self.max_seq_len = config.max_seq_len
 
@@ -84,8 +90,8 @@ class Router(nn.Module):
         """
         cp = None if indices is None else self.cp
         seq_len = x.shape[1] * (1 if cp is None else cp.size)
-        logits = F.linear(x.float(), local_shard(self.weight, grad="partial").float())
-        scores = logits.sigmoid() if self.moe.router == "sigmoid" else logits.softmax(-1)
+        logits = self.product(x.float(), local_shard(self.weight, grad="partial").float())
+        scores = self.score(logits)
         with torch.no_grad():
             experts = self._eligible(scores).topk(self.moe.top_k, dim=-1).indices
         weights = scores.gather(-1, experts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,12 @@ def balance(layer_costs: Sequence[float], num_stages: int, *, first: float = 0.0
     num_layers = len(layer_costs)
     if num_layers < num_stages:
         raise ValueError(f"{num_layers} layers do not fill {num_stages} stages")
+    return list(_balance(tuple(layer_costs), num_stages, first, last))
+
+
+@lru_cache(maxsize=128)  # a search of layouts asks for the same ones many times
+def _balance(layer_costs: tuple[float, ...], num_stages: int, first: float, last: float) -> tuple[int, ...]:
+    num_layers = len(layer_costs)
     before = [0.0]
     for cost in layer_costs:
         before.append(before[-1] + cost)
@@ -62,4 +69,4 @@ def balance(layer_costs: Sequence[float], num_stages: int, *, first: float = 0.0
         size = best[k][left][1] if k else left
         sizes.append(size)
         left -= size
-    return sizes[::-1]
+    return tuple(sizes[::-1])

@@ -57,7 +57,7 @@ def draw(schedule: Schedule, planned: Timeline, executed: Sequence[Sequence[Exec
         (above, planned, "planned", "forwards of an average stage (F = I = W)"),
         (below, ran, "executed", "milliseconds"),
     ):
-        _draw_rows(axes, timeline, schedule.owner)
+        draw_rows(axes, timeline, schedule.owner)
         axes.set_title(f"{what}: {timeline.bubble:.0%} idle")
         axes.set_xlabel(unit)
     kinds = [kind for kind in Kind if any(action.kind is kind for _, action in planned.computations)]
@@ -80,7 +80,8 @@ def _timeline_of(executed: Sequence[Sequence[Executed]]) -> Timeline:
     return Timeline(tuple(sorted(spans, key=lambda span: span.end)), len(executed))
 
 
-def _draw_rows(axes: Axes, timeline: Timeline, owner: Sequence[int]) -> None:
+def draw_rows(axes: Axes, timeline: Timeline, owner: Sequence[int]) -> None:
+    """A row per rank; owner: the rank of each stage."""
     from matplotlib.patches import Rectangle
 
     on_rank = [[stage for stage, rank in enumerate(owner) if rank == row] for row in range(timeline.num_ranks)]

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.breakdown import kind_of, main, profile_of, trace_path
+from benchmarks.breakdown import main
+from trainer.breakdown import kind_of, profile_of, sentence, trace_path
 
 
 def kernel(name: str, begin: float, end: float, *, cat: str = "kernel") -> dict[str, Any]:
@@ -17,7 +18,7 @@ def kernel(name: str, begin: float, end: float, *, cat: str = "kernel") -> dict[
 
 
 def write_trace(run_dir: Path, events: list[dict[str, Any]]) -> None:
-    path = trace_path(run_dir, 0)
+    path = trace_path(run_dir, 0, step=3)
     path.parent.mkdir(parents=True)
     with gzip.open(path, "wt") as file:
         json.dump({"traceEvents": [{"ph": "M", "name": "process_name"}, *events]}, file)
@@ -47,6 +48,7 @@ def test_time_is_computed_exposed_or_idle(tmp_path: Path) -> None:
     assert found["kinds_ms"] == pytest.approx(kinds)
     assert [row["kind"] for row in found["kernels"]] == ["communication", "attention"]
     assert found["kernels"][0]["calls_per_step"] == 0.5
+    assert sentence(found).startswith("5.0 ms a step: attention 25%, ")
 
 
 @pytest.mark.parametrize(
@@ -66,7 +68,27 @@ def test_kernels_are_told_apart_by_their_names(name: str, kind: str) -> None:
 def test_a_run_without_a_trace_of_a_gpu_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A division by zero for the trace of a CPU run."""
     assert main([str(tmp_path)]) == 2
-    assert "train with logging.profile_steps" in capsys.readouterr().err
+    assert "train with train.profile.steps" in capsys.readouterr().err
     write_trace(tmp_path, [kernel("train_step", 0, 10, cat="user_annotation")])
     assert main([str(tmp_path)]) == 2
     assert "1 steps and 0 kernels" in capsys.readouterr().err
+
+
+def test_operations_of_a_cpu_do_not_count_what_they_call(tmp_path: Path) -> None:
+    """A product counted in the layer that calls it as well. One step, in microseconds, and an operation of a worker."""
+
+    def operation(name: str, begin: float, end: float, thread: int = 1) -> dict[str, Any]:
+        return {**kernel(name, begin, end, cat="cpu_op"), "tid": thread}
+
+    step = {**kernel("train_step", 0, 10_000, cat="user_annotation"), "tid": 1}
+    within = [
+        operation("aten::linear", 1000, 6000),
+        operation("aten::t", 1000, 1500),
+        operation("aten::mm", 2000, 5000),
+    ]
+    beside = [operation("aten::mul", 7000, 8000), operation("aten::mul", 2000, 9000, thread=2)]
+    write_trace(tmp_path, [step, *within, *beside])
+    found = profile_of(tmp_path)
+    assert found["step_ms"] == pytest.approx(10.0)
+    assert found["kinds_ms"] == pytest.approx({"matrix_products": 1.5 + 3.0, "memory_bound": 0.5 + 1.0})
+    assert found["python_ms"] == pytest.approx(4.0)

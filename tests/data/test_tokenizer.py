@@ -116,3 +116,19 @@ def test_a_tokenizer_is_trained_on_the_source_once(tmp_path, monkeypatch):
     write_jsonl(tmp_path / "a.jsonl", texts(51))
     with pytest.raises(TypeError):
         load_tokenizer(config)
+
+
+def test_bytes_of_tokens_are_the_bytes_of_the_text():
+    """A character that lies across tokens shown as question marks; a blank that a decoder drops in front."""
+    text = " one\n\u00e9t\u00e9 \u65e5\u672c <|x|>"
+    byte_level = train_bpe(iter(["one two"]), 270)
+    assert b"".join(map(byte_level.token_bytes, byte_level.encode(text))) == text.encode()
+    assert byte_level.token_bytes(byte_level.eos_id) == END_OF_TEXT.encode()
+    pieces = {"<end>": 0, "\u2581one": 1, "\u2581": 2, "x": 3} | {f"<0x{byte:02X}>": 4 + byte for byte in range(256)}
+    core = tokenizers.Tokenizer(models.BPE(pieces, [], byte_fallback=True))
+    core.decoder = tokenizers.decoders.Sequence(
+        [tokenizers.decoders.Replace("\u2581", " "), tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()]
+    )
+    sentences = Tokenizer(core, eos_token="<end>", bos_token=None)
+    assert [sentences.token_bytes(i) for i in (1, 2, 3, 4 + 0xE9)] == [b" one", b" ", b"x", b"\xe9"]
+    assert sentences.token_bytes(9999) == b""

@@ -109,7 +109,15 @@ def reference(ranks: RankPool, corpus: DataConfig, tmp_path_factory: pytest.Temp
     return config, run_on(ranks, 1, config)
 
 
-FP8: dict[str, Any] = {"precision__compute": "fp8", "model__intermediate_size": 64}  # sizes are multiples of 16
+FP8: dict[str, Any] = {
+    "precision__compute": "fp8",
+    "model__intermediate_size": 64,  # sizes are multiples of 16
+    # The first token of a document in step 9 has next to nothing in the residual stream but its embedding: a tenth of
+    # the others' root mean square, which four norms divide by, one behind the other. Rounding to fp8 decides whether
+    # its gradient is as large as all others' together or five times that; clipping would take that much off every
+    # update there is, and losses would part by 1.1e-2 from then on.
+    "train__grad_clip": 0.0,
+}
 INT8 = {"optim__state_dtype": "int8", "model__hidden_size": 256}  # rows are whole blocks
 BUDGET = {"model__activation_checkpoint": "budget", "model__activation_memory_gib": 2e-4}
 
@@ -218,13 +226,17 @@ def test_one_gpu_trains_like_the_cpu(
 
 
 def _tolerance(options: dict[str, Any]) -> float:
-    """Of losses. In fp8 and with int8 moments twice or more what other roundings do on the CPU: other attention, other
-    micro-batches."""
+    """Of losses. In fp8 and with int8 moments twice or more what other roundings do on the CPU.
+
+    fp8: of 72 runs (four recipes; other micro-batches, other attention, and for 14 seeds one more rounding of attention
+    to bf16 with products that are 2^-13 of their sum of |a||b| off, as a GPU's are) 65 deviate by up to 1e-3 and the
+    others by up to 3.3e-3, in the step, and by the loss, of the one token that FP8 tells of.
+    """
     if options.get("optim__state_dtype") == "int8":
         return 4e-2  # measured 1.9e-2
     compute = options.get("precision__compute", "fp32")
     if compute == "fp8":
-        return 1e-2  # measured 4e-3
+        return 7e-3
     # Muon's iteration runs in bf16 on CUDA.
     return 3e-2 if compute in ("bf16", "fp16") or options.get("optim__name") == "muon" else 1e-4
 

@@ -45,6 +45,6 @@ def run_preempting(
             requests.append(engine.add(waiting.pop(0), sampling))
         running = engine.scheduler.running
         if running and chance.random() < 0.5:
-            engine.scheduler.preempt(chance.choice(running))
+            engine.preempt(chance.choice(running))
         completions |= {d.request: d.completion for d in engine.step() if d.completion is not None}
     return [completions[request] for request in requests]

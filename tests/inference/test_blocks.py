@@ -31,15 +31,17 @@ class Pages:
             here, there = (self.device, self.host) if to_host else (self.host, self.device)
             there[target] = dict(here[source])
         written: Counter[tuple[int, int]] = Counter()
-        for sequence, count in step.chunks:
-            assert count > 0
-            for place in range(sequence.num_computed, sequence.num_computed + count):
+        for chunk in step.chunks:
+            sequence = chunk.sequence
+            assert chunk.num_tokens > 0
+            for place in range(chunk.first, chunk.end):
                 block, offset = sequence.blocks[place // self.size], place % self.size
                 written[block, offset] += 1
                 self.device[block][offset] = tuple(sequence.tokens[: place + 1])
         assert not written or max(written.values()) == 1
-        for sequence, count in step.chunks:
-            for place in range(sequence.num_computed + count):
+        for chunk in step.chunks:
+            sequence = chunk.sequence
+            for place in range(chunk.end):
                 block, offset = sequence.blocks[place // self.size], place % self.size
                 assert self.device[block][offset] == tuple(sequence.tokens[: place + 1])
 
@@ -58,7 +60,7 @@ def check_books(scheduler: Scheduler, host_blocks: int) -> None:
 
 
 def sequence_of(number: int, tokens: list[int]) -> Sequence:
-    return Sequence(number, tokens, len(tokens), SamplingConfig(), seed=0, max_tokens=1, text=None)
+    return Sequence(number, tokens, len(tokens), SamplingConfig(), seed=0, max_tokens=10**6, text=None)
 
 
 @settings(max_examples=120, deadline=None, derandomize=True)
@@ -116,10 +118,10 @@ def test_no_block_is_lost_or_overwritten_whatever_is_preempted(
         assert len(scheduler.running) <= max_sequences
         pages.run(step)
         for chunk in step.chunks:
-            sequence, samples = chunk.sequence, chunk.samples
-            sequence.num_computed += chunk.num_tokens
+            sequence = chunk.sequence
+            sequence.num_computed = chunk.end
             blocks.keep(sequence)
-            if samples:
+            if chunk.samples:
                 sequence.tokens.append(chance.randint(0, 1))
                 if len(sequence.tokens) == ends[sequence.number] or chance.random() < 0.02:
                     scheduler.finish(sequence)
@@ -184,3 +186,20 @@ def test_what_was_used_last_stays_longest_and_ends_go_before_beginnings() -> Non
     assert blocks.start(old)
     assert old.num_computed == 1
     assert old.status is Status.WAITING  # the scheduler's business
+
+
+def test_blocks_that_a_prompt_in_chunks_has_already_are_not_taken_for_free_ones() -> None:
+    """A sequence that gives way while its token is computed: a prompt holds blocks that its next chunk does not need,
+    and they made up for those that another sequence lacks."""
+    config = EngineConfig(block_size=4, num_blocks=5, max_sequences=2, max_batch_tokens=5, prefix_cache=False)
+    scheduler = Scheduler(config, BlockManager(5, 4, prefix_cache=False))
+    for tokens in ([1] * 3, [2] * 15):
+        sampling = SamplingConfig()
+        scheduler.add(Sequence(0, tokens, len(tokens), sampling, seed=0, max_tokens=9, text=None))
+    for expected in (False, False, True):  # the first decodes its 4th token, then its 5th, with no block free
+        assert scheduler.must_know_tokens() is expected
+        if not expected:
+            for chunk in scheduler.schedule().chunks:
+                chunk.sequence.num_computed = chunk.end
+                chunk.sequence.tokens += [1] * chunk.samples
+    assert scheduler.blocks.num_free == 0

@@ -208,9 +208,40 @@ def test_a_request_that_cannot_be_served_is_refused(
         ({"max_batch_tokens": 2}, "engine.max_batch_tokens=2 is below engine.max_sequences=4"),
         ({"chunked_prefill": False}, "engine.max_batch_tokens=9 is below engine.max_seq_len=32"),
         ({"block_size": 0}, "engine.block_size=0 must be at least 1"),
+        ({"num_blocks": 10**14}, "no memory for engine.num_blocks=10{14} blocks on cpu; use less engine.num_blocks"),
+        ({"host_blocks": 10**14}, "no memory for engine.host_blocks=10{14} blocks in host memory"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(model: Decoder, changes: dict[str, Any], says: str) -> None:
     """A sequence that waits for ever for blocks there are not."""
     with pytest.raises(ValueError, match=says):
         Engine(model, replace(SMALL, **changes))
+
+
+def test_a_step_that_was_launched_early_changes_nothing(model: Decoder) -> None:
+    """A token behind the end of a document given out, penalties that look at a token that is not known yet, or a
+    request that is dropped while it is computed and leaves blocks behind."""
+    prompts = prompts_of([3, 8, 13, 5], shared=2)
+    penalties = SamplingConfig(temperature=0.7, seed=2, max_tokens=7, repetition_penalty=1.3, frequency_penalty=0.2)
+    for sampling in (SamplingConfig(temperature=0.9, seed=1, max_tokens=12), penalties):
+        (seen, known) = (Engine(model, replace(SMALL, overlap=overlap)) for overlap in (True, False))
+        plain = known.generate(prompts, sampling)
+        ends = [plain[0].token_ids[3]]  # some token that occurs ends documents now
+        seen.eos_ids = known.eos_ids = frozenset(ends)
+        expected, found = (engine.generate(prompts, sampling) for engine in (known, seen))
+        assert [c.token_ids for c in found] == [c.token_ids for c in expected]
+        assert [c.finish_reason for c in found] == [c.finish_reason for c in expected]
+        assert "stop" in {c.finish_reason for c in found}
+        request, other = (seen.add(prompt, sampling) for prompt in prompts[:2])
+        seen.step()
+        seen.abort(request)
+        deltas = [delta for _ in range(20) for delta in seen.step()]
+        assert {delta.request for delta in deltas} == {other}
+        assert seen.blocks.num_free == seen.blocks.num_blocks
+
+
+def test_results_are_read_one_step_later(model: Decoder) -> None:
+    """An engine that waits for each step all the same."""
+    engine = Engine(model, replace(SMALL, overlap=True))
+    engine.add([1, 2], SamplingConfig(temperature=0.0, max_tokens=3))
+    assert [len(engine.step()) for _ in range(4)] == [0, 1, 1, 1]

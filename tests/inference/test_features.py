@@ -6,16 +6,22 @@ import random
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
 
+from inference.batch import pack, unpack
 from inference.config import EngineConfig
 from inference.engine import Engine
+from inference.graphs import StepGraphs
+from inference.runner import ModelRunner
+from inference.scheduler import Chunk
 from kernels.backend import interpreted
 from models.config import ModelConfig, RopeConfig
 from models.decoder import Decoder
 from models.layers.attention import build_context
+from models.layers.paged_cache import Fresh
 from models.moe_config import MoEConfig
 from tests.inference.greedy import GREEDY, by_the_whole_model, prompts_of, run_preempting
 from tests.models.small import random_decoder, tiny
@@ -58,6 +64,7 @@ def combination(seed: int) -> EngineConfig:
         chunked_prefill=chunked,
         prefix_cache=chance.random() < 0.5,
         preemption=chance.choice(["recompute", "swap"]),
+        overlap=chance.random() < 0.6,
     )
 
 
@@ -135,16 +142,65 @@ def test_the_kernels_give_the_tokens_of_their_references() -> None:
     assert [completion.token_ids for completion in found] == [completion.token_ids for completion in expected]
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "triton"])
+@pytest.mark.parametrize("name", MODELS)
+def test_prompts_that_begin_in_a_step_give_the_tokens_of_pages(
+    name: str, attention: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On CUDA they attend to themselves, one by one or as documents, and not through pages: a prompt that sees its
+    neighbour, chunks that are taken for beginnings, results in another order. Here the references do the same."""
+    monkeypatch.setattr("inference.runner.LONG_PROMPT", 1)
+    begun: list[tuple[int, int]] = []  # sequences of a step that begin in it, and all
+
+    def counted(self: ModelRunner, chunks: list[Chunk]) -> Fresh | None:
+        fresh = given(self, chunks)
+        begun.append((0 if fresh is None else len(fresh.ends), len(chunks)))
+        return fresh
+
+    given = ModelRunner._fresh
+    monkeypatch.setattr(ModelRunner, "_fresh", counted)
+    config = EngineConfig(block_size=4, max_batch_tokens=26, max_sequences=4, num_blocks=20, prefix_cache=False)
+    engine = Engine(served(name), config)
+    engine.runner._prompt_attention = attention
+    completions = run_preempting(engine, prompts_of(LENGTHS, shared=SHARED), GREEDY, seed=3, late=3)
+    assert [completion.token_ids for completion in completions] == expected(name)
+    assert any(few > 1 for few, _ in begun)
+    assert any(0 < few < all_of_them for few, all_of_them in begun)
+
+
+class Uncaptured(StepGraphs):
+    """Pads as graphs do, and computes without them."""
+
+    def run(self, inputs: torch.Tensor, size: tuple[int, int], *, decodes: bool) -> Any:
+        self.sizes_run = {*getattr(self, "sizes_run", ()), (decodes, *size)}
+        return self._forwards[decodes](inputs, size[0])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_padded_steps_give_the_tokens_of_steps_as_they_are(name: str) -> None:
+    """What is captured by graphs: padding that writes into somebody's page, is attended to or takes a place among the
+    results; a step with prompts whose sequences are fewer than the graph's."""
+    engine = Engine(served(name), EngineConfig(block_size=4, max_batch_tokens=40, max_sequences=7))
+    runner = engine.runner
+    runner.graphs = Uncaptured(runner._decode, runner._mixed, 7, 40)
+    completions = run_preempting(engine, prompts_of(LENGTHS, shared=SHARED), GREEDY, seed=5, late=3)
+    assert [completion.token_ids for completion in completions] == expected(name)
+    assert {decodes for decodes, *_ in runner.graphs.sizes_run} == {True, False}
+    assert engine.blocks.num_free == engine.blocks.num_blocks
+
+
 @torch.no_grad()
 def test_a_block_that_is_served_compiles_into_one_graph() -> None:
     """A number read on the host inside the model: no graph of the whole, and a wait in every layer."""
-    torch._dynamo.reset()
     model = random_decoder(MODELS["sinks_and_windows"]())
     engine = Engine(model, EngineConfig(block_size=4))
     for prompt in prompts_of([3, 5]):
         engine.add(prompt, GREEDY)
-    cache, tokens, positions = engine.runner._batch(engine.scheduler.schedule().chunks)
-    x = model.embedding(tokens)  # type: ignore[misc]
+    chunks = engine.scheduler.schedule().chunks
+    rows = engine.runner._tables.rows([chunk.sequence for chunk in chunks])
+    batch = unpack(pack(chunks, rows, nobody=engine.runner._tables.nobody), len(chunks))
+    cache, positions = engine.runner._cache(batch), batch.positions[None]
+    x = model.embedding(batch.tokens[None])  # type: ignore[misc]
     context = build_context(
         model.config,
         seq_len=cache.max_seq_len,

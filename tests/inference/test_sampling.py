@@ -136,6 +136,19 @@ def test_draws_have_the_distribution_they_are_of() -> None:
     assert chi_square(counts, wrong) > 29.9
 
 
+@pytest.mark.parametrize("temperature", [1e-300, 1e-45, 1e-39, 9e-7])
+@pytest.mark.parametrize("top_k", [0, 5])
+def test_a_temperature_close_to_0_is_greedy(temperature: float, top_k: int) -> None:
+    """Logits over such a temperature are infinite, their softmax NaN, and the token the last of the vocabulary."""
+    logits = 9.0 * logits_of(3).float()
+    rows = [row([1], temperature=temperature, top_k=top_k), row([1], temperature=1.0), row([1], temperature=0.0)]
+    found = sample(logits, settings_of(rows, vocab_size=logits.shape[1], device=logits.device))
+    greedy = logits.argmax(-1)
+    assert found.tokens[[0, 2]].tolist() == greedy[[0, 2]].tolist()
+    alone = sample(logits[:1], settings_of(rows[:1], vocab_size=logits.shape[1], device=logits.device))
+    assert alone.tokens.tolist() == greedy[:1].tolist()
+
+
 def test_log_probabilities_are_the_models_own() -> None:
     """Those of the filtered distribution: a trainer would compute others for the same tokens."""
     logits = logits_of(6)

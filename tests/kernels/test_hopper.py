@@ -173,7 +173,9 @@ def attention_launches() -> Launches:
 
 
 def serving_launches() -> Launches:
-    from kernels.paged_attention import paged_attention, write_pages
+    from kernels.paged_attention import paged_attention, rotate_and_write, write_pages
+    from kernels.sampling import sample_tokens
+    from kernels.skinny_linear import add_skinny_linear, skinny_linear
 
     def table(*shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.int32)
@@ -183,8 +185,17 @@ def serving_launches() -> Launches:
         q = bf16(queries, 32, 128)
         yield (
             f"paged {name}",
-            lambda q=q: paged_attention(  # type: ignore[misc]
-                q, pages, pages, table(128, 512), table(129), table(128), window=1024, sinks=torch.zeros(32)
+            lambda q=q, decodes=name == "decode": paged_attention(  # type: ignore[misc]
+                q,
+                pages,
+                pages,
+                table(128, 512),
+                table(129),
+                table(128),
+                window=1024,
+                sinks=torch.zeros(32),
+                decodes=decodes,
+                splits=4 if decodes else 1,
             ),
         )
     latents = bf16(64, 16, 1, 576)
@@ -195,7 +206,30 @@ def serving_launches() -> Launches:
         ),
     )
     token = bf16(128, 8, 128)
-    yield "write pages", lambda: write_pages(pages, pages, token, token, torch.zeros(128, dtype=torch.int64))
+    slots = torch.zeros(128, dtype=torch.int64)
+    yield "write pages", lambda: write_pages(pages, pages, token, token, slots)
+    turns = torch.empty(1, 128, 1, 64)
+    norm = bf16(128)
+    yield (
+        "rotate and write",
+        lambda: rotate_and_write(
+            bf16(128, 48, 128), pages, pages, slots, cos=turns, sin=turns, q_weight=norm, k_weight=norm, eps=1e-6
+        ),
+    )
+    for rows in (1, 3):
+        x, h, inner = bf16(rows, 4096), bf16(rows, 14336), bf16(2 * 14336, 4096)
+        yield f"skinny linear {rows}", lambda x=x: skinny_linear(x, bf16(6144, 4096), norm_weight=bf16(4096), eps=1e-5)  # type: ignore[misc]
+        yield (
+            f"skinny gated {rows}",
+            lambda x=x, w=inner: skinny_linear(x, w, norm_weight=bf16(4096), eps=1e-5, gated=True),  # type: ignore[misc]
+        )
+        yield f"skinny residual {rows}", lambda x=x, h=h: skinny_linear(h, bf16(4096, 14336), residual=x)  # type: ignore[misc]
+        wide, both = bf16(rows, 8192), bf16(1024, 8192)
+        yield (
+            f"skinny added {rows}",
+            lambda x=wide, w=both: add_skinny_linear(x, x, w, norm_weight=bf16(8192), eps=1e-5, gated=True),  # type: ignore[misc]
+        )
+    yield "sample", lambda: sample_tokens(bf16(128, 128256), torch.ones(128), slots)
 
 
 def launches() -> Launches:

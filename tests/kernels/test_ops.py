@@ -217,7 +217,6 @@ def test_its_custom_ops_are_proper(case: Case) -> None:
 @each_case
 def test_it_compiles_into_one_graph(case: Case) -> None:
     """A graph break, or a fake result of another shape, dtype or stride than the real one."""
-    torch._dynamo.reset()  # partials share the code that dynamo counts recompilations of
     inputs = inputs_of(case, case.shapes[0], torch.float32)
     compiled = torch.compile(case.op, backend="aot_eager", fullgraph=True, dynamic=False)
     expected = evaluate(case.op, case, inputs)

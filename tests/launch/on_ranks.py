@@ -11,7 +11,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 import trainer.convert
+from launch.lab import lab
+from models.hf_files import TensorFolder
 from trainer.checkpoint import TensorReader
+from trainer.config import ConfigError
 from trainer.convert import Exported, export_checkpoint
 
 
@@ -66,3 +69,24 @@ def export_here(source: Path, out: Path, dtype: torch.dtype | None = None) -> Ex
 
 def import_here(source: Path, out: Path, dtype: torch.dtype = torch.float32) -> Path:
     return trainer.convert.import_folder(source, out, dtype=dtype)
+
+
+def lab_and_watch(arguments: list[str]) -> tuple[str, int]:
+    """Run the lab. Returns what it refused, and the elements of Hugging Face files that this rank read."""
+    elements = 0
+    read = TensorFolder.read
+
+    def watched(folder: TensorFolder, name: str, region: tuple[slice, ...]) -> Tensor:
+        nonlocal elements
+        tensor = read(folder, name, region)
+        elements += tensor.numel()
+        return tensor
+
+    TensorFolder.read = watched  # type: ignore[method-assign]
+    try:
+        lab(arguments)
+    except ConfigError as error:
+        return str(error), elements
+    finally:
+        TensorFolder.read = read  # type: ignore[method-assign]
+    return "", elements

@@ -153,6 +153,19 @@ def test_a_block_compiles_without_a_graph_break(attention: str) -> None:
             torch.testing.assert_close(compiled(x, context=context), block(x, context=context))
 
 
+@pytest.mark.interpreter
+def test_a_compiled_block_takes_a_batch_of_other_shapes() -> None:
+    """A check of sizes that raises once dynamo traces the batch as a symbol: a shorter last batch ended such runs."""
+    model = random_decoder(tiny(attention="triton", sliding_window=5, sliding_window_layers=[0])).train()
+    compiled = torch.compile(model.blocks[0], fullgraph=True, backend="eager")
+    with interpreted():
+        for rows, packed in ((3, False), (2, False), (2, True), (4, True)):
+            x = torch.randn(rows, 19, 24)
+            documents, positions = documents_and_positions(rows) if packed else (None, None)
+            context = context_of(model, x, positions=positions, documents=documents)
+            torch.testing.assert_close(compiled(x, context=context), model.blocks[0](x, context=context))
+
+
 def test_the_head_that_is_passed_in_gets_hidden_states_and_the_right_weight() -> None:
     """A fused loss that multiplies by the wrong table."""
     for tied in (True, False):

@@ -1,123 +1,53 @@
 """`make parity`: train the cross product of the axes, compare each layout with one process, write docs/COMPOSES.md.
 
-The product is of pipeline, tensor, context and expert parallelism and the ZeRO stages; the other features take turns.
-A run takes most of an hour on two cores. Its measurements are in docs/composes.json from the first layout on: --resume
-takes them as they are and trains what is missing, --write-only trains nothing. Exits 1 if a layout deviates.
+About 14,000 CPU seconds, two hours on two cores. Its measurements are in docs/composes.json from the first layout on:
+--resume takes them as they are and trains what is missing, --write-only trains nothing. On a machine with more cores,
+parts run side by side, each with ranks of its own; a part that was killed is started again and goes on:
+
+    python -m tests.parity.compose --part 1/6 --out parts/1.jsonl     (and 2/6 to 6/6)
+    python -m tests.parity.compose --merge parts/*.jsonl
+
+Exits 1 if a layout deviates or is missing.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
-import json
-import platform
 import random
-import subprocess
 import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
+# Imported before ranks are forked, or each would import it again: most of it is what the first torch.compile takes.
 import torch
+import torch._dynamo.testing
+import torch._inductor.compile_fx
+import torch.distributed.fsdp
+import torch.distributed.tensor
 
-from data.config import DataConfig
-from models.moe_config import MoEConfig
-from tests.parity.compare import GRADIENT, LOSS, WEIGHTS, Comparison
-from tests.parity.harness import changed, text_corpus
-from tests.parity.lattice import (
-    FEATURES,
-    LAYOUT_FEATURES,
-    STEPS,
-    WORLD_SIZE,
-    Layout,
-    Legality,
-    Pair,
-    base_config,
-    cost,
-    default,
-    models,
-    name_of,
-    read_layouts,
-    refused_pairs,
-)
+from tests.parity.compare import Comparison
+from tests.parity.cross_product import cross_product
+from tests.parity.harness import text_corpus
+from tests.parity.lattice import Layout, cpu_seconds, model_of, models, name_of, refused_pairs, some_legality
+from tests.parity.measurements import ROOT, PartFile, Record, load, load_made_with, made_here, merge, save
+from tests.parity.page import PAGE, page
 from tests.pool import RankError, RankPool
-from trainer.config import ConfigError, TrainConfig
-from trainer.validate import finalize
 
-ROOT = Path(__file__).resolve().parents[2]
-PAGE = ROOT / "docs" / "COMPOSES.md"
-MEASURED = ROOT / "docs" / "composes.json"
-CROSSED = ("pipeline", "tensor", "context", "expert", "zero")
 SIDE_BY_SIDE = 2
 """Layouts in training at a time: the ranks of one spend half of their time waiting for each other."""
-OTHERS: list[dict[str, Any]] = [
-    {"parallel__cpu_offload": True, "parallel__zero_stage": 1},
-    {"parallel__cpu_offload": True, "parallel__zero_stage": 3, "optim__state_dtype": "bf16"},
-    {"precision__compute": "bf16", "precision__master": "bf16", "optim__name": "muon"},
-    {"precision__compute": "bf16", "precision__master": "bf16", "parallel__zero_stage": 3},
-    {"optim__state_dtype": "int8", "optim__name": "muon"},
-    {"optim__state_dtype": "int8", "model__hidden_size": 256, "model__intermediate_size": 256, "parallel__tp": 2},
-    {"precision__compute": "fp8", "parallel__pp": 2, "parallel__pp_schedule": "zero_bubble"},
-    {"precision__compute": "fp8", "model__activation_checkpoint": "budget", "model__activation_memory_gib": 1.0},
-    {"parallel__cp": 2, "model__activation_checkpoint": "budget", "model__activation_memory_gib": 1.0},
-    {"model__moe": MoEConfig(num_experts=4, intermediate_size=24), "model__activation_checkpoint": "budget",
-     "model__activation_memory_gib": 1.0},
-    {"model__attention": "flex", "model__activation_checkpoint": "budget", "model__activation_memory_gib": 1.0},
-    {"parallel__cp": 2, "model__attention": "flex"},
-    {"parallel__cp": 2, "model__attention": "sdpa"},
-    {"parallel__cp": 2, "train__compile": True, "model__activation_checkpoint": "selective"},
-    {"model__attention": "sdpa", "model__attention_sinks": True},
-    {"model__attention": "sdpa", "model__attention_dropout": 0.1},
-    {"parallel__sequence_parallel": True},
-]  # fmt: skip
-"""Settings beside FEATURES that do not go together."""
-ELSEWHERE = {
-    "Muon on every axis": "tests/parity/test_tensor_parallel.py (qwen), tests/parity/test_expert_axes.py (deepseek)",
-    "fp8": "tests/parity/test_fp8.py",
-    "offload, HSDP, AdamW on the host": "tests/parity/test_data_parallel.py",
-    "activation memory budget": "tests/parity/test_activation_budget.py",
-    "resuming on another layout": "tests/parity/test_resume.py",
-    "moments in 8 bits": "tests/trainer/test_adamw_kernel.py",
-    "validation, sampling, routers' metrics": "tests/parity/test_expert_axes.py (sigmoid)",
-}
-COMPILED_EVERY = 16
-"""Compiling on eight ranks takes several times what training does."""
+PATIENCE = 600.0
+"""Seconds that a layout may take: with parts side by side, compiling on eight ranks takes a minute."""
 
 
-def cross_product(legality: Legality) -> tuple[list[Layout], int]:
-    """Every legal combination of CROSSED; the others take turns. Also how many combinations are refused.
-
-    Where a turn is refused, the next one is taken.
-    """
-    rest = [name for name in LAYOUT_FEATURES if name not in (*CROSSED, "compile")]
-    settings = (dict(zip(rest, values, strict=True)) for values in itertools.product(*(FEATURES[n] for n in rest)))
-    product = [model | setting for setting in settings for model in models()]
-    random.Random(0).shuffle(product)
-    eager, compiled = FEATURES["compile"]
-    turns = (
-        turn | {"compile": eager if number % COMPILED_EVERY else compiled}
-        for number, turn in enumerate(itertools.cycle(product))
-    )
-    layouts, refused = [], 0
-    for values in itertools.product(*(FEATURES[name] for name in CROSSED)):
-        crossed = dict(zip(CROSSED, values, strict=True))
-        candidates = (crossed | next(turns) for _ in range(40))
-        complete = ({name: candidate[name] for name in FEATURES} for candidate in candidates)
-        legal = list(itertools.islice((layout for layout in complete if not legality.problems(layout)), 3))
-        if legal:
-            layouts.append(min(legal, key=cost))
-        else:
-            refused += 1
-    return layouts, refused
-
-
-def measure(layouts: list[Layout], records: list[dict[str, Any]], made_with: list[dict[str, str]]) -> None:
-    """Train and compare each layout; adds one record each, and saves all."""
-    pools = [RankPool() for _ in range(SIDE_BY_SIDE)]  # before there are threads, because they are forked
+def measure(layouts: list[Layout], keep: Callable[[Record], None], *, side_by_side: int) -> None:
+    """Train each layout, compare it, and keep its record."""
+    torch.set_num_threads(1)
+    pools = [RankPool() for _ in range(side_by_side)]  # before there are threads, because they are forked
     waiting = enumerate(layouts, 1)
     turn = threading.Lock()
 
@@ -130,190 +60,107 @@ def measure(layouts: list[Layout], records: list[dict[str, Any]], made_with: lis
             started = time.monotonic()
             record = _measure_one(comparison, layout)
             with turn:
-                records.append(record)
-                save(records, made_with)
+                keep(record)
                 verdict = "; ".join(record["problems"]) or "ok"
                 seconds = time.monotonic() - started
                 print(f"{number}/{len(layouts)} {name_of(layout)}: {verdict} ({seconds:.1f} s)", flush=True)
 
-    with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(SIDE_BY_SIDE) as threads:
+    with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(side_by_side) as threads:
         corpus = text_corpus(Path(name))
-        folders = [Path(name) / str(i) for i in range(SIDE_BY_SIDE)]
-        comparisons = [Comparison(ranks, corpus, folder) for ranks, folder in zip(pools, folders, strict=True)]
+        folders = [Path(name) / str(i) for i in range(side_by_side)]
+        comparisons = [
+            Comparison(ranks, corpus, folder, timeout=PATIENCE) for ranks, folder in zip(pools, folders, strict=True)
+        ]
         for done in [threads.submit(work, comparison) for comparison in comparisons]:
             done.result()
     for ranks in pools:
         ranks.close()
 
 
-def _measure_one(comparison: Comparison, layout: Layout) -> dict[str, Any]:
-    record: dict[str, Any] = {"layout": layout}
-    try:
-        deviation = comparison.deviation(layout)
-        return record | asdict(deviation) | {"problems": deviation.problems()}
-    except RankError as error:
-        return record | {"problems": [str(error).strip().splitlines()[-1]]}
-
-
-def save(records: list[dict[str, Any]], made_with: list[dict[str, str]]) -> None:
-    """docs/composes.json, a line per layout."""
-    compact = [json.dumps(record | {"layout": list(record["layout"].values())}) for record in records]
-    head = f'{{"made_with": {json.dumps(made_with)},\n"layouts": [\n'
-    MEASURED.write_text(head + ",\n".join(compact) + "\n]}\n")
-
-
-def load() -> list[dict[str, Any]]:
-    """The records that `save` wrote."""
-    records = json.loads(MEASURED.read_text())["layouts"]
-    return [record | {"layout": dict(zip(FEATURES, record["layout"], strict=True))} for record in records]
-
-
-def load_made_with() -> list[dict[str, str]]:
-    """With which torch, and from which commit, the records were measured: the newest last."""
-    made_with: list[dict[str, str]] = json.loads(MEASURED.read_text())["made_with"]
-    return made_with
-
-
-def made_here() -> dict[str, str]:
-    """What a measurement that is made now is made with."""
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-
-    changes = ", with changes" if git("status", "--porcelain", "--untracked-files=no") else ""
-    commit = git("rev-parse", "HEAD") + changes
-    return {"python": platform.python_version(), "torch": torch.__version__, "commit": commit}
-
-
-def page(
-    records: list[dict[str, Any]], num_legal: int, num_refused: int, refused: dict[Pair, str], legality: Legality
-) -> str:
-    """docs/COMPOSES.md."""
-    good = [r for r in records if not r["problems"]]
-    lines = [
-        "# What composes",
-        "",
-        "Written by `make parity` (tests/parity/compose.py). A layout composes if it trains the model that one process "
-        f"trains: {STEPS} steps in fp32 on {WORLD_SIZE} ranks, losses to {LOSS:.0e} relative, first gradients to "
-        f"{GRADIENT:.0e} of their tensor's maximum, final weights within {WEIGHTS:g} times what another order of "
-        "sums does in one process.",
-        "",
-        f"The cross product of {', '.join(CROSSED[:-1])} and {CROSSED[-1]} has {num_legal} legal layouts on "
-        f"{WORLD_SIZE} ranks ({num_refused} combinations are refused, most because their degrees do not fit); the "
-        f"other features take turns in them. Of these {len(records)} were trained, and **{len(good)} of {len(records)} "
-        "train the same model**" + (f"; largest deviations: {_largest(good)}." if good else "."),
-        "",
-        "Measured with " + "; ".join(f"torch {m['torch']} at commit {m['commit']}" for m in load_made_with()) + ".",
-        "",
-        f"{len(read_layouts())} layouts that show every pair below are tests in CI (the last table names each): "
-        "`pytest tests/parity/test_lattice.py`.",
-        "",
-        "## Pairs of features",
-        "",
-        "Each row is a value of a feature, each column another feature: `all` of its values compose, or all but those "
-        "named, which are refused for the reason of that number.",
-        "",
-    ]
-    reasons: list[str] = []
-    lines += _matrix(refused, reasons)
-    lines += ["", "## Refused, and why", ""]
-    lines += [f"{number}. {reason}" for number, reason in enumerate(reasons, 1)]
-    lines += ["", "## Refused for three features or more", ""]
-    lines += [
-        f"Besides, of {WORLD_SIZE} ranks, everything whose degrees together do not divide them (such as pp2, tp2 and "
-        "ring(2)xulysses(2)), and:",
-        "",
-    ]
-    lines += [f"- {' with '.join(values)}: {reason}" for values, reason in refused_triples(legality, refused)]
-    lines += ["", "## Refused beside these features", "", "What validation says to a run that asks for each.", ""]
-    lines += [f"- {reason}" for reason in other_refusals(legality.base)]
-    bad = [r for r in records if r["problems"]]
-    if bad:
-        lines += ["", "## Layouts that deviate", ""]
-        lines += [f"- `{name_of(r['layout'])}`: {'; '.join(r['problems'])}" for r in bad]
-    lines += ["", "## Layouts in CI", "", "Each row is a test: `pytest 'tests/parity/test_lattice.py::"
-              "test_a_layout_trains_the_same_model[ID]'`.", ""]  # fmt: skip
-    lines += ["| id | " + " | ".join(FEATURES) + " |", "|---" * (len(FEATURES) + 1) + "|"]
-    lines += [f"| {name_of(layout)} | " + " | ".join(layout.values()) + " |" for layout in read_layouts()]
-    lines += ["", "## Tests of what the table does not cross", ""]
-    lines += [f"- {what}: `{test}`" for what, test in ELSEWHERE.items()]
-    return "\n".join(lines) + "\n"
-
-
-def refused_triples(legality: Legality, refused: dict[Pair, str]) -> list[tuple[tuple[str, ...], str]]:
-    """Values of three of LAYOUT_FEATURES that do not go together, though any two of them do, with the reason.
-
-    Those whose degrees do not divide the ranks, which are many and alike, are left out.
-    """
-    either = set(refused) | {(second, first) for first, second in refused}
-    found = []
-    for names in itertools.combinations([name for name in LAYOUT_FEATURES if name != "microbatch"], 3):
-        for chosen in itertools.product(*(list(FEATURES[name])[1:] for name in names)):
-            fixed = dict(zip(names, chosen, strict=True))
-            layout = default() | {"model": "experts"} | fixed
-            problems = legality.problems(layout)
-            if problems and not either.intersection(itertools.combinations(fixed.items(), 2)):
-                reasons = [p for p in problems if "processes" not in p and "does not divide parallel.dp_shard" not in p]
-                found += [(chosen, legality.with_advice(layout, reason)) for reason in reasons]
-    return found
-
-
-def other_refusals(base: TrainConfig) -> list[str]:
-    """What validation says to each of OTHERS."""
-    lines = []
-    for changes in OTHERS:
+def _measure_one(comparison: Comparison, layout: Layout) -> Record:
+    record: Record = {"layout": layout}
+    while True:
         try:
-            finalize(changed(base, Path("unused"), **changes), world_size=WORLD_SIZE)
-        except ConfigError as error:
-            lines.append(error.problems[0])
-        else:
-            raise AssertionError(f"{changes} is not refused")
-    return lines
+            deviation = comparison.deviation(layout)
+            return record | asdict(deviation) | {"problems": deviation.problems()}
+        except RankError as error:
+            last = str(error).strip().splitlines()[-1]
+            if not last.endswith("died") or "died" in record:
+                return record | {"problems": [last]}
+            record["died"] = last  # of no error that Python saw: once more, and the page says so
 
 
-def _largest(records: list[dict[str, Any]]) -> str:
-    loss, gradient, weights = (max(r[name] for r in records) for name in ("loss", "gradient", "weights"))
-    return f"loss {loss:.1e}, gradient {gradient:.1e}, weights {weights:.2f} times"
+def part_of(layouts: list[Layout], number: int, num_parts: int) -> list[Layout]:
+    """The layouts of a part, 1 to num_parts, each of about the same CPU time.
 
-
-def _matrix(refused: dict[Pair, str], reasons: list[str]) -> list[str]:
-    either = refused | {(second, first): why for (first, second), why in refused.items()}
-    lines = ["| | " + " | ".join(FEATURES) + " |", "|---" * (len(FEATURES) + 1) + "|"]
-    for feature, values in FEATURES.items():
-        for value in values:
-            cells = []
-            for other, others in FEATURES.items():
-                without = []
-                for second in others:
-                    why = either.get(((feature, value), (other, second)))
-                    if why is not None:
-                        if why not in reasons:
-                            reasons.append(why)
-                        without.append(f"{second} ({reasons.index(why) + 1})")
-                cells.append("" if other == feature else "all but " + ", ".join(without) if without else "all")
-            lines.append(f"| **{feature}** {value} | " + " | ".join(cells) + " |")
-    return lines
+    Those of a model are together, since each model is trained by one process first, in many orders.
+    """
+    ordered = sorted(layouts, key=lambda layout: models().index(model_of(layout)))
+    share = sum(map(cpu_seconds, layouts)) / num_parts
+    part, before = [], 0.0
+    for layout in ordered:
+        middle = before + cpu_seconds(layout) / 2
+        if int(middle / share) + 1 == number:
+            part.append(layout)
+        before += cpu_seconds(layout)
+    return part
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--resume", action="store_true", help="go on after the layouts in docs/composes.json")
     parser.add_argument("--write-only", action="store_true", help="write the page from docs/composes.json")
+    parser.add_argument("--part", type=_part, metavar="I/N", help="train one of N parts; needs --out")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="of a part; what it has already is not trained again")
+    parser.add_argument("--merge", type=Path, nargs="+", metavar="FILE", help="write json and page from these parts")
     options = parser.parse_args()
-    legality = Legality(base_config(Path("unused"), DataConfig(source="text", path=__file__)))
+    if (options.part is None) != (options.out is None):
+        parser.error("--part and --out go together")
+    legality = some_legality()
     layouts, num_refused = cross_product(legality)
     random.Random(1).shuffle(layouts)  # stopped early, it has seen something of everything
-    records = load() if options.resume or options.write_only else []
-    made_with = load_made_with() if options.resume or options.write_only else []
-    if not options.write_only:
+    if options.part is not None:
+        return _train_part(part_of(layouts, *options.part), options.out)
+    if options.merge:
+        records, made_with = merge(options.merge)
+        records.sort(key=lambda record: layouts.index(record["layout"]))
+        save(records, made_with)
+    else:
+        keep_all = options.resume or options.write_only
+        records, made_with = (load(), load_made_with()) if keep_all else ([], [])
+    missing = [layout for layout in layouts if layout not in [record["layout"] for record in records]]
+    if not (options.merge or options.write_only):
         if made_here() not in made_with:
             made_with.append(made_here())
-        known = [record["layout"] for record in records]
-        measure([layout for layout in layouts if layout not in known], records, made_with)
-    PAGE.write_text(page(records, len(layouts), num_refused, refused_pairs(legality), legality))
-    bad = [name_of(r["layout"]) for r in records if r["problems"]]
-    print(f"{len(records)} layouts, {len(bad)} deviate; {PAGE.relative_to(ROOT)}")
+
+        def keep(record: Record) -> None:
+            records.append(record)
+            save(records, made_with)
+
+        measure(missing, keep, side_by_side=SIDE_BY_SIDE)
+        missing = []
+    PAGE.write_text(page(records, made_with, len(layouts), num_refused, refused_pairs(legality), legality))
+    bad = [name_of(record["layout"]) for record in records if record["problems"]]
+    print(f"{len(records)} layouts, {len(bad)} deviate, {len(missing)} are missing; {PAGE.relative_to(ROOT)}")
+    return 1 if bad or missing else 0
+
+
+def _train_part(layouts: list[Layout], path: Path) -> int:
+    file = PartFile(path)
+    missing = [layout for layout in layouts if layout not in [record["layout"] for record in file.records]]
+    seconds = sum(map(cpu_seconds, missing))
+    print(f"{path}: {len(missing)} of {len(layouts)} layouts to train, about {seconds:.0f} CPU seconds", flush=True)
+    measure(missing, file.add, side_by_side=1)
+    bad = [name_of(record["layout"]) for record in file.records if record["problems"]]
+    print(f"{path}: {len(file.records)} of {len(layouts)} layouts, {len(bad)} deviate", flush=True)
     return 1 if bad else 0
+
+
+def _part(text: str) -> tuple[int, int]:
+    number, _, num_parts = text.partition("/")
+    if not (number.isdecimal() and num_parts.isdecimal() and 1 <= int(number) <= int(num_parts)):
+        raise argparse.ArgumentTypeError(f"{text} is no part; 2/6 is the second of six")
+    return int(number), int(num_parts)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from importlib import import_module
 from types import SimpleNamespace
@@ -19,11 +19,14 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.distributed.fsdp._fully_shard import _fsdp_collectives as of_fsdp
 from torch.fx import GraphModule
 
+from data.batch import Batch
 from models.layers.dropout import Dropout
 from parallel import activation_checkpoint, collectives, parallelize
 from parallel.data import DataParallel
 from tests.parity.harness import Outcome, run_here
 from trainer.config import TrainConfig
+from trainer.pipelined import PipelinedPasses
+from trainer.step import PlainPasses, forward_loss_sum
 
 Fault = list[tuple[Any, str, Callable[[Any], Any]]]
 """Where, the name of what is replaced, and what makes the replacement from it."""
@@ -87,6 +90,41 @@ def _only_first_values(true: Callable[..., None]) -> Callable[..., None]:
     return publish
 
 
+# ---- accumulation over micro-batches
+
+
+def _gradients_times(factor: Callable[[Batch, Sequence[Batch]], float]) -> Callable[[Any], Any]:
+    """Of each micro-batch, in a plain step or in a pipeline's last stage; losses are as they were."""
+
+    def fault(true: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def backward(self: Any, state: Any, microbatches: list[Batch], per_token: Tensor) -> Tensor:
+            def forward(state: Any, batch: Batch, **kwargs: Any) -> Tensor:
+                result = forward_loss_sum(state, batch, **kwargs)
+                if kwargs.get("stage") is None or kwargs["stage"].is_last:
+                    result.register_hook(lambda grad: grad * factor(batch, microbatches))
+                return result
+
+            with patch("trainer.step.forward_loss_sum", forward), patch("trainer.pipelined.forward_loss_sum", forward):
+                return true(self, state, microbatches, per_token)
+
+        return backward
+
+    return fault
+
+
+def _alike(batch: Batch, microbatches: Sequence[Batch]) -> float:
+    """Each has the same weight, whatever its size: the mean over micro-batches of their means."""
+    return sum(len(b.tokens) for b in microbatches) / len(microbatches) / len(batch.tokens)
+
+
+def _without_the_last(batch: Batch, microbatches: Sequence[Batch]) -> float:
+    return 0.0 if batch is microbatches[-1] else 1.0
+
+
+def _twice_the_first(batch: Batch, microbatches: Sequence[Batch]) -> float:
+    return 2.0 if batch is microbatches[0] else 1.0
+
+
 # ---- activation checkpointing
 
 
@@ -143,6 +181,10 @@ def _compiled_by(backend: Any) -> Callable[[Any], Any]:
     return lambda true: lambda block, **options: true(block, **options | {"backend": backend})
 
 
+def _of_each_pass(fault: Callable[[Any], Any]) -> Fault:
+    return [(passes, "backward", fault) for passes in (PlainPasses, PipelinedPasses)]
+
+
 FAULTS: dict[str, Fault] = {
     "nothing": [],
     "replicas not summed": [(dist, "all_reduce", _not_of_data_parallelism)],
@@ -155,6 +197,9 @@ FAULTS: dict[str, Fault] = {
         (of_fsdp.DefaultAllGather, "__call__", _slices_of_the_rank_before),
     ],
     "nothing published": [(stage, "publish", _only_first_values) for stage in DataParallel.__subclasses__()],
+    "micro-batches weighted alike": _of_each_pass(_gradients_times(_alike)),
+    "a micro-batch dropped": _of_each_pass(_gradients_times(_without_the_last)),
+    "a micro-batch counted twice": _of_each_pass(_gradients_times(_twice_the_first)),
     "another mask recomputed": [(Dropout, "_drop", _another_mask)],
     "another input recomputed": [(activation_checkpoint, "checkpoint", _another_input)],
     "returned elsewhere": [("torch.autograd.graph", "save_on_cpu", _returned_elsewhere)],

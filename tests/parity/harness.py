@@ -8,19 +8,20 @@ order of sums as layouts do,
 
     in the micro-batches (sums over tokens, grouped otherwise),
     in the order of the samples of a global batch (the same sums, begun elsewhere),
-    and, where an axis cuts what is computed of a token, in the sums over features, taken in parts.
+    and, where an axis cuts what is computed of a token, in the sums over features, taken in parts (of linear layers
+    and of experts alike).
 
-The last counts for most: one weight whose gradient is 1e-8 of its tensor's largest decides the maximum, and the sums
-over features move it several times as far as those over tokens: by 1e-5 in one order and 1e-4 in the next, so it takes
-several to know how far.
+The last counts for most: one weight whose first gradient is 1e-6 of its tensor's largest or less decides the maximum,
+and the sums over features move it several times as far as those over tokens: by 1e-5 in one order and 1e-4 in the next,
+so it takes several to know how far.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,7 +35,9 @@ from torch.nn import functional
 
 from data.config import DataConfig, TokenizerConfig
 from data.reader import Slice
+from kernels.grouped_linear import grouped_linear, input_gradient, weight_gradient
 from models.config import ModelConfig
+from models.layers import moe
 from parallel.dims import ParallelConfig
 from parallel.fused import separate
 from parallel.regions import Located, Piece, local_region, local_tensor
@@ -281,16 +284,14 @@ def make_reference(
 ) -> Reference:
     """Train on one process, and again with sums in other orders; arguments as of `References`."""
     outcome = comparable(run_on(ranks, 1, config))
-    own = config.train.micro_batch_size
-    orders: list[tuple[str, dict[str, Any], int]] = [
-        *((f"split-{m}", {"train__micro_batch_size": m}, 0) for m in splits),
-        *((f"parts-{n}-{m}", {"train__micro_batch_size": m}, n) for n in feature_parts for m in (own, splits[0])),
-        ("turned", {"train__micro_batch_size": splits[0]}, -1),
-    ]
+    own, split = config.train.micro_batch_size, splits[0]
+    orders = [_Order(size) for size in splits] + [_Order(split, turned=True)]
+    orders += [order for n in feature_parts for order in (_Order(own, parts=n), _Order(split, parts=n, turned=True))]
     sensitivity = 0.0
-    for name, changes, parts in orders:
-        other_config = changed(config, Path(f"{config.run.dir}-{name}"), **changes)
-        other = ranks.run(1, _run_in_another_order, other_config, parts)[0]
+    for order in orders:
+        name = "-".join(map(str, order))
+        other_config = changed(config, Path(f"{config.run.dir}-{name}"), train__micro_batch_size=order.micro_batch_size)
+        other = ranks.run(1, _run_in_another_order, other_config, order)[0]
         assert other is not None
         other = comparable(other)
         # A perturbation that is more than rounding would make room for errors.
@@ -308,11 +309,20 @@ def assert_same_model(outcome: Outcome, reference: Reference) -> None:
     assert weight_deviation(outcome, reference.outcome) <= 2 * reference.sensitivity
 
 
-def _run_in_another_order(config: TrainConfig, parts: int) -> Outcome | None:
-    """parts > 0: of sums over features; -1: the samples of a global batch from its last to its first."""
-    if not parts:
-        return run_here(config)
-    with _features_in_parts(parts) if parts > 0 else _samples_turned_round():
+class _Order(NamedTuple):
+    """Of the sums of a run."""
+
+    micro_batch_size: int
+    parts: int = 1  # of sums over features
+    turned: bool = False  # the samples of a global batch from its last to its first
+
+
+def _run_in_another_order(config: TrainConfig, order: _Order) -> Outcome | None:
+    with ExitStack() as stack:
+        if order.turned:
+            stack.enter_context(_samples_turned_round())
+        if order.parts > 1:
+            stack.enter_context(_features_in_parts(order.parts))
         return run_here(config)
 
 
@@ -325,13 +335,19 @@ def _samples_turned_round() -> AbstractContextManager[Any]:
     return mock.patch.object(Slice, "numbers", turned)
 
 
-def _features_in_parts(parts: int) -> AbstractContextManager[Any]:
+@contextmanager
+def _features_in_parts(parts: int) -> Iterator[None]:
     """Matrix products summed as under tensor parallelism: in parts over features in, backward over those out."""
 
     def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return _InParts.apply(x, weight, bias, parts)
 
-    return mock.patch.object(functional, "linear", linear)
+    def grouped(x: Tensor, weight: Tensor, ends: Tensor, *, implementation: str | None) -> Tensor:
+        assert implementation is None, "what is summed in parts is summed as the chosen one does"
+        return _GroupedInParts.apply(x, weight, ends, parts)
+
+    with mock.patch.object(functional, "linear", linear), mock.patch.object(moe, "grouped_linear", grouped):
+        yield
 
 
 class _InParts(torch.autograd.Function):
@@ -348,3 +364,18 @@ class _InParts(torch.autograd.Function):
         grad_x = sum(g @ w for g, w in zip(grad.chunk(ctx.parts, -1), weight.chunk(ctx.parts, 0), strict=True))
         rows = grad.flatten(0, -2)
         return grad_x, rows.T @ x.flatten(0, -2), rows.sum(0) if ctx.biased else None, None
+
+
+class _GroupedInParts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, ends: Tensor, parts: int) -> Tensor:
+        ctx.save_for_backward(x, weight, ends)
+        ctx.parts = parts
+        pairs = zip(x.chunk(parts, 1), weight.chunk(parts, 2), strict=True)
+        return sum(grouped_linear(a, w, ends) for a, w in pairs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, ends = ctx.saved_tensors
+        pairs = zip(grad.chunk(ctx.parts, 1), weight.chunk(ctx.parts, 1), strict=True)
+        return sum(input_gradient(g, w, ends) for g, w in pairs), weight_gradient(grad, x, ends), None, None

@@ -7,10 +7,12 @@ changes (a test says so).
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
 import itertools
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,8 @@ from data.config import DataConfig
 from models.mla_config import MLAConfig
 from models.moe_config import MoEConfig, RoutingConfig
 from models.mtp_config import MTPConfig
-from tests.parity.harness import changed, tiny_config
-from trainer.config import TrainConfig
+from tests.parity.harness import tiny_config
+from trainer.config import RunConfig, TrainConfig
 from trainer.validate import find_problems, with_legal_advice
 
 WORLD_SIZE = 8
@@ -66,6 +68,8 @@ MODEL_FEATURES: dict[str, dict[str, Changes]] = {
         "documents": {"data__mask_documents": True},
         "window": {"model__sliding_window": 7},
     },
+    # Fewer key/value heads than ranks of tp, which then share them.
+    "heads": {"grouped": {}, "one_kv": {"model__num_kv_heads": 1}},
 }
 LAYOUT_FEATURES: dict[str, dict[str, Changes]] = {
     "zero": {f"zero{stage}": {"parallel__zero_stage": stage} for stage in (0, 1, 2, 3)},
@@ -100,8 +104,21 @@ LAYOUT_FEATURES: dict[str, dict[str, Changes]] = {
         "selective": {"model__activation_checkpoint": "selective"},
     },
     "compile": {"none": {}, "aot_eager": {"train__compile": True, "train__compile_backend": "aot_eager"}},
+    # Rows to experts of other ranks: in buffers of a constant size, here always enough; compiled blocks have no other
+    # way, and others send as many as there are.
+    "rows": {"auto": {}, "buffers": {"parallel__ep_buffer": 2.0}},
+    "chunks": {"whole": {}, "chunks2": {"parallel__sp_chunks": 2}},
 }
 FEATURES = MODEL_FEATURES | LAYOUT_FEATURES
+"""precision.reduce is none: beside compute in fp32 it has no other value."""
+NEEDED: list[Layout] = [
+    dict(itertools.chain.from_iterable(values))
+    for n in range(4)
+    for values in itertools.combinations(
+        [[("model", "experts")], [("tensor", "tp2+sp")], [("expert", "ep2"), ("model", "experts")]], n
+    )
+]
+"""Values that other features need, as experts' axis needs experts: none of them, and all combinations."""
 
 Pair = tuple[tuple[str, str], tuple[str, str]]
 
@@ -112,11 +129,14 @@ def base_config(folder: Path, data: DataConfig) -> TrainConfig:
 
 
 def config_of(layout: Layout, base: TrainConfig, run_dir: Path) -> TrainConfig:
-    """The configuration of a layout, or of some features of one."""
-    changes: Changes = {}
+    """The configuration of a layout, or of some features of one. What it does not change, it shares with the base."""
+    groups: dict[str, Any] = {"run": RunConfig(dir=str(run_dir))}
     for feature, value in layout.items():
-        changes |= FEATURES[feature][value]
-    return changed(base, run_dir, **changes)
+        for key, setting in FEATURES[feature][value].items():
+            group, name = key.split("__")
+            assert hasattr(getattr(base, group), name), key
+            setattr(groups.setdefault(group, copy.copy(getattr(base, group))), name, setting)
+    return replace(base, **groups)
 
 
 def model_of(layout: Layout) -> Layout:
@@ -145,6 +165,11 @@ class Legality:
         return with_legal_advice(problem, list(self.problems(layout)), config, WORLD_SIZE)
 
 
+def some_legality() -> Legality:
+    """For a base that is not there: nothing is trained."""
+    return Legality(base_config(Path("unused"), DataConfig(source="text", path=__file__)))
+
+
 def all_pairs() -> list[Pair]:
     """Every two values of two features."""
     return [
@@ -167,12 +192,20 @@ def default() -> Layout:
 
 @functools.cache
 def models() -> tuple[Layout, ...]:
-    """Few models that show every two values of MODEL_FEATURES: each costs runs of one process to compare with."""
+    """Few models that show every two values of MODEL_FEATURES that go together: each costs runs of one process to
+    compare with."""
+    legality = some_legality()
     every = [dict(zip(MODEL_FEATURES, values, strict=True)) for values in itertools.product(*MODEL_FEATURES.values())]
+    every = [model for model in every if not legality.problems(default() | model)]
+    return min((_covering(every, random.Random(seed)) for seed in range(40)), key=len)
+
+
+def _covering(every: list[Layout], draw: random.Random) -> tuple[Layout, ...]:
+    """Models that show every two values: always the one with most that are new, of several one drawn."""
     chosen: list[Layout] = []
     missing = set().union(*(pairs_of(model) for model in every))
     while missing:
-        chosen.append(max(every, key=lambda model: len(pairs_of(model) & missing)))
+        chosen.append(max(draw.sample(every, len(every)), key=lambda model: len(pairs_of(model) & missing)))
         missing -= pairs_of(chosen[-1])
     return tuple(chosen)
 
@@ -182,13 +215,14 @@ def _models_with(fixed: Layout) -> list[Layout]:
 
 
 def _random_layout(fixed: Layout, draw: random.Random) -> Layout:
-    fixed = draw.choice(_models_with(fixed)) | fixed
-    # Each feature is absent half of the time: eight ranks have room for three axes of two.
-    layout = {}
-    for feature, values in FEATURES.items():
-        names = list(values)
-        layout[feature] = fixed.get(feature) or (names[0] if draw.random() < 0.5 else draw.choice(names))
-    return layout
+    """With these values, a model of `models` that has them, and what they need half of the time or more."""
+    fixed = draw.choice(_models_with(fixed) or [{}]) | fixed
+    plain = default() | draw.choice(NEEDED)
+    # Each feature is plain half of the time: eight ranks have room for three axes of two.
+    return {
+        feature: fixed.get(feature) or (plain[feature] if draw.random() < 0.5 else draw.choice(list(values)))
+        for feature, values in FEATURES.items()
+    }
 
 
 def refused_pairs(legality: Legality) -> dict[Pair, str]:
@@ -197,8 +231,7 @@ def refused_pairs(legality: Legality) -> dict[Pair, str]:
     draw = random.Random(1)
     for pair in all_pairs():
         fixed = dict(pair)
-        plain = default() | fixed
-        candidates = itertools.chain([plain], (_random_layout(fixed, draw) for _ in range(60)))
+        candidates = itertools.chain([plainest(fixed, legality)], (_random_layout(fixed, draw) for _ in range(60)))
         if not any(not legality.problems(candidate) for candidate in candidates):
             refused[pair] = _reason(pair, legality)
     return refused
@@ -209,43 +242,41 @@ def _reason(pair: Pair, legality: Legality) -> str:
     alone: set[str] = set()
     together = default()
     for name, value in pair:
-        plainest = _plainest(name, value, legality)
-        alone |= set(legality.problems(plainest))
-        together |= {feature: v for feature, v in plainest.items() if v != default()[feature]}
+        plain = plainest({name: value}, legality)
+        alone |= set(legality.problems(plain))
+        together |= {feature: v for feature, v in plain.items() if v != default()[feature]}
     layout = together | dict(pair)
     problems = legality.problems(layout)
     return legality.with_advice(layout, next((problem for problem in problems if problem not in alone), problems[0]))
 
 
-def _plainest(name: str, value: str, legality: Legality) -> Layout:
-    """A layout with this value that is legal, with one other feature where it needs one, as experts' axis needs
-    experts."""
-    plain = default() | {name: value}
-    others = (plain | {other: v} for other, values in FEATURES.items() if other != name for v in values)
-    return next((layout for layout in (plain, *others) if not legality.problems(layout)), plain)
+def plainest(fixed: Layout, legality: Legality) -> Layout:
+    """A layout with these values that is legal, with few others; if there is none, an illegal one."""
+    plain = [default() | needed | fixed for needed in NEEDED]
+    return next((layout for layout in plain if not legality.problems(layout)), plain[0])
 
 
-def cost(layout: Layout) -> float:
-    """Of a layout, about, in micro-batches of a rank: ranks that share samples all work on all of these."""
+def cpu_seconds(layout: Layout) -> float:
+    """Of training a layout, about, all ranks together; of thirty that were measured most lie within a third of it."""
     changes: Changes = {}
     for feature in LAYOUT_FEATURES:
         changes |= FEATURES[feature][layout[feature]]
     tp, pp, cp = (changes.get(f"parallel__{axis}", 1) for axis in ("tp", "pp", "cp"))
+    # Ranks that share samples all work on all of these.
     samples = SHAPE["train__global_batch_size"] * tp * pp * cp / WORLD_SIZE
     micro_batches = samples / changes["train__micro_batch_size"] / pp
     sequence = 2 if changes.get("parallel__sequence_parallel") else 1
     recomputed = {"none": 1, "full": 1.5, "selective": 2}[layout["checkpointing"]]
-    total = micro_batches * sequence * (2 if cp > 1 else 1) * recomputed
+    seconds = 5 + micro_batches * sequence * (2 if cp > 1 else 1) * recomputed / 2
     if layout["compile"] != "none":
         # Graphs of a rank: for each kind of block and each size of a micro-batch (3 leaves one of 2).
         graphs = (2 if layout["option"] == "mtp" else 1) * (2 if layout["microbatch"] == "3" else 1)
-        total += 4 * graphs * sequence * recomputed
-    return total
+        seconds += 8 * graphs + (22 if layout["model"] == "experts" else 0)
+    return seconds
 
 
-def choose_layouts(base: TrainConfig) -> list[Layout]:
+def choose_layouts(legality: Legality) -> list[Layout]:
     """At least MIN_LAYOUTS legal layouts that show every pair which is not refused: greedily, the same every time."""
-    legality = Legality(base)
     refused = refused_pairs(legality)
     missing = set(all_pairs()) - set(refused)
     draw = random.Random(0)
@@ -253,13 +284,12 @@ def choose_layouts(base: TrainConfig) -> list[Layout]:
 
     def worth(layout: Layout) -> float:
         """New pairs; the cheaper of two with as many."""
-        return len(pairs_of(layout) & missing) - cost(layout) / 3
+        return len(pairs_of(layout) & missing) - cpu_seconds(layout) / 5
 
     def add(fixed: Layout, *, candidates: int) -> None:
         random_ones = (_random_layout(fixed, draw) for _ in range(1200 if candidates > 100 else 400))
         fresh = (layout for layout in random_ones if not legality.problems(layout) and layout not in chosen)
-        plain = default() | _models_with(fixed)[0] | fixed
-        legal = list(itertools.islice(fresh, candidates)) or [plain]
+        legal = list(itertools.islice(fresh, candidates)) or [plainest(fixed, legality)]
         if not legality.problems(legal[0]):
             chosen.append(max(legal, key=worth))
             missing.difference_update(pairs_of(chosen[-1]))
@@ -287,7 +317,7 @@ def read_layouts() -> list[Layout]:
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None).parse_args()
-    layouts = choose_layouts(base_config(Path("unused"), DataConfig(source="text", path=__file__)))
+    layouts = choose_layouts(some_legality())
     rows = [json.dumps([layout[feature] for feature in FEATURES]) for layout in layouts]
     LAYOUTS_FILE.write_text("[\n" + ",\n".join(rows) + "\n]\n")
     print(f"{len(layouts)} layouts")

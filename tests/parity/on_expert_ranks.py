@@ -13,7 +13,7 @@ import torch
 
 from models.layers import moe, router
 from parallel.data import Holders
-from parallel.expert import Routes
+from parallel.expert import Buffers, Routes
 from parallel.mesh import Meshes
 from tests.parity.harness import Outcome, run_here
 from trainer.config import TrainConfig
@@ -36,6 +36,27 @@ def _as_arrived(original: Callable[..., Routes]) -> Callable[..., Routes]:
     return plan
 
 
+def _overwritten(original: Callable[..., Buffers]) -> Callable[..., Buffers]:
+    """A row lies in the place of its neighbour as well, whose own row is lost."""
+
+    def plan(*args: Any, **kwargs: Any) -> Buffers:
+        buffers = original(*args, **kwargs)
+        row_of_place = buffers.row_of_place.clone()
+        row_of_place[1] = row_of_place[0]
+        return replace(buffers, row_of_place=row_of_place)
+
+    return plan
+
+
+def _of_the_neighbour(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Rows that came from a rank are taken for those of the next one."""
+
+    def exchange(self: Buffers, places: torch.Tensor) -> torch.Tensor:
+        return original(self, places).roll(places.shape[0] // self.axis.size, 0)
+
+    return exchange
+
+
 def _replicated(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     return lambda parameter, *, grad: original(parameter, grad="replicated")
 
@@ -51,6 +72,8 @@ def _without_aux(original: Callable[..., Any]) -> Callable[..., Any]:
 FAULTS: dict[str, tuple[Any, str, Callable[[Any], Any]]] = {
     "experts_summed_over_ep": (Holders, "of", _over_all_tokens),
     "rows_as_they_arrived": (moe, "plan_routes", _as_arrived),
+    "row_of_a_buffer_overwritten": (moe, "plan_buffers", _overwritten),
+    "buffer_of_the_neighbour": (Buffers, "_exchange", _of_the_neighbour),
     "router_gradient_of_one_tp_rank": (router, "local_shard", _replicated),
     "auxiliary_loss_on_every_tp_rank": (moe, "_AddLoss", _twice),
     "load_of_one_cp_rank": (router, "all_reduce", lambda original: lambda x, axis: x),

@@ -92,7 +92,6 @@ def run_and_answer(config: TrainConfig) -> dict[str, Any]:
 
 def run_and_count_graphs(config: TrainConfig) -> tuple[Outcome | None, int]:
     """What a run on this rank gave, and how many graphs torch.compile made of it."""
-    torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     outcome = run_here(config)
     return outcome, torch._dynamo.utils.counters["stats"]["unique_graphs"]

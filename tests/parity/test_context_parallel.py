@@ -18,6 +18,7 @@ from data.config import DataConfig
 from kernels.attention.blockwise import BlockAttention
 from models.layers.dropout import Dropout
 from parallel import context
+from parallel.cut import Cut
 from parallel.dims import ParallelConfig
 from parallel.groups import ModelParallel
 from parallel.mesh import Meshes
@@ -177,7 +178,6 @@ def test_every_one_of_many_layers_is_compiled(ranks: RankPool, references: Refer
 
 
 def _run_and_count_graphs(config: TrainConfig) -> tuple[Outcome | None, int]:
-    torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     outcome = run_here(config)
     return outcome, torch._dynamo.utils.counters["stats"]["unique_graphs"]
@@ -223,6 +223,20 @@ def _contiguous(true: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return lambda seq_len, *, rank, size: torch.arange(seq_len).chunk(size)[rank]
 
 
+def _boundaries_shifted(true: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Runs of tokens begin one later than attention takes them to; the first token stands behind the last."""
+
+    def indices(self: Cut, rank: int) -> Tensor:
+        seq_len = sum(length for runs in self.runs for _, length in runs)
+        return (true(self, rank) + 1) % seq_len
+
+    return indices
+
+
+def _first_keys_of_later_documents(true: Callable[..., int]) -> Callable[..., int]:
+    return lambda self, run: true(self, run) + run[1]
+
+
 def _in_rank_order(true: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return lambda parts, *, dim, cut=None: torch.cat(parts.unbind(0), dim=dim)
 
@@ -253,10 +267,14 @@ def _run_broken(config: TrainConfig, where: str | type, name: str, fault: Callab
         ("masked", "ring", context._Hop, "wait", _keys_turned_round),
         ("masked", "allgather", "parallel.context", "reduce_scatter_rows", _no_sum),
         ("window", "ring", "trainer.sequence", "zigzag_indices", _contiguous),
+        ("masked", "ring", Cut, "indices", _boundaries_shifted),
+        ("masked", "ring", Cut, "first_key", _first_keys_of_later_documents),
+        ("masked", "allgather", Cut, "indices", _boundaries_shifted),
         ("masked", "ulysses", "parallel.context", "to_sequence", _in_rank_order),
         ("masked", "ring x ulysses", context._Hop, "wait", _keys_turned_round),
         ("masked", "ring x ulysses", "parallel.context", "to_sequence", _in_rank_order),
         ("masked", "ring x ulysses", "trainer.sequence", "zigzag_indices", _contiguous),
+        ("masked", "ring x ulysses", Cut, "indices", _boundaries_shifted),
         ("masked", "ring x ulysses", "trainer.build", "groups_in_layers", _exchanged),
         ("dropout", "ring x ulysses", Dropout, "on_probabilities", _masks_of_the_first_heads),
     ],
@@ -271,8 +289,9 @@ def test_the_comparison_notices_a_fault(
     name: str,
     fault: Callable[..., Any],
 ) -> None:
-    """Negative control: a mask one chunk off, keys in another order, a sum left out, parts that are not zigzag, ring
-    and Ulysses between the wrong ranks, dropout of other heads."""
+    """Negative control: a mask one chunk off, keys in another order, a sum left out, parts that are not zigzag, a cut
+    by documents with its boundaries shifted or keys hidden, ring and Ulysses between the wrong ranks, dropout of other
+    heads."""
     reference = references.of(variant)
     split = {"parallel__cp": 2, "parallel__cp_method": method, "train__micro_batch_size": 4}
     if method == "ring x ulysses":

@@ -26,7 +26,7 @@ SMALL: dict[str, Any] = {
     "train__steps": 2,
     "train__global_batch_size": 4,
     "train__micro_batch_size": 4,
-    "model__num_layers": 1,
+    "model__num_layers": 2,
     "model__dropout": 0.1,
     "schedule__warmup_steps": 1,
 }
@@ -46,6 +46,7 @@ def _recomputed(mode: str) -> dict[str, Any]:
     return {"model__activation_checkpoint": mode}
 
 
+PIPELINED = {"parallel__pp": 2, "parallel__pp_schedule": "zero_bubble", "train__micro_batch_size": 3}
 COMPILED = {"train__compile": True, "train__compile_backend": "aot_eager"}  # a fault brings a backend of its own
 
 # ranks, layout, what must be noticed there
@@ -56,6 +57,10 @@ CONTROLS: list[tuple[int, dict[str, Any], list[str]]] = [
     (2, _zero(1), ["shards not summed", "shards permuted", "nothing published"]),
     (2, _zero(2), ["shards not summed", "shards permuted", "nothing published"]),
     (2, _zero(3), ["shards not summed", "shards permuted"]),
+    # Micro-batches of 3 and 1.
+    (1, {"train__micro_batch_size": 3}, ["micro-batches weighted alike", "a micro-batch dropped"]),
+    (2, _zero(1), ["a micro-batch dropped", "a micro-batch counted twice"]),
+    (2, PIPELINED, ["micro-batches weighted alike", "a micro-batch dropped"]),
     (1, _recomputed("full"), ["another mask recomputed", "another input recomputed"]),
     (1, _recomputed("selective"), ["another mask recomputed", "another input recomputed"]),
     (1, _recomputed("offload"), ["another mask recomputed", "returned elsewhere"]),

@@ -174,6 +174,8 @@ def test_experts_are_the_same_on_every_axis(
     [
         ("experts_summed_over_ep", "mixtral", {"ep": 2}),
         ("rows_as_they_arrived", "mixtral", {"ep": 2}),
+        ("row_of_a_buffer_overwritten", "mixtral", {"ep": 2, "ep_buffer": 2.0}),
+        ("buffer_of_the_neighbour", "mixtral", {"ep": 2, "ep_buffer": 2.0}),
         ("router_gradient_of_one_tp_rank", "mixtral", {"tp": 2}),
         ("auxiliary_loss_on_every_tp_rank", "mixtral", {"tp": 2}),
         ("load_of_one_cp_rank", "mixtral", {"cp": 2}),

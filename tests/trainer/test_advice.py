@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from data.config import DataConfig
+from data.config import DataConfig, TokenizerConfig
 from models.mla_config import MLAConfig
-from models.moe_config import MoEConfig
+from models.moe_config import MoEConfig, RoutingConfig
 from parallel.problem import MAX_VALUES, Problem, kind_of, values, without_advice
 from tests.parity.harness import tiny_config
 from trainer.config import ConfigError, TrainConfig
@@ -35,7 +35,11 @@ CHOICES: dict[str, list[Any]] = {
         MoEConfig(),
         MoEConfig(num_experts=4, intermediate_size=24),
         MoEConfig(num_experts=6, intermediate_size=256, num_groups=4, top_groups=2),
+        MoEConfig(num_experts=4),
+        MoEConfig(num_experts=4, intermediate_size=24, router="switch", every=9),
+        MoEConfig(num_experts=4, intermediate_size=24, top_k=3, num_groups=2, router="sigmoid"),
     ],
+    "model__routing": [RoutingConfig(), RoutingConfig(), RoutingConfig(aux_weight=0.1, bias_update_rate=0.01)],
     "model__mla": [MLAConfig(), MLAConfig(), MLAConfig(kv_rank=10, nope_dim=4, rope_dim=4, value_dim=8)],
     "model__attention": ["auto", "sdpa", "reference", "flex"],
     "model__activation_checkpoint": ["none", "full", "selective", "budget"],
@@ -57,6 +61,13 @@ CHOICES: dict[str, list[Any]] = {
     "precision__master": ["fp32", "fp32", "bf16"],
     "optim__name": ["adamw", "adamw", "muon"],
     "optim__state_dtype": ["fp32", "fp32", "bf16", "int8"],
+    "optim__kernel": ["auto", "auto", "torch", "cuda"],
+    "optim__beta2": [0.95, 0.999, 1.0],
+    "schedule__name": ["cosine", "wsd", "constant"],
+    "schedule__warmup_steps": [0, 3, 19, 30],
+    "schedule__decay_steps": [None, None, 0, 10],
+    "data__num_workers": [0, 0, -1],
+    "data__validation_fraction": [0.01, 0.01, 2.0],
 }
 
 
@@ -108,6 +119,69 @@ def test_advice_that_other_settings_refuse_is_not_given() -> None:
     assert error.value.problems
     for line in error.value.problems:
         assert line.endswith("no other parallel.tp alone is legal beside the other settings")
+
+
+EXPERTS: dict[str, Any] = {"num_experts": 6, "intermediate_size": 24}
+ADVISED: list[tuple[dict[str, Any], str]] = [
+    ({"model__moe": MoEConfig(num_experts=4)}, "model.moe.intermediate_size=16, 25, 32 or 50"),
+    (
+        {"model__moe": MoEConfig(num_experts=4), "parallel__tp": 2, "parallel__sequence_parallel": True},
+        "model.moe.intermediate_size=16, 32, 48 or 50",
+    ),
+    (
+        {"model__moe": MoEConfig(**EXPERTS, top_k=3, num_groups=3)},
+        "model.moe.top_k=1 or 2, or model.moe.top_groups=2 or 3",
+    ),
+    ({"model__moe": MoEConfig(**EXPERTS, num_groups=3, top_groups=4)}, "model.moe.top_groups=1, 2 or 3"),
+    (
+        {"model__moe": MoEConfig(**EXPERTS, router="switch", normalize=False)},
+        "model.moe.top_k=1, or model.moe.router=softmax or sigmoid",
+    ),
+    (
+        {"model__moe": MoEConfig(**EXPERTS, router="sigmoid", num_groups=6, top_groups=3)},
+        "model.moe.num_groups=3",  # top_groups=3 of 1 or 2 there are not
+    ),
+    ({"model__moe": MoEConfig(**EXPERTS, dense_layers=[0, 2])}, "model.moe.dense_layers=[0]"),
+    ({"model__moe": MoEConfig(**EXPERTS, every=9)}, "model.moe.every=1 or 2, or model.moe.num_experts=0"),
+    (
+        {"model__moe": MoEConfig(**EXPERTS), "model__routing": RoutingConfig(bias_update_rate=0.1)},
+        "model.routing.bias_update_rate=0.0, or model.moe.router=sigmoid",
+    ),
+    (
+        {"model__routing": RoutingConfig(aux_weight=0.1)},
+        "model.routing.aux_weight=0.0, or set model.moe.num_experts",
+    ),
+    (
+        {"schedule__name": "wsd", "schedule__warmup_steps": 30, "schedule__decay_steps": 5},
+        "schedule.warmup_steps=0 or 15, or train.steps=35",
+    ),
+    ({"schedule__name": "wsd", "schedule__decay_steps": 18}, "schedule.warmup_steps=2, or schedule.decay_steps=17"),
+    ({"schedule__decay_steps": 3}, "schedule.decay_steps=null, or schedule.name=wsd"),
+    ({"optim__beta2": 1.0}, "optim.beta2=0.95"),
+    (
+        # int8 has no whole blocks in rows of 36.
+        {"optim__state_dtype": "bf16", "optim__beta2": 0.999},
+        "optim.beta2=0.996, or optim.state_dtype=fp32",
+    ),
+    (
+        {"optim__state_dtype": "bf16", "optim__kernel": "torch"},
+        "optim.kernel=auto or triton, or optim.state_dtype=fp32",
+    ),
+    (
+        {"data__source": "hub", "data__path": "a/name", "data__num_workers": 2},
+        "data.num_workers=0 or 1, or data.streaming=false",
+    ),
+    ({"data__tokenizer": TokenizerConfig(vocab_size=9)}, "data.tokenizer.vocab_size=257 or 8192"),
+]
+
+
+@pytest.mark.parametrize(("changes", "advice"), ADVISED, ids=[advice for _, advice in ADVISED])
+def test_what_is_wrong_in_one_group_has_values_that_mend_it(changes: dict[str, Any], advice: str) -> None:
+    """Advice that says what is wrong again, or gives a number that the layout does not divide."""
+    with pytest.raises(ConfigError) as error:
+        finalize(tiny_config(Path("runs/never"), CORPUS, **changes), world_size=4)
+    (line,) = error.value.problems
+    assert line.endswith(f"; use {advice}")
 
 
 def test_a_problem_is_its_line_and_offers_the_nearest_values_in_order() -> None:

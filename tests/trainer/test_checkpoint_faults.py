@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from tests.pool import RankError, RankPool
 from tests.trainer.checkpoint_states import full_state, laid_out, manager, same_bits, save_states
 from trainer.agreement import Ranks
 from trainer.checkpoint import CheckpointError, read_extra, read_tensor, verify
-from trainer.manifest import ChecksummedFile, read_manifest
+from trainer.manifest import ChecksummedFile, FileRecord, read_manifest, write_manifest
 
 
 def newest_good(directory: Path) -> tuple[Path | None, list[str]]:
@@ -278,3 +279,12 @@ def test_a_failure_on_some_ranks_is_raised_on_all(ranks: RankPool, failing: tupl
 def test_a_failure_common_to_all_ranks_is_told_once_without_ranks(ranks: RankPool) -> None:
     """Would catch: a thousand ranks' copies of one message in one line."""
     assert ranks.run(2, fail_on, (0, 1)) == ["ValueError: no"] * 2
+
+
+def test_names_in_a_manifest_cannot_leave_the_checkpoint(two_steps: Path, tmp_path: Path) -> None:
+    """A checkpoint from elsewhere that makes verification read, and time, files of this machine."""
+    folder = shutil.copytree(two_steps / "step_2", tmp_path / "step_2")
+    for name in ("../secret", "/etc/passwd", "a/b", "..", ""):
+        manifest = read_manifest(two_steps / "step_2")
+        write_manifest(folder, replace(manifest, files={name: FileRecord(size=1, crc32=0)}))
+        assert "outside of the checkpoint" in verify(folder)[0]

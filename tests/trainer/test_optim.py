@@ -336,7 +336,7 @@ def test_a_gradient_of_another_memory_order_updates_the_same_elements() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"name": "sgd"}, "optim.name=sgd is not an optimizer; use one of adamw, muon"),
+        ({"name": "sgd"}, "optim.name=sgd is not an optimizer; use optim.name=adamw or muon"),
         ({"lr": -1.0}, "optim.lr=-1.0 must be a number of at least 0"),
         ({"lr": float("nan")}, "optim.lr=nan"),
         ({"beta1": 1.0}, "optim.beta1=1.0 must be at least 0 and below 1"),

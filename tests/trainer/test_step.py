@@ -258,7 +258,7 @@ def evaluate_batches(config: TrainConfig, valids: list[tuple[int, ...]]) -> floa
     try:
         rank, world_size = dist.get_rank(), dist.get_world_size()
         batches = [b for v in valids for b in micro_batches(v, rank=rank, world_size=world_size, size=2)]
-        return evaluate(trainer.state, [batches])
+        return evaluate(trainer.state, [batches])["loss"]
     finally:
         trainer.close()
 

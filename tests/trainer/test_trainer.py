@@ -71,6 +71,7 @@ def run_with_faults(config: TrainConfig, plant: Callable[[Trainer, int], None], 
     finally:
         step_module.forward_loss_sum = real_loss
         trainer.close()
+    dist.barrier()  # rank 0 has written the last line
     run_dir = Path(config.run.dir)
     result.lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     result.events = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]

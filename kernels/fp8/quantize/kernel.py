@@ -125,7 +125,7 @@ def _inverse(x, EMULATE: tl.constexpr):
 
 
 @triton.jit
-def _to_fp8(x, dtype: tl.constexpr, LARGEST: tl.constexpr, EMULATE: tl.constexpr):
+def to_fp8(x, dtype: tl.constexpr, LARGEST: tl.constexpr, EMULATE: tl.constexpr):
     if EMULATE:
         x = tl.clamp(x, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)
         MANTISSA: tl.constexpr = 3 if dtype == tl.float8e4nv else 2
@@ -191,7 +191,7 @@ def _cast(
     offsets = block.to(tl.int64) * SIZE + tl.arange(0, SIZE)
     inside = offsets < num_elements
     x = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y_ptr + offsets, _to_fp8(x * inverse, y_ptr.dtype.element_ty, LARGEST, EMULATE), mask=inside)
+    tl.store(y_ptr + offsets, to_fp8(x * inverse, y_ptr.dtype.element_ty, LARGEST, EMULATE), mask=inside)
     if not DYNAMIC:
         tl.atomic_max(amax_ptr, tl.max(_magnitude_bits(x), axis=0), sem="relaxed")
 
@@ -210,8 +210,8 @@ def _cast_transpose(
     r = row_tile * ROWS + tl.arange(0, ROWS)
     c = column_tile * COLUMNS + tl.arange(0, COLUMNS)
     x = _load_tile(x_ptr, r, c, R, C, "")
-    _store_tile(y_ptr, _to_fp8(x * inverse, y_ptr.dtype.element_ty, LARGEST, EMULATE), r, c, R, C)
-    t = _to_fp8(x * (inverse * one), y_ptr.dtype.element_ty, LARGEST, EMULATE)
+    _store_tile(y_ptr, to_fp8(x * inverse, y_ptr.dtype.element_ty, LARGEST, EMULATE), r, c, R, C)
+    t = to_fp8(x * (inverse * one), y_ptr.dtype.element_ty, LARGEST, EMULATE)
     _store_transposed(t_ptr, t, r, c, R_padded, C)
     if not DYNAMIC:
         tl.atomic_max(amax_ptr, tl.max(tl.max(_magnitude_bits(x), axis=1), axis=0), sem="relaxed")
@@ -276,11 +276,11 @@ def _rowwise(
             bits = tl.maximum(bits, _magnitude_bits(part))
     scale, inverse = _scale_of(_largest(bits, 0), LARGEST, POWER_OF_TWO, EMULATE)
     tl.store(scale_ptr + row, scale)
-    tl.store(y_ptr + c, _to_fp8(x * inverse, y_ptr.dtype.element_ty, LARGEST, EMULATE), mask=c < C)
+    tl.store(y_ptr + c, to_fp8(x * inverse, y_ptr.dtype.element_ty, LARGEST, EMULATE), mask=c < C)
     if not ONCE:
         for start in range(SIZE, C, SIZE):
             part = tl.load(x_ptr + start + c, mask=start + c < C, other=0.0).to(tl.float32)
-            y = _to_fp8(part * inverse, y_ptr.dtype.element_ty, LARGEST, EMULATE)
+            y = to_fp8(part * inverse, y_ptr.dtype.element_ty, LARGEST, EMULATE)
             tl.store(y_ptr + start + c, y, mask=start + c < C)
 
 
@@ -308,11 +308,11 @@ def _cast_rows_and_columns(
     amax = tl.load(row_amax_ptr + r, mask=r < R, other=0).to(tl.float32, bitcast=True)
     scale, inverse = _scale_of(amax, LARGEST, POWER_OF_TWO, EMULATE)
     tl.store(row_scale_ptr + r, scale, mask=(r < R) & (column_tile == 0))
-    _store_tile(y_ptr, _to_fp8(x * inverse[:, None], y_ptr.dtype.element_ty, LARGEST, EMULATE), r, c, R, C)
+    _store_tile(y_ptr, to_fp8(x * inverse[:, None], y_ptr.dtype.element_ty, LARGEST, EMULATE), r, c, R, C)
     amax = tl.load(column_amax_ptr + c, mask=c < C, other=0).to(tl.float32, bitcast=True)
     scale, inverse = _scale_of(amax, LARGEST, POWER_OF_TWO, EMULATE)
     tl.store(column_scale_ptr + c, scale, mask=(c < C) & (row_tile == 0))
-    y = _to_fp8(x * inverse[None, :], y_ptr.dtype.element_ty, LARGEST, EMULATE)
+    y = to_fp8(x * inverse[None, :], y_ptr.dtype.element_ty, LARGEST, EMULATE)
     _store_transposed(t_ptr, y, r, c, R_padded, C)
 
 
@@ -353,11 +353,11 @@ def _blocks(
         tl.store(t_scale_ptr + row_tile.to(tl.int64) * C + c, scale, mask=c < C)
     if AGAIN:
         x = _load_tile(x_ptr, r, c, R, C, "")
-    _store_tile(y_ptr, _to_fp8(x * inverse, y_ptr.dtype.element_ty, LARGEST, EMULATE), r, c, R, C)
+    _store_tile(y_ptr, to_fp8(x * inverse, y_ptr.dtype.element_ty, LARGEST, EMULATE), r, c, R, C)
     if TRANSPOSE:
         if AGAIN:
             x = _load_tile(x_ptr, r, c, R, C, "evict_first")
-        t = _to_fp8(_in_order(x * t_inverse, STEP), y_ptr.dtype.element_ty, LARGEST, EMULATE)
+        t = to_fp8(_in_order(x * t_inverse, STEP), y_ptr.dtype.element_ty, LARGEST, EMULATE)
         _store_rows(t_ptr, t, row_tile * ROWS + n, c, R_padded, C)
 
 

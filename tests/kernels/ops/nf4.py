@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from kernels.nf4 import dequantize_nf4, quantize_nf4
 from kernels.nf4.op import _dequantize, _quantize
-from kernels.nf4.reference import dequantize_nf4_reference, quantize_nf4_reference
+from kernels.nf4.pieces import Piece, Rows, _dequantize_piece
+from kernels.nf4.reference import BLOCK, dequantize_nf4_reference, quantize_nf4_reference
 from tests.kernels.ops.case import Case, Inputs, Shape, normal
 
 
@@ -25,7 +28,40 @@ def _both_reference(x: Tensor) -> tuple[Tensor, Tensor]:
     return dequantize_nf4_reference(*q, x.numel(), torch.float32).view(x.shape), q.packed.float()
 
 
+def _middle(shape: Shape) -> Piece:
+    """All rows but the first, and all but the first block of columns."""
+    rows, columns = shape
+    return Piece((Rows(1, rows - 1, rows),), BLOCK, columns - BLOCK, columns)
+
+
+def _piece(x: Tensor) -> Tensor:
+    piece = _middle(x.shape)
+    return piece.dequantize(piece.pack([quantize_nf4(x)]), torch.float32)
+
+
+def _piece_reference(x: Tensor) -> Tensor:
+    q = quantize_nf4_reference(x)
+    return dequantize_nf4_reference(*q, x.numel(), torch.float32).view(x.shape)[1:, BLOCK:]
+
+
+def _piece_call(x: Tensor) -> tuple[Any, ...]:
+    rows, columns = x.shape
+    stored = _middle(x.shape).pack([quantize_nf4_reference(x)])
+    return _dequantize_piece, (stored, [1, rows - 1, rows], [BLOCK, columns - BLOCK, columns], torch.float32)
+
+
 CASES = [
+    Case(
+        name="nf4_piece",
+        op=_piece,
+        reference=_piece_reference,
+        inputs=_inputs,
+        shapes=[(5, 192), (2, 128), (40, 1024)],
+        differentiable=(),
+        checks=lambda inputs: [_piece_call(*inputs)],
+        tuned="kernels.nf4.kernel:TILES",
+        batch_dim=None,
+    ),
     Case(
         name="nf4",
         op=_both,
@@ -39,5 +75,5 @@ CASES = [
         ],
         tuned="kernels.nf4.kernel:TILES",
         batch_dim=None,
-    )
+    ),
 ]

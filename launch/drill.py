@@ -1,0 +1,293 @@
+"""Drill: train a small model on CPU ranks, injure it at random, and compare it with a run that was left alone.
+
+    python launch/drill.py --faults 10 --dir runs/drill
+
+launches the same run twice with torchrun: once undisturbed, once with a fault of a random kind at random steps and
+ranks (trainer/injection.py), restarted by torchrun after each. Prints one JSON object: every fault with what it came
+to, and whether final weights, moments, losses and gradient norms are equal to the last bit. Exit codes: 0 all promises
+of docs/FAULTS.md were kept; 1 not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a clone, installed or not
+
+import numpy as np
+import torch
+
+from trainer.checkpoint import TensorReader
+from trainer.injection import KINDS, PLAN
+
+TRAIN = str(Path(__file__).resolve().parent / "train.py")
+RANKS, INTERVAL, SPACING = 2, 3, 3  # steps between checkpoints; between faults
+PATIENCE = 120.0
+"""Seconds for a start, on a loaded machine."""
+
+
+@dataclass
+class Result:
+    """What a fault came to. Filled by `judge`."""
+
+    number: int
+    kind: str
+    step: int
+    rank: int
+    happened: bool = False
+    seconds_to_end: float | None = None  # from the fault until no process of that start was left; None: it ran on
+    lost_steps: int | None = None  # done when it ended, and done again; None: it ran on
+    resumed_from: int | None = None
+    named: str | None = None  # the message that names it, of a hang or a straggler
+    problems: list[str] = field(default_factory=list)  # promises that were broken
+
+
+@dataclass
+class Start:
+    """One start of the run under torchrun; filled by `watch`."""
+
+    began: float
+    ended: float = 0.0
+    last_step: int = 0  # the newest one in metrics.jsonl
+
+
+def overrides(folder: Path, *, steps: int, timeout: float, more: list[str]) -> list[str]:
+    """Of a run of milliseconds per step, saved every INTERVAL steps, with every check on."""
+    return [
+        "data=tokens", f"data.path={folder / 'tokens.npy'}", "data.num_workers=1",
+        "model.vocab_size=64", "model.hidden_size=32", "model.intermediate_size=48", "model.num_layers=2",
+        "model.num_heads=4", "model.num_kv_heads=2", "model.max_seq_len=16", "model.dropout=0.1",
+        "parallel=zero1", "train.device=cpu", f"train.steps={steps}", "train.seq_len=16", "train.global_batch_size=4",
+        "train.nonfinite=stop", f"train.timeout_seconds={timeout}", "optim.lr=3e-3", "schedule=constant",
+        f"checkpoint.interval={INTERVAL}", "resilience.check_interval=1", "resilience.rerun_interval=1",
+        "resilience.straggler_interval=2", "logging.console=false",
+        f"resilience.first_step_seconds={PATIENCE}", f"resilience.checkpoint_seconds={PATIENCE}", *more,
+    ]  # fmt: skip
+
+
+def plan(num_faults: int, *, seed: int, kinds: list[str]) -> list[dict[str, Any]]:
+    """Faults one after the other in steps; every kind comes up once before one comes up again."""
+    draw = random.Random(seed)
+    bag: list[str] = []
+    faults = []
+    for number in range(num_faults):
+        if not bag:
+            bag = draw.sample(kinds, len(kinds))
+        kind = bag.pop()
+        # Rank 0 writes metrics.jsonl.
+        rank = 0 if kind == "full_disk_for_metrics" else draw.randrange(RANKS)
+        step = 2 + number * SPACING + draw.randrange(SPACING)
+        faults.append({"number": number, "kind": kind, "step": step, "rank": rank})
+    return faults
+
+
+def launch(arguments: list[str], log: Path, *, restarts: int, plan_file: Path | None) -> list[Start]:
+    """Run training under torchrun to its end; its starts."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
+    command += ["--max-restarts", str(restarts), TRAIN, *arguments]
+    # Without this torchrun's restarts find the addresses of processes that ended (trainer/resilience.py).
+    environment = os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "OMP_NUM_THREADS": "1"}
+    environment |= {} if plan_file is None else {PLAN: str(plan_file)}
+    run_dir = Path(arguments[-1].partition("=")[2])
+    with open(log, "w") as output:
+        process = subprocess.Popen(
+            command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            starts = watch(process, run_dir)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    if process.returncode:
+        raise SystemExit(f"training did not come to its end; the last of {log}:\n{log.read_text()[-4000:]}")
+    return starts
+
+
+def watch(process: subprocess.Popen, run_dir: Path) -> list[Start]:
+    """The starts of a launcher's workers, until it ends."""
+    starts: list[Start] = []
+    alive: set[int] = set()
+    while process.poll() is None:
+        now = workers(process.pid)
+        if now and not alive:
+            starts.append(Start(began=time.time()))
+        if alive and not now:
+            starts[-1].ended, starts[-1].last_step = time.time(), last_step(run_dir)
+        alive = now
+        time.sleep(0.02)
+    if alive:
+        starts[-1].ended, starts[-1].last_step = time.time(), last_step(run_dir)
+    return starts
+
+
+def workers(launcher: int) -> set[int]:
+    """Ranks that run; one that ended and was not waited for does not."""
+    found = set()
+    with contextlib.suppress(OSError):
+        for pid in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split():
+            with contextlib.suppress(OSError):
+                if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+                    found.add(int(pid))
+    return found
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    """Whole lines of a file of JSON objects; none before there is one."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def last_step(run_dir: Path) -> int:
+    lines = lines_of(run_dir / "metrics.jsonl")
+    return lines[-1]["step"] if lines else 0
+
+
+def judge(
+    fault: dict[str, Any],
+    faults: list[dict[str, Any]],
+    starts: list[Start],
+    run_dir: Path,
+    plan_file: Path,
+    timeout: float,
+) -> Result:
+    """What a fault came to, and which promises it broke. faults: all of the plan; others may have come in between."""
+    result = Result(**fault)
+    fired = plan_file.parent / f"fired_{result.number}"
+    if not fired.exists():
+        result.problems.append("the fault did not happen")
+        return result
+    result.happened, when = True, float(fired.read_text())
+    events = [(datetime.fromisoformat(e["time"]).timestamp(), e) for e in lines_of(run_dir / "events.jsonl")]
+    index = max(i for i, start in enumerate(starts) if start.began <= when)
+    if result.kind == "slow":
+        named = [e["text"] for at, e in events if at >= when and e["kind"] == "straggler" and e["rank"] == result.rank]
+        result.named = named[0] if named else None
+        if not named and starts[index].last_step >= result.step + 3:  # a window of two late steps
+            result.problems.append("no straggler was named")
+        return result
+    if index + 1 == len(starts):
+        if result.kind not in ("sigkill", "sigterm"):  # may come after the last step
+            result.problems.append("the run went on to its end")
+        return result
+    start, after = starts[index], starts[index + 1]
+    result.seconds_to_end = round(start.ended - when, 2)
+    resumed = [e["step"] for at, e in events if e["kind"] in ("start", "resume") and at >= after.began]
+    saved = [e["step"] for at, e in events if e["kind"] == "checkpoint" and at <= start.ended]
+    result.resumed_from = resumed[0] if resumed else None
+    if result.resumed_from is None:
+        return result
+    result.lost_steps = start.last_step - result.resumed_from
+    committed = max(saved, default=0)
+    damages = [plan_file.parent / f"fired_{f['number']}" for f in faults if f["kind"] == "damaged_checkpoint"]
+    damaged = any(start.began <= float(path.read_text()) <= start.ended for path in damages if path.exists())
+    spared = INTERVAL if damaged else 0
+    if result.resumed_from < committed - spared:
+        result.problems.append(f"step_{committed} was saved, and the run went on from step {result.resumed_from}")
+    if result.seconds_to_end > timeout + 5:  # torchrun looks after its workers now and then
+        result.problems.append(f"{result.seconds_to_end} s passed before the run ended")
+    if result.kind == "hang":
+        report = hang_report(run_dir, step=result.step, after=when)
+        result.named = None if report is None else report["summary"]
+        if report is None or report["waited_for"] != [result.rank] or not all(r["stacks"] for r in report["ranks"]):
+            result.problems.append("the hang was not reported, or another rank was blamed")
+    return result
+
+
+def hang_report(run_dir: Path, *, step: int, after: float) -> dict[str, Any] | None:
+    for path in sorted((run_dir / "hangs").glob(f"*-step_{step}/report.json")):
+        if path.stat().st_mtime >= after:
+            return json.loads(path.read_text())
+    return None
+
+
+def differences(run: Path, whole: Path, steps: int) -> list[str]:
+    """Tensors and lines of metrics.jsonl of two runs that are not equal to the last bit."""
+    found = []
+    ours, theirs = (TensorReader(folder / "checkpoints" / f"step_{steps}") for folder in (run, whole))
+    for name in sorted(ours.shapes.keys() | theirs.shapes.keys()):
+        if name not in ours.shapes or name not in theirs.shapes:
+            found.append(f"{name} is in one checkpoint only")
+        elif not torch.equal(ours.read(name), theirs.read(name)):
+            found.append(name)
+    numbers = [
+        [(line["step"], line["loss"], line["grad_norm"]) for line in lines_of(folder / "metrics.jsonl")]
+        for folder in (run, whole)
+    ]
+    found += ["metrics.jsonl"] if numbers[0] != numbers[1] or len(numbers[0]) != steps else []
+    return found
+
+
+def drill(
+    folder: Path, *, num_faults: int, seed: int, kinds: list[str], timeout: float, more: list[str]
+) -> dict[str, Any]:
+    """Both runs in a new folder, and what came of them."""
+    folder.mkdir(parents=True)
+    steps = num_faults * SPACING + 2 + INTERVAL
+    tokens = np.random.default_rng(seed).integers(0, 64, size=(steps * 4 + 1) * 16 + 1, dtype=np.uint16)
+    np.save(folder / "tokens.npy", tokens)
+    faults = plan(num_faults, seed=seed, kinds=kinds)
+    plan_file = folder / "plan" / "plan.json"
+    plan_file.parent.mkdir()
+    plan_file.write_text(json.dumps({"faults": faults}, indent=1))
+    settings = overrides(folder, steps=steps, timeout=timeout, more=more)
+    whole, run = folder / "whole", folder / "run"
+    began = time.time()
+    launch([*settings, f"run.dir={whole}"], folder / "whole.log", restarts=0, plan_file=None)
+    alone = time.time() - began
+    starts = launch([*settings, f"run.dir={run}"], folder / "run.log", restarts=3 * num_faults + 3, plan_file=plan_file)
+    results = [judge(fault, faults, starts, run, plan_file, timeout) for fault in faults]
+    different = differences(run, whole, steps)
+    ends = [r.seconds_to_end for r in results if r.seconds_to_end is not None]
+    return {
+        "passed": not different and not any(r.problems for r in results),
+        "different": different,
+        "steps": steps,
+        "starts": len(starts),
+        "seconds_alone": round(alone, 1),
+        "seconds": round(time.time() - began - alone, 1),
+        "longest_to_end": max(ends, default=None),
+        "most_lost_steps": max((r.lost_steps for r in results if r.lost_steps is not None), default=0),
+        "goodput": lines_of(run / "metrics.jsonl")[-1]["goodput"],
+        "faults": [asdict(r) for r in results],
+    }
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--faults", type=int, default=10, help="how many")
+    parser.add_argument("--seed", type=int, default=0, help="decides kinds, steps and ranks")
+    parser.add_argument("--dir", type=Path, required=True, help="a new folder")
+    parser.add_argument("--kinds", default=",".join(KINDS), help="of faults, with commas between")
+    parser.add_argument("--timeout", type=float, default=10.0, help="train.timeout_seconds of the run")
+    parser.add_argument("overrides", nargs="*", help="of the run, such as parallel.zero_stage=3")
+    given = parser.parse_args(arguments)
+    kinds = given.kinds.split(",")
+    if given.faults < 1:
+        parser.error(f"--faults {given.faults} must be at least 1")
+    if unknown := [kind for kind in kinds if kind not in KINDS]:
+        parser.error(f"--kinds {','.join(unknown)} is unknown; use some of {','.join(KINDS)}")
+    if given.dir.exists():
+        parser.error(f"--dir {given.dir} exists; choose another, or delete it")
+    found = drill(
+        given.dir.resolve(), num_faults=given.faults, seed=given.seed, kinds=kinds, timeout=given.timeout,
+        more=given.overrides,
+    )  # fmt: skip
+    print(json.dumps(found, indent=1))
+    return 0 if found["passed"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,1 @@
+"""What launch/lab.py does with a model: one file for each mode."""

@@ -1,0 +1,127 @@
+"""Reading a run's folder (docs/METRICS.md), of a run that has ended, died, or still goes on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from trainer.config import ConfigError
+from trainer.run_info import mask_secrets
+
+Values = list[float | None]
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """One run. Files that are missing leave their part empty: a run that died early has a story too."""
+
+    name: str  # unlike those of the other runs on a page
+    folder: Path
+    steps: list[int]
+    metrics: dict[str, Values]  # by field, one value for each of `steps`; None: that step has none
+    events: list[dict[str, Any]]
+    info: Mapping[str, Any]  # run.json
+    config: dict[str, Any]  # config.yaml by dotted name, secrets masked
+    step_seconds: list[dict[str, Any]]  # ranks.jsonl: {"step", "late_seconds": one of each rank}
+    timeline: bytes | None  # pipeline_timeline.png
+
+    def has(self, field: str) -> bool:
+        """Whether any step has a value of this metric."""
+        return any(value is not None for value in self.metrics.get(field, ()))
+
+    def last(self, field: str) -> float | None:
+        """The newest value of a metric; None without one."""
+        return next((value for value in reversed(self.metrics.get(field, [])) if value is not None), None)
+
+
+def read_runs(folders: Iterable[Path]) -> list[RunRecord]:
+    """Raises ConfigError for a folder that is not a run's, and for one that is named twice."""
+    folders = [folder.expanduser() for folder in folders]
+    problems = [
+        f"{folder} is no run: it has neither metrics.jsonl nor run.json" for folder in folders if not _is(folder)
+    ]
+    resolved = [folder.resolve() for folder in folders]
+    problems += [f"{folder} is named twice" for i, folder in enumerate(folders) if resolved[i] in resolved[:i]]
+    if problems:
+        raise ConfigError(problems)
+    return [_read(folder, name) for folder, name in zip(folders, _names(resolved), strict=True)]
+
+
+def _is(folder: Path) -> bool:
+    return (folder / "metrics.jsonl").is_file() or (folder / "run.json").is_file()
+
+
+def _names(folders: list[Path]) -> list[str]:
+    """As much of the end of each path as makes it unlike the others."""
+    for length in range(1, max(len(folder.parts) for folder in folders) + 1):
+        names = ["/".join(folder.parts[-length:]) for folder in folders]
+        if len(set(names)) == len(names):
+            return names
+    raise AssertionError("two equal folders")
+
+
+def _read(folder: Path, name: str) -> RunRecord:
+    lines = [line for line in _json_lines(folder / "metrics.jsonl") if isinstance(line.get("step"), int)]
+    fields = dict.fromkeys(field for line in lines for field in line if field not in ("step", "nonfinite"))
+    timeline = folder / "pipeline_timeline.png"
+    return RunRecord(
+        name=name,
+        folder=folder,
+        steps=[line["step"] for line in lines],
+        metrics={field: [line.get(field) for line in lines] for field in fields},
+        events=_json_lines(folder / "events.jsonl"),
+        info=_json_file(folder / "run.json"),
+        config=_flat(mask_secrets(_yaml_file(folder / "config.yaml"))),
+        step_seconds=_json_lines(folder / "ranks.jsonl"),
+        timeline=timeline.read_bytes() if timeline.is_file() else None,
+    )
+
+
+def _json_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects in a file's lines. A last line that is not whole is still being written, or its writer was killed."""
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    found = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            value = json.loads(line) if line else None
+        except ValueError as error:
+            if number == len(lines):
+                break
+            raise ConfigError([f"{path}, line {number}: {error}; that line is damaged, take it out"]) from None
+        if isinstance(value, dict):
+            found.append(value)
+    return found
+
+
+def _json_file(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError([f"{path}: {error}; move it away to see the rest of the run"]) from None
+    return value if isinstance(value, dict) else {}
+
+
+def _yaml_file(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ConfigError([f"{path}: {error}; move it away to see the rest of the run"]) from None
+    return value if isinstance(value, dict) else {}
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, Mapping) or not value:
+        return {prefix: value} if prefix else {}
+    parts = [_flat(item, f"{prefix}.{key}" if prefix else str(key)) for key, item in value.items()]
+    return {name: item for part in parts for name, item in part.items()}

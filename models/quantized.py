@@ -1,0 +1,90 @@
+"""Linear layers whose frozen weight is in 4 bits (QLoRA, 2305.14314): a parameter `nf4` in place of `weight`.
+
+It holds the bytes of kernels/nf4/pieces.py: on each rank of tp those of its own rows or columns, with the bits that the
+whole matrix has, so that a model is the same in every layout. They are kept as numbers of the dtype that is computed
+with, which nothing ever reads as such: fully_shard casts parameters to that dtype when it gathers them, and these come
+through as they are. So they are sharded, gathered and offloaded like any weight, at a quarter of the traffic.
+
+A part of a fused layer is a matrix of its own, as it is in separate layers and for bitsandbytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from kernels.nf4.pieces import Piece, Rows
+from parallel.fused import Parts
+from parallel.regions import local_region, local_tensor
+from parallel.tensor import ColumnParallelLinear, RowParallelLinear, chunk_bounds, empty_parameter
+
+NF4 = "nf4"
+
+
+def quantize_layer(layer: nn.Module, dtype: torch.dtype) -> None:
+    """Give a linear layer on meta, plain or cut over tp, a parameter for its weight in NF4, and take the weight away.
+
+    Raises ValueError where rows of this rank are no whole blocks.
+    """
+    module: Any = layer
+    piece = _piece_of(module)
+    size = piece.num_bytes // dtype.itemsize
+    if isinstance(module.weight, DTensor):
+        mesh = module.weight.device_mesh
+        cut = isinstance(layer, ColumnParallelLinear | RowParallelLinear)  # each rank has other bytes, of one length
+        whole = size * mesh.size() if cut else size
+        placed = empty_parameter(whole, mesh=mesh, placement=Shard(0) if cut else Replicate())
+        parameter = nn.Parameter(placed.detach().to(dtype), requires_grad=False)
+    else:
+        parameter = nn.Parameter(torch.empty(size, dtype=dtype, device="meta"), requires_grad=False)
+    del module.weight
+    module.nf4, module.piece = parameter, piece
+    if isinstance(getattr(module, "parts", None), Parts):
+        module.parts_of = {**getattr(module, "parts_of", {}), NF4: None}
+
+
+def _piece_of(layer: Any) -> Piece:
+    """Which rows and columns of which matrices this rank multiplies with."""
+    out_features, in_features = layer.weight.shape
+    parts = getattr(layer, "parts", None)
+    if isinstance(parts, Parts):
+        rank = layer.axis.rank if isinstance(layer, ColumnParallelLinear) else 0
+        rows = tuple(Rows(rank * n, n, whole) for n, whole in zip(parts.sizes(), parts.rows.values(), strict=True))
+        return Piece(rows, 0, in_features, in_features)
+    if isinstance(layer, ColumnParallelLinear):
+        first, last = layer.rows
+        return Piece((Rows(first, last - first, out_features),), 0, in_features, in_features)
+    first, last = 0, in_features
+    if isinstance(layer, RowParallelLinear):
+        first, last = chunk_bounds(in_features, layer.axis.size, layer.axis.rank)
+    return Piece((Rows(0, out_features, out_features),), first, last - first, in_features)
+
+
+def quantized_layers(model: nn.Module) -> Iterator[tuple[nn.Module, list[str]]]:
+    """Layers in NF4 with the names of the weights they are made of, as of separate layers."""
+    for name, module in model.named_modules():
+        if hasattr(module, "piece"):
+            parts = getattr(module, "parts", None)
+            weight = f"{name}.weight"
+            yield module, list(parts.names(weight).values()) if isinstance(parts, Parts) else [weight]
+
+
+@torch.no_grad()
+def fill_quantized(model: nn.Module, read: Callable[[str, tuple[int, int]], Tensor]) -> None:
+    """Quantize every layer in NF4 from whole weights, read(name, shape), on the device of the layer, one at a time."""
+    for module, names in quantized_layers(model):
+        layer: Any = module
+        piece: Piece = layer.piece
+        stored = local_tensor(layer.nf4)
+        shapes = [(rows.of, piece.of_columns) for rows in piece.rows]
+        device, dtype = stored.device, stored.dtype
+        weights = [read(name, shape).to(device, dtype) for name, shape in zip(names, shapes, strict=True)]
+        # Over data-parallel ranks the bytes of this rank of tp are cut once more.
+        packed = piece.quantize(weights).view(dtype)
+        region = local_region(layer.nf4)[0]
+        first = region.start % len(packed)
+        stored.copy_(packed[first : first + stored.numel()])

@@ -1,0 +1,218 @@
+"""Measure the rates of a hardware file on the machine at hand.
+
+Every rank calls `measure`; with one rank the rates of links are not measured. On a CPU the sizes are small, so that it
+takes seconds; the numbers are then those of the CPU and of gloo.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from statistics import median
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MIB = 2**20
+BATCHES = 5
+"""A rate is of the median of so many measurements."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is measured: the last of each list gives the rate that plans compute with."""
+
+    products: Sequence[int]  # rows, columns and depth of a square one
+    attention: tuple[int, int, int]  # sequences, heads, tokens
+    head_dims: Sequence[int]
+    experts: tuple[int, int, int]  # number, rows of each, features in and out
+    bytes: int  # that are copied
+    parameters: int  # that are updated
+    messages: Sequence[int]  # bytes of a collective
+    layer_message: int  # of those, like the ones inside of layers
+
+    @classmethod
+    def of(cls, device: torch.device) -> Sizes:
+        if device.type == "cuda":
+            messages = [MIB, 8 * MIB, 32 * MIB, 128 * MIB, 512 * MIB]
+            products = (1024, 2048, 4096, 8192)
+            return cls(products, (4, 16, 4096), (64, 128), (8, 4096, 4096), 2**30, 2**27, messages, 32 * MIB)
+        messages = [MIB // 4, MIB]
+        return cls((64, 256), (1, 2, 128), (32, 64), (4, 64, 64), 8 * MIB, 2**18, messages, MIB // 4)
+
+
+@dataclass
+class Measured:
+    """Rates as configs/hardware has them. None: could not be measured here, `why` says the reason."""
+
+    rates: dict[str, float | dict[str, float] | list[list[float]] | None] = field(default_factory=dict)
+    tables: dict[str, list[list[float]]] = field(default_factory=dict)  # rate by size
+    why: dict[str, str] = field(default_factory=dict)
+
+
+def measure(device: torch.device, *, local_world_size: int, sizes: Sizes | None = None) -> Measured:
+    """All rates of this GPU and its links. The process group is there; all ranks measure at once."""
+    sizes = sizes or Sizes.of(device)
+    found = Measured()
+    with torch.no_grad():
+        _products(found, device, sizes)
+        _memory(found, device, sizes)
+    _attention(found, device, sizes)
+    _optimizer(found, device, sizes)
+    _links(found, device, sizes, local_world_size)
+    return found
+
+
+def seconds_of(run: Callable[[], object], device: torch.device, *, repeats: int = 10) -> float:
+    """Of one call, on the device's clock: the median of several batches of calls."""
+    for _ in range(3):
+        run()
+    taken = []
+    for _ in range(BATCHES):
+        if device.type == "cuda":
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            for _ in range(repeats):
+                run()
+            end.record()
+            end.synchronize()
+            taken.append(start.elapsed_time(end) / 1e3 / repeats)
+        else:
+            before = time.perf_counter()
+            for _ in range(repeats):
+                run()
+            taken.append((time.perf_counter() - before) / repeats)
+    return max(median(taken), 1e-9)
+
+
+# ---- of one GPU
+
+
+def _products(found: Measured, device: torch.device, sizes: Sizes) -> None:
+    """TFLOP/s of square products of random numbers (of zeros they are faster: less power)."""
+    rates: dict[str, float] = {}
+    for name, dtype in DTYPES.items():
+        table = []
+        for n in sizes.products:
+            a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+            table.append([float(n), 2 * n**3 / seconds_of(partial(torch.matmul, a, b.T), device) / 1e12])
+        found.tables[f"matmul_{name}"] = table
+        rates[name] = table[-1][1]
+    try:
+        found.tables["matmul_fp8"] = [[float(n), _fp8_product(n, device)] for n in sizes.products]
+        rates["fp8"] = found.tables["matmul_fp8"][-1][1]
+    except (RuntimeError, ValueError, NotImplementedError) as error:  # as the device or torch says it
+        rates["fp8"] = rates["bf16"]
+        found.why["matmul_tflops"] = f"fp8 was not measured and has bf16's rate: {_line(error)}"
+    found.rates["matmul_tflops"] = rates
+    experts, rows, features = sizes.experts
+    x = torch.randn(experts * rows, features, device=device).bfloat16()
+    weights = torch.randn(experts, features, features, device=device).bfloat16()
+    ends = torch.arange(1, experts + 1, device=device, dtype=torch.int32) * rows
+    try:
+        taken = seconds_of(lambda: torch._grouped_mm(x, weights, offs=ends), device)
+        found.rates["grouped_tflops"] = 2 * experts * rows * features**2 / taken / 1e12
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        found.rates["grouped_tflops"] = rates["bf16"]
+        found.why["grouped_tflops"] = f"not measured, and has bf16's rate: {_line(error)}"
+
+
+def _fp8_product(n: int, device: torch.device) -> float:
+    one = torch.ones((), device=device)
+    a, b = (torch.randn(n, n, device=device).to(torch.float8_e4m3fn) for _ in range(2))
+    taken = seconds_of(lambda: torch._scaled_mm(a, b.T, one, one, out_dtype=torch.bfloat16), device)
+    return 2 * n**3 / taken / 1e12
+
+
+def _memory(found: Measured, device: torch.device, sizes: Sizes) -> None:
+    """TB/s of a copy; of it, what a sum of two reaches; and the host's time for a tiny operation."""
+    n = sizes.bytes // 4
+    x, y, z = (torch.randn(n, device=device) for _ in range(3))
+    copy = 2 * sizes.bytes / seconds_of(lambda: y.copy_(x), device) / 1e12
+    added = 3 * sizes.bytes / seconds_of(lambda: torch.add(x, y, out=z), device) / 1e12
+    found.rates["copy_tbps"] = copy
+    found.rates["elementwise_share"] = min(1.0, added / copy)
+    one = torch.ones(1, device=device)
+    started = time.perf_counter()
+    for _ in range(1000):
+        one.add_(1)
+    found.rates["host_us"] = (time.perf_counter() - started) * 1e3  # 1000 of them
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _attention(found: Measured, device: torch.device, sizes: Sizes) -> None:
+    """TFLOP/s of causal attention, forward and backward, counted over the pairs that the mask leaves."""
+    rows = []
+    batch, heads, tokens = sizes.attention
+    for width in sizes.head_dims:
+        shape = (batch, heads, tokens, width)
+        q, k, v = (torch.randn(shape, device=device).bfloat16().requires_grad_() for _ in range(3))
+        flops = 4 * width * batch * heads * tokens * (tokens + 1) / 2
+
+        def forward(q: Tensor = q, k: Tensor = k, v: Tensor = v) -> Tensor:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+        output = forward()
+        gradient = torch.randn_like(output)
+
+        def backward(
+            output: Tensor = output, gradient: Tensor = gradient, of: tuple[Tensor, ...] = (q, k, v)
+        ) -> object:
+            return torch.autograd.grad(output, of, gradient, retain_graph=True)
+
+        rates = flops / seconds_of(forward, device) / 1e12, 2.5 * flops / seconds_of(backward, device) / 1e12
+        rows.append([float(width), *rates])
+    found.rates["attention_tflops"] = rows
+
+
+def _optimizer(found: Measured, device: torch.device, sizes: Sizes) -> None:
+    """TB/s of torch's fused AdamW in fp32: weight and both moments read and written, the gradient read."""
+    weight = torch.randn(sizes.parameters, device=device, requires_grad=True)
+    weight.grad = torch.randn_like(weight)
+    optimizer = torch.optim.AdamW([weight], fused=True)
+    found.rates["optimizer_tbps"] = 7 * 4 * sizes.parameters / seconds_of(optimizer.step, device) / 1e12
+
+
+# ---- of links
+
+
+def _links(found: Measured, device: torch.device, sizes: Sizes, local_world_size: int) -> None:
+    """GB/s that a rank sends in an all-reduce (bus bandwidth), by size: in a node, and over all nodes."""
+    names = ("node_gbps", "layer_gbps", "latency_us", "network_gbps")
+    found.rates |= dict.fromkeys(names)
+    if local_world_size > 1:
+        node, _ = dist.new_subgroups(local_world_size)
+        table = _all_reduces(device, sizes.messages, node)
+        found.tables["all_reduce_node_gbps"] = table
+        found.rates["node_gbps"] = table[-1][1]
+        found.rates["layer_gbps"] = next(rate for size, rate in table if size == sizes.layer_message)
+        tiny = torch.zeros(1, device=device)
+        found.rates["latency_us"] = seconds_of(lambda: dist.all_reduce(tiny, group=node), device) * 1e6
+    else:
+        found.why |= dict.fromkeys(names[:3], "there is one process in the node")
+    if dist.get_world_size() > local_world_size:
+        table = _all_reduces(device, sizes.messages, None)
+        found.tables["all_reduce_network_gbps"] = table
+        found.rates["network_gbps"] = table[-1][1]
+    else:
+        found.why["network_gbps"] = "there is one node"
+
+
+def _all_reduces(device: torch.device, messages: Sequence[int], group: dist.ProcessGroup | None) -> list[list[float]]:
+    ranks = dist.get_world_size(group)
+    table = []
+    for size in messages:
+        buffer = torch.zeros(size // 2, device=device, dtype=torch.bfloat16)
+        taken = seconds_of(partial(dist.all_reduce, buffer, group=group), device)
+        table.append([float(size), 2 * size * (ranks - 1) / ranks / taken / 1e9])
+    return table
+
+
+def _line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

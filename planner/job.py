@@ -1,0 +1,57 @@
+"""Job: what the planner needs to know of a run, with every degree resolved."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from models.config import ModelConfig
+from parallel.dims import ParallelConfig, ParallelDims
+from parallel.pipeline.layout import PipelineLayout
+from parallel.pipeline.stages import Stage, make_stages
+from parallel.precision import PrecisionConfig
+
+
+@dataclass(frozen=True)
+class Job:
+    """A validated configuration (trainer/predicted.py makes it of the trainer's)."""
+
+    model: ModelConfig  # resolved
+    parallel: ParallelConfig
+    dims: ParallelDims
+    precision: PrecisionConfig
+    pipeline: PipelineLayout | None  # None: no pipeline
+    seq_len: int
+    global_batch_size: int  # sequences
+    micro_batch_size: int  # sequences per rank
+    compiled: bool  # blocks and loss
+    optimizer: str  # adamw, muon
+    state_dtype: str  # of AdamW's moments: fp32, bf16, int8
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.global_batch_size * self.seq_len
+
+    @cached_property
+    def sequences(self) -> tuple[int, ...]:
+        """Of each micro-batch of a data-parallel rank; the last one has what is left."""
+        total, size = self.global_batch_size // self.dims.dp, self.micro_batch_size
+        return tuple(min(size, total - start) for start in range(0, total, size))
+
+    @cached_property
+    def tokens(self) -> int:
+        """Of a whole micro-batch on one rank: context parallelism splits sequences."""
+        return max(self.sequences) * self.seq_len // self.dims.cp
+
+    @property
+    def stream_tokens(self) -> int:
+        """Of those, what the rank has of the residual stream: sequence parallelism splits it over tp."""
+        return self.tokens // self.dims.tp if self.parallel.sequence_parallel else self.tokens
+
+    @cached_property
+    def stages(self) -> tuple[Stage, ...]:
+        return make_stages([self.model.num_layers]) if self.pipeline is None else self.pipeline.stages
+
+    def stages_of(self, pp_rank: int) -> Sequence[Stage]:
+        return self.stages if self.pipeline is None else self.pipeline.of_rank(pp_rank)

@@ -1,0 +1,52 @@
+"""recipe=grpo: rollouts and gradients are those of one process, whatever the layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.parity.harness import Outcome, gradient_deviation, run_on
+from tests.pool import RankPool
+from tests.trainer.rl.rolling import rolling
+
+SAMPLED = ("reward", "valid_tokens", "tokens", "completion_tokens", "truncated", "constant_groups", "groups_trained")
+"""What depends on which tokens were drawn."""
+
+
+@pytest.fixture(scope="module")
+def reference(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    """One process, rows of one rollout each."""
+    folder = tmp_path_factory.mktemp("grpo")
+    return run_on(ranks, 1, rolling(folder, train__micro_batch_size=1))
+
+
+def same(found: Outcome, wanted: Outcome) -> None:
+    for ours, theirs in zip(found.metrics, wanted.metrics, strict=True):
+        assert [ours[name] for name in SAMPLED] == [pytest.approx(theirs[name], rel=1e-12) for name in SAMPLED]
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-6)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
+        assert ours["entropy"] == pytest.approx(theirs["entropy"], rel=1e-6)
+        assert 0 < ours["sampler_max_delta"] < 1e-5
+    assert gradient_deviation(found, wanted) < 2e-5
+
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "zero1": {"parallel__zero_stage": 1},
+    "zero2": {"parallel__zero_stage": 2},
+    "zero3, gathered once": {"parallel__zero_stage": 3, "rl__weights": "gather"},
+    "zero3, streamed": {"parallel__zero_stage": 3, "rl__weights": "stream"},
+    "tp": {"parallel__tp": 2},
+}
+
+
+def test_packing_and_micro_batches_change_nothing(ranks: RankPool, tmp_path: Path, reference: Outcome) -> None:
+    """Weights of completions that depend on what stands beside them; a token that sees another completion."""
+    same(run_on(ranks, 1, rolling(tmp_path, train__micro_batch_size=4)), reference)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_two_ranks_train_as_one(ranks: RankPool, tmp_path: Path, reference: Outcome, layout: str) -> None:
+    """A group that is cut in two, seeds by rank, means of means, weights that an engine serves while they are gone."""
+    same(run_on(ranks, 2, rolling(tmp_path, **LAYOUTS[layout])), reference)

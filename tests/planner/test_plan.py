@@ -1,0 +1,181 @@
+"""FLOPs, predictions beside measurements, worked examples, and the command itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch.compose import CONFIG_DIR, compose_for
+from launch.plan import PLAN, load_hardware, plan, plan_of
+from models.flops import flops_per_token, num_parameters
+from models.registry import resolve_model
+from planner.cache import cache_bytes
+from planner.flops import flops_by_operator
+from planner.report import as_text
+from tests.planner.measured import held, table
+from trainer.config import ConfigError
+
+ROOT = Path(__file__).resolve().parents[2]
+MODELS = sorted(path.stem for path in (Path(CONFIG_DIR) / "model").glob("*.yaml") if path.stem != "hf")
+PEAK_WITHIN, SECONDS_WITHIN = 0.03, 0.12
+EXPECTED_SLOWER = {"llama3_1b tp4+sp": 0.25}
+"""Small products and collectives, which the rates of large ones flatter."""
+
+
+def planned(*overrides: str) -> dict[str, Any]:
+    return plan_of(compose_for(PLAN, list(overrides)))
+
+
+def most(plan: dict[str, Any], kind: str) -> float:
+    return max(rank[f"{kind}_bytes"] for rank in plan["ranks"])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_flops_of_operators_add_up_to_what_the_trainer_logs(name: str) -> None:
+    """An operator forgotten or counted twice: tied heads, experts that a token is not sent to, learned positions."""
+    model = resolve_model(compose_for(PLAN, [f"model={name}"]).model)
+    assert sum(flops_by_operator(model, 512).values()) == flops_per_token(model, 512)
+
+
+def test_flops_of_multi_token_prediction_add_up_too() -> None:
+    """Its blocks use the head once more each."""
+    overrides = ["model=deepseek_v3", "model.num_layers=4", "model.mtp.depth=2"]
+    model = resolve_model(compose_for(PLAN, overrides).model)
+    assert sum(flops_by_operator(model, 512).values()) == flops_per_token(model, 512)
+
+
+def test_predictions_are_near_what_was_measured() -> None:
+    """A formula that drifts from the code, or a rate from the machine; and the table of the docs with them."""
+    rows = held()
+    assert len(rows) >= 18
+    for row in rows:
+        if row.run.peak_gib is not None:
+            assert row.peak_gib == pytest.approx(row.run.peak_gib, rel=PEAK_WITHIN), row
+        assert row.seconds == pytest.approx(row.run.seconds, rel=EXPECTED_SLOWER.get(row.run.name, SECONDS_WITHIN)), row
+    assert table(rows) in (ROOT / "docs" / "PLANNER.md").read_text()
+
+
+def test_13b_with_zero3_on_8() -> None:
+    """16 bytes a parameter, shared by 8: nothing else is state."""
+    plan = planned("+exp=zero3_13b", "plan.gpus=8")
+    (rank,) = plan["ranks"]
+    state = sum(rank[f"{kind}_bytes"] for kind in ("parameters", "gradients", "master", "optimizer"))
+    assert plan["num_parameters"] == 13_015_864_320
+    assert state == 13_015_864_320 * 16 // 8 + 4
+    assert rank["count"] == 8
+    assert plan["fits"]
+    # Twice gathered in bf16, once scattered in fp32: 8 bytes a parameter and micro-batch, of which there are two.
+    assert sum(plan["traffic_bytes_per_step"]["shard"].values()) == pytest.approx(2 * 8 * 13_015_864_320 * 7 / 8)
+
+
+def test_70b_on_64() -> None:
+    """tp=8 inside nodes and ZeRO-2 between them fits; ZeRO-2 alone does not."""
+    common = ["model=llama3_70b", "precision=bf16", "train.compile=true", "train.seq_len=8192", "plan.gpus=64",
+              "parallel.zero_stage=2", "train.global_batch_size=128"]  # fmt: skip
+    split = planned(*common, "parallel.tp=8", "parallel.sequence_parallel=true")
+    assert split["num_parameters"] == 70_553_706_496
+    assert split["fits"]
+    assert 0.3 < split["mfu"] < 0.65
+    assert not planned(*common)["fits"]
+
+
+def test_405b_on_1024() -> None:
+    """Three axes at once, each with its traffic, and a bubble that more micro-batches make smaller."""
+    common = [
+        "model=llama3_405b",
+        "precision=bf16",
+        "train.compile=true",
+        "train.seq_len=8192",
+        "plan.gpus=1024",
+        "parallel.tp=8",
+        "parallel.sequence_parallel=true",
+        "parallel.pp=16",
+        "parallel.zero_stage=1",
+    ]
+    few = planned(*common, "train.global_batch_size=128")
+    many = planned(*common, "train.global_batch_size=512")
+    assert few["num_parameters"] == 405_853_388_800
+    assert few["fits"]
+    assert sum(rank["count"] for rank in few["ranks"]) == 1024
+    assert set(few["traffic_bytes_per_step"]) == {"shard", "tp", "pp"}
+    assert few["bubble"] > 1.5 * many["bubble"] > 0
+    assert few["mfu"] < many["mfu"]
+
+
+def test_8_experts_of_7b_against_13b_dense() -> None:
+    """Two experts of eight: the arithmetic of a 13B model, the memory of a 47B one, and rows that travel."""
+    common = ["precision=bf16", "train.compile=true", "train.seq_len=4096", "plan.gpus=8", "train.global_batch_size=16"]
+    sparse = planned(*common, "model=mixtral_8x7b", "parallel.ep=8", "parallel.ep_buffer=1.5")
+    dense = planned(*common, "model=llama2_13b")
+    assert sparse["num_parameters"] == pytest.approx(46.7e9, rel=0.01)
+    assert sparse["flops_per_token"] == pytest.approx(dense["flops_per_token"], rel=0.05)
+    assert most(sparse, "optimizer") == pytest.approx(46.7 / 13.0 * most(dense, "optimizer"), rel=0.02)
+    assert sparse["traffic_bytes_per_step"]["ep"]["all_to_all"] > 0
+    assert "ep" not in dense["traffic_bytes_per_step"]
+
+
+def test_keys_and_values_of_70b_at_32k() -> None:
+    """10 GiB: 2 x 80 layers x 8 heads x 128 x 2 bytes x 32768 tokens."""
+    model = resolve_model(compose_for(PLAN, ["model=llama3_70b"]).model)
+    assert cache_bytes(model, tokens=32768) == 10 * 2**30
+
+
+def test_checkpointing_trades_memory_for_time() -> None:
+    """Modes that are read but change nothing."""
+    common = ["+exp=llama3_8b", "plan.gpus=4"]
+    plans = [planned(*common, f"model.activation_checkpoint={mode}") for mode in ("none", "selective", "full")]
+    kept = [most(plan, "activations") for plan in plans]
+    seconds = [plan["step_seconds"] for plan in plans]
+    assert kept == sorted(kept, reverse=True)
+    assert len(set(kept)) == 3
+    assert seconds == sorted(seconds)
+
+
+def test_the_command_prints_json_and_text(capsys: pytest.CaptureFixture[str]) -> None:
+    """Numbers that JSON cannot hold; a page that lacks one of its parts."""
+    plan(["train.steps=2", "parallel.dp_shard=2", "format=json"])
+    made = json.loads(capsys.readouterr().out)
+    assert made["world_size"] == 2
+    for key in (
+        "ranks",
+        "traffic_bytes_per_step",
+        "flops_per_token",
+        "step_seconds",
+        "tokens_per_second_per_gpu",
+        "mfu",
+    ):
+        assert made[key]
+    assert made["bubble"] == 0
+    assert made["flops_per_token"] == flops_per_token(resolve_model(compose_for(PLAN, []).model), 1024)
+    assert made["num_parameters"] == num_parameters(resolve_model(compose_for(PLAN, []).model))
+    text = as_text(made)
+    for word in ("Memory of a rank", "Sent by a rank", "Work of a rank", "Step", "A failure every"):
+        assert word in text
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("format=xml", "format=xml is unknown; use text or json"),
+        ("plan.gpus=0", "plan.gpus=0 must be at least 1"),
+        ("plan.tokens=-1", "plan.tokens=-1.0 must be positive"),
+        ("plan.hardware=abacus", "plan.hardware=abacus is not there; use one of h200"),
+        ("parallel.tp=3", "parallel.tp=3"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused_in_a_line(override: str, says: str) -> None:
+    """A traceback, or a plan of a run that the trainer refuses."""
+    with pytest.raises(ConfigError) as raised:
+        planned("plan.gpus=4", override) if not override.startswith("plan.gpus") else planned(override)
+    assert any(says in line for line in raised.value.problems)
+
+
+def test_hardware_that_lacks_a_rate_is_refused(tmp_path: Path) -> None:
+    """A rate of 0 becomes an infinite time, far from its cause."""
+    path = tmp_path / "mine.yaml"
+    path.write_text("name: mine\nmemory_gib: 80.0\n")
+    with pytest.raises(ConfigError, match=r"hardware\.peak_tflops=0\.0 must be positive"):
+        load_hardware(str(path))

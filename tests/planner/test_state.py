@@ -1,0 +1,159 @@
+"""Bytes of state against those that the real trainer holds, on gloo ranks, to the byte."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from data.config import DataConfig
+from models.config import ModelConfig
+from models.mla_config import MLAConfig
+from models.moe_config import MoEConfig
+from parallel.data import state_bytes
+from parallel.dims import ParallelConfig
+from parallel.precision import PrecisionConfig
+from planner.shapes import parameters_of
+from planner.state import Coordinates, rank_states, state_of_rank
+from tests.parity.harness import tiny_config
+from tests.pool import RankPool
+from trainer.config import OptimConfig, TrainConfig
+from trainer.predicted import job_of
+from trainer.trainer import Trainer
+from trainer.validate import finalize
+
+ODD = ModelConfig(
+    vocab_size=301,
+    hidden_size=36,
+    head_dim=10,
+    intermediate_size=52,
+    num_layers=4,
+    num_heads=4,
+    num_kv_heads=2,
+    max_seq_len=64,
+)
+BLOCKS = replace(
+    ODD, hidden_size=256, head_dim=None, intermediate_size=512, num_layers=2
+)  # whole blocks of 8-bit moments
+TIED = replace(ODD, tie_embeddings=True)
+GPT2 = replace(
+    ODD, family="gpt2", norm="layernorm", activation="gelu_tanh", gated_mlp=False, positions="learned", qkv_bias=True,
+    attention_bias=True, mlp_bias=True, tie_embeddings=True, num_kv_heads=4,
+)  # fmt: skip
+MOE = replace(ODD, family="qwen3_moe", qk_norm=True, moe=MoEConfig(num_experts=6, top_k=2, intermediate_size=20))
+LATENT = replace(
+    ODD, family="deepseek_v2", num_kv_heads=None, head_dim=None,
+    mla=MLAConfig(kv_rank=12, q_rank=20, nope_dim=8, rope_dim=4, value_dim=6),
+)  # fmt: skip
+BF16 = PrecisionConfig(compute="bf16", master="fp32", reduce="fp32")
+NARROW = PrecisionConfig(compute="bf16", master="fp32", reduce="bf16")
+ONLY_BF16 = PrecisionConfig(compute="bf16", master="bf16", reduce="bf16")
+MIXED = PrecisionConfig(compute="bf16", master="bf16", reduce="fp32")
+SP = {"tp": 2, "sequence_parallel": True}
+
+CASES: dict[str, tuple[int, ModelConfig, dict[str, Any], PrecisionConfig, dict[str, Any]]] = {
+    "plain": (1, ODD, {"zero_stage": 0}, PrecisionConfig(), {}),
+    "ddp": (2, ODD, {"zero_stage": 0}, BF16, {}),
+    "zero1": (4, ODD, {"zero_stage": 1}, BF16, {}),
+    "zero2": (4, ODD, {"zero_stage": 2}, BF16, {}),
+    "zero3": (4, ODD, {"zero_stage": 3}, BF16, {}),
+    "zero1 reduced in bf16": (4, ODD, {"zero_stage": 1}, NARROW, {}),
+    "zero2 reduced in bf16": (4, ODD, {"zero_stage": 2}, NARROW, {}),
+    "zero3 reduced in bf16": (4, ODD, {"zero_stage": 3}, NARROW, {}),
+    "zero2 in bf16 alone": (4, ODD, {"zero_stage": 2}, ONLY_BF16, {}),
+    "zero1 in bf16, reduced in fp32": (2, ODD, {"zero_stage": 1}, MIXED, {}),
+    "zero3 in bf16 alone": (2, ODD, {"zero_stage": 3}, ONLY_BF16, {}),
+    "hsdp": (4, ODD, {"zero_stage": 3, "dp_replicate": 2}, BF16, {}),
+    "replicas of zero2": (4, TIED, {"zero_stage": 2, "dp_replicate": 2}, BF16, {}),
+    "tp": (2, ODD, {"zero_stage": 1, **SP}, BF16, {}),
+    "tp, shared key heads": (4, ODD, {"zero_stage": 1, "tp": 4}, BF16, {}),
+    "tp x zero3": (4, ODD, {"zero_stage": 3, **SP}, BF16, {}),
+    "tp x zero3, gpt2": (4, GPT2, {"zero_stage": 3, "tp": 2}, BF16, {}),
+    "tp x zero2, latent": (4, LATENT, {"zero_stage": 2, "tp": 2}, BF16, {}),
+    "cp x zero2": (4, ODD, {"zero_stage": 2, "cp": 2}, BF16, {}),
+    "pp x zero1, tied": (4, TIED, {"zero_stage": 1, "pp": 2}, BF16, {}),
+    "pp x zero3": (4, ODD, {"zero_stage": 3, "pp": 2}, BF16, {}),
+    "interleaved x zero2": (4, ODD, {"zero_stage": 2, "pp": 2, "pp_schedule": "interleaved_1f1b"}, BF16, {}),
+    "zbv": (2, TIED, {"zero_stage": 1, "pp": 2, "pp_schedule": "zbv"}, BF16, {}),
+    "experts": (4, MOE, {"zero_stage": 1}, BF16, {}),
+    "ep x zero1": (4, MOE, {"zero_stage": 1, "ep": 2}, BF16, {}),
+    "ep x zero2": (4, MOE, {"zero_stage": 2, "ep": 2}, BF16, {}),
+    "ep x zero3": (4, MOE, {"zero_stage": 3, "ep": 2}, BF16, {}),
+    "ep x tp": (4, MOE, {"zero_stage": 2, "ep": 2, "tp": 2}, BF16, {}),
+    "muon": (2, ODD, {"zero_stage": 1}, BF16, {"name": "muon"}),
+    "muon x zero3": (4, MOE, {"zero_stage": 3}, BF16, {"name": "muon"}),
+    "bf16 moments": (4, ODD, {"zero_stage": 2}, ONLY_BF16, {"state_dtype": "bf16", "beta2": 0.95}),
+    "int8 moments": (2, BLOCKS, {"zero_stage": 1}, BF16, {"state_dtype": "int8"}),
+    "int8 moments, bf16 weights, zero3": (4, BLOCKS, {"zero_stage": 3}, ONLY_BF16, {"state_dtype": "int8"}),
+}
+
+
+ALWAYS = ("ddp", "zero1", "zero3 reduced in bf16", "tp, shared key heads", "tp x zero3", "pp x zero1, tied",
+          "ep x zero2", "muon x zero3", "int8 moments, bf16 weights, zero3")  # fmt: skip
+"""Of these, which run in every suite; the others show nearly the same."""
+PARAMETERS = [pytest.param(n, marks=[] if n in ALWAYS else [pytest.mark.thorough]) for n in CASES]
+
+
+def _config(folder: Path, name: str) -> TrainConfig:
+    _, model, parallel, precision, optim = CASES[name]
+    data = DataConfig(source="tokens", path=str(folder / "tokens.npy"), shuffle=False, num_workers=0)
+    config = tiny_config(folder / name.replace(" ", "_"), data, train__steps=1, schedule__warmup_steps=0)
+    config.model, config.precision = replace(model), precision
+    config.parallel = ParallelConfig(bucket_mb=0.02, **parallel)
+    config.optim = OptimConfig(**optim)
+    return config
+
+
+def _measure(config: TrainConfig) -> tuple[Coordinates, dict[str, int]]:
+    """What this rank holds when gradients are complete."""
+    trainer = Trainer(finalize(config, world_size=dist.get_world_size()))
+    state, found = trainer.state, {}
+
+    def measure(**kwargs: Any) -> None:
+        found.update(state_bytes(state.data_parallel, state.optimizer.state_tensors()))
+
+    state.optimizer.step = measure  # type: ignore[method-assign]
+    try:
+        trainer.run()
+    finally:
+        trainer.close()
+    at = [trainer.mesh.state[axis].get_local_rank() for axis in ("pp", "shard", "tp")]
+    return Coordinates(*at), found
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("planned")
+    np.save(folder / "tokens.npy", np.arange(2000, dtype=np.int32) % 300)
+    return folder
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_state_has_the_bytes_that_are_predicted(ranks: RankPool, folder: Path, name: str) -> None:
+    """A formula that forgets padding, a widened gradient, a parameter that every rank holds whole."""
+    world_size = CASES[name][0]
+    config = _config(folder, name)
+    job = job_of(finalize(config, world_size=world_size), world_size=world_size)
+    predicted = []
+    for at, measured in (results := ranks.run(world_size, _measure, config)):
+        state = state_of_rank(job, parameters_of(job.model, job.stages_of(at.pp), tp=job.dims.tp), at)
+        kinds = {"parameters": state.parameters, "gradients": state.gradients, "master": state.master}
+        predicted.append((at, kinds | {"optimizer": state.optimizer}))
+        assert torch.tensor(list(measured.values())).sum() > 0
+    assert predicted == results
+
+
+def test_distinct_ranks_are_all_ranks(folder: Path) -> None:
+    """Ranks that hold less, being last, reported as if they were the others; or replicas forgotten."""
+    config = _config(folder, "replicas of zero2")
+    config.parallel = replace(config.parallel, pp=2, tp=2)
+    config.train.global_batch_size = 8
+    job = job_of(finalize(config, world_size=16), world_size=16)
+    states = rank_states(job)
+    assert sum(state.count for state in states) == 16
+    assert len({state.example.pp for state in states}) == 2

@@ -1,0 +1,222 @@
+"""recipe=grpo: what a run does, what it writes down, and what it refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.parity.harness import Outcome, changed, run_on
+from tests.pool import RankPool
+from tests.trainer.rl.rolling import EVEN, ROWS, rolling
+from trainer.config import TrainConfig
+from trainer.rl.config import RewardConfig
+from trainer.rl.rewards import Answer
+from trainer.validate import find_problems
+
+HERE = "tests.trainer.rl.test_grpo"
+TIMES = ("seconds", "per_second", "peak_memory_gib", "goodput")
+
+
+def without_times(outcome: Outcome) -> list[dict[str, Any]]:
+    return [{name: v for name, v in line.items() if not any(t in name for t in TIMES)} for line in outcome.metrics]
+
+
+@pytest.mark.parametrize(("size", "stage"), [(1, 0), (2, 3)])
+def test_in_deterministic_mode_trainer_and_sampler_agree_to_the_bit(
+    ranks: RankPool, tmp_path: Path, size: int, stage: int
+) -> None:
+    """Rollouts whose probabilities are not the trainer's, in half precision; the next test is the control."""
+    changes = {"train__batch_invariant": True, "precision__compute": "bf16", "train__global_batch_size": 8}
+    for line in run_on(ranks, size, rolling(tmp_path, parallel__zero_stage=stage, **changes)).metrics:
+        assert line["sampler_max_delta"] == line["sampler_kl"] == 0.0
+        assert line["importance_weight"] == line["ratio"] == 1.0
+
+
+def test_in_half_precision_they_otherwise_do_not(ranks: RankPool, tmp_path: Path) -> None:
+    """Negative control: a difference that is never measured."""
+    config = rolling(tmp_path, precision__compute="bf16", train__steps=1)
+    (line,) = run_on(ranks, 1, config).metrics
+    assert 1e-4 < line["sampler_max_delta"] < 0.2
+    assert 0 < line["sampler_kl"] < 1e-3
+
+
+SEVERAL = {"rl__minibatches": 2, "rl__epochs": 2, "train__steps": 6, "train__seq_len": 36, "schedule__name": "constant"}
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_run_that_was_interrupted_goes_on_to_the_same_bits(ranks: RankPool, tmp_path: Path, size: int) -> None:
+    """Rollouts that are sampled again by other weights, prompts that come twice, ratios against newer policies."""
+    whole = run_on(ranks, size, rolling(tmp_path / "whole", **SEVERAL))
+    config = rolling(tmp_path / "cut", **SEVERAL | {"train__steps": 3})
+    config.checkpoint.at_end = True
+    run_on(ranks, size, config)
+    config.train.steps = 6
+    assert without_times(run_on(ranks, size, config)) == without_times(whole)
+    # Of four updates by the same rollouts the first alone is on-policy.
+    assert [line["ratio"] == 1.0 for line in whole.metrics] == [True, False, False, False, True, False]
+    assert ["reward" in line for line in whole.metrics] == [True, False, False, False, True, False]
+
+
+def test_rollouts_left_over_are_shared_out_over_another_number_of_ranks(ranks: RankPool, tmp_path: Path) -> None:
+    """A checkpoint that only as many ranks can read, or of which rollouts are lost."""
+    config = rolling(tmp_path, **SEVERAL | {"train__steps": 3})
+    config.checkpoint.at_end = True
+    run_on(ranks, 2, config)
+    config.train.steps = 4
+    one = run_on(ranks, 1, config).metrics[-1]
+    whole = run_on(ranks, 2, rolling(tmp_path / "whole", **SEVERAL | {"train__steps": 4})).metrics[-1]
+    assert one["valid_tokens"] == whole["valid_tokens"]
+    assert one["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-4)
+
+
+def first(answer: Answer) -> float:
+    """Equal for all completions of most prompts."""
+    return float(int(answer.row["answer"]) % 3 == 0 and answer.token_ids[0] % 2 == 0)
+
+
+def test_groups_that_teach_nothing_are_replaced(ranks: RankPool, tmp_path: Path) -> None:
+    """A batch of which two thirds have no gradient; on two ranks other groups than on one."""
+    changes = {"rl__sampling_rounds": 9, "rl__rewards": [RewardConfig(f"{HERE}:first")], "train__steps": 2}
+    found = [run_on(ranks, size, rolling(tmp_path / str(size), **changes)) for size in (1, 2)]
+    for one, two in zip(found[0].metrics, found[1].metrics, strict=True):
+        assert one["sampling_rounds"] > 1
+        assert one["groups_trained"] == 4
+        assert one["constant_groups"] > 0.4
+        for name in ("sampling_rounds", "groups_trained", "reward", "valid_tokens"):
+            assert one[name] == two[name]
+        assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-4)
+
+
+def sometimes(answer: Answer) -> float:
+    if answer.token_ids[0] % 2:
+        raise LookupError("no such thing")
+    return float(len(answer.token_ids))
+
+
+def test_completions_without_a_reward_are_left_out_and_counted(ranks: RankPool, tmp_path: Path) -> None:
+    """A failure that nobody sees; one that ends a run although it is to go on, and the other way round."""
+    changes = {"rl__rewards": [RewardConfig(f"{HERE}:sometimes"), RewardConfig(EVEN, 0.5)], "train__steps": 1}
+    config = rolling(tmp_path, rl__bad_reward="skip", **changes)
+    (line,) = run_on(ranks, 1, config).metrics
+    assert 0 < line["reward_failures"] < 16
+    assert line["reward"] == pytest.approx(line["reward_sometimes"] + 0.5 * line["reward_even"])
+    assert "raised LookupError: no such thing" in (Path(config.run.dir) / "events.jsonl").read_text()
+    with pytest.raises(AssertionError, match="RewardError: the reward function sometimes raised LookupError"):
+        run_on(ranks, 2, rolling(tmp_path / "error", **changes))
+
+
+def test_the_policy_is_held_near_the_reference(ranks: RankPool, tmp_path: Path) -> None:
+    """A reference that moves with the policy, of which the divergence is always 0; one that does nothing."""
+    changes = {"train__steps": 8, "optim__lr": 1e-2, "schedule__name": "constant"}
+    free, held = (
+        run_on(ranks, 1, rolling(tmp_path / str(weight), rl__kl_weight=weight, **changes)).metrics
+        for weight in (1e-9, 30.0)
+    )
+    assert free[0]["kl"] == pytest.approx(0.0, abs=1e-9)
+    assert free[0]["grad_norm"] == pytest.approx(held[0]["grad_norm"], rel=1e-3)
+    assert 0 < held[-1]["kl"] < free[-1]["kl"] / 2
+    two = run_on(
+        ranks, 2, rolling(tmp_path / "two", rl__kl_weight=30.0, parallel__zero_stage=3, **changes | {"train__steps": 2})
+    ).metrics
+    assert two[1]["kl"] == pytest.approx(held[1]["kl"], rel=1e-3)
+
+
+class Twice:
+    """An environment that answers with the prompt's first column, once."""
+
+    def start(self, prompt: str, row: dict[str, Any]) -> None:
+        self.left, self.answer = 1, row["answer"]
+
+    def reply(self, text: str) -> str | None:
+        self.left -= 1
+        return f" two {self.answer} " if self.left >= 0 else None
+
+
+def test_turns_of_an_environment_are_put_between_those_of_the_model(ranks: RankPool, tmp_path: Path) -> None:
+    """Tokens of the environment with a loss; text that is tokenised again and comes out as other tokens."""
+    found = ranks.run(1, _episodes, rolling(tmp_path, rl__environment=f"{HERE}:Twice", rl__max_tokens=None))[0]
+    assert any(len(spans) == 2 for _, spans, _, _ in found)
+    for tokens, spans, logprobs, between in found:
+        assert len(logprobs) == sum(end - begin for begin, end in spans)
+        assert len(tokens) <= 40
+        if len(spans) == 2:
+            assert tokens[spans[0][1] : spans[1][0]] == between
+
+
+def _episodes(config: TrainConfig) -> list[tuple[Any, ...]]:
+    from trainer.trainer import Trainer
+    from trainer.validate import finalize
+
+    trainer = Trainer(finalize(config, world_size=1))
+    try:
+        trainer.run()
+        recipe, tokenizer = trainer.recipe, trainer.train_data.tokenizer
+        assert tokenizer is not None
+        samples = recipe._samples["train"]  # type: ignore[attr-defined]
+        # Every token ends a turn with some probability: random models end few.
+        recipe._engine.eos_ids = frozenset(range(0, 300, 7))  # type: ignore[attr-defined]
+        groups, _ = recipe._collector.groups(range(4), samples, size=4)  # type: ignore[attr-defined]
+        return [
+            (r.tokens, r.spans, r.logprobs, tokenizer.encode(f" two {samples[group.number].row['answer']} "))
+            for group in groups
+            for r in group.rollouts
+        ]
+    finally:
+        trainer.close()
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"parallel__pp": 2}, "parallel.pp=2 does not work with recipe.name=grpo: the engine serves whole models"),
+        ({"parallel__cp": 2}, "parallel.cp=2 does not work with recipe.name=grpo"),
+        ({"train__compile": True}, "train.compile=true does not work with recipe.name=grpo"),
+        ({"train__global_batch_size": 10}, "do not divide into groups of recipe.rl.group_size=4; use"),
+        ({"rl__loss": "clipped"}, "recipe.rl.loss=clipped is unknown; use recipe.rl.loss=clip"),
+        ({"model__dropout": 0.1}, "model.dropout=0.1 does not work with recipe.name=grpo: completions are sampled"),
+        ({"rl__kl_weight": 0.1, "rl__kl_estimator": "k1"}, "as a loss its mean gradient is 0"),
+        ({"recipe__reference_offload": True}, "recipe.reference_offload=True has no effect with recipe.rl.kl_weight=0"),
+        ({"recipe__name": "pretrain"}, "recipe.rl is set and has no effect with recipe.name=pretrain; leave it out"),
+        ({"rl__group_size": 1}, "recipe.rl.group_size=1 must be at least 2"),
+        ({"rl__weights": "gather"}, "the model computes with whole weights already; use recipe.rl.weights=in_place"),
+        ({"rl__rewards": []}, "recipe.rl.rewards is empty"),
+        ({"rl__rewards": [RewardConfig(EVEN), RewardConfig("no")]}, "recipe.rl.rewards[1].function=no is unknown"),
+        ({"rl__environment": "no:Where"}, "recipe.rl.environment=no:Where cannot be imported"),
+        ({"rl__max_tokens": 40}, "recipe.rl.max_tokens=40 leaves no room for a prompt in train.seq_len=40"),
+        ({"data__mask_documents": False}, "data.mask_documents=false lets the completions of a row see one another"),
+    ],
+)
+def test_what_does_not_work_is_refused_in_a_line(tmp_path: Path, changes: dict[str, Any], says: str) -> None:
+    lines = find_problems(rolling(tmp_path, **changes), world_size=2)
+    assert any(says in line for line in lines), lines
+
+
+def test_rows_that_are_no_prompts_are_refused_in_a_line(ranks: RankPool, tmp_path: Path) -> None:
+    for name, row, says in (
+        ("column", {"question": "one?"}, "data.prompts.field=prompt is neither text nor messages there; it has the"),
+        ("empty", {"prompt": ""}, "its prompt has no tokens"),
+        ("messages", {"prompt": [{"role": "user", "content": 3}]}, "the chat template refuses this conversation"),
+    ):
+        with pytest.raises(AssertionError, match=says):
+            run_on(ranks, 1, rolling(tmp_path / name, rows=[*ROWS, row]))
+    long = {"prompt": "one " * 60}
+    (line, *_) = run_on(ranks, 1, rolling(tmp_path / "long", rows=[*ROWS, long])).metrics
+    assert line["groups_trained"] == 4
+    config = changed(rolling(tmp_path / "too", rows=[*ROWS, long]), tmp_path / "too" / "run")
+    config.data.prompts.too_long = "error"
+    with pytest.raises(AssertionError, match="leaves no room for an answer"):
+        run_on(ranks, 1, config)
+
+
+def test_the_shipped_recipes_are_legal() -> None:
+    """A file of configs/recipe with a value that the code does not know."""
+    from launch.compose import TRAIN, compose_for
+    from trainer.rl.config import rl_problems
+
+    for name in ("grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo"):
+        config = compose_for(TRAIN, [f"recipe={name}"])
+        assert config.recipe.name == "grpo"
+        assert config.data.source == "prompts"
+        assert rl_problems(config.recipe.rl) == []

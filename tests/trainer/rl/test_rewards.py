@@ -1,0 +1,150 @@
+"""Rewards: answers of mathematics, programs in a sandbox, functions of the user's that fail."""
+
+from __future__ import annotations
+
+import math
+import time
+from fractions import Fraction
+from typing import Any
+
+import pytest
+
+from trainer.rl.config import RewardConfig, RLConfig
+from trainer.rl.maths import final_answer, number_of, same_answer
+from trainer.rl.rewards import Answer, RewardError, Rewards, check_rewards
+from trainer.rl.sandbox import run_program
+
+
+def answer(text: str, **row: Any) -> Answer:
+    return Answer(prompt="how many?", text=text, token_ids=[1, 2], finish_reason="stop", row=row)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (r"so \boxed{12} or rather \boxed{\frac{3}{4}}, of 7", r"\frac{3}{4}"),
+        (r"\boxed{a_{1} + \boxed{2}} and \boxed{unclosed", "2"),
+        ("steps 1, 2 and 3\n#### 1,234 apples", "1,234 apples"),
+        ("first 12, then -3.50 is left.", "-3.50"),
+        ("of 1,234,567 there are 12,5", "5"),
+        ("no number", None),
+    ],
+)
+def test_the_final_answer_is_the_last_that_is_marked(text: str, expected: str | None) -> None:
+    """A number of the way to the answer; a brace inside of it."""
+    assert final_answer(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1,234.50", Fraction(2469, 2)),
+        ("$-7$", Fraction(-7)),
+        (r"\dfrac{-3}{4}", Fraction(-3, 4)),
+        (r"-\frac34", Fraction(-3, 4)),
+        ("6/8", Fraction(3, 4)),
+        ("50%", Fraction(1, 2)),
+        (r"50\%", Fraction(1, 2)),
+        ("1.5e3", Fraction(1500)),
+        ("12.", Fraction(12)),
+        ("1/0", None),
+        ("x+1", None),
+        ("", None),
+        ("9" * 500, None),
+    ],
+)
+def test_numbers_are_exact(text: str, value: Fraction | None) -> None:
+    """Floats that are nearly equal; a division by zero that ends the run; a string that takes minutes to parse."""
+    assert number_of(text) == value
+
+
+def test_answers_that_are_no_numbers_are_compared_as_text() -> None:
+    assert same_answer(r" x + 1 ", "X+1.")
+    assert not same_answer("x", "y")
+    assert same_answer("0.1", r"\frac{1}{10}")
+    assert not same_answer("0.3333", "1/3")
+
+
+def test_a_program_passes_where_it_reaches_its_end() -> None:
+    """An exit code of 0 that the program gave itself, before any test ran; an error that is lost."""
+    assert run_program("def f(x):\n    return 2 * x\nassert f(2) == 4").passed
+    failed = run_program("def f(x):\n    return x\nassert f(2) == 4, 'not 4'")
+    assert (failed.passed, failed.error) == (False, "AssertionError: not 4")
+    for early in ("import os; os._exit(0)", "import sys; sys.exit(0)", "raise SystemExit", "print('x' * 32)\n1/0"):
+        assert not run_program(f"{early}\nassert True").passed, early
+    assert "SyntaxError" in run_program("def f(:").error
+
+
+def test_a_program_has_limits() -> None:
+    """A loop, a bomb of memory, a child that outlives it, the secrets of the environment, files in the way."""
+    begin = time.monotonic()
+    assert run_program("while True: pass", seconds=0.5).error == "it took longer than 0.5 s"
+    sleeper = "import subprocess\nsubprocess.Popen(['/bin/sleep', '30'])\nwhile True: pass"
+    assert not run_program(sleeper, seconds=0.5).passed
+    assert time.monotonic() - begin < 5
+    assert "MemoryError" in run_program("x = bytearray(1 << 30)", memory_mb=256).error
+    assert run_program("import os\nassert not dict(os.environ)\nassert os.listdir('.') == []").passed
+    assert not run_program("open('x', 'wb').write(bytes(32 << 20))").passed
+
+
+def test_code_is_rewarded_by_its_rows_tests() -> None:
+    text = "First:\n```python\ndef f(): return 1\n```\nno, rather\n```python\ndef f(): return 2\n```\ndone"
+    scored = Rewards(RLConfig(rewards=[RewardConfig("code")])).of(
+        [answer(text, tests=["assert f() == 2"]), answer(text, tests="assert f() == 1"), answer("f = 3", tests="f")]
+    )
+    assert [one.total for one in scored] == [1.0, 0.0, 1.0]
+
+
+def test_several_rewards_are_summed_by_weight() -> None:
+    rewards = Rewards(RLConfig(rewards=[RewardConfig("math", 2.0), RewardConfig("finished", -0.5)]))
+    found = rewards.of([answer("it is 7", answer="7"), answer("it is 8", answer=7)])
+    assert [one.total for one in found] == [1.5, -0.5]
+    assert found[0].each == {"math": 1.0, "finished": 1.0}
+
+
+def raises(given: Answer) -> float:
+    raise LookupError("no such thing")
+
+
+def not_a_number(given: Answer) -> float:
+    return math.nan if "bad" in given.text else 1.0
+
+
+def no_number(given: Answer) -> Any:
+    return "1.0"
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("raises", "raised LookupError: no such thing"),
+        ("not_a_number", "returned nan, no finite number"),
+        ("no_number", "returned '1.0', no finite number"),
+    ],
+)
+def test_a_reward_function_that_fails_is_never_silent(name: str, says: str) -> None:
+    """A NaN in a group's mean makes every advantage of it NaN, or an update of nothing."""
+    config = RLConfig(rewards=[RewardConfig(f"tests.trainer.rl.test_rewards:{name}")])
+    found = Rewards(config).of([answer("good"), answer("bad")])
+    assert found[1].total is None
+    assert (found[0].total == 1.0) == (name == "not_a_number")
+    with pytest.raises(RewardError, match=says) as raised:
+        check_rewards([found[1].error], config)
+    assert "recipe.rl.bad_reward=skip" in str(raised.value)
+    assert "'bad' of 'how many?'" in str(raised.value)
+    config.bad_reward = "skip"
+    check_rewards([found[1].error], config)
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("maths", "recipe.rl.rewards[0].function=maths is unknown; use math, exact"),
+        ("no.such:thing", "recipe.rl.rewards[0].function=no.such:thing cannot be imported: ModuleNotFoundError"),
+        ("math:pi", "recipe.rl.rewards[0].function=math:pi is no function but float"),
+    ],
+)
+def test_a_function_that_is_not_there_is_named(name: str, says: str) -> None:
+    with pytest.raises(ValueError, match="function=") as raised:
+        Rewards(RLConfig(rewards=[RewardConfig(name)]))
+    assert str(raised.value).startswith(says)

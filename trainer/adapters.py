@@ -1,0 +1,137 @@
+"""Training of adapters (models/lora.py): where the model they are for comes from, and how a run begins and goes on.
+
+Checkpoints hold adapters and their optimizer, as of a model that has nothing else, and say which model they are for:
+its folder, and a fingerprint of the weights there. So they are small, move between layouts, and are refused beside
+another model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels.nf4 import dequantize_nf4, quantize_nf4
+from models.hf import load_hf_weights
+from models.hf_files import DTYPES, TensorFolder
+from models.init import initialize
+from models.lora import A, B, M, adapter_initializers
+from models.quantized import NF4, fill_quantized
+from parallel.fused import separate
+from parallel.regions import local_region, local_tensor
+from trainer.agreement import CheckpointError, Ranks
+from trainer.checkpoint import read_extra
+from trainer.config import ConfigError, TrainConfig
+from trainer.step import TrainState
+
+ROWS, COLUMNS = 32, 64
+"""Of each tensor, what a fingerprint reads: a folder of any size takes a moment."""
+RUN_TIME_FIELDS = ("lr_ratio",)
+"""Of AdapterConfig, which may change between runs."""
+
+
+def load_base(state: TrainState, config: TrainConfig) -> None:
+    """The weights that stay as they are, from the folder in model.path; each rank reads what it computes with."""
+    assert config.model.path is not None
+    path, kinds = config.model.path, (A, B, M, NF4)
+    weights = {name: t for name, t in state.model.state_dict().items() if name.rpartition(".")[2] not in kinds}
+    whole = config.parallel.pp == 1 and config.adapter.quantize == "none"
+    load_hf_weights(path, weights, config.model, whole_model=whole)
+    fill_quantized(state.model, partial(_read, config))
+
+
+def _read(config: TrainConfig, name: str, shape: Sequence[int]) -> Tensor:
+    """One whole weight of the model, in the dtype that is computed with."""
+    weight = torch.empty(tuple(shape), dtype=config.precision.compute_dtype)
+    load_hf_weights(str(config.model.path), {name: weight}, config.model, whole_model=False)
+    return weight
+
+
+@torch.no_grad()
+def start_adapters(state: TrainState, config: TrainConfig) -> None:
+    """Adapters as they begin."""
+    masters = separate(state.data_parallel.masters, state.fused)
+    shapes = {name: master.shape for name, master in masters.items()}
+    initialize(masters, adapter_initializers(shapes), config.train.seed)
+    for name, master in masters.items():
+        layer, _, kind = name.rpartition(".")
+        if kind == M:
+            local, region = local_tensor(master), local_region(master)
+            weight = _read(config, f"{layer}.weight", (*shapes[name], shapes[f"{layer}.{A}"][1])).to(local.device)
+            if config.adapter.quantize == "nf4":
+                weight = dequantize_nf4(quantize_nf4(weight), weight.shape, weight.dtype)
+            local.copy_(torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32)[region[0]])
+
+
+def adapter_identity(config: TrainConfig) -> dict[str, Any] | None:
+    """What the adapters of a run mean: their settings and the model they are for; None: it has none. Collective.
+
+    Rank 0 reads. Raises ConfigError where model.path holds no weights.
+    """
+    if config.adapter.name == "none":
+        return None
+    folder = Path(str(config.model.path))
+    settings = {name: value for name, value in asdict(config.adapter).items() if name not in RUN_TIME_FIELDS}
+    return {"settings": settings, "base": {"path": str(folder), "fingerprint": fingerprint(folder)}}
+
+
+def fingerprint(folder: Path) -> str:
+    """Hex digest of the names, dtypes and shapes of all tensors of a Hugging Face folder and some values of each.
+
+    Weights that were trained on differ in all tensors; a change of a few values may go unseen. Collective.
+    """
+    try:
+        return Ranks().on_first(lambda: _fingerprint(folder))
+    except CheckpointError as error:
+        raise ConfigError([f"model.path={folder}: {error}"]) from None
+
+
+def _fingerprint(folder: Path) -> str:
+    tensors = TensorFolder(folder)
+    digest = hashlib.sha256()
+    known = {name: dtype for dtype, name in DTYPES.items()}
+    for name in sorted(tensors.file_of):
+        tensor = tensors.tensor(name)
+        shape, dtype = list(tensor.get_shape()), tensor.get_dtype()
+        digest.update(json.dumps([name, dtype, shape]).encode())
+        if dtype in known and shape:
+            corner = (*[slice(0, ROWS)] * (len(shape) - 1), slice(0, COLUMNS))
+            sample = tensors.read(name, corner)
+            digest.update(sample.double().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+def check_same_adapter(path: Path, ours: dict[str, Any] | None) -> None:
+    """Raise ConfigError unless a checkpoint is of adapters that mean the same (`adapter_identity`), or of none."""
+    saved = read_extra(path).get("adapter")
+    if saved is None and ours is None:
+        return
+    if saved is None or ours is None:
+        has, wants = ("adapters", "has none") if ours is None else ("a whole model", "trains adapters beside one")
+        advice = (
+            f"use adapter={saved['settings']['name']}"
+            if saved is not None
+            else "export it (launch/convert.py export) and give the folder to model.path"
+        )
+        raise ConfigError([f"checkpoint {path} holds {has}, and this run {wants}; {advice}, or another run.dir"])
+    different = [
+        f"adapter.{name}={ours['settings'].get(name)} (checkpoint: {saved['settings'].get(name)})"
+        for name in sorted(ours["settings"].keys() | saved["settings"].keys())
+        if ours["settings"].get(name) != saved["settings"].get(name)
+    ]
+    if different:
+        raise ConfigError([f"checkpoint {path} is of other adapters: {', '.join(different)}; use its settings"])
+    if saved["base"]["fingerprint"] != ours["base"]["fingerprint"]:
+        raise ConfigError(
+            [
+                f"model.path={ours['base']['path']} is not the model that the adapters in {path} were trained for, "
+                f"which was in {saved['base']['path']}; give that one, or use another run.dir"
+            ]
+        )

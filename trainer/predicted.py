@@ -1,0 +1,99 @@
+"""What the planner says of a run, from the trainer's configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import median
+from typing import Any
+
+from parallel.dims import ParallelDims
+from planner.hardware_files import hardware_of, read_hardware
+from planner.job import Job
+from planner.limits import limits
+from planner.memory import memory_of_ranks
+from planner.steptime import step_time
+from trainer.config import TrainConfig
+from trainer.pipelined import pipeline_layout
+
+
+def job_of(config: TrainConfig, *, world_size: int) -> Job:
+    """config: validated, with the model resolved (trainer.validate.finalize)."""
+    return Job(
+        model=config.model,
+        parallel=config.parallel,
+        dims=ParallelDims.resolve(config.parallel, world_size),
+        precision=config.precision,
+        pipeline=pipeline_layout(config.parallel, config.model, seq_len=config.train.seq_len),
+        seq_len=config.train.seq_len,
+        global_batch_size=config.train.global_batch_size,
+        micro_batch_size=config.train.micro_batch_size,
+        compiled=config.train.compiles_loss,
+        optimizer=config.optim.name,
+        state_dtype=config.optim.state_dtype,
+    )
+
+
+KNOWN_RECIPES = ("pretrain", "sft")
+"""Of one model and one pass forward and back."""
+WARM_UP = 3
+"""Steps of a start that are not compared: they compile, and fill caches."""
+FEWEST = 3
+"""Steps that a median is taken of."""
+
+
+def not_planned(config: TrainConfig) -> list[str]:
+    """What of a configuration the planner does not know, one line each with the field and its value."""
+    found = []
+    if config.recipe.name not in KNOWN_RECIPES:
+        found.append(
+            f"recipe.name={config.recipe.name} is not planned for: it has passes beside those of the model's training; "
+            f"use {' or '.join(KNOWN_RECIPES)}"
+        )
+    if config.adapter.name != "none":
+        found.append(
+            f"adapter.name={config.adapter.name} is not planned for: frozen weights cost less; use adapter=none"
+        )
+    if (kind := config.model.speculator.kind) != "none":
+        found.append(f"model.speculator.kind={kind} is not planned for: heads are trained beside a model; use none")
+    return found
+
+
+def compare(
+    config: TrainConfig, *, world_size: int, device_name: str, seconds: Sequence[float], peak_gib: float | None
+) -> tuple[str, dict[str, Any]]:
+    """A run beside its prediction, as a sentence and as fields of run.json, which are empty where there is none.
+
+    seconds: of this start's steps. peak_gib: allocated on rank 0's GPU; None: not measured. The rates are those of
+    logging.hardware, or of the file whose name is the device's.
+    """
+    if config.logging.hardware is not None:
+        hardware, wrong = read_hardware(config.logging.hardware)
+        if wrong:
+            return f"no prediction: logging.hardware={wrong[0]}", {}
+    else:
+        known = hardware_of(device_name)
+        if known is None:
+            how = "measure one with launch/calibrate.py and name it as logging.hardware"
+            return f"no prediction of memory and time: no file of configs/hardware is of {device_name!r}; {how}", {}
+        hardware = known
+    if unknown := not_planned(config):
+        return f"no prediction of memory and time: {unknown[0]}", {}
+    job = job_of(config, world_size=world_size)
+    time = step_time(job, hardware).step
+    first = memory_of_ranks(job, largest=True)[0]  # rank 0 is of the first stage, and no other of it holds more
+    fields: dict[str, Any] = {"hardware": hardware.name, "step_seconds": time, "peak_memory_gib": first.peak / 2**30}
+    said = []
+    timed = seconds[WARM_UP:]
+    if len(timed) >= FEWEST:
+        fields["measured_step_seconds"] = measured = median(timed)
+        said.append(f"step {time:.4g} s predicted, {measured:.4g} s measured ({time / measured - 1:+.1%})")
+    else:
+        said.append(f"step {time:.4g} s predicted, too few steps to measure")
+    if peak_gib is not None:
+        fields["measured_peak_memory_gib"] = peak_gib
+        predicted = fields["peak_memory_gib"]
+        said.append(
+            f"peak of rank 0 {predicted:.1f} GiB predicted, {peak_gib:.1f} measured ({predicted / peak_gib - 1:+.1%})"
+        )
+    fields["not_modelled"] = limits(job, hardware)
+    return "; ".join(said), fields

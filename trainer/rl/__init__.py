@@ -1,0 +1,1 @@
+"""Reinforcement learning: rollouts by the engine, rewards, advantages and losses; recipes put them together."""

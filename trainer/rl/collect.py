@@ -1,0 +1,202 @@
+"""A batch of rollouts: sampled, rewarded, compared within their groups, and chosen from, the same on every layout.
+
+Each data-parallel rank rolls out the prompts that the loader gives it; numbers of prompts are those of the run, and
+what is chosen depends on them alone. So the rollouts of a step are the same on any number of ranks, where their tokens
+are.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch.distributed as dist
+
+from data.loader import Loader
+from data.prompts import PromptSamples
+from trainer.rl.advantages import group_advantages, is_constant
+from trainer.rl.config import RLConfig
+from trainer.rl.rewards import Answer, Rewards, Scored, check_rewards
+from trainer.rl.rollouts import Rollout, Sampler, Task
+from trainer.rl.weights import ServedWeights
+
+
+@dataclass
+class Group:
+    """The completions of a prompt."""
+
+    number: int  # of the prompt's sample in the run
+    rollouts: list[Rollout]
+
+    @property
+    def rewards(self) -> list[float]:
+        return [rollout.reward for rollout in self.rollouts if rollout.reward is not None]
+
+
+@dataclass
+class Totals:
+    """Sums over completions, which ranks and rounds add up."""
+
+    completions: int = 0
+    rewarded: int = 0
+    reward: float = 0.0
+    by_function: dict[str, float] = field(default_factory=dict)
+    groups: int = 0
+    constant_groups: int = 0
+    tokens: int = 0
+    longest: int = 0
+    truncated: int = 0
+    errors: list[str] = field(default_factory=list)  # the first of each rank and round
+
+    def add(self, other: Totals) -> None:
+        for name in ("completions", "rewarded", "reward", "groups", "constant_groups", "tokens", "truncated"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        for name, value in other.by_function.items():
+            self.by_function[name] = self.by_function.get(name, 0.0) + value
+        self.longest = max(self.longest, other.longest)
+        self.errors += other.errors
+
+    def metrics(self) -> dict[str, float]:
+        """Fields of metrics.jsonl (docs/METRICS.md)."""
+        rewarded, completions = max(self.rewarded, 1), max(self.completions, 1)
+        return {
+            "reward": self.reward / rewarded,
+            **{f"reward_{name}": value / rewarded for name, value in sorted(self.by_function.items())},
+            "reward_failures": self.completions - self.rewarded,
+            "constant_groups": self.constant_groups / max(self.groups, 1),
+            "completion_tokens": self.tokens / completions,
+            "completion_tokens_max": self.longest,
+            "truncated": self.truncated / completions,
+        }
+
+
+class Collector:
+    """Makes the rollouts of one rank, together with all others."""
+
+    def __init__(
+        self,
+        config: RLConfig,
+        *,
+        sampler: Sampler,
+        weights: ServedWeights,
+        rewards: Rewards,
+        data_group: dist.ProcessGroup,
+        tp_group: dist.ProcessGroup | None,
+    ) -> None:
+        """data_group: the ranks with other prompts; tp_group: those with the same ones, which sample together."""
+        self._config = config
+        self._sampler = sampler
+        self._weights = weights
+        self._rewards = rewards
+        self._data_group = data_group
+        self._tp_group = tp_group
+        self.metrics: dict[str, float] = {}  # of the last `collect`
+        self.events: list[tuple[str, str]] = []
+
+    def collect(self, data: Loader, samples: PromptSamples) -> list[list[Rollout]]:
+        """This rank's rollouts for each of recipe.rl.minibatches updates. Collective over all ranks.
+
+        Raises RewardError on all ranks as recipe.rl.bad_reward says, DataError, FloatingPointError.
+        """
+        begin, config = time.perf_counter(), self._config
+        totals, kept, rounds, wanted, gathering = Totals(), list[Group](), 0, 0, 0.0
+        informative: dict[int, bool] = {}  # of all ranks' groups, by number
+        while rounds < config.sampling_rounds:
+            numbers = [number for batch in data.next_step() for number in batch.samples.tolist()]
+            groups, mine = self.groups(numbers, samples, size=config.group_size)
+            gathering += self._weights.gather_seconds
+            of_ranks = self.all_gather((mine, {group.number: not is_constant(group.rewards) for group in groups}))
+            for others, informs in of_ranks:
+                totals.add(others)
+                informative |= informs
+            check_rewards(totals.errors, config)
+            kept += groups
+            rounds += 1
+            wanted = wanted or len(informative)
+            if sum(informative.values()) >= wanted:
+                break
+        # With one round all stay; with more the first that inform, in the order of the data.
+        order = sorted(number for number, informs in informative.items() if informs or config.sampling_rounds == 1)
+        place = {number: index for index, number in enumerate(order[:wanted])}
+        batches: list[list[Rollout]] = [[] for _ in range(config.minibatches)]
+        for group in kept:
+            if group.number in place:
+                batches[place[group.number] % config.minibatches] += self._trained(group)
+        seconds = time.perf_counter() - begin
+        self.metrics = totals.metrics() | {
+            "groups_trained": len(place),
+            "sampling_rounds": rounds,
+            "rollout_seconds": seconds,
+            "rollout_gather_seconds": gathering,
+            "rollout_tokens_per_second": totals.tokens / seconds,
+        }
+        if totals.errors:
+            count = totals.completions - totals.rewarded
+            self.events.append(("reward_failed", f"{count} completions are left out; for example: {totals.errors[0]}"))
+        return batches
+
+    def groups(
+        self, numbers: Sequence[int], samples: PromptSamples, *, size: int, temperature: float = 1.0
+    ) -> tuple[list[Group], Totals]:
+        """Rewarded completions of the prompts with these numbers, `size` of each, with advantages. Collective."""
+        tasks = [Task(samples[number], number, sample) for number in numbers for sample in range(size)]
+        with self._weights.serving():
+            sampled = self._sampler.rollouts(tasks, temperature=temperature)
+        for rollout, scored in zip(sampled.rollouts, scores := self._scores(sampled.answers), strict=True):
+            rollout.reward, rollout.rewards = scored.total, scored.each
+        rollouts = sampled.rollouts
+        groups = [Group(number, rollouts[i * size : (i + 1) * size]) for i, number in enumerate(numbers)]
+        for group in groups:
+            rewarded = [rollout for rollout in group.rollouts if rollout.reward is not None]
+            advantages = group_advantages(group.rewards, kind=self._config.advantage)
+            for rollout, advantage in zip(rewarded, advantages, strict=True):
+                rollout.advantage = advantage
+        errors = [scored.error for scored in scores if scored.error]
+        return groups, _totals(groups, errors)
+
+    def all_gather(self, value: Any) -> list[Any]:
+        """One object of every rank with other prompts, in rank order."""
+        values: list[Any] = [None] * dist.get_world_size(self._data_group)
+        dist.all_gather_object(values, value, group=self._data_group)
+        return values
+
+    def _scores(self, answers: Sequence[Answer]) -> list[Scored]:
+        """By the first rank of tp for all: what depends on time, as a program in a sandbox, may come out otherwise."""
+        if self._tp_group is None:
+            return self._rewards.of(answers)
+        first = dist.get_rank(self._tp_group) == 0
+        found: list[Any] = [self._rewards.of(answers) if first else None]
+        dist.broadcast_object_list(found, src=dist.get_global_rank(self._tp_group, 0), group=self._tp_group)
+        return found[0]
+
+    def _trained(self, group: Group) -> list[Rollout]:
+        """Those of a group that carry a loss."""
+        masked = self._config.truncated == "mask"
+        return [
+            rollout
+            for rollout in group.rollouts
+            if rollout.reward is not None and not (masked and rollout.finish_reason == "length")
+        ]
+
+
+def _totals(groups: Sequence[Group], errors: list[str]) -> Totals:
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    rewarded = [rollout for rollout in rollouts if rollout.reward is not None]
+    by_function: dict[str, float] = {}
+    for rollout in rewarded:
+        for name, value in rollout.rewards.items():
+            by_function[name] = by_function.get(name, 0.0) + value
+    return Totals(
+        completions=len(rollouts),
+        rewarded=len(rewarded),
+        reward=sum(rollout.reward for rollout in rewarded if rollout.reward is not None),
+        by_function=by_function,
+        groups=len(groups),
+        constant_groups=sum(is_constant(group.rewards) for group in groups),
+        tokens=sum(rollout.num_generated for rollout in rollouts),
+        longest=max((rollout.num_generated for rollout in rollouts), default=0),
+        truncated=sum(rollout.finish_reason == "length" for rollout in rollouts),
+        errors=errors[:1],
+    )

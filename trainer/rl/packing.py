@@ -1,0 +1,108 @@
+"""Rollouts as micro-batches: several in a row, none of which sees another, with what their losses are made of.
+
+Columns of a label (all of generated tokens, 0 elsewhere):
+
+    advantage   of its completion
+    sampler     its log-probability as the engine drew it
+    weight      its share in what a completion, or the whole batch, counts for
+    old         its log-probability before the first of several updates; not there with one update
+    sequence    number of its completion in the row, int64
+    last        1 at a completion's last generated token
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.batch import IGNORE_INDEX, Batch
+from data.examples import pack
+from trainer.rl.rollouts import Rollout
+
+FLOATS = ("advantage", "sampler", "weight", "last")
+
+
+class Packed(NamedTuple):
+    """Filled by `rollout_batches`."""
+
+    batch: Batch
+    rows: list[list[Rollout]]  # whose tokens each row has, in their order
+
+
+def rollout_batches(
+    rollouts: Sequence[Rollout], *, seq_len: int, micro_batch_size: int, normalization: str, constant: int
+) -> list[Packed]:
+    """Micro-batches of micro_batch_size rows of at most seq_len tokens; the last may have fewer, none may be empty.
+
+    normalization: one of trainer.rl.config.NORMALIZATIONS; constant: what it divides by. No rollout has more than
+    seq_len + 1 tokens, the last of which is only a label.
+    """
+    order = pack(np.asarray([len(rollout.tokens) - 1 for rollout in rollouts], dtype=np.int64), seq_len)
+    rows = [[rollouts[member] for member in members] for members in order]
+    parts = [rows[first : first + micro_batch_size] for first in range(0, len(rows), micro_batch_size)]
+    return [Packed(_batch(part, normalization, constant), part) for part in parts]
+
+
+def set_old(packed: Packed, logprobs: Tensor) -> None:
+    """Give rollouts their `old` from log-probabilities [B, T] of the labels of a micro-batch."""
+    for row, rollouts in zip(logprobs, packed.rows, strict=True):
+        filled = 0
+        for rollout in rollouts:
+            end = filled + len(rollout.tokens) - 1
+            rollout.old = row[filled:end][_generated(rollout)].tolist()
+            filled = end
+
+
+def empty_batch(columns: Sequence[str] = ()) -> Batch:
+    """A micro-batch without a label, for a rank that has fewer than another: what it computes counts nothing."""
+    zeros = torch.zeros(1, 1, dtype=torch.int64)
+    batch = Batch(zeros, torch.full_like(zeros, IGNORE_INDEX), zeros, zeros.int(), zeros[0])
+    found = {name: torch.zeros(1, 1) for name in (*FLOATS, *columns)}
+    return batch.with_columns(**found, sequence=zeros)
+
+
+def _batch(rows: list[list[Rollout]], normalization: str, constant: int) -> Batch:
+    length = max(sum(len(rollout.tokens) - 1 for rollout in row) for row in rows)
+    integers = {name: torch.zeros(len(rows), length, dtype=torch.int64) for name in ("tokens", "positions", "sequence")}
+    has_old = any(rollout.old for row in rows for rollout in row)
+    floats = {name: torch.zeros(len(rows), length) for name in (*FLOATS, *(["old"] if has_old else []))}
+    labels = torch.full((len(rows), length), IGNORE_INDEX, dtype=torch.int64)
+    documents = torch.zeros(len(rows), length, dtype=torch.int32)
+    for number, row in enumerate(rows):
+        filled = 0
+        for place, rollout in enumerate(row):
+            end = filled + len(rollout.tokens) - 1
+            here = slice(filled, end)
+            tokens = torch.tensor(rollout.tokens)
+            learned = _generated(rollout)
+            integers["tokens"][number, here] = tokens[:-1]
+            integers["positions"][number, here] = torch.arange(end - filled)
+            integers["sequence"][number, here] = place
+            documents[number, here] = place
+            labels[number, here] = torch.where(learned, tokens[1:], IGNORE_INDEX)
+            share = {"sequence": 1 / rollout.num_generated, "token": 1.0, "constant": 1 / constant}[normalization]
+            floats["advantage"][number, here][learned] = rollout.advantage
+            floats["weight"][number, here][learned] = share
+            floats["sampler"][number, here][learned] = torch.tensor(rollout.logprobs)
+            if has_old:
+                floats["old"][number, here][learned] = torch.tensor(rollout.old)
+            floats["last"][number, filled + rollout.spans[-1][1] - 2] = 1.0
+            filled = end
+        # What is left of the row is a document of its own.
+        documents[number, filled:] = len(row)
+        integers["positions"][number, filled:] = torch.arange(length - filled)
+    samples = torch.tensor([row[0].number * 2**16 + row[0].sample for row in rows])
+    batch = Batch(integers["tokens"], labels, integers["positions"], documents, samples)
+    return batch.with_columns(**floats, sequence=integers["sequence"])
+
+
+def _generated(rollout: Rollout) -> Tensor:
+    """[n - 1] bool: which of the tokens behind the first were generated."""
+    found = torch.zeros(len(rollout.tokens) - 1, dtype=torch.bool)
+    for begin, end in rollout.spans:
+        found[begin - 1 : end - 1] = True
+    return found

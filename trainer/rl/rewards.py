@@ -1,0 +1,173 @@
+"""What a completion is worth: Python functions of it, each with a weight.
+
+A reward function takes an `Answer`, and the keyword arguments it is configured with, and returns a finite number:
+
+    def short(answer: Answer, *, tokens: int = 100) -> float:
+        return 1.0 if len(answer.token_ids) <= tokens else 0.0
+
+It is named by its import path, `mypackage.rewards:short`, or is one of REWARDS. One that raises or returns anything but
+a finite number ends the run with the prompt and the completion it was given, or leaves that completion out of its
+group, as `recipe.rl.bad_reward` says; how many were left out is a metric, and the first of each step an event.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from trainer.rl.config import RewardConfig, RLConfig
+from trainer.rl.maths import final_answer, same_answer
+from trainer.rl.sandbox import run_program
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A completion, as a reward function sees it."""
+
+    prompt: str
+    text: str  # of all the model's turns, without special tokens
+    token_ids: Sequence[int]  # that it generated, the one that ended it included
+    finish_reason: str  # stop, or length where it was cut off
+    row: Mapping[str, Any]  # of the data, with all its columns
+    turns: Sequence[str] = ()  # with an environment: what was said, the model and the environment in turn
+
+
+Reward = Callable[..., float]
+
+
+class RewardError(ValueError):
+    """A reward function raised, or returned no finite number; the message says which, of what."""
+
+
+@dataclass
+class Scored:
+    """Rewards of one answer. Filled by `Rewards.of`."""
+
+    total: float | None  # weighted sum; None: a function failed
+    each: dict[str, float] = field(default_factory=dict)  # by name, before its weight
+    error: str = ""  # of the function that failed
+
+
+def maths(answer: Answer, *, column: str = "answer") -> float:
+    """1 where the text ends in the row's answer (trainer/rl/maths.py), else 0."""
+    found = final_answer(answer.text)
+    return float(found is not None and same_answer(found, _column(answer, column)))
+
+
+def exact(answer: Answer, *, column: str = "answer") -> float:
+    """1 where the text is the row's answer but for blanks around it, else 0."""
+    return float(answer.text.strip() == _column(answer, column).strip())
+
+
+def code(answer: Answer, *, column: str = "tests", seconds: float = 5.0, memory_mb: int = 512) -> float:
+    """1 where the text's last block of code, or all of it, passes the row's tests (Python that raises if not), else 0.
+
+    Both run in one process with limits: trainer/rl/sandbox.py.
+    """
+    blocks = re.findall(r"```(?:python|py)?[ \t]*\n(.*?)```", answer.text, flags=re.DOTALL)
+    program = blocks[-1] if blocks else answer.text
+    tests = answer.row[column]
+    lines = tests if isinstance(tests, str) else "\n".join(tests)
+    return float(run_program(f"{program}\n\n{lines}\n", seconds=seconds, memory_mb=memory_mb).passed)
+
+
+def finished(answer: Answer) -> float:
+    """1 where the model ended the completion itself, 0 where it was cut off."""
+    return float(answer.finish_reason == "stop")
+
+
+REWARDS: Mapping[str, Reward] = {"math": maths, "exact": exact, "code": code, "finished": finished}
+
+
+def _column(answer: Answer, column: str) -> str:
+    if column not in answer.row:
+        raise KeyError(f"the row has no column {column!r}; it has {', '.join(answer.row)}")
+    return str(answer.row[column])
+
+
+def find_reward(name: str) -> Reward:
+    """The function of a name or an import path. Raises ValueError."""
+    if ":" not in name:
+        if name not in REWARDS:
+            raise ValueError(f"{name} is unknown; use {', '.join(REWARDS)}, or package.module:function")
+        return REWARDS[name]
+    found = import_path(name)
+    if not callable(found):
+        raise ValueError(f"{name} is no function but {type(found).__name__}")
+    return found
+
+
+def import_path(path: str) -> Any:
+    """What package.module:name stands for. Raises ValueError."""
+    module, _, name = path.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except Exception as error:  # whatever a module does when it is imported
+        raise ValueError(f"{path} cannot be imported: {type(error).__name__}: {error}") from error
+
+
+class Rewards:
+    """All functions of a configuration."""
+
+    def __init__(self, config: RLConfig) -> None:
+        """Raises ValueError for a function that is not there, naming its field."""
+        self._functions: list[tuple[str, float, Reward]] = []
+        for number, one in enumerate(config.rewards):
+            try:
+                function = find_reward(one.function)
+            except ValueError as error:
+                raise ValueError(f"recipe.rl.rewards[{number}].function={error}") from None
+            self._functions.append((_name(one, number, config), one.weight, partial(function, **one.arguments)))
+        self._threads = config.reward_threads
+
+    @property
+    def names(self) -> list[str]:
+        return [name for name, _, _ in self._functions]
+
+    def of(self, answers: Sequence[Answer]) -> list[Scored]:
+        """Rewards of all answers, in their order."""
+        if self._threads == 1 or len(answers) < 2:
+            return [self._score(answer) for answer in answers]
+        with ThreadPoolExecutor(self._threads) as pool:
+            return list(pool.map(self._score, answers))
+
+    def _score(self, answer: Answer) -> Scored:
+        each: dict[str, float] = {}
+        for name, _, function in self._functions:
+            try:
+                value = function(answer)
+            except Exception as error:
+                return Scored(None, error=_complaint(name, f"raised {type(error).__name__}: {error}", answer))
+            if isinstance(value, bool | int | float) and math.isfinite(value):
+                each[name] = float(value)
+            else:
+                return Scored(None, error=_complaint(name, f"returned {value!r}, no finite number", answer))
+        return Scored(sum(weight * each[name] for name, weight, _ in self._functions), each)
+
+
+def check_rewards(errors: Sequence[str], config: RLConfig) -> None:
+    """Raise RewardError for the first of the errors of all ranks, where recipe.rl.bad_reward=error."""
+    if errors and config.bad_reward == "error":
+        raise RewardError(
+            f"{errors[0]}; mend it, or leave such completions out of training by recipe.rl.bad_reward=skip"
+        )
+
+
+def _name(one: RewardConfig, number: int, config: RLConfig) -> str:
+    """In metrics: the function's own name, with its number where several have it."""
+    short = one.function.rpartition(":")[2]
+    same = [other for other in config.rewards if other.function.rpartition(":")[2] == short]
+    return short if len(same) == 1 else f"{short}_{number}"
+
+
+def _complaint(name: str, what: str, answer: Answer) -> str:
+    def shown(text: str) -> str:
+        return repr(text if len(text) <= 80 else f"{text[:77]}...")
+
+    return f"the reward function {name} {what}, of the completion {shown(answer.text)} of {shown(answer.prompt)}"

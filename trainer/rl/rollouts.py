@@ -1,0 +1,187 @@
+"""Rollouts: completions that the engine samples from the weights that are trained.
+
+What a rollout is depends on the weights, and on (run seed, number of the prompt's sample, number of the completion,
+position) alone: the engine draws each token by Philox of these (inference/sampling.py). So it does not depend on ranks,
+on what is batched with it, or on when a run was interrupted. Tokens are kept as they were generated.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
+
+from data.prompts import Prompt
+from data.tokenizer import Tokenizer
+from inference.config import SamplingConfig
+from inference.engine import Engine
+from inference.sequence import Completion
+from trainer.rl.environment import Environment
+from trainer.rl.rewards import Answer
+from trainer.rl.weights import Lockstep
+
+
+class Task(NamedTuple):
+    """A completion to be sampled."""
+
+    prompt: Prompt
+    number: int  # of the prompt's sample in the run
+    sample: int  # of the completions of this prompt
+
+
+@dataclass
+class Rollout:
+    """A completion of one prompt, by `Sampler.rollouts`; its last three fields by whoever rewards it."""
+
+    number: int  # of the prompt's sample in the run
+    sample: int  # of the completions of this prompt
+    tokens: list[int]  # of the prompt, then of the completion: generated ones, and those an environment put in
+    spans: list[tuple[int, int]]  # of tokens, the generated ones
+    logprobs: list[float]  # of generated tokens, in their order, as the engine drew them
+    finish_reason: str  # stop, or length
+    old: list[float] = field(default_factory=list)  # the same by the trainer, where several updates are made of it
+    reward: float | None = None  # None: a reward function failed, and it is left out
+    rewards: dict[str, float] = field(default_factory=dict)  # by function
+    advantage: float = 0.0
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.logprobs)
+
+    def state_dict(self) -> dict[str, Any]:
+        """In JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def of_state(cls, state: dict[str, Any]) -> Rollout:
+        return cls(**{**state, "spans": [(begin, end) for begin, end in state["spans"]]})
+
+
+class Sampled(NamedTuple):
+    """Filled by `Sampler.rollouts`, in the order of its tasks."""
+
+    rollouts: list[Rollout]
+    answers: list[Answer]  # the same as rewards see them
+
+
+@dataclass
+class _Episode:
+    """A rollout that is under way."""
+
+    place: int  # among the tasks
+    rollout: Rollout
+    environment: Environment | None
+    said: list[str] = field(default_factory=list)  # by the model and the environment in turn
+
+
+class Sampler:
+    """An engine, and what completions are sampled by."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        *,
+        seed: int,
+        max_len: int,
+        max_tokens: int | None,
+        lockstep: Lockstep,
+        environment: Callable[[], Environment] | None = None,
+        max_turns: int = 1,
+    ) -> None:
+        """seed: the run's. max_len: tokens of prompt and completion; max_tokens: of the completion. environment: makes
+        one for each completion, which then has up to max_turns turns of the model."""
+        self.engine = engine
+        self._lockstep = lockstep
+        self._tokenizer = tokenizer
+        self._seed = seed
+        self._max_len = max_len
+        self._max_tokens = max_tokens
+        self._environment = environment
+        self._max_turns = max_turns
+
+    def rollouts(self, tasks: Sequence[Task], *, temperature: float) -> Sampled:
+        """A completion for each task. temperature: 0 is greedy. All ranks of tp call it with the same tasks.
+
+        Raises FloatingPointError where the model gives NaN.
+        """
+        episodes: dict[int, _Episode] = {}
+        answers: list[Answer | None] = [None] * len(tasks)
+        rollouts: list[Rollout | None] = [None] * len(tasks)
+        for place, task in enumerate(tasks):
+            rollout = Rollout(task.number, task.sample, list(task.prompt.ids), [], [], "")
+            environment = None if self._environment is None else self._environment()
+            if environment is not None:
+                environment.start(task.prompt.text, task.prompt.row)
+            self._ask(_Episode(place, rollout, environment), episodes, temperature)
+        while self._lockstep.any_busy(self.engine.num_unfinished > 0):
+            for delta in self.engine.step() if self.engine.num_unfinished else self._lockstep.idle():
+                if delta.completion is None:
+                    continue
+                episode = episodes.pop(delta.request)
+                if not self._take(episode, delta.completion):
+                    self._ask(episode, episodes, temperature)
+                    continue
+                task = tasks[episode.place]
+                rollouts[episode.place] = episode.rollout
+                answers[episode.place] = self._answer(task, episode)
+        return Sampled([one for one in rollouts if one is not None], [one for one in answers if one is not None])
+
+    def _ask(self, episode: _Episode, episodes: dict[int, _Episode], temperature: float) -> None:
+        rollout = episode.rollout
+        sampling = SamplingConfig(
+            temperature=temperature,
+            seed=rollout_seed(self._seed, rollout.number, rollout.sample),
+            max_tokens=self._room(rollout),
+        )
+        episodes[self.engine.add(rollout.tokens, sampling)] = episode
+
+    def _room(self, rollout: Rollout) -> int:
+        """Tokens that may still be generated."""
+        room = self._max_len - len(rollout.tokens)
+        return room if self._max_tokens is None else min(room, self._max_tokens - rollout.num_generated)
+
+    def _take(self, episode: _Episode, completion: Completion) -> bool:
+        """Add a turn of the model, and what the environment says to it; whether the rollout has ended."""
+        rollout = episode.rollout
+        if completion.finish_reason == "nan":
+            raise FloatingPointError(completion.error)
+        begin = len(rollout.tokens)
+        rollout.tokens += completion.token_ids
+        rollout.spans.append((begin, len(rollout.tokens)))
+        rollout.logprobs += completion.logprobs
+        rollout.finish_reason = str(completion.finish_reason)
+        episode.said.append(self._tokenizer.decode(completion.token_ids, skip_special_tokens=True))
+        if episode.environment is None or completion.finish_reason == "length":
+            return True
+        if len(rollout.spans) == self._max_turns:
+            rollout.finish_reason = "length"
+            return True
+        reply = episode.environment.reply(episode.said[-1])
+        if reply is None:
+            return True
+        ids = self._tokenizer.encode(reply)
+        episode.said.append(reply)
+        if self._room(rollout) <= len(ids):
+            rollout.finish_reason = "length"
+            return True
+        rollout.tokens += ids
+        return False
+
+    def _answer(self, task: Task, episode: _Episode) -> Answer:
+        rollout = episode.rollout
+        generated = [token for begin, end in rollout.spans for token in rollout.tokens[begin:end]]
+        return Answer(
+            prompt=task.prompt.text,
+            text="".join(episode.said[::2]) if episode.environment is not None else episode.said[0],
+            token_ids=generated,
+            finish_reason=rollout.finish_reason,
+            row=task.prompt.row,
+            turns=tuple(episode.said) if episode.environment is not None else (),
+        )
+
+
+def rollout_seed(seed: int, number: int, sample: int) -> int:
+    """32 bits of the run's seed, the number of a prompt's sample and that of the completion."""
+    return int.from_bytes(hashlib.sha256(f"rollout/{seed}/{number}/{sample}".encode()).digest()[:4], "little")

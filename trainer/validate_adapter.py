@@ -1,0 +1,125 @@
+"""What adapters cannot be trained with."""
+
+from __future__ import annotations
+
+from kernels.nf4.reference import BLOCK
+from models.adapter_config import adapted_layers, adapter_problems, linear_layers
+from models.config import ModelConfig
+from models.registry import FAMILIES
+from parallel.pipeline.schedules import SCHEDULES, SPLIT_BACKWARD
+from parallel.problem import Advice, Problem, values
+from trainer.config import TrainConfig
+
+
+def adapter_run_problems(config: TrainConfig, model: ModelConfig) -> list[str]:
+    """Every reason why a run cannot train its adapters, one line each. model: resolved, without problems of its own."""
+    adapter, parallel = config.adapter, config.parallel
+    if model.family not in FAMILIES:
+        return []  # the folder that would say has been named
+    found = adapter_problems(adapter, model)
+    if adapter.name == "none" or found:
+        return found
+    trains = f"does not work with adapter.name={adapter.name}"
+
+    def refuse(what: str, because: str, *instead: Advice | None) -> None:
+        found.append(Problem(f"{what} {trains}: {because}", *instead))
+
+    if config.model.path is None:
+        found.append(
+            f"adapter.name={adapter.name} trains beside a model that is there already: set model.path=DIR, its Hugging "
+            "Face folder (launch/convert.py export makes one of a run)"
+        )
+    found += _quantization_problems(config, model)
+    if parallel.pp > 1 and parallel.pp_schedule in SPLIT_BACKWARD:
+        others = [name for name in SCHEDULES if name not in SPLIT_BACKWARD]
+        because = "there are next to no weight gradients to put off"
+        refuse(f"parallel.pp_schedule={parallel.pp_schedule}", because, values("parallel.pp_schedule", others))
+    if parallel.pp > 1:
+        blocks = {int(layer.split(".")[1]) for layer in adapted_layers(adapter, model)}
+        if empty := sorted(set(range(model.num_layers)) - blocks):
+            found.append(
+                Problem(
+                    f"adapter.targets={','.join(adapter.targets)} leaves block {empty[0]} without an adapter, and a "
+                    f"stage of parallel.pp={parallel.pp} could have none",
+                    values("parallel.pp", [1]),
+                    words="name layers of every block",
+                )
+            )
+    if parallel.sp_chunks > 1:
+        because = "the products of pieces of a sequence know nothing of adapters"
+        refuse(f"parallel.sp_chunks={parallel.sp_chunks}", because, values("parallel.sp_chunks", [1]))
+    if config.precision.fp8:
+        because = "its layers multiply by themselves"
+        refuse(f"precision.compute={config.precision.compute}", because, values("precision.compute", ["bf16"]))
+    if config.train.batch_invariant:
+        refuse("train.batch_invariant=true", "it replaces the same products", values("train.batch_invariant", [False]))
+    if model.speculator.kind != "none":
+        because = "heads for a model are trained alone"
+        refuse(f"model.speculator.kind={model.speculator.kind}", because, values("model.speculator.kind", ["none"]))
+    if model.score:
+        because = "its head would stay as it was drawn"
+        refuse("model.score=true", because, values("adapter.name", ["none"]))
+    if model.mtp.depth:
+        because = "blocks of multi-token prediction would neither be trained nor used"
+        refuse(f"model.mtp.depth={model.mtp.depth}", because, values("model.mtp.depth", [0]))
+    if model.activation_checkpoint == "budget":
+        because = "what it measures blocks by has no adapters"
+        others = ["none", "full", "selective", "offload"]
+        refuse("model.activation_checkpoint=budget", because, values("model.activation_checkpoint", others))
+    if config.optim.name == "muon":
+        because = "it orthogonalises updates of whole matrices, and B A is one in two pieces"
+        refuse("optim.name=muon", because, values("optim.name", ["adamw"]))
+    return found
+
+
+def _quantization_problems(config: TrainConfig, model: ModelConfig) -> list[str]:
+    """Rows of this rank's matrices that are no whole blocks of NF4."""
+    if config.adapter.quantize != "nf4":
+        return []
+    found: list[str] = []
+    if config.precision.compute == "fp16":
+        found.append(
+            Problem(
+                "precision.compute=fp16 does not work with adapter.quantize=nf4: bf16 holds what it makes as well",
+                values("precision.compute", ["bf16", "fp32"]),
+            )
+        )
+    tp = config.parallel.tp
+    for name, (columns, cut) in _columns(model).items():
+        here = columns // tp if cut else columns
+        if here % BLOCK and columns % BLOCK:
+            found.append(
+                Problem(
+                    f"adapter.quantize=nf4 quantizes blocks of {BLOCK} values of a row, and rows of {name} have "
+                    f"{columns}",
+                    values("adapter.quantize", ["none"]),
+                )
+            )
+        elif here % BLOCK:
+            fitting = [size for size in range(1, tp) if columns % (size * BLOCK) == 0]
+            found.append(
+                Problem(
+                    f"parallel.tp={tp} cuts the {columns} columns of {name} into pieces of {here}, and adapter.quantize"
+                    f"=nf4 has blocks of {BLOCK}",
+                    values("parallel.tp", fitting, near=tp),
+                    values("adapter.quantize", ["none"]),
+                )
+            )
+    return found
+
+
+def _columns(model: ModelConfig) -> dict[str, tuple[int, bool]]:
+    """Features into each kind of linear layer, and whether tp cuts them."""
+    assert model.head_dim is not None  # resolved
+    assert model.value_dim is not None
+    ends = {name.partition(".")[2].partition(".")[2] for name in linear_layers(model) if ".experts." not in name}
+    shared = model.moe.num_shared * model.moe.intermediate_size
+    cut = {
+        "attention.o": model.num_heads * model.value_dim,
+        "mlp.down": model.intermediate_size,
+        "mlp.shared.down": shared,
+    }
+    latent = {"attention.q_b": model.mla.q_rank or 0, "attention.kv_b": model.mla.kv_rank}
+    return {
+        end: (cut[end], True) if end in cut else (latent.get(end, model.hidden_size), False) for end in sorted(ends)
+    }
