@@ -148,8 +148,8 @@ def test_exported_adapters_are_what_peft_loads_and_merged_ones_the_same_model(
     """What was trained is lost on its way out."""
     config = saving(changed(adapter_config(folder, corpus, optim__lr=3e-2), folder / "exported", parallel__tp=2))
     run_on(ranks, 2, config)
-    convert(["export", config.run.dir, str(folder / "peft")])
-    convert(["export", config.run.dir, str(folder / "merged"), "--merged"])
+    assert exit_code_of(convert, ["export", config.run.dir, str(folder / "peft")]) == 0
+    assert exit_code_of(convert, ["export", config.run.dir, str(folder / "merged"), "--merged"]) == 0
     base = transformers.LlamaForCausalLM.from_pretrained(folder / "llama")
     tokens = torch.arange(20)[None]
     plain = base(tokens).logits
