@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from data.config import DataConfig
 from launch.convert import convert
+from launch.errors import exit_code_of
 from models.adapter_config import AdapterConfig
 from parallel.data import state_bytes
 from tests.parity.adapting import adapter_config, run_adapted, token_data
