@@ -381,7 +381,7 @@ def test_every_wrong_input_is_one_readable_line(
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=300,
     )
     lines = iter(finished.stderr.splitlines())
     for arguments, code, message in cases:
@@ -403,7 +403,7 @@ def test_the_command_runs_under_torchrun(runs: dict[str, Run], exported: dict[st
         env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=300,
     )
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout == f"exported {runs['gpt2'].directory}/checkpoints/step_3 to out\n"

@@ -167,7 +167,7 @@ def test_a_browser_draws_every_chart_and_runs_nothing_else(tmp_path: Path) -> No
         "--virtual-time-budget=20000",
     ]
     command = [str(BROWSER), *switches, f"--user-data-dir={tmp_path / 'browser'}", "--dump-dom"]
-    seen = subprocess.run([*command, str(folder / "report.html")], capture_output=True, text=True, timeout=120)
+    seen = subprocess.run([*command, str(folder / "report.html")], capture_output=True, text=True, timeout=360)
     drawn = Tags(seen.stdout)
     assert sum("main-svg" in (attributes.get("class") or "").split() for _, attributes in drawn.tags) >= charts
     assert sum("plot-container" in (attributes.get("class") or "").split() for _, attributes in drawn.tags) == charts
