@@ -119,6 +119,8 @@ def test_a_line_shows_every_number_people_follow_and_what_a_recipe_added() -> No
         "skipped 2",
         "reward 0.5322",
     ]
+    rollout = {"step_seconds": 1.0, "data_wait_seconds": 0.7, "rollout_seconds": 0.6, "reward_failures": 3}
+    assert line_parts(rollout) == ["rollout 60%", "data wait 10%"]
     assert line_parts({"step": 1, "loss": float("nan"), "mfu": None, "skipped_steps": 0}) == ["loss nan"]
 
 
