@@ -111,6 +111,11 @@ class CheckpointManager:
         if blocking or not self._config.asynchronous:
             self.wait()
 
+    @property
+    def saving(self) -> bool:
+        """Whether this rank has a save under way. Not collective."""
+        return self._thread is not None and self._thread.is_alive()
+
     def wait(self) -> None:
         """Return when no save is under way. Raises CheckpointError, once, if the last one failed."""
         if self._thread is not None:

@@ -12,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from trainer.checkpoint import committed_steps, resolve_resume
 from trainer.config import ConfigError, TrainConfig
+from trainer.masking import mask_secrets
 from trainer.run_lock import RunLock
 
 
@@ -60,7 +61,7 @@ def _obstacle(config: TrainConfig) -> str | None:
     if not saved and not _has_metrics(run_dir):
         return None
     before = _configuration_of(run_dir)
-    again = before == OmegaConf.to_container(OmegaConf.structured(config))
+    again = before == mask_secrets(OmegaConf.to_container(OmegaConf.structured(config)))
     what = f"run.dir={run_dir} already holds a run"
     if resume == "never":
         return f"{what}, and checkpoint.resume=never would overwrite it; choose another run.dir or delete it"
