@@ -7,10 +7,10 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, TextIO
 
-from trainer.sinks import Record
+from trainer.sinks import Event, Record
 
 if TYPE_CHECKING:
     from rich.live import Live
@@ -62,7 +62,14 @@ class ConsoleSink:
             elif step in (self._first_step, self._total_steps) or self._line_is_due(step):
                 self._print(record)
 
-    def event(self, text: str) -> None:
+    def event(self, line: Event, step: int) -> None:
+        self.say(str(line["text"]))
+
+    def ranks(self, step: int, times: Mapping[str, Sequence[float]]) -> None:
+        """A rank that keeps the others waiting is an event."""
+
+    def say(self, text: str) -> None:
+        """Something for who is looking, and for no record."""
         with self._errors_handled():
             self._write(text)
 

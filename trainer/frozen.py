@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch.distributed.fsdp import FSDPModule
@@ -20,18 +21,25 @@ from models.hf import load_hf_weights
 from models.init import initialize
 from models.invariant import make_batch_invariant
 from models.registry import build_model, resolve_model
-from parallel.dims import ParallelDims
+from parallel.dims import ParallelConfig, ParallelDims
 from parallel.fused import fused_parameters, separate
 from parallel.mesh import Meshes, groups_in_layers
 from parallel.parallelize import BlockOptions, parallelize
 from parallel.pipeline.layout import problems as pipeline_problems
-from parallel.precision import DTYPES
+from parallel.precision import DTYPES, PrecisionConfig
 from parallel.problem import without_advice
 from trainer.config import TrainConfig
 from trainer.pipelined import PipelinedPasses, pipeline_layout
 from trainer.sequence import problems as sequence_problems
 from trainer.step import Passes, PlainPasses, logprobs_head
 from trainer.validate_tensor import problems_of_model
+
+
+class Beside(NamedTuple):
+    """A model to be made by `load_frozen`."""
+
+    model: ModelConfig  # resolved
+    offload: bool
 
 
 @dataclass(frozen=True)
@@ -94,6 +102,13 @@ def resolve_beside(path: str | None, config: TrainConfig) -> ModelConfig:
     return resolve_model(beside)
 
 
+def layout_beside(config: TrainConfig, *, offload: bool) -> tuple[ParallelConfig, PrecisionConfig]:
+    """How a model beside the trained one is cut, and in what dtypes it is."""
+    compute = next(name for name, dtype in DTYPES.items() if dtype == config.precision.compute_dtype)
+    precision = replace(config.precision, compute=compute, master=compute, reduce=compute)
+    return replace(config.parallel, zero_stage=3, cpu_offload=offload), precision
+
+
 def load_frozen(
     model_config: ModelConfig, config: TrainConfig, mesh: Meshes, device: torch.device, *, offload: bool
 ) -> FrozenModel:
@@ -102,10 +117,8 @@ def load_frozen(
     model_config: resolved. offload: its weights stay in host memory and are copied block by block. Raises ValueError
     for a folder that does not hold it.
     """
-    parallel = replace(config.parallel, zero_stage=3, cpu_offload=offload)
+    parallel, precision = layout_beside(config, offload=offload)
     dims = ParallelDims.resolve(config.parallel, mesh.batch.size())
-    compute = next(name for name, dtype in DTYPES.items() if dtype == config.precision.compute_dtype)
-    precision = replace(config.precision, compute=compute, master=compute, reduce=compute)
     pipeline = pipeline_layout(parallel, model_config, seq_len=config.train.seq_len)
     stages = None if pipeline is None else pipeline.of_rank(mesh.batch["pp"].get_local_rank())
     with torch.device("meta"):

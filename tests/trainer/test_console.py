@@ -185,7 +185,7 @@ sink = ConsoleSink(total_steps=3, interval=1)
 sink.log({"step": 1, "loss": 3.0, "tokens_per_second_per_gpu": 12345.0})
 sink.log({"step": 2, "loss": 2.0, "validation_loss": 2.25})
 print("a print of somebody else")
-sink.event("saved step 2")
+sink.event({"kind": "checkpoint", "text": "saved step 2"}, 2)
 sink.log({"step": 3, "loss": 1.0})
 sink.close()
 """

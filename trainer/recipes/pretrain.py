@@ -14,6 +14,7 @@ from data.config import has_conversations
 from data.loader import Loader, build_loader
 from parallel.mesh import Meshes, groups_in_layers
 from trainer.config import TrainConfig
+from trainer.frozen import Beside
 from trainer.loss import Objective, next_token, vocabulary_shard
 from trainer.step import TrainState, evaluate
 
@@ -70,6 +71,10 @@ class Pretrain:
             vocabulary=vocabulary_shard(config.model.vocab_size, groups_in_layers(mesh, config.parallel)),
             batch_invariant=config.train.batch_invariant,
         )
+
+    def beside(self, config: TrainConfig) -> Beside | None:
+        """The model that `start` makes beside the one that is trained; None: there is none. Raises ValueError."""
+        return None
 
     def start(self, config: TrainConfig, state: TrainState, mesh: Meshes) -> None:
         """Called once the weights are there, before the first step: makes models beside the one that is trained."""
