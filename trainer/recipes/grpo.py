@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,11 +29,12 @@ from trainer.config import ConfigError, RecipeConfig, TrainConfig, configuration
 from trainer.frozen import FrozenModel, load_frozen, resolve_beside
 from trainer.loss import Objective, vocabulary_shard
 from trainer.recipes.pretrain import Pretrain, StepReport
-from trainer.rl.collect import Collector
+from trainer.rl.collect import Collector, all_gather
 from trainer.rl.config import rl_problems
 from trainer.rl.maths import final_answer, same_answer
 from trainer.rl.objective import PolicyObjective
 from trainer.rl.packing import Packed, empty_batch, rollout_batches, set_old
+from trainer.rl.reward_models import RewardModels, reward_model_problems
 from trainer.rl.rewards import Rewards, check_rewards, import_path
 from trainer.rl.rollouts import Rollout, Sampler
 from trainer.rl.weights import ServedWeights
@@ -101,6 +103,7 @@ class GroupPolicyOptimization(Pretrain):
             self._engine.runner.fused = False  # fused launches read a block's weights without its forward
         tp = groups_in_layers(mesh, config.parallel).tp
         environment = None if rl.environment is None else import_path(rl.environment)
+        rewards = Rewards(rl)
         self._collector = Collector(
             rl,
             sampler=Sampler(
@@ -114,7 +117,15 @@ class GroupPolicyOptimization(Pretrain):
                 max_turns=rl.max_turns,
             ),
             weights=self._weights,
-            rewards=Rewards(rl),
+            rewards=rewards,
+            reward_models=RewardModels(
+                rewards.models,
+                config,
+                mesh,
+                state.device,
+                tokenizer=self._tokenizer,
+                all_gather=partial(all_gather, group=self._group),
+            ),
             data_group=self._group,
             tp_group=None if tp is None else tp.get_group(),
         )
@@ -320,6 +331,7 @@ def _data_problems(config: TrainConfig) -> list[str]:
             Rewards(replace(rl, rewards=[one]))
         except ValueError as error:
             found.append(str(error).replace("rewards[0]", f"rewards[{number}]"))
+    found += reward_model_problems(config)
     if rl.environment is not None:
         try:
             import_path(rl.environment)

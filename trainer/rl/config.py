@@ -17,14 +17,19 @@ TRUNCATED = ("train", "mask")
 KL_ESTIMATORS = ("k1", "k2", "k3")
 WEIGHTS = ("auto", "in_place", "gather", "stream")
 
+MODEL = "model"
+"""recipe.rl.rewards[].function of a reward model (trainer/rl/reward_models.py)."""
+
 
 @dataclass
 class RewardConfig:
     """One of `recipe.rl.rewards`."""
 
-    function: str = "math"  # one of trainer.rl.rewards.REWARDS, or package.module:function
+    function: str = "math"  # one of trainer.rl.rewards.REWARDS, package.module:function, or MODEL
     weight: float = 1.0  # a completion's reward is the weighted sum over all of them
     arguments: dict[str, Any] = field(default_factory=dict)  # keyword arguments of every call
+    path: str | None = None  # function=model: Hugging Face folder of a reward model with the policy's tokenizer
+    offload: bool = False  # function=model: its weights stay in host memory
 
 
 @dataclass
@@ -119,4 +124,17 @@ def rl_problems(config: RLConfig) -> list[str]:
     for number, reward in enumerate(config.rewards):
         if not math.isfinite(reward.weight) or reward.weight == 0:
             found.append(f"recipe.rl.rewards[{number}].weight={reward.weight} must be finite and not 0")
+        found += _reward_problems(f"recipe.rl.rewards[{number}]", reward)
     return found
+
+
+def _reward_problems(name: str, reward: RewardConfig) -> list[str]:
+    if reward.function == MODEL and reward.path is None:
+        return [f"{name}.path is missing: function=model needs the Hugging Face folder of a reward model"]
+    default = RewardConfig()
+    unread = ("arguments",) if reward.function == MODEL else ("path", "offload")
+    return [
+        f"{name}.{field}={value} has no effect with function={reward.function}; leave it out"
+        for field in unread
+        if (value := getattr(reward, field)) != getattr(default, field)
+    ]
