@@ -108,7 +108,7 @@ class Collector:
         informative: dict[int, bool] = {}  # of all ranks' groups, by number
         while rounds < config.sampling_rounds:
             numbers = [number for batch in data.next_step() for number in batch.samples.tolist()]
-            groups, mine = self.groups(numbers, samples, size=config.group_size)
+            groups, mine = self.groups(numbers, samples, size=config.group_size, temperature=config.temperature)
             gathering += self._weights.gather_seconds
             of_ranks = self.all_gather((mine, {group.number: not is_constant(group.rewards) for group in groups}))
             for others, informs in of_ranks:
