@@ -104,7 +104,7 @@ def _job(config: PlanConfig, world_size: int) -> Job:
     with configuration_errors():
         if config.model.score:
             train.model = resolve_model(replace(train.model, score=True))
-        beside = RECIPES[config.recipe.name]().beside(replace(train, recipe=config.recipe))
+        beside = RECIPES[config.recipe.name]().frozen_beside(replace(train, recipe=config.recipe))
     return job_of(train, world_size=world_size, beside=beside)
 
 

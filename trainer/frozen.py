@@ -64,18 +64,21 @@ class FrozenModel:
         return found
 
 
-def problems_beside(field: str, path: str | None, config: TrainConfig) -> list[str]:
+def problems_beside(field: str, path: str | None, config: TrainConfig, *, score: bool = False) -> list[str]:
     """Why the model in a Hugging Face folder cannot run beside the trained one, one line each; None: it is that one.
 
-    config: not resolved. What is wrong with its own model has been named.
+    config: not resolved. What is wrong with its own model has been named. score: as of `resolve_beside`.
     """
     if path is None:
         return []
     try:
-        beside, model = resolve_beside(path, config), resolve_model(config.model)
+        beside, model = resolve_beside(path, config, score=score), resolve_model(config.model)
     except ValueError as error:
-        return [str(error).replace("model.path=", f"{field}=")] if config.model.path != path else []
+        return [str(error).replace("model.path=", f"{field}=")] if config.model.path != path or score else []
     found: list[str] = []
+    if score and config.train.seq_len > beside.max_seq_len:
+        longer = f"train.seq_len={config.train.seq_len} is above the {beside.max_seq_len} tokens"
+        found.append(f"{field}={path}: {longer} that its model was made for; use fewer, or another model")
     if beside.vocab_size != model.vocab_size:
         found.append(f"{field}={path} has {beside.vocab_size} words and the trained model {model.vocab_size}")
     for problem in (
@@ -87,8 +90,11 @@ def problems_beside(field: str, path: str | None, config: TrainConfig) -> list[s
     return found
 
 
-def resolve_beside(path: str | None, config: TrainConfig) -> ModelConfig:
-    """The shape of the model in a Hugging Face folder, run as the trained one is; None: its own. Raises ValueError."""
+def resolve_beside(path: str | None, config: TrainConfig, *, score: bool = False) -> ModelConfig:
+    """The shape of the model in a Hugging Face folder, run as the trained one is; None: its own. Raises ValueError.
+
+    score: with the head of a reward model.
+    """
     if path is None:
         return replace(config.model, activation_checkpoint="none", dropout=0.0, attention_dropout=0.0)
     model = config.model
@@ -98,6 +104,7 @@ def resolve_beside(path: str | None, config: TrainConfig) -> ModelConfig:
         attention=model.attention,
         routing=model.routing,
         fused_projections=model.fused_projections,
+        score=score,
     )
     return resolve_model(beside)
 

@@ -8,7 +8,7 @@ import os
 import resource
 import time
 from collections import Counter, deque
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,7 @@ from trainer.sample import check_prompt, sample_text
 from trainer.schedule import learning_rate
 from trainer.sequence import split_batch
 from trainer.speculator import load_model, start_heads, targets
-from trainer.step import StepMetrics, train_step
+from trainer.step import StepMetrics, TrainState, train_step
 from trainer.throughput import StepClock, Throughput, mfu_peak
 from trainer.watchdog import record_collectives
 
@@ -130,6 +130,7 @@ class Trainer:
         self.state = build_state(
             config, self.dims, self.mesh, self.device, self.recipe.objective(config, self.mesh, self.device)
         )
+        self.state.beside = self._build_beside()
         self.tokens_per_step = config.train.global_batch_size * config.train.seq_len
         self.tokens = 0  # trained on since step 1
         self.skipped_steps = 0
@@ -185,6 +186,17 @@ class Trainer:
             check_prompt(train_data.tokenizer, train.sample_prompt, vocab_size=config.model.vocab_size)
         return train_data, validation_data
 
+    def _build_beside(self) -> dict[str, TrainState]:
+        """Models that are trained beside the run's, on the same layout."""
+        with configuration_errors():
+            found = self.recipe.trained_beside(self.config, self.device)
+        states = {}
+        for name, one in found.items():
+            config = replace(self.config, model=one.model)
+            states[name] = build_state(config, self.dims, self.mesh, self.device, one.objective)
+            states[name].lr_factor = one.lr_factor
+        return states
+
     def _load(self) -> None:
         """Weights from a checkpoint, from a Hugging Face folder, or drawn; then into the model."""
         weights = self.state.weights()
@@ -195,11 +207,13 @@ class Trainer:
         if self.adapter is not None:
             with configuration_errors():
                 load_base(self.state, self.config)
+        new = True
         if self.resume_from is not None:
             if read_extra(self.resume_from).get("weights_only", False):
                 # From launch/convert.py import: a new run, with nothing but its weights from elsewhere.
                 self.checkpoints.load(self.resume_from, {f"model/{name}": tensor for name, tensor in weights.items()})
             else:
+                new = False
                 extra = self.checkpoints.load(self.resume_from, self.state.state_tensors())
                 self._continue_from(extra)
         elif heads:
@@ -215,7 +229,10 @@ class Trainer:
             progress.finish()
         else:
             initialize(weights, self.state.model.initializers(), self.config.train.seed)
-        self.state.data_parallel.publish()
+        if new:
+            with configuration_errors():
+                self.recipe.start_beside(self.config, self.state, imported=self.resume_from is not None)
+        self.state.publish()
 
     def _continue_from(self, extra: dict[str, Any]) -> None:
         """Everything of a checkpoint that is no tensor."""
@@ -230,8 +247,9 @@ class Trainer:
                 ]
             )
         if extra["config"]["precision"]["compute"] != self.config.precision.compute:
-            self.state.loss_scale.reset()
-        self.state.step = extra["step"]
+            for state in (self.state, *self.state.beside.values()):
+                state.loss_scale.reset()
+        self.state.set_step(extra["step"])
         self.tokens = extra["tokens"]
         self.skipped_steps = self._skipped_before = extra["skipped_steps"]
         self._skipped_in_a_row = extra["skipped_in_a_row"]
@@ -255,7 +273,7 @@ class Trainer:
             except CheckpointError as error:
                 logger.warning("%s; the run goes on from step %d", error, self.state.step)
             else:
-                self.state.data_parallel.publish()
+                self.state.publish()
                 self.resume_from = self.run_dir / f"memory (step {step})"
         return peers
 

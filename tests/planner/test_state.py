@@ -254,7 +254,7 @@ def test_a_teacher_has_the_bytes_that_are_predicted(ranks: RankPool, folder: Pat
     adapter_config(folder, token_data(folder), "llama_of_blocks")  # makes the folder
     config.recipe.name, config.recipe.teacher_path = "distill", str(folder / "llama_of_blocks")
     final = finalize(config, world_size=world_size)
-    job = job_of(final, world_size=world_size, beside=Distillation().beside(final))
+    job = job_of(final, world_size=world_size, beside=Distillation().frozen_beside(final))
     results = ranks.run(world_size, _measure_beside, config)
     assert predicted_of(job, [(at, state) for at, state, _ in results])
     assert job.beside is not None

@@ -103,12 +103,12 @@ class Distillation(Pretrain):
         self.wanted = DistillationObjective(config.recipe, vocabulary=vocabulary, device=device)
         return self.wanted
 
-    def beside(self, config: TrainConfig) -> Beside | None:
+    def frozen_beside(self, config: TrainConfig) -> Beside | None:
         return Beside(resolve_beside(config.recipe.teacher_path, config), config.recipe.teacher_offload)
 
     def start(self, config: TrainConfig, state: TrainState, mesh: Meshes) -> None:
         with configuration_errors():
-            if (beside := self.beside(config)) is not None:
+            if (beside := self.frozen_beside(config)) is not None:
                 self.teacher = load_frozen(beside.model, config, mesh, state.device, offload=beside.offload)
 
     def prepare(self, microbatches: list[Batch]) -> list[Batch]:

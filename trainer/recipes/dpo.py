@@ -178,14 +178,14 @@ class DirectPreferenceOptimization(Preferences):
             device=device,
         )
 
-    def beside(self, config: TrainConfig) -> Beside | None:
+    def frozen_beside(self, config: TrainConfig) -> Beside | None:
         if not needs_reference(config.recipe) or config.recipe.reference != "model":
             return None
         return Beside(resolve_beside(config.recipe.reference_path, config), config.recipe.reference_offload)
 
     def start(self, config: TrainConfig, state: TrainState, mesh: Meshes) -> None:
         with configuration_errors():
-            if (beside := self.beside(config)) is not None:
+            if (beside := self.frozen_beside(config)) is not None:
                 self.reference = load_frozen(beside.model, config, mesh, state.device, offload=beside.offload)
 
     def prepare(self, microbatches: list[Batch]) -> list[Batch]:

@@ -106,13 +106,13 @@ class KahnemanTverskyOptimization(Preferences):
             device=device,
         )
 
-    def beside(self, config: TrainConfig) -> Beside:
+    def frozen_beside(self, config: TrainConfig) -> Beside:
         return Beside(resolve_beside(config.recipe.reference_path, config), config.recipe.reference_offload)
 
     def start(self, config: TrainConfig, state: TrainState, mesh: Meshes) -> None:
         self.state = state
         with configuration_errors():
-            beside = self.beside(config)
+            beside = self.frozen_beside(config)
             self.reference: FrozenModel = load_frozen(beside.model, config, mesh, state.device, offload=beside.offload)
 
     def prepare(self, microbatches: list[Batch]) -> list[Batch]:
