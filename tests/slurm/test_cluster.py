@@ -167,7 +167,7 @@ def test_a_run_that_hangs_goes_on_from_its_checkpoint_without_being_asked_to(
     assert ended(cluster, job) == "COMPLETED", said(cluster, job)
     assert cluster.job(job)["Restarts"] == "0"
     assert said(cluster, job).count("restart") == 2
-    assert "hang 1 of at most 3 from there that are retried; the newest checkpoint is of step 20" in said(cluster, job)
+    assert "hang 1 since the checkpoint of step 20; up to 3 are retried" in said(cluster, job)
     assert curve(run_dir) == uninterrupted
     assert len(list((run_dir / "hangs").glob("*/report.json"))) == 2
 
