@@ -12,9 +12,11 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
 from data.batch import Batch
+from data.progress import Progress
 from models.config import ModelConfig
 from models.decoder import Decoder, Head
 from models.hf import load_hf_weights
@@ -154,7 +156,10 @@ def load_frozen(
         )
     weights = separate(dict(model.named_parameters()) | dict(model.named_buffers()), fused_parameters(model))
     if model_config.path is not None:
-        load_hf_weights(model_config.path, weights, model_config, whole_model=pipeline is None)
+        progress = Progress(f"reading {model_config.path}", silent=dist.get_rank() > 0)
+        whole = pipeline is None
+        load_hf_weights(model_config.path, weights, model_config, whole_model=whole, on_read=progress.tensors)
+        progress.finish()
     else:
         initialize(weights, model.initializers(), config.train.seed)
     data_parallel.publish()

@@ -19,7 +19,7 @@ SHORTEST = 8
 # `sample_tokens`, `tokenizer.path`, `num_key_value_heads`, or a tokenizer's `eos_token`.
 _SECRET = (
     r"(?<![\w.+~-])(?!(?:[\w.+~-]*[.+~-])?(?:bos|eos|pad|unk|sep|cls|mask)_token\b)"
-    r"[\w.+~-]*(?:(?:secret|passw|passphrase|credential)[\w.-]*|token|key|pwd|authorization)"
+    r"[\w.+~-]*(?:(?:secret|passw|passphrase|credential)[\w.-]*|token|key|[._-]pwd|authorization)"
 )
 _SECRET_KEY = re.compile(_SECRET, re.IGNORECASE)
 _ASSIGNMENT = re.compile(rf"""({_SECRET}["']?\s*[=:]\s*)("[^"]*"|'[^']*'|[^\s,{{}}\[\]]+)""", re.IGNORECASE)
@@ -79,4 +79,5 @@ def mask_secrets(value: Any, name: str = "") -> Any:
 def _of_environment() -> list[str]:
     """Values of WANDB_API_KEY, HF_TOKEN and the like, the longest first: one may be a part of another."""
     found = {value for name, value in os.environ.items() if len(value) >= SHORTEST and is_secret(name)}
+    found = {value for value in found if not os.path.isabs(value) or not os.path.exists(value)}  # where a key is
     return sorted(found, key=len, reverse=True)

@@ -230,8 +230,8 @@ class Supervisor:
         part = path.with_suffix(".part")
         part.write_text(json.dumps(asdict(hangs)))
         part.rename(path)
-        where = "the newest checkpoint is unknown" if step is None else f"the newest checkpoint is of step {step}"
-        _say(f"hang {hangs.count} of at most {MAX_HANGS} from there that are retried; {where}")
+        where = "an unknown step" if step is None else f"step {step}"
+        _say(f"hang {hangs.count} since the checkpoint of {where}; up to {MAX_HANGS} are retried")
         return hangs.retried
 
     def _usable(self) -> list[str]:

@@ -30,7 +30,9 @@ from tests.launch.on_ranks import export_and_watch, export_here, import_and_watc
 from tests.models.oracle import theirs
 from tests.parity.harness import Outcome, changed, run_on, text_corpus, tiny_config
 from tests.pool import RankError, RankPool
+from trainer.agreement import CheckpointError
 from trainer.config import CheckpointConfig, TrainConfig
+from trainer.convert import model_of_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 GPT2: dict[str, Any] = {
@@ -334,6 +336,21 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     told = ranks.run(2, export_here, tmp_path, tmp_path / "out")
     assert told[0].checkpoint == checkpoints / "step_3"
     assert same_files(exported["llama"], tmp_path / "out")
+
+
+def test_a_checkpoint_from_elsewhere_does_not_read_the_environment(
+    runs: dict[str, Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An interpolation in its configuration, resolved here, and a token in what is written or said of it."""
+    monkeypatch.setenv("HF_TOKEN", "a1b2c3d4e5")
+    folder = shutil.copytree(runs["llama"].directory / "checkpoints" / "step_3", tmp_path / "step_3")
+    assert model_of_checkpoint(folder, name="CHECKPOINT_DIR").family == "llama"
+    extra = json.loads((folder / "extra.json").read_text())
+    extra["config"]["model"]["path"] = "${oc.env:HF_TOKEN}"
+    (folder / "extra.json").write_text(json.dumps(extra))
+    with pytest.raises(CheckpointError, match="holds an interpolation") as raised:
+        model_of_checkpoint(folder, name="CHECKPOINT_DIR")
+    assert "a1b2c3d4e5" not in str(raised.value)
 
 
 PROGRAM = """

@@ -116,6 +116,7 @@ def test_an_installed_package_inside_another_checkout_has_no_commit(
         "WANDB_API_KEY",
         "PGPASSWORD",
         "ssh_passphrase",
+        "db_pwd",
         "password",
         "db_password",
         "PASSWD",
@@ -138,6 +139,8 @@ def test_keys_of_secrets_are_recognised(key: str) -> None:
         "checkpoint.keep_last",
         "num_key_value_heads",
         "eos_token_id",
+        "PWD",
+        "OLDPWD",
         "eos_token",
         "data.tokenizer.eos_token",
         "+data.tokenizer.eos_token",
@@ -230,15 +233,20 @@ def test_what_is_surely_a_secret_is_masked_in_texts(text: str, masked: str | Non
     assert mask_text(text) == (masked or text)
 
 
-def test_values_of_secret_variables_are_masked_wherever_they_turn_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches WANDB_API_KEY or HF_TOKEN in run.json, a configuration or an error, under no name that says so."""
+def test_values_of_secret_variables_are_masked_wherever_they_turn_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches WANDB_API_KEY or HF_TOKEN in run.json, a configuration or an error, under no name that says so; and the
+    working directory, or where a key is, masked in every path."""
     monkeypatch.setenv("WANDB_API_KEY", SECRET)
     monkeypatch.setenv("HF_TOKEN", f"{SECRET}-longer")
     monkeypatch.setenv("SHORT_KEY", "gpt2")
-    monkeypatch.setenv("NOT_SECRET_AT_ALL_", "plain-value")
+    monkeypatch.setenv("SSL_KEY", str(tmp_path))
+    monkeypatch.setenv("PWD", "/some/folder")
     assert mask_text(f"wandb says {SECRET}-longer or {SECRET} of gpt2") == f"wandb says {MASK} or {MASK} of gpt2"
     assert mask_argv(["x", f"run.name={SECRET}", "run.dir=gpt2"]) == ["x", f"run.name={MASK}", "run.dir=gpt2"]
     assert mask_secrets({"run": {"name": f"a{SECRET}"}, "n": 1}) == {"run": {"name": f"a{MASK}"}, "n": 1}
+    assert mask_text(f"{tmp_path}/run /some/folder/run") == f"{tmp_path}/run /some/folder/run"
     monkeypatch.delenv("WANDB_API_KEY")
     assert mask_text(SECRET) == SECRET  # by nothing else
 
