@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -158,6 +159,19 @@ def _is_here(model: Decoder, name: str) -> bool:
 
 def _is_linear(module: nn.Module) -> bool:
     return type(module) is nn.Linear or isinstance(module, tuple(_FUNCTIONS))
+
+
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is the one that its adapters are for, to the bit."""
+    adapted = [(layer, layer.adaptation) for layer in model.modules() if getattr(layer, "adaptation", None) is not None]
+    for layer, _ in adapted:
+        layer.adaptation = None
+    try:
+        yield
+    finally:
+        for layer, adaptation in adapted:
+            layer.adaptation = adaptation
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -342,6 +356,8 @@ def _partial(parameter: Tensor) -> Tensor:
 def _experts(layer: Any, rows: Tensor, ends: Tensor) -> Tensor:
     how = layer.implementation
     y = grouped_linear(rows, local_shard(layer.weight, grad="sharded"), ends, implementation=how)
+    if layer.adaptation is None:  # switched off
+        return y
     u = grouped_linear(rows, _of_stack(layer, A), ends, implementation=how)
     return torch.add(y, grouped_linear(u, _of_stack(layer, B), ends, implementation=how), alpha=layer.adaptation.scale)
 

@@ -24,10 +24,10 @@ from inference.engine import Engine
 from models.decoder import Decoder
 from parallel.mesh import Meshes, groups_in_layers
 from parallel.problem import Problem, multiples, values
-from trainer.config import ConfigError, RecipeConfig, TrainConfig, configuration_errors
-from trainer.frozen import FrozenModel, load_frozen, resolve_beside
+from trainer.config import TrainConfig
 from trainer.loss import Objective, vocabulary_shard
 from trainer.recipes.pretrain import Pretrain, StepReport
+from trainer.reference import Reference, load_reference, no_effect, reference_problems
 from trainer.rl.collect import Collector
 from trainer.rl.config import rl_problems
 from trainer.rl.maths import final_answer, same_answer
@@ -42,14 +42,14 @@ from trainer.step import TrainState
 class GroupPolicyOptimization(Pretrain):
     """recipe=grpo, dr_grpo, dapo, gspo, cispo, rloo."""
 
-    reads = ("rl", "reference_path", "reference_offload")
+    reads = ("rl", "reference", "reference_path", "reference_offload")
 
     def __init__(self) -> None:
         self._samples: dict[str, PromptSamples] = {}  # by split
         self._buffer: list[list[Rollout]] = []  # of updates that are still to be made, this rank's rollouts
         self._restored: list[list[list[Rollout]]] = []  # the same of each rank, from a checkpoint
         self._report = StepReport()
-        self._reference: FrozenModel | None = None
+        self._reference: Reference | None = None
 
     def problems(self, config: TrainConfig) -> list[str]:
         return rl_problems(config.recipe.rl) + _data_problems(config) + _layout_problems(config)
@@ -119,7 +119,7 @@ class GroupPolicyOptimization(Pretrain):
             tp_group=None if tp is None else tp.get_group(),
         )
         if rl.kl_weight:
-            self._reference = load_reference(config, mesh, state.device)
+            self._reference = load_reference(config, state, mesh)
         if self._restored:
             rank, size = mesh.samples.get_local_rank(), mesh.samples.size()
             self._buffer = shared_out(self._restored, rank, size)
@@ -233,21 +233,6 @@ class GroupPolicyOptimization(Pretrain):
         return "of the training split: " + ", ".join(f"{n} {c:,}" for n, c in data.counts.items() if c) + left_out
 
 
-def load_reference(config: TrainConfig, mesh: Meshes, device: torch.device) -> FrozenModel:
-    """The model that the policy is held near. Raises ConfigError. Collective."""
-    recipe = config.recipe
-    with configuration_errors():
-        beside = resolve_beside(recipe.reference_path, config)
-        if beside.vocab_size != config.model.vocab_size:
-            raise ConfigError(
-                [
-                    f"recipe.reference_path={recipe.reference_path} has a vocabulary of {beside.vocab_size} words and "
-                    f"the model one of {config.model.vocab_size}; give a reference with the same tokenizer"
-                ]
-            )
-        return load_frozen(beside, config, mesh, device, offload=recipe.reference_offload)
-
-
 def engine_config(config: TrainConfig, *, num_sequences: int) -> EngineConfig:
     """recipe.rl.engine with what is left open: a cache for this rank's num_sequences rollouts, not for the whole
     device, which training needs as well."""
@@ -306,15 +291,10 @@ def _data_problems(config: TrainConfig) -> list[str]:
     if train.sample_tokens:
         what = f"train.sample_tokens={train.sample_tokens} continues a text, and {name} answers prompts"
         found.append(Problem(what, values("train.sample_tokens", [0])))
-    if rl.kl_weight and config.recipe.reference_path is None and config.checkpoint.resume not in ("auto", "never"):
-        found.append(
-            f"recipe.reference_path is missing: the policy begins with checkpoint.resume={config.checkpoint.resume}, "
-            "which no reference can be read from; give a Hugging Face folder (launch/convert.py export makes one)"
-        )
-    for field in ("reference_path", "reference_offload"):
-        if not rl.kl_weight and (value := getattr(config.recipe, field)):
-            why = f"recipe.{field}={value} has no effect with recipe.rl.kl_weight=0"
-            found.append(Problem(why, values(f"recipe.{field}", [getattr(RecipeConfig(), field)])))
+    if rl.kl_weight:
+        found += reference_problems(config)
+    else:
+        found += no_effect(config, ("reference", "reference_path", "reference_offload"), "recipe.rl.kl_weight=0")
     for number, one in enumerate(rl.rewards):
         try:
             Rewards(replace(rl, rewards=[one]))
