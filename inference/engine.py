@@ -26,6 +26,7 @@ from inference.speculation.runner import Speculation, SpeculativeRunner
 from inference.text import TextStream, Tokenizer
 from inference.weights import load_in_place
 from models.decoder import Decoder
+from models.lora import reads_weights
 from parallel.regions import local_tensor
 
 Prompt = str | Seq[int]
@@ -447,6 +448,8 @@ def _model_problems(model: Decoder) -> list[str]:
     if model.embedding is None or model.head is None or len(model.blocks) < model.config.num_layers:
         found.append("the model is a stage of a pipeline; serve a whole one")
     groups = model.groups
+    if problem := reads_weights(model):
+        found.append(problem)
     if groups.cp is not None:
         found.append("the model's layers split sequences over cp; serve one without")
     if groups.sequence_parallel:

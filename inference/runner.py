@@ -367,8 +367,8 @@ class ModelRunner:
 
 
 def is_fused(model: Decoder) -> bool:
-    """Whether blocks are computed by models/layers/serving.py."""
-    return serving.obstacle(model.config, model.groups) is None and not model.batch_invariant
+    """Whether blocks are computed by models/layers/serving.py, which multiplies with weights alone."""
+    return serving.obstacle(model.config, model.groups) is None and not (model.batch_invariant or model.adapted)
 
 
 def has_graphs(device: torch.device, dtype: torch.dtype, config: EngineConfig) -> bool:

@@ -62,6 +62,8 @@ from parallel.tensor import (
 
 A, B, M = "lora_a", "lora_b", "lora_m"
 """Names of the parameters, in a layer and behind the name of a separate layer; M: lengths of rows (DoRA)."""
+ABSORBED = "attention.kv_b"
+"""The layer that latent attention does not call where it reads from a cache (models/layers/mla.py)."""
 
 
 @dataclass(frozen=True)
@@ -172,6 +174,17 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
     finally:
         for layer, adaptation in adapted:
             layer.adaptation = adaptation
+
+
+def reads_weights(model: nn.Module) -> str | None:
+    """Why a model cannot be computed through pages of a cache, in a line; None: it can.
+
+    Latent attention takes queries through the matrix that makes keys and values, without a call of its layer.
+    """
+    found = [name for name, layer in model.named_modules() if name.endswith(ABSORBED) and hasattr(layer, "adaptation")]
+    if not found:
+        return None
+    return f"{found[0]} has an adapter, or 4 bits, and attention through a cache reads its weight; merge them"
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -308,12 +321,13 @@ def _multiply(layer: Any, x: Tensor, weight: Local, bias: Tensor | None, a: Loca
     how: Adaptation | None = layer.adaptation
     piece: Piece | None = getattr(layer, "piece", None)
     kept = weight(layer.weight) if piece is None else local_tensor(layer.nf4)
+    product = getattr(layer, "product", F.linear)
     if how is None:
-        return _Adapted.apply(x, kept, bias, None, None, None, piece)
+        return _Adapted.apply(x, kept, bias, None, None, None, piece, product)
     its_a, its_b = a(layer.lora_a), b(layer.lora_b)
     if not how.dora:
-        return _Adapted.apply(x, kept, bias, its_a, its_b, how, piece)
-    y = _Adapted.apply(x, kept, None, its_a, its_b, how, piece)
+        return _Adapted.apply(x, kept, bias, its_a, its_b, how, piece, product)
+    y = _Adapted.apply(x, kept, None, its_a, its_b, how, piece, product)
     with torch.no_grad():
         squares = how.lengths(kept if piece is None else piece.dequantize(kept, x.dtype), its_a, its_b)
         if isinstance(layer, RowParallelLinear):
@@ -359,7 +373,7 @@ def _experts(layer: Any, rows: Tensor, ends: Tensor) -> Tensor:
     if layer.adaptation is None:  # switched off
         return y
     u = grouped_linear(rows, _of_stack(layer, A), ends, implementation=how)
-    return torch.add(y, grouped_linear(u, _of_stack(layer, B), ends, implementation=how), alpha=layer.adaptation.scale)
+    return y + grouped_linear(u, _of_stack(layer, B), ends, implementation=how) * layer.adaptation.scale
 
 
 def _of_stack(layer: Any, name: str) -> Tensor:
@@ -382,7 +396,8 @@ _FUNCTIONS: dict[type[nn.Module], tuple[str, Callable[..., Tensor]]] = {
 
 class _Adapted(torch.autograd.Function):
     """y = x W^T + bias + s (x A^T) B^T with gradients of x, A and B. W may be a piece of NF4, made again in backward;
-    without an adapter (`how` None) there is the first summand alone."""
+    without an adapter (`how` None) there is the first summand alone. product: F.linear, or one whose rows do not
+    depend on each other (models/invariant.py), of which gradients are ordinary products as well."""
 
     @staticmethod
     def forward(
@@ -394,16 +409,21 @@ class _Adapted(torch.autograd.Function):
         b: Tensor | None,
         how: Adaptation | None,
         piece: Piece | None,
+        product: Callable[..., Tensor],
     ) -> Tensor:
-        y = F.linear(x, kept if piece is None else piece.dequantize(kept, x.dtype), bias)
+        y = product(x, kept if piece is None else piece.dequantize(kept, x.dtype), bias)
         ctx.how, ctx.piece = how, piece
         if how is None:
             ctx.save_for_backward(kept)
             return y
         assert a is not None
         assert b is not None
-        u = F.linear(x, a)  # [..., P r]
-        y.flatten(0, -2).addmm_(u.flatten(0, -2), how.spread(b, y.shape[-1]).t(), alpha=how.scale)
+        u = product(x, a)  # [..., P r]
+        spread = how.spread(b, y.shape[-1])
+        if product is F.linear:
+            y.flatten(0, -2).addmm_(u.flatten(0, -2), spread.t(), alpha=how.scale)
+        else:  # each operation rounds by itself, whatever number of elements it is for
+            y += product(u, spread) * how.scale
         ctx.save_for_backward(kept, x, a, b, u)
         return y
 
@@ -424,4 +444,4 @@ class _Adapted(torch.autograd.Function):
             if d_u is not None:
                 d_x = d_x.addmm_(d_u, a)
             d_x = d_x.view(*grad.shape[:-1], -1)
-        return d_x, None, None, d_a, d_b, None, None
+        return d_x, None, None, d_a, d_b, None, None, None

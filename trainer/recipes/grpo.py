@@ -342,8 +342,6 @@ def _layout_problems(config: TrainConfig) -> list[str]:
     for field in ("dropout", "attention_dropout"):
         if value := getattr(model, field):
             refuse(f"model.{field}", value, "completions are sampled without, by other probabilities", 0.0)
-    if config.adapter.name != "none":
-        refuse("adapter.name", config.adapter.name, "the engine does not serve adapters beside their weights", "none")
     if model.mtp.depth:
         refuse("model.mtp.depth", model.mtp.depth, "its losses are those of texts", 0)
     if model.speculator.kind != "none":
