@@ -311,6 +311,8 @@ class ModelRunner:
         return torch.where(batch.tokens == PENDING, self._last_tokens[batch.token_rows], batch.tokens)
 
     def _cache(self, batch: Batch) -> PagedCache:
+        if self.model.served is not None:
+            self.model.served.tell(self._tables.adapters[batch.token_rows])
         tables = self._tables.tables[batch.rows]
         blocks = tables[batch.owners, batch.positions // self.block_size]
         slots = blocks * self.block_size + batch.positions % self.block_size

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -136,6 +137,7 @@ class Decoder(nn.Module):
     """
 
     batch_invariant = False  # models.invariant.make_batch_invariant sets it
+    served: Any = None  # models.served_adapters.ServedAdapters, where tokens have adapters of their own
     adapted = False  # layers multiply with more than their weights; models/lora.py, models/served_adapters.py
 
     def __init__(
