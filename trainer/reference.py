@@ -68,6 +68,10 @@ def reference_problems(config: TrainConfig, *, kinds: Collection[str] = ("model"
     if recipe.reference != "model":
         found = no_effect(config, ("reference_path", "reference_offload"), f"recipe.reference={recipe.reference}")
         return found + (_adapter_problems(config) if recipe.reference == "adapter" else [])
+    if config.adapter.path is not None and recipe.reference_path is None:
+        why = f"recipe.reference=model would be the model without the adapters in adapter.path={config.adapter.path}"
+        words = "give recipe.reference_path, a folder that they are merged into"
+        return [Problem(why, values("recipe.reference", ["adapter"]), words=words)]
     return _begins_elsewhere(config) + problems_beside("recipe.reference_path", recipe.reference_path, config)
 
 
@@ -86,6 +90,9 @@ def _adapter_problems(config: TrainConfig) -> list[str]:
     if config.adapter.name == "none":
         why = "recipe.reference=adapter is the policy with its adapters switched off, and adapter.name=none has none"
         return [Problem(why, values("recipe.reference", ["model"]))]
+    if config.adapter.init == "pissa":
+        why = "recipe.reference=adapter with adapter.init=pissa: without them the model lacks what they began with"
+        return [Problem(why, values("recipe.reference", ["model"]), values("adapter.init", ["lora"]))]
     return []
 
 

@@ -9,6 +9,7 @@ from models.lora import ABSORBED
 from models.registry import FAMILIES
 from parallel.pipeline.schedules import SCHEDULES, SPLIT_BACKWARD
 from parallel.problem import Advice, Problem, values
+from trainer.adapter_start import folder_problems
 from trainer.config import TrainConfig
 
 
@@ -30,7 +31,7 @@ def adapter_run_problems(config: TrainConfig, model: ModelConfig) -> list[str]:
             f"adapter.name={adapter.name} trains beside a model that is there already: set model.path=DIR, its Hugging "
             "Face folder (launch/convert.py export makes one of a run)"
         )
-    found += _quantization_problems(config, model)
+    found += _quantization_problems(config, model) + folder_problems(adapter, model)
     if parallel.pp > 1 and parallel.pp_schedule in SPLIT_BACKWARD:
         others = [name for name in SCHEDULES if name not in SPLIT_BACKWARD]
         because = "there are next to no weight gradients to put off"
