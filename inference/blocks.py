@@ -10,8 +10,11 @@ from typing import NamedTuple
 
 from inference.sequence import Sequence
 
-ROOT = 0
-"""Number of the content of nothing, which first blocks follow."""
+
+def root(adapter: int) -> int:
+    """Number of the content of nothing, which first blocks follow: another one for each adapter, by which keys and
+    values differ. Contents of blocks are numbered from 1."""
+    return -adapter
 
 
 class Copy(NamedTuple):
@@ -41,7 +44,7 @@ class BlockManager:
         self._free_host = list(range(host_blocks))
         self._block_of: dict[tuple[int, tuple[int, ...]], int] = {}
         self._content_of: dict[int, tuple[tuple[int, tuple[int, ...]], int]] = {}  # by block: its key there, its number
-        self._last_content = ROOT
+        self._last_content = 0
 
     @property
     def num_free(self) -> int:
@@ -58,7 +61,7 @@ class BlockManager:
         one of them, because the next is sampled from what it computes.
         """
         assert not sequence.blocks
-        cached = [] if sequence.wants_prompt_logprobs else self._cached(sequence.tokens[:-1])
+        cached = [] if sequence.wants_prompt_logprobs else self._cached(sequence.tokens[:-1], sequence.adapter)
         revived = sum(self._uses[block] == 0 for block, _ in cached)
         if self.blocks_for(len(sequence.tokens)) - len(cached) > self.num_free - revived:
             return False
@@ -82,7 +85,7 @@ class BlockManager:
         if not self.prefix_cache:
             return
         for index in range(len(sequence.contents), sequence.num_computed // self.block_size):
-            before = sequence.contents[-1] if index else ROOT
+            before = sequence.contents[-1] if index else root(sequence.adapter)
             key = (before, tuple(sequence.tokens[index * self.block_size : (index + 1) * self.block_size]))
             block = self._block_of.get(key)
             if block is None:  # else another sequence has computed the same in a block of its own
@@ -130,10 +133,10 @@ class BlockManager:
         self._block_of.clear()
         self._content_of.clear()
 
-    def _cached(self, tokens: list[int]) -> list[tuple[int, int]]:
-        """Blocks that hold the beginning of tokens, and the numbers of their contents."""
+    def _cached(self, tokens: list[int], adapter: int) -> list[tuple[int, int]]:
+        """Blocks that hold the beginning of tokens as an adapter makes them, and the numbers of their contents."""
         found: list[tuple[int, int]] = []
-        content = ROOT
+        content = root(adapter)
         for first in range(0, len(tokens) - self.block_size + 1, self.block_size):
             block = self._block_of.get((content, tuple(tokens[first : first + self.block_size])))
             if block is None:

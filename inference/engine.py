@@ -26,6 +26,9 @@ from inference.speculation.runner import Speculation, SpeculativeRunner
 from inference.text import TextStream, Tokenizer
 from inference.weights import load_in_place
 from models.decoder import Decoder
+from models.lora import reads_weights
+from models.peft import LowRank
+from models.served_adapters import ServedAdapters
 from parallel.regions import local_tensor
 
 Prompt = str | Seq[int]
@@ -73,12 +76,14 @@ class Engine:
         tokenizer: Tokenizer | None = None,
         eos_ids: Collection[int] = (),
         speculation: Speculation | None = None,
+        adapters: Mapping[str, Mapping[str, LowRank]] | None = None,
         channel: Channel | None = None,
         number: int = 0,
     ) -> None:
         """eos_ids: tokens that end a document. Raises ValueError for a model or settings that cannot be served.
 
         speculation: who drafts tokens (None: nobody); over ranks of tp the same on all of them.
+        adapters: that requests may name, by name; each by the layers that it is for (models.peft.load_peft).
         channel: over which rank 0 leads the others, all of which make this engine with the same arguments; number: the
         engine's, where the channel leads several. None: nobody is led; ranks of tp are all asked the same.
         """
@@ -93,6 +98,9 @@ class Engine:
             problems += problems_over_ranks(speculation.config)
         if problems:
             raise ValueError("; ".join(problems))
+        self.adapters = [] if adapters is None else list(adapters)
+        if adapters:
+            ServedAdapters(model, adapters)
         self.tokenizer, self.eos_ids = tokenizer, frozenset(eos_ids)
         self.vocab_size = model.config.vocab_size
         self.device = local_tensor(next(model.parameters())).device
@@ -133,9 +141,12 @@ class Engine:
         return len(self._sequences)
 
     def generate(
-        self, prompts: Seq[Prompt], sampling: SamplingConfig | Seq[SamplingConfig] | None = None
+        self,
+        prompts: Seq[Prompt],
+        sampling: SamplingConfig | Seq[SamplingConfig] | None = None,
+        adapters: Seq[str | None] | None = None,
     ) -> list[Completion]:
-        """Continue prompts (text or token ids), each by `sampling` or by its own; in their order.
+        """Continue prompts (text or token ids), each by `sampling` or by its own, and by its adapter; in their order.
 
         Raises RequestError, before anything is computed, for the first prompt that cannot be continued, naming it, and
         ValueError while requests that were added are unfinished: their deltas would be lost. Raises FloatingPointError
@@ -144,12 +155,13 @@ class Engine:
         if self._sequences:
             raise ValueError(f"{len(self._sequences)} requests are unfinished; step until they end, or abort them")
         each = [sampling] * len(prompts) if sampling is None or isinstance(sampling, SamplingConfig) else sampling
+        by = [None] * len(prompts) if adapters is None else adapters
         completions: dict[int, Completion] = {}
         try:
             requests = []
-            for number, (prompt, one) in enumerate(zip(prompts, each, strict=True)):
+            for number, (prompt, one, adapter) in enumerate(zip(prompts, each, by, strict=True)):
                 try:
-                    requests.append(self.add(prompt, one))
+                    requests.append(self.add(prompt, one, adapter))
                 except RequestError as error:
                     raise RequestError(f"prompts[{number}]: {error}") from None
             while self._sequences:
@@ -162,15 +174,19 @@ class Engine:
                 self.abort(request)
         return [completions[request] for request in requests]
 
-    def add(self, prompt: Prompt, sampling: SamplingConfig | None = None) -> int:
+    def add(self, prompt: Prompt, sampling: SamplingConfig | None = None, adapter: str | None = None) -> int:
         """Queue a request; its number. Raises RequestError for a prompt or settings that cannot be served."""
-        return self.enqueue(self.prepare(prompt, sampling))
+        return self.enqueue(self.prepare(prompt, sampling, adapter))
 
-    def prepare(self, prompt: Prompt, sampling: SamplingConfig | None = None) -> Sequence:
+    def prepare(self, prompt: Prompt, sampling: SamplingConfig | None = None, adapter: str | None = None) -> Sequence:
         """A request, checked and tokenized, for `enqueue`. Any thread may call it while others step.
 
-        Raises RequestError for a prompt or settings that cannot be served.
+        adapter: one of `adapters`; None: the model alone. Raises RequestError for a prompt or settings that cannot be
+        served.
         """
+        if adapter is not None and adapter not in self.adapters:
+            there = f"there are {', '.join(self.adapters)}" if self.adapters else "there are none"
+            raise RequestError(f"the adapter {adapter!r} is not served: {there}")
         sampling = SamplingConfig() if sampling is None else sampling
         if problems := sampling_problems(sampling):
             raise RequestError("; ".join(problems))
@@ -197,6 +213,7 @@ class Engine:
             max_tokens=sampling.max_tokens or room,
             text=None if self.tokenizer is None else TextStream(self.tokenizer, stop=sampling.stop),
             constraint=self._constraint(sampling),
+            adapter=0 if adapter is None else 1 + self.adapters.index(adapter),
         )
         if sampling.prompt_logprobs:
             sequence.completion.prompt_logprobs = [None] * len(tokens)
@@ -210,7 +227,8 @@ class Engine:
             sequence.seed = _seed(self.config.seed, number)
         self._sequences[number] = sequence
         self.scheduler.add(sequence)
-        self._note("add", list(sequence.tokens), sequence.sampling)
+        adapter = self.adapters[sequence.adapter - 1] if sequence.adapter else None
+        self._note("add", list(sequence.tokens), sequence.sampling, adapter)
         return number
 
     def step(self) -> list[Delta]:
@@ -447,6 +465,8 @@ def _model_problems(model: Decoder) -> list[str]:
     if model.embedding is None or model.head is None or len(model.blocks) < model.config.num_layers:
         found.append("the model is a stage of a pipeline; serve a whole one")
     groups = model.groups
+    if problem := reads_weights(model):
+        found.append(problem)
     if groups.cp is not None:
         found.append("the model's layers split sequences over cp; serve one without")
     if groups.sequence_parallel:

@@ -311,6 +311,8 @@ class ModelRunner:
         return torch.where(batch.tokens == PENDING, self._last_tokens[batch.token_rows], batch.tokens)
 
     def _cache(self, batch: Batch) -> PagedCache:
+        if self.model.served is not None:
+            self.model.served.tell(self._tables.adapters[batch.token_rows])
         tables = self._tables.tables[batch.rows]
         blocks = tables[batch.owners, batch.positions // self.block_size]
         slots = blocks * self.block_size + batch.positions % self.block_size
@@ -367,8 +369,8 @@ class ModelRunner:
 
 
 def is_fused(model: Decoder) -> bool:
-    """Whether blocks are computed by models/layers/serving.py."""
-    return serving.obstacle(model.config, model.groups) is None and not model.batch_invariant
+    """Whether blocks are computed by models/layers/serving.py, which multiplies with weights alone."""
+    return serving.obstacle(model.config, model.groups) is None and not (model.batch_invariant or model.adapted)
 
 
 def has_graphs(device: torch.device, dtype: torch.dtype, config: EngineConfig) -> bool:

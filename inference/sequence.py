@@ -59,6 +59,7 @@ class Sequence:
     max_tokens: int
     text: TextStream | None
     constraint: Constraint | None = None  # advanced by Engine
+    adapter: int = 0  # number of the one that computes it; 0: the model alone
     completion: Completion = field(default_factory=Completion)
     status: Status = Status.WAITING  # kept by Scheduler
     num_computed: int = 0  # tokens whose keys and values are in the cache, or will be; kept by Engine, Scheduler

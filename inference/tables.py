@@ -26,6 +26,8 @@ class BlockTables:
 
     def __init__(self, num_rows: int, width: int, device: torch.device) -> None:
         self.tables = torch.zeros(num_rows + 1, width, dtype=torch.int32, device=device)
+        self.adapters = torch.zeros(num_rows + 1, dtype=torch.int32, device=device)  # of the rows' sequences
+        self._adapters = [0] * num_rows  # the same here
         self.nobody = num_rows
         self._free = list(range(num_rows))
         self._rows: OrderedDict[Sequence, _Row] = OrderedDict()  # the one that waited longest for a step first
@@ -38,11 +40,15 @@ class BlockTables:
         places: list[int] = []
         values: list[int] = []
         found = [self._row(sequence, places, values) for sequence in sequences]
-        if places:
-            device = self.tables.device
-            both = torch.tensor([places, values], dtype=torch.int64)
-            sent = both.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else both
-            self.tables.view(-1).index_put_((sent[0],), sent[1].to(torch.int32))
+        _put(self.tables, places, values)
+        others = {
+            row: sequence.adapter
+            for row, sequence in zip(found, sequences, strict=True)
+            if self._adapters[row] != sequence.adapter
+        }
+        _put(self.adapters, list(others), list(others.values()))
+        for row, adapter in others.items():
+            self._adapters[row] = adapter
         return found
 
     def _row(self, sequence: Sequence, places: list[int], values: list[int]) -> int:
@@ -58,3 +64,12 @@ class BlockTables:
             values += row.blocks[row.num_sent :]
             row.num_sent = len(row.blocks)
         return row.number
+
+
+def _put(tensor: torch.Tensor, places: list[int], values: list[int]) -> None:
+    """Write some elements of an int32 tensor, without waiting for it."""
+    if not places:
+        return
+    both = torch.tensor([places, values], dtype=torch.int64)
+    sent = both.pin_memory().to(tensor.device, non_blocking=True) if tensor.is_cuda else both
+    tensor.view(-1).index_put_((sent[0],), sent[1].to(torch.int32))

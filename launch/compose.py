@@ -20,7 +20,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from launch.explain import explain, known_keys, no_such_key
+from launch.explain import explain, known_keys, mappings, no_such_key
 from trainer.config import ConfigError, TrainConfig
 from trainer.trainer import TrainingDiverged
 
@@ -125,6 +125,9 @@ def compose_one(overrides: list[str]) -> TrainConfig:
 
 def compose_for(program: Program[Config], overrides: list[str]) -> Config:
     """One configuration. Raises ConfigError naming each override that is wrong, and why."""
+    # Hydra adds keys only where it is told to, and in a dictionary every key is one to add.
+    open_keys = tuple(mappings(OmegaConf.structured(program.schema)))
+    overrides = [f"++{one}" if one.startswith(_inside(open_keys)) else one for one in overrides]
     with initialize_config_dir(CONFIG_DIR, version_base="1.3"):
         try:
             return _to_object(program, compose(program.name, overrides=overrides))
@@ -133,6 +136,11 @@ def compose_for(program: Program[Config], overrides: list[str]) -> Config:
         except COMPOSITION_ERRORS as error:
             found = [line for override in overrides if (line := _problem_of(program, override)) is not None]
             raise ConfigError(found or [explain(error, schema=program.schema)]) from None
+
+
+def _inside(open_keys: Iterable[str]) -> tuple[str, ...]:
+    """How overrides of dictionaries, and of what is in them, begin."""
+    return tuple(f"{key}{end}" for key in open_keys for end in ("=", "."))
 
 
 def _problem_of(program: Program[Config], override: str) -> str | None:
@@ -148,8 +156,9 @@ def _problem_of(program: Program[Config], override: str) -> str | None:
 
 def _to_object(program: Program[Config], config: DictConfig) -> Config:
     """Raises ConfigError for keys that `+` added and that nothing reads."""
-    known = set(known_keys(OmegaConf.structured(program.schema)))
-    unknown = [key for key in known_keys(config) if key not in known]
+    schema = OmegaConf.structured(program.schema)
+    known, free = set(known_keys(schema)), _inside(mappings(schema))
+    unknown = [key for key in known_keys(config) if key not in known and not key.startswith(free)]
     if unknown:
         raise ConfigError([no_such_key(key, program.schema) for key in unknown])
     typed = OmegaConf.to_object(config)

@@ -48,6 +48,18 @@ def known_keys(node: Any, prefix: str = "") -> list[str]:
     return keys
 
 
+def mappings(node: Any, prefix: str = "") -> list[str]:
+    """The keys of a configuration whose values are dictionaries of any keys, dotted."""
+    found = []
+    for key in node:
+        child = node._get_node(key)
+        if isinstance(child, DictConfig) and OmegaConf.get_type(child) is dict:
+            found.append(f"{prefix}{key}")
+        elif isinstance(child, DictConfig) and not child._is_none():
+            found += mappings(child, f"{prefix}{key}.")
+    return found
+
+
 def _wrong_choice(error: Exception, key: str) -> str | None:
     """A group, such as model=, that is set to something that is not one of its files."""
     missing = re.search(r"Could not (?:find|load) '([^']*)'", str(error))

@@ -27,6 +27,8 @@ from parallel.mesh import world_size_from_env
 from trainer.config import ConfigError, configuration_errors
 
 DEVICES = ("auto", "cuda", "cpu")
+WITH_ADAPTERS = ("generate", "serve")
+"""Modes whose requests say which adapter they are for."""
 
 
 @dataclass
@@ -74,6 +76,9 @@ def common_problems(config: LabConfig) -> list[str]:
     found += layout_problems(config.parallel, world_size=world_size_from_env())
     needed = config.mode != "compare" and (config.mode != "bench" or config.bench.random_weights is None)
     found += model_problems(config.model, needed=needed) + sampling_problems(config.sampling)
+    if config.model.adapters and config.mode not in WITH_ADAPTERS:
+        modes = " and ".join(WITH_ADAPTERS)
+        found.append(f"model.adapters is of mode={modes}, whose requests name one; mode={config.mode} serves the model")
     return found + drafting_problems(config.speculation, config.model)
 
 
@@ -137,7 +142,14 @@ def make_engine(opened: OpenedModel, config: EngineConfig, speculation: Speculat
     prepare(opened, config)
     drafting = open_speculation(opened, speculation)
     with configuration_errors():
-        return Engine(opened.model, config, tokenizer=opened.tokenizer, eos_ids=opened.eos_ids, speculation=drafting)
+        return Engine(
+            opened.model,
+            config,
+            tokenizer=opened.tokenizer,
+            eos_ids=opened.eos_ids,
+            speculation=drafting,
+            adapters=opened.adapters,
+        )
 
 
 def say_what_computes(engine: Engine) -> None:

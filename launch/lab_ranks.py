@@ -202,6 +202,7 @@ def _make(crew: Crew, model: int, config: EngineConfig, speculation: Speculation
                 tokenizer=opened.tokenizer,
                 eos_ids=opened.eos_ids,
                 speculation=drafting,
+                adapters=opened.adapters,
                 channel=crew.channel,
                 number=number,
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ from models.config import ModelConfig
 from models.decoder import Decoder
 from models.hf import load_hf_weights
 from models.mtp_config import MTPConfig
+from models.peft import CONFIG, LowRank, load_peft
 from models.registry import build_model, resolve_model
 from models.speculator import Speculator, load_speculator
 from parallel.groups import NO_GROUPS, ModelParallel
@@ -38,6 +39,7 @@ class LabModelConfig:
     tokenizer: str | None = None  # a tokenizer.json or its folder; None: the model's own
     chat_template: str | None = None  # a Jinja file; None: the tokenizer's own
     mtp_depth: int = 0  # blocks of multi-token prediction to read from a Hugging Face folder; a checkpoint has its own
+    adapters: dict[str, str] = field(default_factory=dict)  # PEFT folders by the names that requests call them
     speculator_path: str | None = None  # folder of Medusa or EAGLE-style heads that were trained for this model
 
 
@@ -50,6 +52,7 @@ class OpenedModel:
     no_tokenizer: str | None  # why there is none
     eos_ids: list[int]  # tokens that end a document
     heads: Speculator | None = None  # that draft for it
+    adapters: dict[str, dict[str, LowRank]] = field(default_factory=dict)  # by name and layer
 
 
 def model_problems(config: LabModelConfig, *, needed: bool = True) -> list[str]:
@@ -60,6 +63,11 @@ def model_problems(config: LabModelConfig, *, needed: bool = True) -> list[str]:
             found.append("model.path is missing; set model.path=DIR, a Hugging Face folder or a checkpoint")
     elif not Path(config.path).expanduser().exists():
         found.append(f"model.path={config.path} does not exist; give a Hugging Face folder or a checkpoint")
+    for name, folder in config.adapters.items():
+        if not (Path(folder).expanduser() / CONFIG).is_file():
+            found.append(f"model.adapters.{name}={folder} has no {CONFIG}; give a folder that PEFT loads")
+        if not name.strip():
+            found.append(f"model.adapters has an empty name for {folder}; give it one that requests can use")
     if config.chat_template is not None and not Path(config.chat_template).expanduser().is_file():
         found.append(f"model.chat_template={config.chat_template} is no file; give one with a Jinja template")
     if config.dtype not in ("auto", *DTYPES):
@@ -101,6 +109,8 @@ def open_model(config: LabModelConfig, device: torch.device, groups: ModelParall
         if config.speculator_path is not None:
             folder = Path(config.speculator_path).expanduser()
             opened.heads = load_speculator(folder, opened.model.config, dtype=dtype, device=device)
+        for name, its_folder in config.adapters.items():
+            opened.adapters[name] = load_peft(Path(its_folder).expanduser(), opened.model.config)
     _check_vocabulary(opened)
     return opened
 

@@ -15,6 +15,7 @@ from parallel.problem import Problem, values
 
 KINDS = ("none", "lora")
 QUANTIZED = ("none", "nf4")
+INITS = ("lora", "pissa")
 ALL_LINEAR = "all-linear"
 
 
@@ -33,6 +34,9 @@ class AdapterConfig:
     # routers.
     targets: list[str] = field(default_factory=lambda: [ALL_LINEAR])
     quantize: str = "none"  # nf4: linear layers of the blocks in 4 bits (QLoRA, 2305.14314); experts stay as they are
+    # lora: A at random and B 0; pissa: the largest singular values of the weights, which lose them (2404.02948)
+    init: str = "lora"  # one of INITS
+    path: str | None = None  # a PEFT folder whose adapters a new run begins with instead
     lr_ratio: float = 1.0  # learning rate of B as a multiple of that of A, which is optim.lr (LoRA+, 2402.12354)
 
     @property
@@ -78,6 +82,13 @@ def adapter_problems(adapter: AdapterConfig, config: ModelConfig) -> list[str]:
     if adapter.quantize not in QUANTIZED:
         why = f"adapter.quantize={adapter.quantize} is unknown"
         found.append(Problem(why, values("adapter.quantize", QUANTIZED)))
+    if adapter.init not in INITS:
+        found.append(Problem(f"adapter.init={adapter.init} is unknown", values("adapter.init", INITS)))
+    for name, set_to in (("path", adapter.path is not None), ("dora", adapter.dora)):
+        if adapter.init == "pissa" and set_to:
+            because = "adapters begin in one way" if name == "path" else "lengths are those of weights that are whole"
+            why = f"adapter.init=pissa does not work with adapter.{name}={getattr(adapter, name)}: {because}"
+            found.append(Problem(why, values("adapter.init", ["lora"])))
     for name in ("alpha", "lr_ratio"):
         if not 0 < (value := getattr(adapter, name)) < math.inf:
             found.append(f"adapter.{name}={value} must be positive and finite")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -136,7 +137,8 @@ class Decoder(nn.Module):
     """
 
     batch_invariant = False  # models.invariant.make_batch_invariant sets it
-    adapted = False  # models.lora.apply_adapters sets it
+    served: Any = None  # models.served_adapters.ServedAdapters, where tokens have adapters of their own
+    adapted = False  # layers multiply with more than their weights; models/lora.py, models/served_adapters.py
 
     def __init__(
         self,
@@ -197,8 +199,6 @@ class Decoder(nn.Module):
         are of several sequences, whose keys and values are kept there (models/layers/paged_cache.py); positions are
         then needed. Raises ValueError for a sequence longer than the table of learned positions.
         """
-        if cache is not None and self.adapted:  # serving multiplies with weights alone, by kernels of its own
-            raise ValueError("a model is served with its adapters in its weights: merge them (models/merge.py)")
         seq_len = tokens.shape[1] if cache is None else cache.max_seq_len
         if indices is not None:
             seq_len *= self.groups.cp_size  # of the whole sequence
@@ -222,7 +222,8 @@ class Decoder(nn.Module):
             if self.positions is not None:
                 x = x + self._learned_positions(positions, seq_len, context.tokens)
             x = self.dropout(x, samples, context.tokens)
-        fused = cache is not None and cache.fused and serving.obstacle(self.config, self.groups) is None
+        fused = cache is not None and cache.fused and not self.adapted
+        fused = fused and serving.obstacle(self.config, self.groups) is None
         if fused:
             blocks = (self.blocks.get_submodule(str(layer)) for layer in range(self.config.num_layers))
             x = serving.serve(blocks, self.final_norm, x, context)

@@ -37,6 +37,7 @@ from models.layers.mla import LatentAttention
 from models.layers.mlp import MLP
 from models.layers.moe import Experts, GroupedLinear
 from models.layers.router import Router
+from models.lora import reads_weights
 
 
 def make_batch_invariant(model: Decoder) -> None:
@@ -49,7 +50,9 @@ def make_batch_invariant(model: Decoder) -> None:
     if problem := _obstacle(model):
         raise ValueError(problem)
     for module in model.modules():
-        if type(module) is nn.Linear:
+        if hasattr(module, "adaptation") and not isinstance(module, GroupedLinear):
+            module.product = invariant_linear  # type: ignore[assignment]
+        elif type(module) is nn.Linear:
             module.forward = MethodType(_linear, module)  # type: ignore[method-assign]
         elif isinstance(module, nn.RMSNorm):
             module.forward = MethodType(_rms_norm, module)  # type: ignore[method-assign]
@@ -58,7 +61,7 @@ def make_batch_invariant(model: Decoder) -> None:
         elif isinstance(module, MLP | Experts):
             module.activation = partial(each_row_off_gpu, module.activation)
         elif isinstance(module, LMHead):
-            module.product = invariant_linear
+            module.product = invariant_linear  # type: ignore[assignment]
         elif isinstance(module, Router):
             module.product, module.score = invariant_linear, partial(each_row_off_gpu, module.score)
         elif isinstance(module, GroupedLinear):
@@ -78,6 +81,8 @@ def _obstacle(model: Decoder) -> str | None:
         )
     if groups.cp_size > 1:
         return "a batch-invariant model cannot be cut over cp ranks, whose keys arrive in pieces; use parallel.cp=1"
+    if problem := reads_weights(model):
+        return problem
     for name, module in model.named_modules():
         if getattr(module, "in_fp8", False):
             return f"{name} multiplies in fp8, whose scales are those of a whole batch; use precision.compute=bf16"

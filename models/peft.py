@@ -46,6 +46,8 @@ REFUSED = {
     "alora_invocation_tokens": None,
 }
 """Settings that change what an adapter computes, and the one value of each that is understood here."""
+CHANGE_WEIGHTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""How values of init_lora_weights begin that take from the weights what the adapter begins with."""
 
 
 @dataclass(frozen=True)
@@ -290,6 +292,12 @@ def _read_description(folder: Path) -> dict[str, Any]:
         value = description.get(field, understood)
         if value != understood and value not in (None, [], {}):
             raise ValueError(f"{file} has {field}={value!r}, which is not supported; it has to be {understood!r}")
+    begun = description.get("init_lora_weights")
+    if isinstance(begun, str) and begun.startswith(CHANGE_WEIGHTS):
+        raise ValueError(
+            f"{file} has init_lora_weights={begun!r}: it is for weights that were changed when it began; save it by "
+            "PEFT with path_initial_model_for_weight_conversion, and it is for the model's own"
+        )
     if "lora_alpha" not in description:
         raise ValueError(f"{file} has no lora_alpha; the file is damaged")
     return description

@@ -31,7 +31,7 @@ def quantize_layer(layer: nn.Module, dtype: torch.dtype) -> None:
     Raises ValueError where rows of this rank are no whole blocks.
     """
     module: Any = layer
-    piece = _piece_of(module)
+    piece = Piece(*part_here(module))
     size = piece.num_bytes // dtype.itemsize
     if isinstance(module.weight, DTensor):
         mesh = module.weight.device_mesh
@@ -47,30 +47,37 @@ def quantize_layer(layer: nn.Module, dtype: torch.dtype) -> None:
         module.parts_of = {**getattr(module, "parts_of", {}), NF4: None}
 
 
-def _piece_of(layer: Any) -> Piece:
-    """Which rows and columns of which matrices this rank multiplies with."""
+def part_here(layer: Any) -> tuple[tuple[Rows, ...], int, int, int]:
+    """Which rows of which matrices this rank multiplies with, the first and the number of their columns, and of how
+    many."""
     out_features, in_features = layer.weight.shape
     parts = getattr(layer, "parts", None)
     if isinstance(parts, Parts):
         rank = layer.axis.rank if isinstance(layer, ColumnParallelLinear) else 0
         rows = tuple(Rows(rank * n, n, whole) for n, whole in zip(parts.sizes(), parts.rows.values(), strict=True))
-        return Piece(rows, 0, in_features, in_features)
+        return rows, 0, in_features, in_features
     if isinstance(layer, ColumnParallelLinear):
         first, last = layer.rows
-        return Piece((Rows(first, last - first, out_features),), 0, in_features, in_features)
+        return (Rows(first, last - first, out_features),), 0, in_features, in_features
     first, last = 0, in_features
     if isinstance(layer, RowParallelLinear):
         first, last = chunk_bounds(in_features, layer.axis.size, layer.axis.rank)
-    return Piece((Rows(0, out_features, out_features),), first, last - first, in_features)
+    return (Rows(0, out_features, out_features),), first, last - first, in_features
+
+
+def separate_names(layer: nn.Module, name: str) -> list[str]:
+    """Names of the layers that one called `name` is made of, as of separate layers."""
+    parts = getattr(layer, "parts", None)
+    if not isinstance(parts, Parts):
+        return [name]
+    return [weight.removesuffix(".weight") for weight in parts.names(f"{name}.weight").values()]
 
 
 def quantized_layers(model: nn.Module) -> Iterator[tuple[nn.Module, list[str]]]:
     """Layers in NF4 with the names of the weights they are made of, as of separate layers."""
     for name, module in model.named_modules():
         if hasattr(module, "piece"):
-            parts = getattr(module, "parts", None)
-            weight = f"{name}.weight"
-            yield module, list(parts.names(weight).values()) if isinstance(parts, Parts) else [weight]
+            yield module, [f"{one}.weight" for one in separate_names(module, name)]
 
 
 @torch.no_grad()

@@ -128,6 +128,8 @@ def test_commands_of_the_inference_lab_are_valid_configurations(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "IN.jsonl").write_text('{"prompt": "x"}\n')
     (tmp_path / "TEXT.txt").write_text("x")
+    (tmp_path / "PEFT_DIR").mkdir()
+    (tmp_path / "PEFT_DIR" / "adapter_config.json").write_text("{}")
     monkeypatch.setattr("launch.modes.eval.harness_is_there", lambda: True)  # not part of every installation
     words = shlex.split(command)
     config = compose_for(LAB, words[words.index("launch/lab.py") + 1 :])

@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,17 @@ from torch import Tensor
 
 from data.progress import Progress
 from kernels.nf4 import dequantize_nf4, quantize_nf4
+from models.adapter_config import AdapterConfig
 from models.hf import load_hf_weights
 from models.hf_files import DTYPES, TensorFolder
 from models.init import initialize
 from models.lora import A, B, M, adapter_initializers
+from models.merge import Merged
+from models.peft import LowRank, load_peft
 from models.quantized import NF4, fill_quantized
 from parallel.fused import separate
 from parallel.regions import local_region, local_tensor
+from trainer.adapter_start import BEGUN, fill, principal_adapters, principal_adapters_of, residual
 from trainer.agreement import CheckpointError, Ranks
 from trainer.checkpoint import read_extra
 from trainer.config import ConfigError, TrainConfig
@@ -34,27 +39,41 @@ from trainer.step import TrainState
 
 ROWS, COLUMNS = 32, 64
 """Of each tensor, what a fingerprint reads: a folder of any size takes a moment."""
-RUN_TIME_FIELDS = ("lr_ratio",)
+RUN_TIME_FIELDS = ("lr_ratio", "path")
 """Of AdapterConfig, which may change between runs."""
 
 
-def load_base(state: TrainState, config: TrainConfig) -> None:
-    """The weights that stay as they are, from the folder in model.path; each rank reads what it computes with."""
+def load_base(state: TrainState, config: TrainConfig, checkpoint: Path | None) -> None:
+    """The weights that stay as they are, from the folder in model.path; each rank reads what it computes with.
+
+    checkpoint: that the run goes on from, which says what adapters that begin as a part of the weights began as.
+    Collective.
+    """
     assert config.model.path is not None
     path, kinds = config.model.path, (A, B, M, NF4)
     weights = {name: t for name, t in state.model.state_dict().items() if name.rpartition(".")[2] not in kinds}
     whole = config.parallel.pp == 1 and config.adapter.quantize == "none"
     progress = Progress(f"reading {path}", silent=dist.get_rank() > 0)
     load_hf_weights(path, weights, config.model, whole_model=whole, on_read=progress.tensors)
-    read = 0
+    begun: dict[str, LowRank] = {}
+    if config.adapter.init == "pissa":
+        if checkpoint is None:
+            begun = principal_adapters(config.adapter, config.model, partial(_read, config), state.device)
+        else:
+            begun = principal_adapters_of(checkpoint, config.adapter, config.model)
+        fill(separate(state.begun, state.fused), begun, suffix=BEGUN)
+        taken = {name: replace(one, scale=-one.scale) for name, one in begun.items() if f"{name}.weight" in weights}
+        Merged(weights, taken, keep=False)
+    done = 0
 
-    def counted(name: str, shape: Sequence[int]) -> Tensor:
-        nonlocal read
-        read += 1
-        progress.update(f"{read} matrices quantized")
-        return _read(config, name, shape)
+    def read(name: str, shape: Sequence[int]) -> Tensor:
+        nonlocal done
+        done += 1
+        progress.update(f"{done} matrices quantized")
+        weight, one = _read(config, name, shape), begun.get(name.removesuffix(".weight"))
+        return weight if one is None else residual(weight, one)
 
-    fill_quantized(state.model, counted)
+    fill_quantized(state.model, read)
     progress.finish()
 
 
@@ -67,8 +86,16 @@ def _read(config: TrainConfig, name: str, shape: Sequence[int]) -> Tensor:
 
 @torch.no_grad()
 def start_adapters(state: TrainState, config: TrainConfig) -> None:
-    """Adapters as they begin."""
+    """Adapters as they begin: those of adapter.path, the part of the weights that `load_base` took, or drawn."""
     masters = separate(state.data_parallel.masters, state.fused)
+    if config.adapter.path is not None:
+        fill(masters, load_peft(Path(config.adapter.path).expanduser(), config.model))
+        return
+    if state.begun:
+        begun = separate(state.begun, state.fused)
+        for name, master in masters.items():
+            local_tensor(master).copy_(local_tensor(begun[f"{name}{BEGUN}"]))
+        return
     shapes = {name: master.shape for name, master in masters.items()}
     initialize(masters, adapter_initializers(shapes), config.train.seed)
     for name, master in masters.items():
@@ -132,10 +159,13 @@ def check_same_adapter(path: Path, ours: dict[str, Any] | None) -> None:
             else "export it (launch/convert.py export) and give the folder to model.path"
         )
         raise ConfigError([f"checkpoint {path} holds {has}, and this run {wants}; {advice}, or another run.dir"])
+    # A checkpoint from before a setting was there has its default.
+    before = {name: value for name, value in asdict(AdapterConfig()).items() if name not in RUN_TIME_FIELDS}
+    theirs = before | saved["settings"]
     different = [
-        f"adapter.{name}={ours['settings'].get(name)} (checkpoint: {saved['settings'].get(name)})"
-        for name in sorted(ours["settings"].keys() | saved["settings"].keys())
-        if ours["settings"].get(name) != saved["settings"].get(name)
+        f"adapter.{name}={ours['settings'].get(name)} (checkpoint: {theirs.get(name)})"
+        for name in sorted(ours["settings"].keys() | theirs.keys())
+        if ours["settings"].get(name) != theirs.get(name)
     ]
     if different:
         raise ConfigError([f"checkpoint {path} is of other adapters: {', '.join(different)}; use its settings"])

@@ -27,6 +27,7 @@ from parallel.pipeline.schedules import SPLIT_BACKWARD
 from parallel.pipeline.weight_gradients import defer_weight_gradients
 from parallel.precision import FP8_GRADIENTS, PrecisionConfig
 from trainer.activations import plan_activations
+from trainer.adapter_start import BEGUN
 from trainer.config import TrainConfig
 from trainer.loss import Objective
 from trainer.loss_scale import LossScale
@@ -91,7 +92,10 @@ def build_state(
             sequence_slices=dims.tp if config.parallel.sequence_parallel else 1,
             trace=config.parallel.pp_trace,
         )
-    fused = fused_parameters(model)
+    fused, begun = fused_parameters(model), dict[str, torch.Tensor]()
+    if config.adapter.init == "pissa":
+        begun = {f"{name}{BEGUN}": torch.empty_like(master) for name, master in data_parallel.masters.items()}
+        fused |= {f"{name}{BEGUN}": parts for name, parts in fused.items() if f"{name}{BEGUN}" in begun}
     return TrainState(
         model=model,
         data_parallel=data_parallel,
@@ -116,6 +120,7 @@ def build_state(
         stage_group=passes.group if isinstance(passes, PipelinedPasses) else None,
         copies=passes.copies if isinstance(passes, PipelinedPasses) else frozenset(),
         activation_plan=plan,
+        begun=begun,
     )
 
 

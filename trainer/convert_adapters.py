@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from models.hf_files import DTYPES, TensorFolder
 from models.merge import check_fits, with_adapter
 from models.peft import LowRank, save_peft
 from models.registry import build_model
+from trainer.adapter_start import read_with_beginning, with_beginning
 from trainer.adapters import fingerprint
 from trainer.agreement import CheckpointError
 from trainer.checkpoint import TensorReader
@@ -44,9 +46,11 @@ def dtype_of(base: Path) -> torch.dtype:
 
 def read_adapters(reader: TensorReader, adapter: AdapterConfig, config: ModelConfig) -> dict[str, LowRank]:
     """The adapters in a checkpoint, by layer. Raises CheckpointError for one that is not there."""
-    found = {}
+    found, read = {}, _reading(reader, adapter)
+    if adapter.init == "pissa":
+        adapter = with_beginning(adapter)
     for name in adapted_layers(adapter, config):
-        a, b = (reader.read(f"{WEIGHTS}{name}.lora_{matrix}") for matrix in "ab")
+        a, b = (read(f"{name}.lora_{matrix}") for matrix in "ab")
         lengths = reader.read(f"{WEIGHTS}{name}.lora_m") if adapter.dora else None
         found[name] = LowRank(a, b, adapter.scale, lengths)
     return found
@@ -62,7 +66,17 @@ def export_adapters(
     dtype: torch.dtype | None,
 ) -> None:
     """Write a PEFT folder; base: where the model is, for its config."""
-    save_peft(out, adapter, config, lambda name: reader.read(f"{WEIGHTS}{name}"), base=base, dtype=dtype)
+    described = with_beginning(adapter) if adapter.init == "pissa" else adapter
+    save_peft(out, described, config, _reading(reader, adapter), base=base, dtype=dtype)
+
+
+def _reading(reader: TensorReader, adapter: AdapterConfig) -> Callable[[str], Tensor]:
+    """A function that reads a matrix of adapters for the model as it is in its folder, by name."""
+
+    def read(name: str) -> Tensor:
+        return reader.read(f"{WEIGHTS}{name}")
+
+    return partial(read_with_beginning, read) if adapter.init == "pissa" else read
 
 
 def merged_weights(

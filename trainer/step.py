@@ -95,6 +95,7 @@ class TrainState:
     # their tensors and metrics begin with; filled by Trainer
     beside: Mapping[str, TrainState] = field(default_factory=dict)
     lr_factor: float = 1.0  # of one that is beside another: times that one's learning rate
+    begun: dict[str, torch.Tensor] = field(default_factory=dict)  # as adapters began, where weights lack that; PiSSA
     before_update: Callable[[], None] | None = None  # called when gradients are complete; filled by trainer/health.py
     step: int = 0  # updates attempted so far; filled by train_step
 
@@ -107,6 +108,7 @@ class TrainState:
         """Every tensor a checkpoint holds, by name, as of `weights`. Loaded in place."""
         tensors = {f"model/{name}": tensor for name, tensor in self.data_parallel.masters.items()}
         tensors |= {f"model/{name}": tensor for name, tensor in self.model.named_buffers()}
+        tensors |= {f"model/{name}": tensor for name, tensor in self.begun.items()}
         tensors |= {f"optim/{name}": tensor for name, tensor in self.optimizer.state_tensors().items()}
         if self.fp8 is not None:
             tensors |= {f"fp8/{name}": tensor for name, tensor in self.fp8.state_tensors().items()}

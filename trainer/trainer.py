@@ -206,7 +206,7 @@ class Trainer:
                 load_model(self.state, self.config.model)
         if self.adapter is not None:
             with configuration_errors():
-                load_base(self.state, self.config)
+                load_base(self.state, self.config, self.resume_from)
         new = True
         if self.resume_from is not None:
             if read_extra(self.resume_from).get("weights_only", False):

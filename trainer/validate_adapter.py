@@ -5,9 +5,11 @@ from __future__ import annotations
 from kernels.nf4.reference import BLOCK
 from models.adapter_config import adapted_layers, adapter_problems, linear_layers
 from models.config import ModelConfig
+from models.lora import ABSORBED
 from models.registry import FAMILIES
 from parallel.pipeline.schedules import SCHEDULES, SPLIT_BACKWARD
 from parallel.problem import Advice, Problem, values
+from trainer.adapter_start import folder_problems
 from trainer.config import TrainConfig
 
 
@@ -29,7 +31,7 @@ def adapter_run_problems(config: TrainConfig, model: ModelConfig) -> list[str]:
             f"adapter.name={adapter.name} trains beside a model that is there already: set model.path=DIR, its Hugging "
             "Face folder (launch/convert.py export makes one of a run)"
         )
-    found += _quantization_problems(config, model)
+    found += _quantization_problems(config, model) + folder_problems(adapter, model)
     if parallel.pp > 1 and parallel.pp_schedule in SPLIT_BACKWARD:
         others = [name for name in SCHEDULES if name not in SPLIT_BACKWARD]
         because = "there are next to no weight gradients to put off"
@@ -51,8 +53,12 @@ def adapter_run_problems(config: TrainConfig, model: ModelConfig) -> list[str]:
     if config.precision.fp8:
         because = "its layers multiply by themselves"
         refuse(f"precision.compute={config.precision.compute}", because, values("precision.compute", ["bf16"]))
-    if config.train.batch_invariant:
-        refuse("train.batch_invariant=true", "it replaces the same products", values("train.batch_invariant", [False]))
+    if config.data.source == "prompts" and _absorbed(config, model):
+        because = f"rollouts attend through pages, which reads the weight of {ABSORBED} and not its layer"
+        refuse(f"recipe.name={config.recipe.name}", because, values("adapter.name", ["none"]))
+    if config.train.batch_invariant and _absorbed(config, model):
+        because = f"attention through pages reads the weight of {ABSORBED} and not its layer"
+        refuse("train.batch_invariant=true", because, values("train.batch_invariant", [False]))
     if model.speculator.kind != "none":
         because = "heads for a model are trained alone"
         refuse(f"model.speculator.kind={model.speculator.kind}", because, values("model.speculator.kind", ["none"]))
@@ -70,6 +76,12 @@ def adapter_run_problems(config: TrainConfig, model: ModelConfig) -> list[str]:
         because = "it orthogonalises updates of whole matrices, and B A is one in two pieces"
         refuse("optim.name=muon", because, values("optim.name", ["adamw"]))
     return found
+
+
+def _absorbed(config: TrainConfig, model: ModelConfig) -> bool:
+    """Whether a layer that latent attention does not call has more than a weight: an adapter, or 4 bits."""
+    quantized = config.adapter.quantize != "none" and bool(model.mla.kv_rank)
+    return quantized or any(layer.endswith(ABSORBED) for layer in adapted_layers(config.adapter, model))
 
 
 def _quantization_problems(config: TrainConfig, model: ModelConfig) -> list[str]:

@@ -79,15 +79,12 @@ class App:
         return await self._answer(request, self.reader.chat)
 
     async def models(self, request: Request) -> Response:
-        return Json({"object": "list", "data": [self._model()]})
+        return Json({"object": "list", "data": [self._model(name) for name in self.reader.names]})
 
     async def model(self, request: Request) -> Response:
         name = request.path_params["name"]
-        if name != self.reader.name:
-            raise ApiError(
-                404, f"the model {name!r} is not served here; use {self.reader.name!r}", code="model_not_found"
-            )
-        return Json(self._model())
+        self.reader.check_name(name)
+        return Json(self._model(name))
 
     async def prometheus(self, request: Request) -> Response:
         return Response(self.metrics.text(), headers={"content-type": CONTENT_TYPE_LATEST})
@@ -102,16 +99,17 @@ class App:
             return Json({"status": "failing", "problem": worker.problem}, status_code=503)
         return Json({"status": "ok"})
 
-    def _model(self) -> dict[str, Any]:
-        length = self.reader.engine.runner.max_seq_len
-        return {"id": self.reader.name, "object": "model", "created": 0, "owned_by": "lattice", "max_model_len": length}
+    def _model(self, name: str) -> dict[str, Any]:
+        length, base = self.reader.engine.runner.max_seq_len, self.reader.name
+        found = {"id": name, "object": "model", "created": 0, "owned_by": "lattice", "max_model_len": length}
+        return found if name == base else found | {"root": name, "parent": base}
 
     async def _answer(self, request: Request, read: Callable[[bytes], Call]) -> Response:
         """Read a call and queue it."""
         self.worker.check_room(1)  # before anything is read
         call = await self._read(request, read)
         mailbox = self.worker.submit(call.sequences)
-        return _Answer(Reply(call, model=self.reader.name, vocabulary=self.vocabulary), mailbox, self.worker.cancel)
+        return _Answer(Reply(call, model=call.model, vocabulary=self.vocabulary), mailbox, self.worker.cancel)
 
     async def _read(self, request: Request, read: Callable[[bytes], Call]) -> Call:
         """The call in a body; received here, parsed and tokenized in a thread."""

@@ -31,6 +31,7 @@ class Call:
     """One request of a client, ready for the engine. Filled by `read_completion` and `read_chat`."""
 
     chat: bool
+    model: str  # its name, or that of an adapter
     sequences: list[Sequence]  # the choices of the first prompt, of the second, ...
     prompts: list[str | list[int]]  # text, or token ids where these were given
     n: int  # choices of each prompt
@@ -55,7 +56,7 @@ class Reader:
 
     def completion(self, body: bytes) -> Call:
         """/v1/completions. Raises ApiError."""
-        fields = self._fields(body)
+        fields, model = self._fields(body)
         prompts = _prompts(fields.any("prompt"), self.max_choices)
         n = self._n(fields, len(prompts))
         logprobs = fields.integer("logprobs", None, least=0, most=MAX_TOP_LOGPROBS)
@@ -74,12 +75,20 @@ class Reader:
         fields.only("best_of", n)
         fields.only("suffix", "")
         return self._call(
-            fields, prompts, sampling, n, chat=False, echo=echo, logprobs=logprobs, score_only=max_tokens == 0
+            fields,
+            prompts,
+            sampling,
+            n,
+            model=model,
+            chat=False,
+            echo=echo,
+            logprobs=logprobs,
+            score_only=max_tokens == 0,
         )
 
     def chat(self, body: bytes) -> Call:
         """/v1/chat/completions. Raises ApiError."""
-        fields = self._fields(body)
+        fields, model = self._fields(body)
         if isinstance(self.template, ChatTemplateError):
             raise ApiError(400, f"this model has no chat completions: {self.template}", code="no_chat_template")
         messages = _messages(fields.any("messages"))
@@ -103,16 +112,29 @@ class Reader:
         sampling = replace(self._sampling(fields), max_tokens=max_tokens, top_logprobs=top_logprobs)
         for name, neutral in _NOT_OF_THIS_CHAT.items():
             fields.only(name, *neutral)
-        return self._call(fields, [prompt], sampling, n, chat=True, logprobs=0 if shown else None)
+        return self._call(fields, [prompt], sampling, n, model=model, chat=True, logprobs=0 if shown else None)
 
-    def _fields(self, body: bytes) -> Fields:
+    def _fields(self, body: bytes) -> tuple[Fields, str]:
+        """A body, and the name that its field `model` says, or that of the model."""
         fields = Fields(parse_object(body))
         model = fields.text("model", longest=1000)
-        if model is not None and model != self.name:
+        if model is None:
+            return fields, self.name
+        self.check_name(model)
+        return fields, model
+
+    @property
+    def names(self) -> list[str]:
+        """Of the model, then of adapters: what the field `model` of a request may be."""
+        return [self.name, *self.engine.adapters]
+
+    def check_name(self, model: str) -> None:
+        """Raises ApiError for a name of nothing that is served."""
+        if model not in self.names:
+            use = ", ".join(map(repr, self.names))
             raise ApiError(
-                404, f"the model {model!r} is not served here; use {self.name!r}", param="model", code="model_not_found"
+                404, f"the model {model!r} is not served here; use {use}", param="model", code="model_not_found"
             )
-        return fields
 
     def _n(self, fields: Fields, num_prompts: int) -> int:
         n = fields.integer("n", 1, least=1, most=self.max_choices)
@@ -152,6 +174,7 @@ class Reader:
         sampling: SamplingConfig,
         n: int,
         *,
+        model: str,
         chat: bool,
         logprobs: int | None,
         echo: bool = False,
@@ -169,9 +192,11 @@ class Reader:
         fields.only("logit_bias", {})
         fields.ignore(ABOUT_THE_REQUEST)
         fields.finish()
-        sequences = [sequence for prompt in prompts for sequence in self._sequences(prompt, sampling, n)]
+        adapter = None if model == self.name else model
+        sequences = [one for prompt in prompts for one in self._sequences(prompt, sampling, n, adapter)]
         return Call(
             chat=chat,
+            model=model,
             sequences=sequences,
             prompts=[prompt if isinstance(prompt, str) else list(prompt) for prompt in prompts],
             n=n,
@@ -184,13 +209,13 @@ class Reader:
             return_token_ids=return_token_ids,
         )
 
-    def _sequences(self, prompt: Prompt, sampling: SamplingConfig, n: int) -> list[Sequence]:
+    def _sequences(self, prompt: Prompt, sampling: SamplingConfig, n: int, adapter: str | None) -> list[Sequence]:
         """One for each choice; with a seed, choice i has seed + i."""
         found: list[Sequence] = []
         for choice in range(n):
             seed = None if sampling.seed is None else (sampling.seed + choice) % (MAX_SEED + 1)
             try:
-                found.append(self.engine.prepare(prompt, replace(sampling, seed=seed)))
+                found.append(self.engine.prepare(prompt, replace(sampling, seed=seed), adapter))
             except RequestError as error:
                 raise _refused(error) from None
             prompt = found[0].tokens  # text is tokenized once

@@ -66,6 +66,8 @@ def read_prompts(path: Path) -> Iterator[dict[str, Any]]:
         ids = line.get("prompt_ids", [])
         if not isinstance(line.get("prompt", ""), str):
             raise ConfigError([f"prompts={path}, line {number}: prompt must be a string"])
+        if not isinstance(line.get("adapter", ""), str | None):
+            raise ConfigError([f"prompts={path}, line {number}: adapter must be a string"])
         if not isinstance(ids, list) or not all(type(token) is int for token in ids):
             raise ConfigError([f"prompts={path}, line {number}: prompt_ids must be a list of whole numbers"])
         yield line

@@ -1,7 +1,7 @@
 """mode=generate: prompts in, completions out, as JSON lines.
 
-A line of IN is {"prompt": TEXT} or {"prompt_ids": [...]}; what else is in it goes into its line of OUT, which has
-token_ids, text, logprobs and finish_reason.
+A line of IN is {"prompt": TEXT} or {"prompt_ids": [...]}, with "adapter": NAME where one of model.adapters is to answer
+it; what else is in it goes into its line of OUT, which has token_ids, text, logprobs and finish_reason.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def generate(config: LabConfig) -> None:
     requests: list[Prompt] = [line["prompt"] if "prompt" in line else line["prompt_ids"] for line in lines]
     started = time.perf_counter()
     with configuration_errors(RequestError):
-        completions = engine.generate(requests, sampling)
+        completions = engine.generate(requests, sampling, [line.get("adapter") for line in lines])
     seconds = time.perf_counter() - started
     say_what_computes(engine)
     text = "".join(json.dumps(_line_out(*both)) + "\n" for both in zip(lines, completions, strict=True))

@@ -46,6 +46,8 @@ def serve(config: LabConfig) -> None:
     _check_defaults(engine, config)
     assert config.model.path is not None
     name = config.serve.name or Path(config.model.path).expanduser().resolve().name
+    if name in opened.adapters:
+        raise ConfigError([f"model.adapters.{name} has the name of the model; give it another, or set serve.name"])
     template = chat_template_of(opened, config.model)
     if isinstance(template, Exception):
         print(f"no chat completions: {template}", file=sys.stderr)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -73,8 +74,16 @@ def run_adapted(ranks: RankPool, world_size: int, config: TrainConfig) -> Outcom
 
 
 def _run_from_random(config: TrainConfig) -> Outcome | None:
+    with randomly():
+        return run_here(config)
+
+
+@contextmanager
+def randomly() -> Iterator[None]:
+    """Inside, adapters begin at random."""
+
     def initializers(shapes: Mapping[str, Sequence[int]]) -> dict[str, Normal]:
         return dict.fromkeys(shapes, Normal(0.1))
 
     with mock.patch.object(adapters, "adapter_initializers", initializers):
-        return run_here(config)
+        yield

@@ -101,6 +101,8 @@ QUANTIZED_LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "shared_heads": (4, {"parallel__tp": 4}),
     "compiled": (1, {"train__compile": True, "train__compile_backend": "aot_eager"}),
     "zero3_pp": (4, {"parallel__zero_stage": 3, "parallel__pp": 2}),
+    # Weights in 4 bits, adapters and their moments in host memory, brought in block by block.
+    "offloaded": (2, {"parallel__zero_stage": 3, "parallel__cpu_offload": True}),
 }
 
 

@@ -440,8 +440,12 @@ def test_bad_settings_are_one_line_each(folder: Path) -> None:
     (line,) = find_problems(config, world_size=1)
     assert line.startswith("recipe.loss=dop is unknown")
     config = preferring(folder, "bad", recipe={"reference": "adapter"})
+    line, _ = find_problems(config, world_size=1)
+    assert line.startswith("recipe.reference_path=")
+    assert "has no effect with recipe.reference=adapter" in line
+    config.recipe.reference_path = None
     (line,) = find_problems(config, world_size=1)
-    assert line.startswith("recipe.reference=adapter, the policy with its adapters switched off, is not there")
+    assert line.startswith("recipe.reference=adapter is the policy with its adapters switched off, and adapter.name=no")
     config = preferring(folder, "bad")
     config.data.mask_documents = False
     (line,) = find_problems(config, world_size=1)

@@ -168,7 +168,6 @@ def test_what_does_not_go_together_is_one_line(folder: Path, corpus: DataConfig)
     assert find_problems(config, world_size=1) == []
     refused = {
         "optim__name": "muon",
-        "train__batch_invariant": True,
         "precision__compute": "fp8",
     }
     for key, value in refused.items():

@@ -6,8 +6,7 @@ and beside it, where recipe.nll_weight asks for it (of orpo it is 1), the chosen
 
     nll = sum over their tokens / number of these tokens in the global batch
 
-so that nothing depends on packing, micro-batches or ranks. The reference is the model that the run began with, or the
-one in recipe.reference_path: a model beside the trained one (trainer/frozen.py), or what the rows say of it.
+so that nothing depends on packing, micro-batches or ranks. The reference is that of trainer/reference.py.
 """
 
 from __future__ import annotations
@@ -27,15 +26,16 @@ from models.decoder import Head
 from parallel.groups import ModelParallel
 from parallel.mesh import Meshes, groups_in_layers
 from parallel.problem import Problem, values
-from trainer.config import ConfigError, RecipeConfig, TrainConfig, configuration_errors
-from trainer.frozen import Beside, FrozenModel, load_frozen, problems_beside, resolve_beside
+from trainer.config import ConfigError, RecipeConfig, TrainConfig
+from trainer.frozen import Beside
 from trainer.loss import Objective, token_losses, vocabulary_shard
 from trainer.pairs import Pairs, count_pairs
 from trainer.preference_losses import LOSSES, WITHOUT_REFERENCE, implicit_rewards, preference_losses
 from trainer.recipes.pretrain import Pretrain
+from trainer.reference import REFERENCES, Reference, load_reference, no_effect, reference_beside
+from trainer.reference import reference_problems as problems_of_reference
 from trainer.step import TrainState
 
-REFERENCES = ("model", "precomputed", "adapter")
 SMOOTHED = ("sigmoid", "robust")
 
 PAIR_NAMES = ("reward_chosen", "reward_rejected", "reward_margin", "reward_accuracy")
@@ -157,7 +157,7 @@ class DirectPreferenceOptimization(Preferences):
     )
 
     def __init__(self) -> None:
-        self.reference: FrozenModel | None = None
+        self.reference: Reference | None = None
 
     def problems(self, config: TrainConfig) -> list[str]:
         return super().problems(config) + loss_problems(config.recipe) + reference_problems(config)
@@ -179,14 +179,11 @@ class DirectPreferenceOptimization(Preferences):
         )
 
     def frozen_beside(self, config: TrainConfig) -> Beside | None:
-        if not needs_reference(config.recipe) or config.recipe.reference != "model":
-            return None
-        return Beside(resolve_beside(config.recipe.reference_path, config), config.recipe.reference_offload)
+        return reference_beside(config) if needs_reference(config.recipe) else None
 
     def start(self, config: TrainConfig, state: TrainState, mesh: Meshes) -> None:
-        with configuration_errors():
-            if (beside := self.frozen_beside(config)) is not None:
-                self.reference = load_frozen(beside.model, config, mesh, state.device, offload=beside.offload)
+        if needs_reference(config.recipe) and config.recipe.reference != "precomputed":
+            self.reference = load_reference(config, state, mesh)
 
     def prepare(self, microbatches: list[Batch]) -> list[Batch]:
         if self.reference is None:
@@ -237,40 +234,11 @@ def loss_problems(recipe: RecipeConfig) -> list[str]:
 
 def reference_problems(config: TrainConfig) -> list[str]:
     """What is wrong with the reference."""
-    recipe, found = config.recipe, list[str]()
-    if recipe.reference not in REFERENCES:
-        return [
-            Problem(f"recipe.reference={recipe.reference} is unknown", values("recipe.reference", list(REFERENCES)))
-        ]
+    recipe = config.recipe
     if not needs_reference(recipe):
-        for name, default in (("reference", "model"), ("reference_path", None), ("reference_offload", False)):
-            if getattr(recipe, name) != default:
-                why = f"recipe.{name}={getattr(recipe, name)} has no effect with recipe.loss={recipe.loss}"
-                found.append(Problem(why, values(f"recipe.{name}", [default])))
-        return found
-    if recipe.reference == "adapter":
-        why = "recipe.reference=adapter, the policy with its adapters switched off, is not there"
-        return [Problem(why, values("recipe.reference", ["model", "precomputed"]))]
-    if recipe.reference == "precomputed":
-        for name, default in (("reference_path", None), ("reference_offload", False)):
-            if getattr(recipe, name) != default:
-                why = f"recipe.{name}={getattr(recipe, name)} has no effect with recipe.reference=precomputed"
-                found.append(Problem(why, values(f"recipe.{name}", [default])))
-        if config.data.conversations.too_long == "truncate":
-            why = (
-                "data.conversations.too_long=truncate with recipe.reference=precomputed compares sums over other tokens"
-            )
-            found.append(Problem(why, values("data.conversations.too_long", ["skip", "error"])))
-        return found
-    found += resumes_from_elsewhere(config)
-    return found + problems_beside("recipe.reference_path", recipe.reference_path, config)
-
-
-def resumes_from_elsewhere(config: TrainConfig) -> list[str]:
-    """Whether the reference cannot be what the policy begins with."""
-    if config.recipe.reference_path is not None or config.checkpoint.resume in ("auto", "never"):
-        return []
-    return [
-        f"recipe.reference_path is missing: the policy begins with checkpoint.resume={config.checkpoint.resume}, which "
-        "no reference can be read from; give a Hugging Face folder (launch/convert.py export makes one)"
-    ]
+        return no_effect(config, ("reference", "reference_path", "reference_offload"), f"recipe.loss={recipe.loss}")
+    found = problems_of_reference(config, kinds=REFERENCES)
+    if recipe.reference == "precomputed" and config.data.conversations.too_long == "truncate":
+        why = "data.conversations.too_long=truncate with recipe.reference=precomputed compares sums over other tokens"
+        found.append(Problem(why, values("data.conversations.too_long", ["skip", "error"])))
+    return found

@@ -24,10 +24,10 @@ from inference.config import EngineConfig
 from inference.engine import Engine
 from models.decoder import Decoder
 from parallel.mesh import Meshes, groups_in_layers
-from trainer.config import ConfigError, TrainConfig, configuration_errors
-from trainer.frozen import FrozenModel, load_frozen, resolve_beside
+from trainer.config import TrainConfig
 from trainer.loss import Objective, vocabulary_shard
 from trainer.recipes.pretrain import Pretrain, StepReport
+from trainer.reference import Reference, load_reference
 from trainer.rl.collect import Collector, all_gather
 from trainer.rl.config import rl_problems
 from trainer.rl.maths import final_answer, same_answer
@@ -52,7 +52,7 @@ class RolledOut(NamedTuple):
 class GroupPolicyOptimization(Pretrain):
     """recipe=grpo, dr_grpo, dapo, gspo, cispo, rloo."""
 
-    reads: tuple[str, ...] = ("rl", "reference_path", "reference_offload")
+    reads: tuple[str, ...] = ("rl", "reference", "reference_path", "reference_offload")
     columns: tuple[str, ...] = ()  # that every micro-batch has, besides packing.FLOATS
 
     def __init__(self) -> None:
@@ -61,7 +61,7 @@ class GroupPolicyOptimization(Pretrain):
         self._ahead: RolledOut | None = None  # with recipe.rl.rollout_lag, the batch that comes after them
         self._restored: Mapping[str, Any] = {}  # what a checkpoint has of both, of all ranks
         self._report = StepReport()
-        self._reference: FrozenModel | None = None
+        self._reference: Reference | None = None
 
     def problems(self, config: TrainConfig) -> list[str]:
         held_by = ("recipe.rl.kl_weight", config.recipe.rl.kl_weight)
@@ -141,7 +141,7 @@ class GroupPolicyOptimization(Pretrain):
             tp_group=None if tp is None else tp.get_group(),
         )
         if self.needs_reference(config):
-            self._reference = load_reference(config, mesh, state.device)
+            self._reference = load_reference(config, state, mesh)
         if self._restored:
             rank, size = mesh.samples.get_local_rank(), mesh.samples.size()
             self._buffer = shared_out(self._restored["rollouts"], rank, size)
@@ -300,21 +300,6 @@ class GroupPolicyOptimization(Pretrain):
 
 def _restored(of_ranks: list[Any]) -> list[list[list[Rollout]]]:
     return [[[Rollout.of_state(one) for one in batch] for batch in mine] for mine in of_ranks]
-
-
-def load_reference(config: TrainConfig, mesh: Meshes, device: torch.device) -> FrozenModel:
-    """The model that the policy is held near. Raises ConfigError. Collective."""
-    recipe = config.recipe
-    with configuration_errors():
-        beside = resolve_beside(recipe.reference_path, config)
-        if beside.vocab_size != config.model.vocab_size:
-            raise ConfigError(
-                [
-                    f"recipe.reference_path={recipe.reference_path} has a vocabulary of {beside.vocab_size} words and "
-                    f"the model one of {config.model.vocab_size}; give a reference with the same tokenizer"
-                ]
-            )
-        return load_frozen(beside, config, mesh, device, offload=recipe.reference_offload)
 
 
 def engine_config(config: TrainConfig, *, num_sequences: int) -> EngineConfig:

@@ -23,12 +23,13 @@ from models.decoder import Decoder, Head
 from parallel.groups import ModelParallel
 from parallel.mesh import Meshes, groups_in_layers
 from parallel.problem import Problem, values
-from trainer.config import RecipeConfig, TrainConfig, configuration_errors
-from trainer.frozen import Beside, FrozenModel, load_frozen, problems_beside, resolve_beside
+from trainer.config import RecipeConfig, TrainConfig
+from trainer.frozen import Beside
 from trainer.loss import Objective, token_losses, vocabulary_shard
 from trainer.pairs import Pairs, count_pairs
 from trainer.preference_losses import unpaired_losses
-from trainer.recipes.dpo import Preferences, resumes_from_elsewhere
+from trainer.recipes.dpo import Preferences
+from trainer.reference import load_reference, reference_beside, reference_problems
 from trainer.step import TrainState
 
 
@@ -82,7 +83,7 @@ class UnpairedObjective:
 class KahnemanTverskyOptimization(Preferences):
     name = "kto"
     source = "unpaired_preferences"
-    reads = ("beta", "desirable_weight", "undesirable_weight", "reference_path", "reference_offload")
+    reads = ("beta", "desirable_weight", "undesirable_weight", "reference", "reference_path", "reference_offload")
 
     def problems(self, config: TrainConfig) -> list[str]:
         recipe, found = config.recipe, super().problems(config)
@@ -90,11 +91,7 @@ class KahnemanTverskyOptimization(Preferences):
             if not 0.0 < (value := getattr(recipe, name)) < math.inf:
                 default = getattr(RecipeConfig(), name)
                 found.append(Problem(f"recipe.{name}={value} must be positive", values(f"recipe.{name}", [default])))
-        return [
-            *found,
-            *resumes_from_elsewhere(config),
-            *problems_beside("recipe.reference_path", recipe.reference_path, config),
-        ]
+        return found + reference_problems(config)
 
     def objective(self, config: TrainConfig, mesh: Meshes, device: torch.device) -> Objective:
         groups = groups_in_layers(mesh, config.parallel)
@@ -106,14 +103,12 @@ class KahnemanTverskyOptimization(Preferences):
             device=device,
         )
 
-    def frozen_beside(self, config: TrainConfig) -> Beside:
-        return Beside(resolve_beside(config.recipe.reference_path, config), config.recipe.reference_offload)
+    def frozen_beside(self, config: TrainConfig) -> Beside | None:
+        return reference_beside(config)
 
     def start(self, config: TrainConfig, state: TrainState, mesh: Meshes) -> None:
         self.state = state
-        with configuration_errors():
-            beside = self.frozen_beside(config)
-            self.reference: FrozenModel = load_frozen(beside.model, config, mesh, state.device, offload=beside.offload)
+        self.reference = load_reference(config, state, mesh)
 
     def prepare(self, microbatches: list[Batch]) -> list[Batch]:
         frozen = self.reference.token_logprobs(microbatches)

@@ -146,6 +146,9 @@ def _own_problems(config: TrainConfig) -> list[str]:
         if (value := getattr(rl, field)) != getattr(default, field):
             what = f"recipe.rl.{field}={value} has no effect with recipe.name=ppo: {why}"
             found.append(Problem(what, values(f"recipe.rl.{field}", [getattr(default, field)])))
+    if config.adapter.name != "none":
+        why = f"adapter.name={config.adapter.name} does not work with recipe.name=ppo: its value model has all weights"
+        found.append(Problem(why, values("adapter.name", ["none"])))
     if config.model.activation_checkpoint == "budget":
         why = "model.activation_checkpoint=budget does not work with recipe.name=ppo: it is measured of one model"
         found.append(Problem(why, values("model.activation_checkpoint", ["none", "selective", "full"])))

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from parallel.problem import Problem, multiples, values
-from trainer.config import RecipeConfig, TrainConfig
+from trainer.config import TrainConfig
+from trainer.reference import no_effect, reference_problems
 from trainer.rl.reward_models import reward_model_problems
 from trainer.rl.rewards import Rewards, import_path
 
@@ -46,15 +47,10 @@ def data_problems(config: TrainConfig, held_by: tuple[str, float]) -> list[str]:
     if train.sample_tokens:
         what = f"train.sample_tokens={train.sample_tokens} continues a text, and {name} answers prompts"
         found.append(Problem(what, values("train.sample_tokens", [0])))
-    if held_by[1] and config.recipe.reference_path is None and config.checkpoint.resume not in ("auto", "never"):
-        found.append(
-            f"recipe.reference_path is missing: the policy begins with checkpoint.resume={config.checkpoint.resume}, "
-            "which no reference can be read from; give a Hugging Face folder (launch/convert.py export makes one)"
-        )
-    for field in ("reference_path", "reference_offload"):
-        if not held_by[1] and (value := getattr(config.recipe, field)):
-            why = f"recipe.{field}={value} has no effect with {held_by[0]}=0"
-            found.append(Problem(why, values(f"recipe.{field}", [getattr(RecipeConfig(), field)])))
+    if held_by[1]:
+        found += reference_problems(config)
+    else:
+        found += no_effect(config, ("reference", "reference_path", "reference_offload"), f"{held_by[0]}=0")
     for number, one in enumerate(rl.rewards):
         try:
             Rewards(replace(rl, rewards=[one]))
@@ -103,8 +99,6 @@ def layout_problems(config: TrainConfig) -> list[str]:
     for field in ("dropout", "attention_dropout"):
         if value := getattr(model, field):
             refuse(f"model.{field}", value, "completions are sampled without, by other probabilities", 0.0)
-    if config.adapter.name != "none":
-        refuse("adapter.name", config.adapter.name, "the engine does not serve adapters beside their weights", "none")
     if model.mtp.depth:
         refuse("model.mtp.depth", model.mtp.depth, "its losses are those of texts", 0)
     if model.speculator.kind != "none":

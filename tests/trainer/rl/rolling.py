@@ -6,7 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
+
 from data.config import DataConfig, TokenizerConfig
+from models.adapter_config import AdapterConfig
+from models.config import ModelConfig
 from tests.data.conversing import chat_folder, write_rows
 from tests.parity.harness import tiny_config
 from trainer.config import RecipeConfig, TrainConfig
@@ -53,3 +58,31 @@ def rolling(folder: Path, **changes: Any) -> TrainConfig:
 
 def metrics_of(config: TrainConfig) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (Path(config.run.dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def adapting(config: TrainConfig, folder: Path, **settings: Any) -> TrainConfig:
+    """The same with adapters beside a random model of transformers; settings: of AdapterConfig."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 64, "intermediate_size": 64} if settings.get("quantize") else {}
+    transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            **{
+                "vocab_size": 300,
+                "hidden_size": 24,
+                "intermediate_size": 36,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+                "max_position_embeddings": SEQ_LEN,
+                "initializer_range": 0.3,
+                "bos_token_id": None,
+                "eos_token_id": 0,
+                "pad_token_id": None,
+            }
+            | shape
+        )
+    ).save_pretrained(folder / "tokenizer")  # a model's folder has both
+    config.model = ModelConfig(family="hf", path=str(folder / "tokenizer"))
+    config.data.tokenizer.path = None
+    config.adapter = AdapterConfig(name="lora", rank=3, alpha=6.0, **settings)
+    return config
