@@ -9,29 +9,39 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
 from data.batch import Batch
+from data.progress import Progress
 from models.config import ModelConfig
 from models.decoder import Decoder, Head
 from models.hf import load_hf_weights
 from models.init import initialize
 from models.invariant import make_batch_invariant
 from models.registry import build_model, resolve_model
-from parallel.dims import ParallelDims
+from parallel.dims import ParallelConfig, ParallelDims
 from parallel.fused import fused_parameters, separate
 from parallel.mesh import Meshes, groups_in_layers
 from parallel.parallelize import BlockOptions, parallelize
 from parallel.pipeline.layout import problems as pipeline_problems
-from parallel.precision import DTYPES
+from parallel.precision import DTYPES, PrecisionConfig
 from parallel.problem import without_advice
 from trainer.config import TrainConfig
 from trainer.pipelined import PipelinedPasses, pipeline_layout
 from trainer.sequence import problems as sequence_problems
 from trainer.step import Passes, PlainPasses, logprobs_head
 from trainer.validate_tensor import problems_of_model
+
+
+class Beside(NamedTuple):
+    """A model to be made by `load_frozen`."""
+
+    model: ModelConfig  # resolved
+    offload: bool
 
 
 @dataclass(frozen=True)
@@ -101,6 +111,13 @@ def resolve_beside(path: str | None, config: TrainConfig, *, score: bool = False
     return resolve_model(beside)
 
 
+def layout_beside(config: TrainConfig, *, offload: bool) -> tuple[ParallelConfig, PrecisionConfig]:
+    """How a model beside the trained one is cut, and in what dtypes it is."""
+    compute = next(name for name, dtype in DTYPES.items() if dtype == config.precision.compute_dtype)
+    precision = replace(config.precision, compute=compute, master=compute, reduce=compute)
+    return replace(config.parallel, zero_stage=3, cpu_offload=offload), precision
+
+
 def load_frozen(
     model_config: ModelConfig, config: TrainConfig, mesh: Meshes, device: torch.device, *, offload: bool
 ) -> FrozenModel:
@@ -109,10 +126,8 @@ def load_frozen(
     model_config: resolved. offload: its weights stay in host memory and are copied block by block. Raises ValueError
     for a folder that does not hold it.
     """
-    parallel = replace(config.parallel, zero_stage=3, cpu_offload=offload)
+    parallel, precision = layout_beside(config, offload=offload)
     dims = ParallelDims.resolve(config.parallel, mesh.batch.size())
-    compute = next(name for name, dtype in DTYPES.items() if dtype == config.precision.compute_dtype)
-    precision = replace(config.precision, compute=compute, master=compute, reduce=compute)
     pipeline = pipeline_layout(parallel, model_config, seq_len=config.train.seq_len)
     stages = None if pipeline is None else pipeline.of_rank(mesh.batch["pp"].get_local_rank())
     with torch.device("meta"):
@@ -141,7 +156,10 @@ def load_frozen(
         )
     weights = separate(dict(model.named_parameters()) | dict(model.named_buffers()), fused_parameters(model))
     if model_config.path is not None:
-        load_hf_weights(model_config.path, weights, model_config, whole_model=pipeline is None)
+        progress = Progress(f"reading {model_config.path}", silent=dist.get_rank() > 0)
+        whole = pipeline is None
+        load_hf_weights(model_config.path, weights, model_config, whole_model=whole, on_read=progress.tensors)
+        progress.finish()
     else:
         initialize(weights, model.initializers(), config.train.seed)
     data_parallel.publish()

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from data.batch import Batch
 from data.config import DataError
 from data.loader import Loader
+from data.progress import Progress
 from models.flops import causal_flops_per_token, flops_per_token, num_parameters
 from models.hf import load_hf_weights
 from models.init import initialize, start_score
@@ -188,7 +189,7 @@ class Trainer:
     def _build_beside(self) -> dict[str, TrainState]:
         """Models that are trained beside the run's, on the same layout."""
         with configuration_errors():
-            found = self.recipe.beside(self.config, self.device)
+            found = self.recipe.trained_beside(self.config, self.device)
         states = {}
         for name, one in found.items():
             config = replace(self.config, model=one.model)
@@ -222,7 +223,10 @@ class Trainer:
         elif self.config.model.path is not None:
             if self.config.model.score:
                 start_score(weights, self.state.model.initializers(), self.config.train.seed)
-            load_hf_weights(self.config.model.path, weights, self.config.model, whole_model=self.dims.pp == 1)
+            path, whole = self.config.model.path, self.dims.pp == 1
+            progress = Progress(f"reading {path}", silent=not self.is_main)
+            load_hf_weights(path, weights, self.config.model, whole_model=whole, on_read=progress.tensors)
+            progress.finish()
         else:
             initialize(weights, self.state.model.initializers(), self.config.train.seed)
         if new:
@@ -360,6 +364,8 @@ class Trainer:
         loss = None
         self.clock.start()
         self.health.start()
+        if config.train.compile and state.step < config.train.steps:
+            self.metrics.say("compiling with the first step, which may take minutes")
         while state.step < config.train.steps:
             self.profiler.begin_step(state.step + 1)
             self._launch_step()
@@ -369,8 +375,8 @@ class Trainer:
             validate = config.train.eval_interval > 0 and (finished or state.step % config.train.eval_interval == 0)
             preempted = self.guard.requested(state.step) and not finished
             stragglers = self.health.end_step(state.step)
-            if late := self.health.late_seconds(state.step):
-                self.metrics.log_ranks(state.step, late)
+            if times := self.health.times_of_ranks(state.step):
+                self.metrics.log_ranks(state.step, times)
             for straggler in stragglers:
                 self.metrics.event("straggler", f"step {state.step}: {straggler}", **asdict(straggler), step=state.step)
             due = config.checkpoint.interval > 0 and state.step % config.checkpoint.interval == 0
@@ -399,6 +405,8 @@ class Trainer:
             if state.step % GC_INTERVAL == 0:
                 gc.collect(1)
         self.health.begin("checkpoint", state.step)
+        if self.checkpoints.saving:
+            self.metrics.say("waiting for the last checkpoint to be written")
         self.checkpoints.wait()
         self._report_checkpoints()
         self.health.begin("sample", state.step)
@@ -440,6 +448,7 @@ class Trainer:
             seconds = self.clock.seconds_to(pending.end)
             loss, grad_norm, skipped, valid_tokens, loss_scale, *extra = pending.values.tolist()
             self._seconds.append(seconds)
+            self.health.add_step(seconds)
             self.skipped_steps += int(skipped)
             record = pending.record | {"loss": loss, "grad_norm": grad_norm, "valid_tokens": int(valid_tokens)}
             record |= self.throughput.of_step(pending.positions, seconds)
@@ -522,6 +531,8 @@ class Trainer:
     def _save(self, *, blocking: bool) -> None:
         """Checkpoint the state after the current step. Not blocking: written while training goes on."""
         self.health.begin("checkpoint", self.state.step)
+        if blocking or not self.config.checkpoint.asynchronous:
+            self.metrics.say(f"saving step {self.state.step} to {self.run_dir}/checkpoints")
         self.checkpoints.save(self.state.step, self.state.state_tensors(), self._extra(), blocking=blocking)
         self._report_checkpoints()
         self.clock.start()

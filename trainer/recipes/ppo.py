@@ -17,7 +17,7 @@ from parallel.problem import Problem, values
 from trainer.config import TrainConfig
 from trainer.frozen import FrozenModel, problems_beside
 from trainer.recipes.grpo import GroupPolicyOptimization
-from trainer.recipes.pretrain import Beside
+from trainer.recipes.pretrain import TrainedBeside
 from trainer.rl.config import RLConfig, rl_problems
 from trainer.rl.gae import explained_variance, generalized_advantages, moments, next_coefficient, whitened
 from trainer.rl.packing import of_rollouts
@@ -55,10 +55,10 @@ class ProximalPolicyOptimization(GroupPolicyOptimization):
     def needs_reference(self, config: TrainConfig) -> bool:
         return config.recipe.ppo.kl_coefficient > 0
 
-    def beside(self, config: TrainConfig, device: torch.device) -> dict[str, Beside]:
+    def trained_beside(self, config: TrainConfig, device: torch.device) -> dict[str, TrainedBeside]:
         settings = config.recipe.ppo
         objective = ValueObjective(clip=settings.value_clip, device=device)
-        return {VALUE: Beside(value_model(config), objective, settings.value_lr_factor)}
+        return {VALUE: TrainedBeside(value_model(config), objective, settings.value_lr_factor)}
 
     def start_beside(self, config: TrainConfig, state: TrainState, *, imported: bool) -> None:
         if imported and config.recipe.ppo.value_path is None:

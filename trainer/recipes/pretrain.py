@@ -15,6 +15,7 @@ from data.loader import Loader, build_loader
 from models.config import ModelConfig
 from parallel.mesh import Meshes, groups_in_layers
 from trainer.config import TrainConfig
+from trainer.frozen import Beside
 from trainer.loss import Objective, next_token, vocabulary_shard
 from trainer.step import TrainState, evaluate
 
@@ -28,8 +29,8 @@ class StepReport:
     positions: int | None = None  # that the step trains on; None: train.global_batch_size x train.seq_len
 
 
-class Beside(NamedTuple):
-    """A model that is trained beside that of the run (TrainState.beside). Filled by `Pretrain.beside`."""
+class TrainedBeside(NamedTuple):
+    """A model that is trained beside that of the run (TrainState.beside). Filled by `Pretrain.trained_beside`."""
 
     model: ModelConfig  # resolved
     objective: Objective
@@ -80,7 +81,11 @@ class Pretrain:
             batch_invariant=config.train.batch_invariant,
         )
 
-    def beside(self, config: TrainConfig, device: torch.device) -> dict[str, Beside]:
+    def frozen_beside(self, config: TrainConfig) -> Beside | None:
+        """The model that `start` makes beside the one that is trained; None: there is none. Raises ValueError."""
+        return None
+
+    def trained_beside(self, config: TrainConfig, device: torch.device) -> dict[str, TrainedBeside]:
         """Models that are trained beside the one of the run, by name. Raises ValueError for one that is not there."""
         return {}
 
