@@ -61,7 +61,7 @@ def make_batch_invariant(model: Decoder) -> None:
         elif isinstance(module, MLP | Experts):
             module.activation = partial(each_row_off_gpu, module.activation)
         elif isinstance(module, LMHead):
-            module.product = invariant_linear  # type: ignore[assignment]
+            module.product = invariant_linear
         elif isinstance(module, Router):
             module.product, module.score = invariant_linear, partial(each_row_off_gpu, module.score)
         elif isinstance(module, GroupedLinear):

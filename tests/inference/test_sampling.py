@@ -157,3 +157,23 @@ def test_log_probabilities_are_the_models_own() -> None:
     assert torch.equal(found.logprobs, exact.gather(-1, found.tokens[:, None])[:, 0])
     assert found.top_tokens is not None
     assert torch.equal(found.top_tokens, exact.topk(4).indices)
+
+
+@pytest.mark.parametrize("filtered", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_tempered_log_probabilities_are_those_of_each_rows_temperature(filtered: bool, dtype: torch.dtype) -> None:
+    """One temperature for all rows; a greedy row that is divided by 0; a row that did not ask for it."""
+    more: dict[str, object] = {"top_k": 9} if filtered else {}
+    temperatures, asked = [0.7, 1.7, 0.0, 0.7], [True, True, True, False]
+    rows = [
+        row([1, 2], seed=n, temperature=t, tempered_logprobs=a, **more)
+        for n, (t, a) in enumerate(zip(temperatures, asked, strict=True))
+    ]
+    logits = logits_of(4).to(dtype)
+    found = sample(logits, settings_of(rows, vocab_size=V, device=CPU))
+    alike = sample(logits[:1], settings_of(rows[:1], vocab_size=V, device=CPU))
+    assert found.tokens[0] == alike.tokens[0]
+    assert found.logprobs[0] == alike.logprobs[0]
+    divisors = torch.tensor([0.7, 1.7, 1.0, 1.0], dtype=torch.float64)[:, None]
+    expected = (logits.double() / divisors).log_softmax(-1)[torch.arange(4), found.tokens]
+    torch.testing.assert_close(found.logprobs.double(), expected, rtol=1e-5, atol=1e-6)

@@ -245,3 +245,16 @@ def test_the_entropy_is_that_of_the_temperature(ranks: RankPool, tmp_path: Path)
         run_on(ranks, 1, rolling(tmp_path / str(t), rl__temperature=t, **changes)).metrics[0] for t in (0.5, 2.0)
     )
     assert cold["entropy"] < warm["entropy"] - 0.1
+
+
+def test_rollouts_made_a_batch_ahead_are_learned_from_once_and_saved(ranks: RankPool, tmp_path: Path) -> None:
+    """Rollouts that a resumed run makes again by newer weights; ratios of 1 although the weights have moved on."""
+    changes = {"rl__rollout_lag": 1, "train__steps": 4, "schedule__name": "constant", "optim__lr": 1e-2}
+    whole = run_on(ranks, 1, rolling(tmp_path / "whole", **changes))
+    config = rolling(tmp_path / "cut", **changes | {"train__steps": 2})
+    config.checkpoint.at_end = True
+    run_on(ranks, 1, config)
+    config.train.steps = 4
+    assert without_times(run_on(ranks, 1, config)) == without_times(whole)
+    assert [abs(line["ratio"] - 1) > 1e-5 for line in whole.metrics] == [False, True, True, True]
+    assert len({line["reward"] for line in whole.metrics}) == 4

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from models.config import ModelConfig
 from tests.data.conversing import chat_folder
@@ -39,7 +40,7 @@ def test_a_run_that_was_interrupted_goes_on_to_the_same_bits(
     ranks: RankPool, tmp_path: Path, size: int, lag: int
 ) -> None:
     """Values without their moments, a coefficient that begins anew, rollouts made ahead that are made again."""
-    changes = SEVERAL | {"rl__rollout_lag": lag, "parallel__zero_stage": 3 * lag}
+    changes = SEVERAL | {"rl__rollout_lag": lag, "parallel__zero_stage": 3 * lag, "checkpoint__interval": 2 * lag}
     whole = run_on(ranks, size, proximal(tmp_path / "whole", **changes))
     config = proximal(tmp_path / "cut", **changes | {"train__steps": 3})
     config.checkpoint.at_end = True
@@ -68,6 +69,34 @@ def test_a_checkpoint_has_the_value_model_and_exports_the_policy(ranks: RankPool
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
 
 
+def test_the_value_models_bits_are_watched_and_its_steps_can_be_done_again(ranks: RankPool, tmp_path: Path) -> None:
+    """A snapshot of the policy alone, of which a step that is done twice updates values twice; a bit nobody sees."""
+    watched = {"resilience__check_interval": 1, "resilience__rerun_interval": 1}
+    plain = run_on(ranks, 2, proximal(tmp_path / "plain"))
+    assert without_times(run_on(ranks, 2, proximal(tmp_path / "again", **watched))) == without_times(plain)
+    with pytest.raises(AssertionError, match=r"StateCorrupted.*changed between two updates.*value/model/head"):
+        ranks.run(2, damaged, proximal(tmp_path / "damaged", resilience__check_interval=1))
+
+
+def damaged(config: TrainConfig) -> None:
+    """A run of which one rank's value model changes on its own before the second step."""
+    trainer = Trainer(finalize(config, world_size=2))
+    recipe: Any = trainer.recipe
+    collect = recipe.collect
+
+    def collected(data: Any) -> Any:
+        if trainer.state.step == 1 and trainer.rank == 1:
+            with torch.no_grad():
+                trainer.state.beside["value"].weights()["head.weight"][0, 0] += 1  # type: ignore[index]
+        return collect(data)
+
+    recipe.collect = collected
+    try:
+        trainer.run()
+    finally:
+        trainer.close()
+
+
 def test_values_learn_what_rewards_are(ranks: RankPool, tmp_path: Path) -> None:
     """A value model that is never updated, or towards the wrong side; the second run is the control."""
     changes = {"train__steps": 12, "optim__lr": 1e-2, "schedule__name": "constant", "ppo__kl_coefficient": 0.0}
@@ -80,6 +109,7 @@ def test_values_learn_what_rewards_are(ranks: RankPool, tmp_path: Path) -> None:
     assert "reference_kl" not in learned[0]
 
 
+@pytest.mark.thorough
 def test_the_penalty_holds_the_policy_near_the_reference(ranks: RankPool, tmp_path: Path) -> None:
     """A penalty that is added, or of another completion; a policy that learns nothing from rewards."""
     changes = {"train__steps": 11, "optim__lr": 1e-2, "schedule__name": "constant"}
