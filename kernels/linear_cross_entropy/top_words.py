@@ -53,7 +53,7 @@ def linear_top_words(
     if not 1 <= k <= num_words:
         raise ValueError(f"k={k} must lie in 1 .. {num_words}, the number of words")
     rows_ND, found = hidden.reshape(-1, hidden.shape[-1]), []
-    for start in range(0, len(rows_ND), chunk_tokens):
+    for start in range(0, max(1, len(rows_ND)), chunk_tokens):
         logits_CV = (
             F.linear(rows_ND[start : start + chunk_tokens], weight).to(_accumulation_dtype(hidden)).div_(temperature)
         )
@@ -88,7 +88,7 @@ def linear_top_words_divergence(
     ignore_index: int = -100,
     chunk_tokens: int = 1024,
 ) -> Tensor:
-    """`linear_divergence` over the k + 1 outcomes that the teacher names: words [..., k] int64, logprobs [..., k + 1].
+    """`linear_divergence` over the k + 1 outcomes that the teacher names: words [..., k] int, logprobs [..., k + 1].
 
     logprobs: in nats, under logits divided by divergence.temperature; the last may be -inf, where there is no rest.
     Both are read at tokens with a label alone. Gradients, errors and the shard as there.
@@ -106,7 +106,7 @@ def linear_top_words_divergence(
 
     def compare(student_CV: Tensor, chunk: slice, *, gradient: bool) -> Compared:
         counted = valid_N1[chunk]
-        chosen = torch.where(counted, words_Nk[chunk], 0)
+        chosen = torch.where(counted, words_Nk[chunk].long(), 0)
         wanted = torch.where(counted, logprobs_NJ[chunk], 0.0).to(student_CV.dtype)
         return _divergences(student_CV, chosen, wanted, divergence, gradient=gradient)
 
