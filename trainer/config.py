@@ -160,6 +160,7 @@ class RecipeConfig:
     # What launch/teach.py wrote of it, in place of the model; beside teacher_path it has to be of that model
     teacher_cache: str | None = None
     teacher_offload: bool = False  # its weights stay in host memory
+    on_policy: float = 0.0  # share of prompts that the student answers itself (GKD), with rl's engine; the rest: rows'
     divergence: float = 0.0  # 0: KL(teacher || student); 1: KL(student || teacher); between: Jensen-Shannon
     temperature: float = 1.0  # that logits of both are divided by
 
