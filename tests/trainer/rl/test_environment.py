@@ -142,3 +142,19 @@ def test_arguments_that_do_not_fit_are_found_before_the_run(tmp_path: Path, rewa
 
 def weighed(answer: Answer, by: float) -> float:
     return by
+
+
+def test_the_example_of_the_documentation_does_what_it_says() -> None:
+    """An interface that has moved on."""
+    text = (Path(__file__).parents[3] / "docs" / "REWARDS.md").read_text()
+    found: dict[str, Any] = {}
+    exec(text.split("```python\n")[1].split("```")[0], found)
+    tool = found["Calculator"]()
+    tool.start("", {})
+    assert tool.reply("so <calc>12*3</calc>") == "\n<|im_start|>tool\n36<|im_end|>\n<|im_start|>assistant\n"
+    assert tool.reply("36") is None
+    answer = Answer("", "so", [1, 2, 3], "stop", {}, environment=tool)
+    assert found["few_calls"](answer) == -1.0
+    assert [found["short"](answer, tokens=n) for n in (3, 2)] == [1.0, 0.0]
+    shown = RLConfig(rewards=[RewardConfig(name) for name in ("math", "exact", "code", "finished")])
+    assert all(f"| `{name}` |" in text for name in Rewards(shown).names)
