@@ -27,8 +27,8 @@ class Batch:
     cut: Any = None  # parallel.cut.Cut: where all others lie; filled by `take`; None: zigzag, or nowhere else
     columns: dict[str, torch.Tensor] = field(
         default_factory=dict
-    )  # [B, T] int64 or fp32 each, of labels; -1 in those of
-    # int64: nothing there; filled by packing and by recipes
+    )  # [B, T] or [B, T, n] int or fp32 each, of labels; -1 in those of
+    # int: nothing there; filled by packing and by recipes
 
     def take(self, indices: torch.Tensor, cut: Any = None) -> Batch:
         """The tokens at `indices` [T] of every sequence; `documents` stays whole, for they see tokens elsewhere."""

@@ -67,6 +67,8 @@ class PromptsConfig:
     template: str | None = None  # a Jinja file; None: the chat template of the tokenizer's folder
     system: str | None = None  # where messages have no system message, they begin with this one
     too_long: str = "skip"  # a prompt that leaves no room for an answer in train.seq_len: skip or error
+    # recipe=distill with recipe.on_policy below 1: the column with an answer, text or messages; None: not read
+    completion: str | None = None
 
 
 @dataclass

@@ -289,16 +289,18 @@ class ExampleSamples:
                 self._order = (epoch, permutation(self.samples_per_epoch, *self._key, epoch))
             index = int(self._order[1][index])
         tokens = np.full(self._seq_len + 1, self._fill, dtype=np.int64)
+        places = np.full(self._seq_len + 1, -1, dtype=np.int64)
         learned = np.zeros(self._seq_len + 1, dtype=bool)
         starts, filled = [], 0
         for example in self._members[self._row_ends[index - 1] if index else 0 : self._row_ends[index]]:
             begin, length = int(self._examples.corpus.starts[example]), int(self._lengths[example])
             tokens[filled : filled + length] = self._examples.corpus.tokens[begin : begin + length]
+            places[filled : filled + length] = np.arange(begin, begin + length)
             learned[filled : filled + length] = self._examples.learned[begin : begin + length]
             starts.append(filled)
             filled += length
         starts.append(filled)
-        return Sample(tokens, np.asarray(starts, dtype=np.int64), learned)
+        return Sample(tokens, np.asarray(starts, dtype=np.int64), learned, places=places)
 
 
 def pack(lengths: np.ndarray, capacity: int) -> list[list[int]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import signal
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,7 +21,7 @@ from torch.utils.data import DataLoader
 from data.batch import IGNORE_INDEX, Batch
 from data.config import DataConfig, DataError, parts, problems
 from data.opening import open_reader
-from data.reader import Cursors, Failure, Item, RandomAccessReader, Reader, Slice, StreamReader
+from data.reader import Annotate, Cursors, Failure, Item, RandomAccessReader, Reader, Slice, StreamReader
 from data.tokenizer import Tokenizer, load_tokenizer
 
 AllGather = Callable[[object], list[Any]]
@@ -83,8 +84,10 @@ class Loader:
         self._cursors = cursors
         return batches
 
-    def batches(self, num_batches: int) -> Iterator[list[Batch]]:
+    def batches(self, num_batches: int | None, *, first: int = 0) -> Iterator[list[Batch]]:
         """This rank's micro-batches of the first num_batches global batches, the same at every call.
+
+        num_batches: None: of an epoch. first: of the batches to begin with.
 
         Ends earlier when the data does: then the last global batch is filled up with rows whose labels are all
         IGNORE_INDEX, so that every sample counts once. Read in this process: a slice of a memory map costs less than
@@ -93,13 +96,14 @@ class Loader:
         if not isinstance(self._reader, RandomAccessReader):
             raise DataError("a training stream is read once; build the loader with split='validation'")
         part = self._reader.part
-        count = self._reader.samples.available(num_batches * part.global_batch_size)
+        wanted = sys.maxsize if num_batches is None else num_batches * part.global_batch_size
+        count = self._reader.samples.available(wanted)
         if count < 1:
             raise DataError(
                 "validation: the held-out documents are fewer than one sample; raise data.validation_fraction"
             )
-        for first in range(0, count, part.global_batch_size):
-            yield [self._padded(numbers, count) for numbers in part.numbers(first)]
+        for begin in range(first * part.global_batch_size, count, part.global_batch_size):
+            yield [self._padded(numbers, count) for numbers in part.numbers(begin)]
 
     def _padded(self, numbers: list[int], count: int) -> Batch:
         """The samples below count; in place of others, the first sample without labels."""
@@ -240,12 +244,14 @@ def build_loader(
     split: str,
     vocab_size: int,
     device_type: str,
+    annotate: Annotate | None = None,
 ) -> Loader:
     """The loader of data-parallel rank `rank` of `world_size`.
 
     The first call anywhere trains the tokenizer and tokenises the text, which may take minutes; other processes of the
-    host wait for it. split: "train" or "validation". vocab_size: of the model. Raises DataError for everything that is
-    wrong with the configuration or the data.
+    host wait for it. split: "train" or "validation". vocab_size: of the model. annotate: adds to every batch, where it
+    is read, what lies beside the data; of streams it is not called. Raises DataError for everything that is wrong with
+    the configuration or the data.
     """
     found = problems(config)
     if split not in ("train", "validation"):
@@ -267,6 +273,7 @@ def build_loader(
         seed=seed,
         split=split,
         vocab_size=vocab_size,
+        annotate=annotate,
     )
     return Loader(
         reader,

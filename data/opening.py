@@ -10,7 +10,7 @@ from data.corpus import open_tokens, tokenise
 from data.examples import ExampleSamples, open_examples
 from data.packing import Blend, FlatTokens, PackedDocuments, Proportions, Samples, split_tokens
 from data.preference import PairSamples, PairWriter, open_pairs
-from data.reader import RandomAccessReader, Reader, Slice, StreamReader
+from data.reader import Annotate, RandomAccessReader, Reader, Slice, StreamReader
 from data.sources import HubStream, open_text
 from data.streams import BlendedStream, Cursor, SampleStream, Stream, StreamValidation
 from data.tokenizer import Tokenizer
@@ -26,6 +26,7 @@ def open_reader(
     seed: int,
     split: str,
     vocab_size: int,
+    annotate: Annotate | None = None,
 ) -> tuple[Reader, dict[str, Any]]:
     """The reader of one rank, and the identity of its data: all that decides what sample n is, in JSON values."""
     training = split == "train"
@@ -77,6 +78,7 @@ def open_reader(
         by_number.append(source)
     samples = Blend(by_number, weights) if len(by_number) > 1 else by_number[0]
     reader = RandomAccessReader(samples, part, mask_documents=config.mask_documents, vocab_size=vocab_size)
+    reader.annotate = annotate
     return _counted(reader, sources), identity
 
 
@@ -110,8 +112,9 @@ def _open_samples(
         eos_id = None
         if config.mask_documents:
             eos_id = config.eos_id if config.eos_id is not None else tokenizer.eos_id if tokenizer else None
-        array = split_tokens(array, seq_len, config.validation_fraction)[which]
-        return FlatTokens(array, seq_len=seq_len, key=key, what=what, eos_id=eos_id), content
+        mine = split_tokens(array, seq_len, config.validation_fraction)[which]
+        first = len(array) - len(mine) if which else 0
+        return FlatTokens(mine, seq_len=seq_len, key=key, what=what, eos_id=eos_id, first=first), content
     if tokenizer is None:
         raise DataError(f"data.tokenizer.path is missing: {what} is text")
     if source.source == "conversations":

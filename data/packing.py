@@ -24,6 +24,8 @@ class Sample(NamedTuple):
     starts: np.ndarray  # int64, ascending: the indices in tokens at which a document begins
     learned: np.ndarray | None = None  # [T + 1] bool: which tokens carry a loss where they are labels; None: all
     columns: Mapping[str, np.ndarray] | None = None  # [T + 1] int64 or fp32: of tokens where they are labels
+    # [T + 1] int64: index of each token in the array that its source keeps, -1 for filling; None: not known
+    places: np.ndarray | None = None
 
 
 class Samples(Protocol):
@@ -71,7 +73,7 @@ class PackedDocuments:
         epoch, index = divmod(number, self.samples_per_epoch)
         order, begins = self._epoch(epoch)
         begin = index * self._seq_len
-        tokens = np.empty(self._seq_len + 1, dtype=np.int64)
+        tokens, places = np.empty((2, self._seq_len + 1), dtype=np.int64)
         starts, filled = [], 0
         place = int(np.searchsorted(begins, begin, side="right")) - 1
         while filled < len(tokens):
@@ -82,9 +84,10 @@ class PackedDocuments:
             take = min(len(tokens) - filled, int(self._lengths[document]) - skip)
             source = int(self._corpus.starts[document]) + skip
             tokens[filled : filled + take] = self._corpus.tokens[source : source + take]
+            places[filled : filled + take] = np.arange(source, source + take)
             filled += take
             place += 1
-        return Sample(tokens, np.asarray(starts, dtype=np.int64))
+        return Sample(tokens, np.asarray(starts, dtype=np.int64), places=places)
 
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The documents of an epoch in order, and where in its token stream each begins. Two epochs are kept:
@@ -106,10 +109,18 @@ class FlatTokens:
     """
 
     def __init__(
-        self, tokens: np.ndarray, *, seq_len: int, key: tuple[int, ...] | None, what: str, eos_id: int | None
+        self,
+        tokens: np.ndarray,
+        *,
+        seq_len: int,
+        key: tuple[int, ...] | None,
+        what: str,
+        eos_id: int | None,
+        first: int = 0,
     ) -> None:
-        """eos_id: a document begins after each; None: there are no boundaries."""
+        """eos_id: a document begins after each; None: there are no boundaries. first: of tokens, in the whole array."""
         self._tokens = tokens
+        self._first = first
         self._seq_len = seq_len
         self._key = key
         self._eos_id = eos_id
@@ -128,7 +139,7 @@ class FlatTokens:
         begin = index * self._seq_len
         tokens = np.asarray(self._tokens[begin : begin + self._seq_len + 1], dtype=np.int64)
         starts = np.empty(0, np.int64) if self._eos_id is None else np.flatnonzero(tokens[:-1] == self._eos_id) + 1
-        return Sample(tokens, starts)
+        return Sample(tokens, starts, places=np.arange(len(tokens)) + self._first + begin)
 
 
 def split_tokens(tokens: np.ndarray, seq_len: int, fraction: float) -> tuple[np.ndarray, np.ndarray]:
@@ -202,12 +213,12 @@ def _rounded(n: int, share: Fraction) -> int:
     return (2 * n * share.numerator + share.denominator) // (2 * share.denominator)
 
 
-def make_batch(samples: list[Sample], numbers: list[int], *, mask_documents: bool) -> Batch:
+def make_batch(samples: list[Sample], numbers: list[int], *, mask_documents: bool, places: bool = False) -> Batch:
     """Stack samples of T + 1 tokens into a Batch of B rows of T.
 
     With mask_documents, a document begun in an earlier sample counts as beginning with the row: what came before is not
     visible from here, so its positions start at 0 too. The first token of a document is then nobody's label, as
-    nothing before it may be seen. Columns are the same of all samples.
+    nothing before it may be seen. Columns are the same of all samples; places: with a column `place` of their places.
     """
     rows = torch.from_numpy(np.stack([sample.tokens for sample in samples]))
     tokens, labels = rows[:, :-1].clone(), rows[:, 1:].clone()  # of one row, contiguous() would share memory
@@ -229,8 +240,16 @@ def make_batch(samples: list[Sample], numbers: list[int], *, mask_documents: boo
         name: torch.from_numpy(np.stack([_column(sample, name) for sample in samples]))
         for name in samples[0].columns or ()
     }
+    if places:
+        columns["place"] = torch.from_numpy(np.stack([_places(sample) for sample in samples]))
     numbered = torch.tensor(numbers, dtype=torch.int64)
     return Batch(tokens, labels, positions, documents, numbered, columns=columns)
+
+
+def _places(sample: Sample) -> np.ndarray:
+    if sample.places is None:
+        raise DataError("samples of this data.source have no places that another run finds again")
+    return sample.places[1:]
 
 
 def _column(sample: Sample, name: str) -> np.ndarray:

@@ -29,6 +29,7 @@ class Prompt:
     ids: list[int]  # as the tokenizer wrote it; completions are put behind these ids, and nothing is tokenised again
     text: str
     row: Mapping[str, Any]  # all its columns: answers, tests, and what else a reward reads
+    completion_ids: list[int] = field(default_factory=list)  # of data.prompts.completion, where it is set
 
 
 @dataclass
@@ -141,10 +142,16 @@ def read_prompts(
     template = _template(config, tokenizer)
     rows = [(where, row) for path in source.files for where, row in read_rows(path)]
     texts = [_text(row, where, config, template) for where, row in rows]
+    read = config.prompts.completion is not None
+    answers = [
+        _completion(row, where, config, template, text) if read else ("", False)
+        for (where, row), text in zip(rows, texts, strict=True)
+    ]
     with parallel():
         encoded = tokenizer.encode_batch(texts)
+        completions = tokenizer.encode_batch([text for text, _ in answers])
     prompts, counts = [], PromptCounts()
-    for (where, row), text, ids in zip(rows, texts, encoded, strict=True):
+    for (where, row), text, ids, completion, (_, ends) in zip(rows, texts, encoded, completions, answers, strict=True):
         if not ids:
             raise DataError(f"data.path: {where}: its prompt has no tokens; give one that is not empty")
         if max(ids) >= vocab_size:
@@ -159,11 +166,17 @@ def read_prompts(
                 raise DataError(f"{what}; raise train.seq_len, or leave such rows out by data.prompts.too_long=skip")
             counts.why = counts.why or [what]
             continue
-        prompts.append(Prompt(ids, text, row))
+        if max(completion, default=0) >= vocab_size:
+            raise DataError(
+                f"data.path: {where}: the token id {max(completion)} is outside model.vocab_size={vocab_size}; use the "
+                "tokenizer the model was made for"
+            )
+        prompts.append(Prompt(ids, text, row, [*completion, tokenizer.eos_id] if ends else completion))
     if not prompts:
         raise DataError(f"data.path={config.path} holds no prompt that fits; {counts.why or 'its files are empty'}")
     content = digest("prompts", 1, source.fingerprint(), tokenizer.fingerprint(), config.prompts.system, max_prompt)
-    return prompts, digest(content, template.fingerprint() if template is not None else None), counts
+    found = digest(content, template.fingerprint() if template is not None else None)
+    return prompts, digest(found, config.prompts.completion) if read else found, counts
 
 
 def _template(config: DataConfig, tokenizer: Tokenizer) -> ChatTemplate | None:
@@ -201,6 +214,38 @@ def _text(row: Any, where: str, config: DataConfig, template: ChatTemplate | Non
         return template.render(prompt, add_generation_prompt=True)
     except ChatTemplateError as error:
         raise DataError(f"data.path: {where}: {error}") from None
+
+
+def _completion(
+    row: Any, where: str, config: DataConfig, template: ChatTemplate | None, prompt: str
+) -> tuple[str, bool]:
+    """(text of a row's answer, behind that of its prompt; whether eos follows it, which templates write themselves)."""
+    column = config.prompts.completion
+    assert column is not None
+    said, asked = row.get(column), row[config.prompts.field]
+    if isinstance(said, str) and said:
+        if isinstance(asked, str):
+            return said, True
+        said = [{"role": "assistant", "content": said}]
+    if isinstance(asked, str) or not isinstance(said, list) or not said or not all(isinstance(m, dict) for m in said):
+        raise DataError(
+            f"data.path: {where}: data.prompts.completion={column} is no answer to that prompt: text, or messages to "
+            f"messages, that are not empty; it has {_listed(row)}"
+        )
+    system = config.prompts.system
+    if system is not None and asked[0].get("role") != "system":
+        asked = [{"role": "system", "content": system}, *asked]
+    assert template is not None
+    try:
+        whole = template.render([*asked, *said], add_generation_prompt=False)
+    except ChatTemplateError as error:
+        raise DataError(f"data.path: {where}: {error}") from None
+    if not whole.startswith(prompt) or whole == prompt:
+        raise DataError(
+            f"data.path: {where}: the chat template does not begin a conversation with its answer as it begins one "
+            "without; give a prompt of text, or another template"
+        )
+    return whole[len(prompt) :], False
 
 
 def _listed(names: Iterable[str]) -> str:

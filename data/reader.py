@@ -15,6 +15,9 @@ from data.config import DataError
 from data.packing import Sample, Samples, make_batch
 from data.streams import RankStreams, SampleStream
 
+Annotate = Callable[[Batch], Batch]
+"""What else is known of a batch, whose column `place` says where its labels lie in the data."""
+
 Cursors = dict[str, list[int]]
 """Position of each stream, by its number, in JSON values."""
 
@@ -63,12 +66,13 @@ class Reader(ABC):
         self.part = part
         self.counts: Counter[str] = Counter()  # of examples, where the data has any; filled by open_reader
         self.left_out: list[str] = []  # the first row of each kind that is no example, and why; filled by open_reader
+        self.annotate: Annotate | None = None  # called with every batch; filled by open_reader
         self._mask_documents = mask_documents
         self._vocab_size = vocab_size
 
     def batch(self, samples: list[Sample], numbers: list[int]) -> Batch:
         """Samples stacked; raises DataError for an id the model has no embedding for."""
-        batch = make_batch(samples, numbers, mask_documents=self._mask_documents)
+        batch = make_batch(samples, numbers, mask_documents=self._mask_documents, places=self.annotate is not None)
         for sample, number in zip(samples, numbers, strict=True):
             low, high = int(sample.tokens.min()), int(sample.tokens.max())
             if low < 0 or high >= self._vocab_size:
@@ -78,7 +82,7 @@ class Reader(ABC):
                     + ("token ids are never negative" if low < 0 else f"set model.vocab_size to at least {high + 1}")
                     + ", or use the tokenizer the model was made for"
                 )
-        return batch
+        return batch if self.annotate is None else self.annotate(batch)
 
     @abstractmethod
     def dataset(self, consumed: int, cursors: Cursors | None) -> tuple[Dataset, Sampler | None]:

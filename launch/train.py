@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a clone, installed or not
+sys.path.append(os.getcwd())  # where a user's own reward functions and environments are, behind all that is installed
 
 from launch.compose import run_jobs
 from launch.errors import exit_code_of

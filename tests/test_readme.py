@@ -18,6 +18,8 @@ from launch.lab import LAB
 from launch.lab import problems as lab_problems
 from launch.plan import PLAN, plan_of
 from launch.slurm.submit import parse
+from launch.teach import TEACH
+from launch.teach import problems as teach_problems
 from trainer.config import ConfigError
 from trainer.validate import finalize
 
@@ -105,6 +107,13 @@ def test_training_commands_are_valid_configurations(
         assert own == [f"model.path={path} does not exist; give the folder of a Hugging Face model"]
         return
     finalize(config, world_size=processes)
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "launch/teach.py" in c])
+def test_commands_that_keep_a_teachers_words_are_complete(command: str) -> None:
+    """A key that was renamed; a folder that nobody named."""
+    words = shlex.split(command)
+    assert teach_problems(compose_for(TEACH, words[words.index("launch/teach.py") + 1 :])) == []
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if "launch/slurm/" in c])

@@ -241,7 +241,7 @@ def implementations(config: TrainConfig, dims: ParallelDims, state: TrainState, 
 
 
 def _loss(config: TrainConfig) -> str:
-    kernel = RECIPES[config.recipe.name].loss_kernel
+    kernel = RECIPES[config.recipe.name].computes_loss(config)
     compiled = kernel == Pretrain.loss_kernel and config.train.compiles_loss
     return kernel + (", compiled" if compiled else "")
 

@@ -159,7 +159,10 @@ class RecipeConfig:
     reference_offload: bool = False  # its weights stay in host memory
     # distill, as defined in kernels/linear_cross_entropy/divergence.py; nll_weight of the labels beside it
     teacher_path: str | None = None  # its Hugging Face folder
+    # What launch/teach.py wrote of it, in place of the model; beside teacher_path it has to be of that model
+    teacher_cache: str | None = None
     teacher_offload: bool = False  # its weights stay in host memory
+    on_policy: float = 0.0  # share of prompts that the student answers itself (GKD), with rl's engine; the rest: rows'
     divergence: float = 0.0  # 0: KL(teacher || student); 1: KL(student || teacher); between: Jensen-Shannon
     temperature: float = 1.0  # that logits of both are divided by
 

@@ -65,6 +65,7 @@ _USES = (
         lambda c: c.data.source != "prompts",
         "data.source",
     ),
+    _Use(("data.prompts.completion",), lambda c: c.recipe.name != "distill", "recipe.name"),
     _Use(("model.mtp.loss_weight",), lambda c: c.model.mtp.depth == 0, "model.mtp.depth"),
 )
 

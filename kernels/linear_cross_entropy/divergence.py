@@ -18,7 +18,7 @@ gradient is known in the forward pass, as op.py's is. Shapes as there; K hidden 
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -29,6 +29,12 @@ from torch.autograd.function import once_differentiable
 from kernels.linear_cross_entropy.op import FP16_GRADIENT_SCALE, _accumulation_dtype, _add_product, _check
 from kernels.linear_cross_entropy.vocab_parallel import VocabularyShard
 
+Compared = tuple[Tensor, Tensor | None]
+
+
+class Compare(Protocol):
+    def __call__(self, student_CV: Tensor, chunk: slice, *, gradient: bool) -> Compared: ...
+
 
 class Divergence(NamedTuple):
     """Which one, and of which words."""
@@ -36,6 +42,13 @@ class Divergence(NamedTuple):
     beta: float
     temperature: float = 1.0
     shard: VocabularyShard | None = None  # both weights have these of all words
+
+    def check(self) -> None:
+        """Raises ValueError for beta outside [0, 1] and for a temperature that is not positive."""
+        if not 0.0 <= self.beta <= 1.0:
+            raise ValueError(f"beta={self.beta} must lie in [0, 1]: 0 is KL(T || S), 1 is KL(S || T)")
+        if not self.temperature > 0.0:
+            raise ValueError(f"temperature={self.temperature} must be positive")
 
 
 def linear_divergence(
@@ -65,55 +78,63 @@ def linear_divergence(
         raise ValueError(
             f"the student has {len(weight)} words and the teacher {len(teacher_weight)}; they must be one's"
         )
-    if not 0.0 <= divergence.beta <= 1.0:
-        raise ValueError(f"beta={divergence.beta} must lie in [0, 1]: 0 is KL(T || S), 1 is KL(S || T)")
-    if not divergence.temperature > 0.0:
-        raise ValueError(f"temperature={divergence.temperature} must be positive")
+    divergence.check()
+    rows_NK, teacher_weight = teacher_hidden.detach().reshape(-1, teacher_hidden.shape[-1]), teacher_weight.detach()
+
+    def compare(student_CV: Tensor, chunk: slice, *, gradient: bool) -> Compared:
+        teacher_CV = F.linear(rows_NK[chunk], teacher_weight).to(student_CV.dtype).div_(divergence.temperature)
+        return _divergences(student_CV, teacher_CV, divergence, gradient=gradient)
+
+    return divergence_sum(hidden, weight, labels != ignore_index, compare, divergence.temperature, chunk_tokens)
+
+
+def divergence_sum(
+    hidden: Tensor, weight: Tensor, valid: Tensor, compare: Compare, temperature: float, chunk_tokens: int
+) -> Tensor:
+    """Sum over valid tokens [...] bool of what compare finds, times temperature^2; its gradient is made with it.
+
+    compare(logits [C, V] over temperature, wide, the tokens they are of, gradient=) gives divergences [C] and, where
+    it is asked to, their gradient by these logits [C, V].
+    """
     wanted = tuple(torch.is_grad_enabled() and tensor.requires_grad for tensor in (hidden, weight))
-    return _LinearDivergence.apply(
-        hidden, weight, teacher_hidden.detach(), teacher_weight.detach(), labels != ignore_index, divergence,
-        chunk_tokens, wanted,
-    )  # fmt: skip
+    return _DivergenceSum.apply(hidden, weight, valid, compare, temperature, chunk_tokens, wanted)
 
 
-class _LinearDivergence(torch.autograd.Function):
+class _DivergenceSum(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
         hidden: Tensor,
         weight: Tensor,
-        teacher_hidden: Tensor,
-        teacher_weight: Tensor,
         valid: Tensor,
-        divergence: Divergence,
+        compare: Compare,
+        temperature: float,
         chunk_tokens: int,
         wanted: tuple[bool, bool],
     ) -> Tensor:
         dtype = _accumulation_dtype(hidden)
         scale = FP16_GRADIENT_SCALE / 8 if hidden.dtype == torch.float16 else 1.0  # |d_logits| < 8 but for rounding
-        rows_ND, rows_NK = hidden.reshape(-1, hidden.shape[-1]), teacher_hidden.reshape(-1, teacher_hidden.shape[-1])
+        rows_ND = hidden.reshape(-1, hidden.shape[-1])
         d_hidden_ND = torch.zeros(rows_ND.shape, dtype=dtype, device=hidden.device) if wanted[0] else None
         d_weight_VD = torch.zeros(weight.shape, dtype=dtype, device=hidden.device) if wanted[1] else None
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         for start in range(0, len(rows_ND), chunk_tokens):
             chunk = slice(start, start + chunk_tokens)
             valid_C = valid.reshape(-1)[chunk]
-            student_CV = F.linear(rows_ND[chunk], weight).to(dtype).div_(divergence.temperature)
-            teacher_CV = F.linear(rows_NK[chunk], teacher_weight).to(dtype).div_(divergence.temperature)
-            losses_C, d_logits_CV = _divergences(student_CV, teacher_CV, divergence, gradient=any(wanted))
+            student_CV = F.linear(rows_ND[chunk], weight).to(dtype).div_(temperature)
+            losses_C, d_logits_CV = compare(student_CV, chunk, gradient=any(wanted))
             total += torch.where(valid_C, losses_C, 0.0).sum(dtype=torch.float64)
             if d_logits_CV is None:
                 continue
-            factor_C1 = (valid_C * (scale * divergence.temperature))[:, None]
-            d_logits_CV = torch.where(valid_C[:, None], d_logits_CV * factor_C1, 0.0).to(hidden.dtype)
+            d_logits_CV = torch.where(valid_C[:, None], d_logits_CV * (scale * temperature), 0.0).to(hidden.dtype)
             if d_hidden_ND is not None:
                 _add_product(d_hidden_ND[chunk], d_logits_CV, weight)
             if d_weight_VD is not None:
                 _add_product(d_weight_VD, d_logits_CV.t(), rows_ND[chunk])
-            del student_CV, teacher_CV, d_logits_CV
+            del student_CV, d_logits_CV
         ctx.save_for_backward(d_hidden_ND, d_weight_VD)
         ctx.hidden_shape, ctx.dtype, ctx.scale = hidden.shape, hidden.dtype, scale
-        return (total * divergence.temperature**2).to(dtype)
+        return (total * temperature**2).to(dtype)
 
     @staticmethod
     @once_differentiable
@@ -123,12 +144,10 @@ class _LinearDivergence(torch.autograd.Function):
             None if g is None else torch.mul(g, factor, out=torch.empty_like(g, dtype=ctx.dtype))
             for g in ctx.saved_tensors
         )
-        return None if d_hidden is None else d_hidden.view(ctx.hidden_shape), d_weight, *[None] * 6
+        return None if d_hidden is None else d_hidden.view(ctx.hidden_shape), d_weight, *[None] * 5
 
 
-def _divergences(
-    student_CV: Tensor, teacher_CV: Tensor, divergence: Divergence, *, gradient: bool
-) -> tuple[Tensor, Tensor | None]:
+def _divergences(student_CV: Tensor, teacher_CV: Tensor, divergence: Divergence, *, gradient: bool) -> Compared:
     """(divergences [C], their gradient by the student's logits [C, V]) of logits over temperature, wide."""
     beta, shard = divergence.beta, divergence.shard
     lse_2C = _log_sum_exps(torch.stack([student_CV.amax(1), teacher_CV.amax(1)]), student_CV, teacher_CV, shard)

@@ -11,7 +11,6 @@ into.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,8 +19,6 @@ import torch
 from data.batch import IGNORE_INDEX, Batch
 from data.loader import Loader
 from data.prompts import PromptSamples, build_prompt_loader
-from inference.config import EngineConfig
-from inference.engine import Engine
 from models.decoder import Decoder
 from parallel.mesh import Meshes, groups_in_layers
 from trainer.config import TrainConfig
@@ -30,14 +27,13 @@ from trainer.recipes.pretrain import Pretrain, StepReport
 from trainer.reference import Reference, load_reference
 from trainer.rl.collect import Collector, all_gather
 from trainer.rl.config import rl_problems
-from trainer.rl.maths import final_answer, same_answer
 from trainer.rl.objective import PolicyObjective
 from trainer.rl.packing import Packed, empty_batch, of_rollouts, optional_columns, rollout_batches
 from trainer.rl.problems import data_problems, layout_problems
 from trainer.rl.reward_models import RewardModels
 from trainer.rl.rewards import Rewards, check_rewards, import_path
-from trainer.rl.rollouts import Rollout, Sampler
-from trainer.rl.weights import ServedWeights
+from trainer.rl.rollouts import Rollout, answers
+from trainer.rl.serving import start_sampler
 from trainer.step import TrainState
 
 
@@ -95,39 +91,18 @@ class GroupPolicyOptimization(Pretrain):
         return self._objective
 
     def start(self, config: TrainConfig, state: TrainState, mesh: Meshes) -> None:
-        rl, model = config.recipe.rl, state.model
-        assert isinstance(model, Decoder)
+        rl = config.recipe.rl
         assert self._tokenizer is not None
         self._config, self._state, self._group = config, state, mesh.samples.get_group()
-        mode = rl.weights
-        if mode == "auto":
-            mode = "gather" if config.parallel.zero_stage == 3 else "in_place"
-        self._weights = ServedWeights(model, mode=mode, group=mesh.tokens.get_group(), device=state.device)
-        with self._weights.whole():
-            self._engine = Engine(
-                model,
-                engine_config(config, num_sequences=config.train.global_batch_size // mesh.samples.size()),
-                tokenizer=self._tokenizer,
-                eos_ids=[self._tokenizer.eos_id],
-            )
-        if mode == "stream":
-            self._engine.runner.fused = False  # fused launches read a block's weights without its forward
-        tp = groups_in_layers(mesh, config.parallel).tp
         environment = None if rl.environment is None else import_path(rl.environment)
+        sampler, weights = start_sampler(config, state, mesh, self._tokenizer, environment=environment)
+        self._engine = sampler.engine
+        tp = groups_in_layers(mesh, config.parallel).tp
         rewards = Rewards(rl)
         self._collector = Collector(
             rl,
-            sampler=Sampler(
-                self._engine,
-                self._tokenizer,
-                seed=config.train.seed,
-                max_len=config.train.seq_len,
-                max_tokens=rl.max_tokens,
-                lockstep=self._weights.lockstep,
-                environment=environment,
-                max_turns=rl.max_turns,
-            ),
-            weights=self._weights,
+            sampler=sampler,
+            weights=weights,
             rewards=rewards,
             reward_models=RewardModels(
                 rewards.models,
@@ -262,6 +237,7 @@ class GroupPolicyOptimization(Pretrain):
         """Greedy completions of held-out prompts: their mean reward, and how many give the row's answer."""
         self._engine.weights_changed()
         samples = self._samples["validation"]
+        assert self._tokenizer is not None
         right = known = count = reward = failures = 0.0
         errors: list[str] = []
         for step in steps:
@@ -275,7 +251,7 @@ class GroupPolicyOptimization(Pretrain):
                 row = samples[group.number].row
                 if "answer" in row:
                     known += 1
-                    right += self._is_right(rollout, str(row["answer"]))
+                    right += answers(rollout, self._tokenizer, str(row["answer"]))
             count, reward = count + totals.rewarded, reward + totals.reward
             failures, errors = failures + totals.completions - totals.rewarded, errors + totals.errors
         of_ranks = self._collector.all_gather(((right, known, count, reward, failures), errors))
@@ -283,12 +259,6 @@ class GroupPolicyOptimization(Pretrain):
         sums = [sum(values) for values in zip(*(sums for sums, _ in of_ranks), strict=True)]
         found = {"reward": sums[3] / max(sums[2], 1), "completions": sums[2], "reward_failures": sums[4]}
         return found | ({"exact_match": sums[0] / sums[1]} if sums[1] else {})
-
-    def _is_right(self, rollout: Rollout, answer: str) -> bool:
-        assert self._tokenizer is not None
-        generated = [token for begin, end in rollout.spans for token in rollout.tokens[begin:end]]
-        found = final_answer(self._tokenizer.decode(generated, skip_special_tokens=True))
-        return found is not None and same_answer(found, answer)
 
     def validation_metrics(self, found: Mapping[str, float]) -> dict[str, float]:
         return {f"validation_{name}": value for name, value in found.items()}
@@ -300,22 +270,6 @@ class GroupPolicyOptimization(Pretrain):
 
 def _restored(of_ranks: list[Any]) -> list[list[list[Rollout]]]:
     return [[[Rollout.of_state(one) for one in batch] for batch in mine] for mine in of_ranks]
-
-
-def engine_config(config: TrainConfig, *, num_sequences: int) -> EngineConfig:
-    """recipe.rl.engine with what is left open: a cache for this rank's num_sequences rollouts, not for the whole
-    device, which training needs as well."""
-    engine = config.recipe.rl.engine
-    sequences = min(engine.max_sequences, num_sequences)
-    blocks = sequences * -(-config.train.seq_len // engine.block_size)
-    return replace(
-        engine,
-        max_seq_len=config.train.seq_len,
-        max_sequences=sequences,
-        max_batch_tokens=max(engine.max_batch_tokens, sequences),
-        num_blocks=engine.num_blocks or blocks,
-        deterministic=config.train.batch_invariant,
-    )
 
 
 def shared_out(of_ranks: list[list[list[Rollout]]], rank: int, size: int) -> list[list[Rollout]]:

@@ -45,6 +45,11 @@ class Pretrain:
     loss_kernel = "linear_cross_entropy"
     """What computes the loss, for run.json."""
 
+    @classmethod
+    def computes_loss(cls, config: TrainConfig) -> str:
+        """The kernel that this configuration's loss runs on."""
+        return cls.loss_kernel
+
     def problems(self, config: TrainConfig) -> list[str]:
         """Every reason why it cannot run, one line each, before any process group exists."""
         if has_conversations(config.data):

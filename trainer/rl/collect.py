@@ -138,7 +138,18 @@ class Collector:
         if totals.errors:
             count = totals.completions - totals.rewarded
             self.events.append(("reward_failed", f"{count} completions are left out; for example: {totals.errors[0]}"))
+        if not any(self.all_gather(any(batches))):
+            self.events.append(("nothing_learned", self._why_nothing(totals, informs=bool(place))))
         return batches
+
+    def _why_nothing(self, totals: Totals, *, informs: bool) -> str:
+        """Why no completion of a batch carries a loss."""
+        why = [] if informs else ["the rewards of no prompt's completions differ"]
+        if totals.errors:
+            why.append(f"{totals.completions - totals.rewarded} have no reward")
+        if self._config.truncated == "mask" and totals.truncated:
+            why.append(f"{totals.truncated} were cut off and recipe.rl.truncated=mask")
+        return f"no loss of any of {totals.completions} completions: {', '.join(why)}"
 
     def groups(
         self, numbers: Sequence[int], samples: PromptSamples, *, size: int, temperature: float = 1.0

@@ -38,7 +38,8 @@ class RLConfig:
 
     group_size: int = 8  # completions of a prompt; train.global_batch_size counts completions
     rewards: list[RewardConfig] = field(default_factory=lambda: [RewardConfig()])
-    # A reward function that raises, or gives no finite number: end the run, or leave the completion out (and count it).
+    # A reward function that raises, or gives no finite number, or an environment that raises: end the run, or leave the
+    # completion out (and count it).
     bad_reward: str = "error"  # one of BAD_REWARDS
     reward_threads: int = 4  # reward functions that run at a time on a rank; sandboxed code is a process of its own
 

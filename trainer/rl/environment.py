@@ -2,7 +2,9 @@
 
 A class with these two methods, named by `recipe.rl.environment=package.module:Class`; one object for each completion.
 What `reply` returns is tokenised by itself and put behind the tokens that were generated, which stay as they are, so it
-has to hold all that a chat template would put around it. Its tokens carry no loss.
+has to hold all that a chat template would put around it. Its tokens carry no loss. An environment that raises ends its
+completion, which `recipe.rl.bad_reward` then says what to do about; reward functions see the object as
+`Answer.environment`.
 """
 
 from __future__ import annotations

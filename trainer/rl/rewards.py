@@ -14,14 +14,18 @@ models are in trainer/rl/reward_models.py.
 from __future__ import annotations
 
 import importlib
+import inspect
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from numbers import Real
 from types import MappingProxyType
 from typing import Any
+
+import numpy as np
 
 from trainer.rl.config import MODEL, RewardConfig, RLConfig
 from trainer.rl.maths import final_answer, same_answer
@@ -38,6 +42,8 @@ class Answer:
     finish_reason: str  # stop, or length where it was cut off
     row: Mapping[str, Any]  # of the data, with all its columns
     turns: Sequence[str] = ()  # with an environment: what was said, the model and the environment in turn
+    environment: Any = None  # the object that answered, as the completion left it; None: there was none
+    failure: str = ""  # of the environment, which ended the completion: it is left out as if a function had failed
 
 
 Reward = Callable[..., float]
@@ -75,6 +81,7 @@ def code(answer: Answer, *, column: str = "tests", seconds: float = 5.0, memory_
     """
     blocks = re.findall(r"```(?:python|py)?[ \t]*\n(.*?)```", answer.text, flags=re.DOTALL)
     program = blocks[-1] if blocks else answer.text
+    _column(answer, column)
     tests = answer.row[column]
     lines = tests if isinstance(tests, str) else "\n".join(tests)
     return float(run_program(f"{program}\n\n{lines}\n", seconds=seconds, memory_mb=memory_mb).passed)
@@ -100,19 +107,37 @@ def find_reward(name: str) -> Reward:
         if name not in REWARDS:
             raise ValueError(f"{name} is unknown; use {', '.join((*REWARDS, MODEL))}, or package.module:function")
         return REWARDS[name]
-    found = import_path(name)
-    if not callable(found):
-        raise ValueError(f"{name} is no function but {type(found).__name__}")
-    return found
+    return import_path(name)
+
+
+def check_arguments(function: Reward, reward: RewardConfig) -> None:
+    """Raises ValueError for keyword arguments that it does not take, or lacks: it would fail at every answer."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # of some built-in functions nobody knows
+        return
+    try:
+        signature.bind(None, **reward.arguments)
+    except TypeError as error:
+        raise ValueError(
+            f"{reward.function} cannot be called with an answer and arguments={reward.arguments}: {error}; it is "
+            f"{reward.function.rpartition(':')[2]}{signature}"
+        ) from None
 
 
 def import_path(path: str) -> Any:
-    """What package.module:name stands for. Raises ValueError."""
+    """What package.module:name stands for, which can be called. Raises ValueError."""
     module, _, name = path.partition(":")
     try:
-        return getattr(importlib.import_module(module), name)
+        found = getattr(importlib.import_module(module), name)
     except Exception as error:  # whatever a module does when it is imported
-        raise ValueError(f"{path} cannot be imported: {type(error).__name__}: {error}") from error
+        what = f"{path} cannot be imported: {type(error).__name__}: {error}"
+        if isinstance(error, ModuleNotFoundError):
+            what += "; modules are looked for in the working directory and on PYTHONPATH"
+        raise ValueError(what) from error
+    if not callable(found):
+        raise ValueError(f"{path} is {type(found).__name__}, which cannot be called; name a function or a class")
+    return found
 
 
 class Rewards:
@@ -130,6 +155,7 @@ class Rewards:
                 continue
             try:
                 function = find_reward(one.function)
+                check_arguments(function, one)
             except ValueError as error:
                 raise ValueError(f"recipe.rl.rewards[{number}].function={error}") from None
             self._parts.append((name, one.weight, partial(function, **one.arguments)))
@@ -144,13 +170,15 @@ class Rewards:
             return list(pool.map(self._score, answers, given))
 
     def _score(self, answer: Answer, given: Mapping[str, float]) -> Scored:
+        if answer.failure:
+            return Scored(None, error=f"{answer.failure}, after the completion {_shown(answer)}")
         each: dict[str, float] = {}
         for name, _, function in self._parts:
             try:
                 value = given[name] if function is None else function(answer)
             except Exception as error:
                 return Scored(None, error=_complaint(name, f"raised {type(error).__name__}: {error}", answer))
-            if isinstance(value, bool | int | float) and math.isfinite(value):
+            if isinstance(value, Real | np.bool_) and math.isfinite(value):
                 each[name] = float(value)
             else:
                 return Scored(None, error=_complaint(name, f"returned {value!r}, no finite number", answer))
@@ -173,7 +201,9 @@ def _name(one: RewardConfig, number: int, config: RLConfig) -> str:
 
 
 def _complaint(name: str, what: str, answer: Answer) -> str:
-    def shown(text: str) -> str:
-        return repr(text if len(text) <= 80 else f"{text[:77]}...")
+    return f"the reward function {name} {what}, of the completion {_shown(answer)}"
 
-    return f"the reward function {name} {what}, of the completion {shown(answer.text)} of {shown(answer.prompt)}"
+
+def _shown(answer: Answer) -> str:
+    completion, prompt = (text if len(text) <= 80 else f"{text[:77]}..." for text in (answer.text, answer.prompt))
+    return f"{completion!r} of {prompt!r}"

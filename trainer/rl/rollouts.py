@@ -18,6 +18,7 @@ from inference.config import SamplingConfig
 from inference.engine import Engine
 from inference.sequence import Completion
 from trainer.rl.environment import Environment
+from trainer.rl.maths import final_answer, same_answer
 from trainer.rl.rewards import Answer
 from trainer.rl.weights import Lockstep
 
@@ -39,7 +40,7 @@ class Rollout:
     tokens: list[int]  # of the prompt, then of the completion: generated ones, and those an environment put in
     spans: list[tuple[int, int]]  # of tokens, the generated ones
     logprobs: list[float]  # of generated tokens, in their order, as the engine drew them
-    finish_reason: str  # stop, or length
+    finish_reason: str  # stop, length, or failed where its environment did
     old: list[float] = field(default_factory=list)  # the same by the trainer, where weights change before an update
     reward: float | None = None  # None: a reward function failed, and it is left out
     rewards: dict[str, float] = field(default_factory=dict)  # by function
@@ -77,6 +78,7 @@ class _Episode:
     rollout: Rollout
     environment: Environment | None
     said: list[str] = field(default_factory=list)  # by the model and the environment in turn
+    failure: str = ""  # of the environment, which ended it
 
 
 class Sampler:
@@ -114,11 +116,11 @@ class Sampler:
         answers: list[Answer | None] = [None] * len(tasks)
         rollouts: list[Rollout | None] = [None] * len(tasks)
         for place, task in enumerate(tasks):
-            rollout = Rollout(task.number, task.sample, list(task.prompt.ids), [], [], "")
-            environment = None if self._environment is None else self._environment()
-            if environment is not None:
-                environment.start(task.prompt.text, task.prompt.row)
-            self._ask(_Episode(place, rollout, environment), episodes, temperature)
+            episode = _Episode(place, Rollout(task.number, task.sample, list(task.prompt.ids), [], [], ""), None)
+            if self._begin(task, episode):
+                self._ask(episode, episodes, temperature)
+                continue
+            rollouts[place], answers[place] = episode.rollout, self._answer(task, episode)
         while self._lockstep.any_busy(self.engine.num_unfinished > 0):
             for delta in self.engine.step() if self.engine.num_unfinished else self._lockstep.idle():
                 if delta.completion is None:
@@ -131,6 +133,20 @@ class Sampler:
                 rollouts[episode.place] = episode.rollout
                 answers[episode.place] = self._answer(task, episode)
         return Sampled([one for one in rollouts if one is not None], [one for one in answers if one is not None])
+
+    def _begin(self, task: Task, episode: _Episode) -> bool:
+        """Whether there is something to sample: no environment, or one that has started."""
+        if self._environment is None:
+            return True
+        try:
+            episode.environment = self._environment()
+            episode.environment.start(task.prompt.text, task.prompt.row)
+        except Exception as error:  # a user's code, which a reward function may be as well
+            self._fail(episode, f"raised {type(error).__name__} when it started: {error}")
+        return not episode.failure
+
+    def _fail(self, episode: _Episode, what: str) -> None:
+        episode.failure, episode.rollout.finish_reason = f"the environment {what}", "failed"
 
     def _ask(self, episode: _Episode, episodes: dict[int, _Episode], temperature: float) -> None:
         rollout = episode.rollout
@@ -163,8 +179,15 @@ class Sampler:
         if len(rollout.spans) == self._max_turns:
             rollout.finish_reason = "length"
             return True
-        reply = episode.environment.reply(episode.said[-1])
+        try:
+            reply = episode.environment.reply(episode.said[-1])
+        except Exception as error:
+            self._fail(episode, f"raised {type(error).__name__}: {error}")
+            return True
         if reply is None:
+            return True
+        if not isinstance(reply, str):
+            self._fail(episode, f"replied {reply!r}, neither text nor None")
             return True
         ids = self._tokenizer.encode(reply)
         episode.said.append(reply)
@@ -179,12 +202,21 @@ class Sampler:
         generated = [token for begin, end in rollout.spans for token in rollout.tokens[begin:end]]
         return Answer(
             prompt=task.prompt.text,
-            text="".join(episode.said[::2]) if episode.environment is not None else episode.said[0],
+            text="".join(episode.said[::2]),
             token_ids=generated,
             finish_reason=rollout.finish_reason,
             row=task.prompt.row,
             turns=tuple(episode.said) if episode.environment is not None else (),
+            environment=episode.environment,
+            failure=episode.failure,
         )
+
+
+def answers(rollout: Rollout, tokenizer: Tokenizer, answer: str) -> bool:
+    """Whether what was generated ends in this answer (trainer/rl/maths.py)."""
+    generated = [token for begin, end in rollout.spans for token in rollout.tokens[begin:end]]
+    found = final_answer(tokenizer.decode(generated, skip_special_tokens=True))
+    return found is not None and same_answer(found, answer)
 
 
 def rollout_seed(seed: int, number: int, sample: int) -> int:

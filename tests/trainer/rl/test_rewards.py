@@ -141,7 +141,7 @@ def test_a_reward_function_that_fails_is_never_silent(name: str, says: str) -> N
     [
         ("maths", "recipe.rl.rewards[0].function=maths is unknown; use math, exact"),
         ("no.such:thing", "recipe.rl.rewards[0].function=no.such:thing cannot be imported: ModuleNotFoundError"),
-        ("math:pi", "recipe.rl.rewards[0].function=math:pi is no function but float"),
+        ("math:pi", "recipe.rl.rewards[0].function=math:pi is float, which cannot be called"),
     ],
 )
 def test_a_function_that_is_not_there_is_named(name: str, says: str) -> None:

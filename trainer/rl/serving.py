@@ -1,0 +1,71 @@
+"""An engine on the weights that are trained, and what samples by it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from data.tokenizer import Tokenizer
+from inference.config import EngineConfig
+from inference.engine import Engine
+from models.decoder import Decoder
+from parallel.mesh import Meshes
+from trainer.config import TrainConfig
+from trainer.rl.environment import Environment
+from trainer.rl.rollouts import Sampler
+from trainer.rl.weights import ServedWeights
+from trainer.step import TrainState
+
+
+def start_sampler(
+    config: TrainConfig,
+    state: TrainState,
+    mesh: Meshes,
+    tokenizer: Tokenizer,
+    *,
+    environment: Callable[[], Environment] | None = None,
+) -> tuple[Sampler, ServedWeights]:
+    """A sampler as recipe.rl says, for this rank's share of train.global_batch_size completions, and what has to be
+    done around its use. Collective."""
+    rl, model = config.recipe.rl, state.model
+    assert isinstance(model, Decoder)
+    mode = rl.weights
+    if mode == "auto":
+        mode = "gather" if config.parallel.zero_stage == 3 else "in_place"
+    weights = ServedWeights(model, mode=mode, group=mesh.tokens.get_group(), device=state.device)
+    with weights.whole():
+        engine = Engine(
+            model,
+            engine_config(config, num_sequences=config.train.global_batch_size // mesh.samples.size()),
+            tokenizer=tokenizer,
+            eos_ids=[tokenizer.eos_id],
+        )
+    if mode == "stream":
+        engine.runner.fused = False  # fused launches read a block's weights without its forward
+    sampler = Sampler(
+        engine,
+        tokenizer,
+        seed=config.train.seed,
+        max_len=config.train.seq_len,
+        max_tokens=rl.max_tokens,
+        lockstep=weights.lockstep,
+        environment=environment,
+        max_turns=rl.max_turns,
+    )
+    return sampler, weights
+
+
+def engine_config(config: TrainConfig, *, num_sequences: int) -> EngineConfig:
+    """recipe.rl.engine with what is left open: a cache for this rank's num_sequences rollouts, not for the whole
+    device, which training needs as well."""
+    engine = config.recipe.rl.engine
+    sequences = min(engine.max_sequences, num_sequences)
+    blocks = sequences * -(-config.train.seq_len // engine.block_size)
+    return replace(
+        engine,
+        max_seq_len=config.train.seq_len,
+        max_sequences=sequences,
+        max_batch_tokens=max(engine.max_batch_tokens, sequences),
+        num_blocks=engine.num_blocks or blocks,
+        deterministic=config.train.batch_invariant,
+    )
