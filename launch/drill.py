@@ -78,7 +78,11 @@ def overrides(folder: Path, *, steps: int, timeout: float, more: list[str]) -> l
 
 
 def plan(num_faults: int, *, seed: int, kinds: list[str]) -> list[dict[str, Any]]:
-    """Faults one after the other in steps; every kind comes up once before one comes up again."""
+    """Faults one after the other in steps; every kind comes up once before one comes up again.
+
+    A checkpoint is damaged when there are two, if other kinds can come first: nobody can go on from none, and the run
+    would rightly refuse to begin anew.
+    """
     draw = random.Random(seed)
     bag: list[str] = []
     faults = []
@@ -86,6 +90,8 @@ def plan(num_faults: int, *, seed: int, kinds: list[str]) -> list[dict[str, Any]
         if not bag:
             bag = draw.sample(kinds, len(kinds))
         kind = bag.pop()
+        if kind == "damaged_checkpoint" and number * SPACING < 2 * INTERVAL and bag:
+            bag[0], kind = kind, bag[0]
         # Rank 0 writes metrics.jsonl.
         rank = 0 if kind == "full_disk_for_metrics" else draw.randrange(RANKS)
         step = 2 + number * SPACING + draw.randrange(SPACING)

@@ -150,9 +150,9 @@ def _full_disk_for_metrics(trainer: Trainer, draw: random.Random) -> None:
 
 
 def _damage(trainer: Trainer, draw: random.Random) -> None:
-    """The newest checkpoint is cut short, or has a bit flipped, and then the process is gone."""
+    """The newest checkpoint, if one is before it, is cut short or has a bit flipped, and then the process is gone."""
     folders = sorted((trainer.run_dir / "checkpoints").glob("step_*"), key=lambda path: int(path.name[5:]))
-    if folders:
+    if len(folders) > 1:
         path = draw.choice(sorted(folders[-1].iterdir()))
         content = bytearray(path.read_bytes())
         if draw.random() < 0.5:

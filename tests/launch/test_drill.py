@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from launch import drill
-from launch.drill import RANKS, SPACING, differences, launch, lines_of, overrides, plan, workers
+from launch.drill import INTERVAL, RANKS, SPACING, differences, launch, lines_of, overrides, plan, workers
 from trainer.injection import KINDS, PLAN, planned_faults
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,6 +35,15 @@ def test_a_plan_has_every_kind_once_before_one_comes_again() -> None:
     assert steps == sorted(set(steps))
     assert steps[-1] <= 1 + 100 * SPACING
     assert {fault["rank"] for fault in faults} == set(range(RANKS))
+
+
+def test_no_plan_damages_the_only_checkpoint() -> None:
+    """A drill that ends in `every checkpoint is damaged`, as it did with seed 7."""
+    for seed in range(50):
+        first = next(f for f in plan(20, seed=seed, kinds=list(KINDS)) if f["kind"] == "damaged_checkpoint")
+        assert first["step"] > 2 * INTERVAL + 1
+    (alone,) = plan(1, seed=0, kinds=["damaged_checkpoint"])
+    assert alone["kind"] == "damaged_checkpoint"  # there is nothing else to choose
 
 
 def test_a_run_without_a_plan_has_no_faults(monkeypatch: pytest.MonkeyPatch) -> None:

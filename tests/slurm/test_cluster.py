@@ -15,7 +15,7 @@ import pytest
 from launch.compose import compose_one
 from launch.slurm.hosts import expand
 from tests.pool import RankPool
-from tests.slurm.cluster import Cluster, why_not
+from tests.slurm.cluster import PATIENCE, Cluster, why_not
 from tests.slurm.test_hosts import HOSTS
 from tests.trainer.starts import start_on
 from trainer.injection import PLAN
@@ -101,10 +101,10 @@ def reached(cluster: Cluster, job: str, run_dir: Path, step: int) -> None:
     cluster.until(there, f"step {step} of job {job}")
 
 
-def ended(cluster: Cluster, job: str) -> str:
+def ended(cluster: Cluster, job: str, *, patience: float = PATIENCE) -> str:
     """Wait for a job; its state."""
     final = ("COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL", "TIMEOUT")
-    cluster.until(lambda: cluster.job(job)["JobState"] in final, f"job {job} has ended")
+    cluster.until(lambda: cluster.job(job)["JobState"] in final, f"job {job} has ended", patience=patience)
     return cluster.job(job)["JobState"]
 
 
@@ -160,16 +160,14 @@ def test_a_run_that_hangs_goes_on_from_its_checkpoint_without_being_asked_to(
     run_dir = cluster.folder / "hung"
     plan = cluster.folder / "plan" / "plan.json"
     plan.parent.mkdir()
-    hangs = [{"number": number, "kind": "hang", "step": step, "rank": 1} for number, step in enumerate((15, 25))]
-    plan.write_text(json.dumps({"faults": hangs}))
+    plan.write_text(json.dumps({"faults": [{"number": 0, "kind": "hang", "step": 25, "rank": 1}]}))
     sbatch = ["sbatch", "--parsable", "--nodes=2", f"--export=ALL,{PLAN}={plan}", str(SCRIPT)]
     job = cluster.command(*sbatch, *small, f"run.dir={run_dir}", "train.timeout_seconds=15")
-    assert ended(cluster, job) == "COMPLETED", said(cluster, job)
+    assert ended(cluster, job, patience=3 * PATIENCE) == "COMPLETED", said(cluster, job)  # a timeout, and two starts
     assert cluster.job(job)["Restarts"] == "0"
-    assert said(cluster, job).count("restart") == 2
     assert "hang 1 since the checkpoint of step 20; up to 3 are retried" in said(cluster, job)
     assert curve(run_dir) == uninterrupted
-    assert len(list((run_dir / "hangs").glob("*/report.json"))) == 2
+    assert len(list((run_dir / "hangs").glob("*/report.json"))) == 1
 
 
 def test_a_sweep_trains_every_point_while_mistakes_and_cancelled_jobs_stay_out_of_the_queue(
