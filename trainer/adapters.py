@@ -11,13 +11,14 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from data.progress import Progress
 from kernels.nf4 import dequantize_nf4, quantize_nf4
 from models.hf import load_hf_weights
 from models.hf_files import DTYPES, TensorFolder
@@ -43,8 +44,18 @@ def load_base(state: TrainState, config: TrainConfig) -> None:
     path, kinds = config.model.path, (A, B, M, NF4)
     weights = {name: t for name, t in state.model.state_dict().items() if name.rpartition(".")[2] not in kinds}
     whole = config.parallel.pp == 1 and config.adapter.quantize == "none"
-    load_hf_weights(path, weights, config.model, whole_model=whole)
-    fill_quantized(state.model, partial(_read, config))
+    progress = Progress(f"reading {path}", silent=dist.get_rank() > 0)
+    load_hf_weights(path, weights, config.model, whole_model=whole, on_read=progress.tensors)
+    read = 0
+
+    def counted(name: str, shape: Sequence[int]) -> Tensor:
+        nonlocal read
+        read += 1
+        progress.update(f"{read} matrices quantized")
+        return _read(config, name, shape)
+
+    fill_quantized(state.model, counted)
+    progress.finish()
 
 
 def _read(config: TrainConfig, name: str, shape: Sequence[int]) -> Tensor:

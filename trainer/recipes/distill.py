@@ -36,11 +36,11 @@ from parallel.mesh import Meshes, groups_in_layers
 from parallel.problem import Problem, values
 from trainer.adapters import fingerprint
 from trainer.config import RecipeConfig, TrainConfig, configuration_errors
-from trainer.frozen import FrozenModel, load_frozen, problems_beside, resolve_beside
+from trainer.frozen import Beside, FrozenModel, load_frozen, problems_beside, resolve_beside
 from trainer.loss import Objective, count_valid, token_loss_sum, vocabulary_shard
-from trainer.recipes.grpo import _layout_problems as layout_problems
 from trainer.recipes.pretrain import Pretrain, StepReport
 from trainer.rl.config import WEIGHTS, RLConfig
+from trainer.rl.problems import layout_problems
 from trainer.rl.rollouts import answers
 from trainer.rl.serving import start_sampler
 from trainer.rl.student import StudentAnswers
@@ -191,12 +191,15 @@ class Distillation(Pretrain):
         self.wanted = DistillationObjective(config.recipe, vocabulary=vocabulary, device=device)
         return self.wanted
 
+    def frozen_beside(self, config: TrainConfig) -> Beside | None:
+        if config.recipe.teacher_cache is not None:
+            return None
+        return Beside(resolve_beside(config.recipe.teacher_path, config), config.recipe.teacher_offload)
+
     def start(self, config: TrainConfig, state: TrainState, mesh: Meshes) -> None:
-        if self.cache is not None:
-            return
         with configuration_errors():
-            beside = resolve_beside(config.recipe.teacher_path, config)
-            self.teacher = load_frozen(beside, config, mesh, state.device, offload=config.recipe.teacher_offload)
+            if (beside := self.frozen_beside(config)) is not None:
+                self.teacher = load_frozen(beside.model, config, mesh, state.device, offload=beside.offload)
         if config.recipe.on_policy:
             assert self._tokenizer is not None
             sampler, weights = start_sampler(config, state, mesh, self._tokenizer)

@@ -28,7 +28,7 @@ from parallel.groups import ModelParallel
 from parallel.mesh import Meshes, groups_in_layers
 from parallel.problem import Problem, values
 from trainer.config import ConfigError, RecipeConfig, TrainConfig, configuration_errors
-from trainer.frozen import FrozenModel, load_frozen, problems_beside, resolve_beside
+from trainer.frozen import Beside, FrozenModel, load_frozen, problems_beside, resolve_beside
 from trainer.loss import Objective, token_losses, vocabulary_shard
 from trainer.pairs import Pairs, count_pairs
 from trainer.preference_losses import LOSSES, WITHOUT_REFERENCE, implicit_rewards, preference_losses
@@ -178,12 +178,15 @@ class DirectPreferenceOptimization(Preferences):
             device=device,
         )
 
-    def start(self, config: TrainConfig, state: TrainState, mesh: Meshes) -> None:
+    def frozen_beside(self, config: TrainConfig) -> Beside | None:
         if not needs_reference(config.recipe) or config.recipe.reference != "model":
-            return
+            return None
+        return Beside(resolve_beside(config.recipe.reference_path, config), config.recipe.reference_offload)
+
+    def start(self, config: TrainConfig, state: TrainState, mesh: Meshes) -> None:
         with configuration_errors():
-            beside = resolve_beside(config.recipe.reference_path, config)
-            self.reference = load_frozen(beside, config, mesh, state.device, offload=config.recipe.reference_offload)
+            if (beside := self.frozen_beside(config)) is not None:
+                self.reference = load_frozen(beside.model, config, mesh, state.device, offload=beside.offload)
 
     def prepare(self, microbatches: list[Batch]) -> list[Batch]:
         if self.reference is None:

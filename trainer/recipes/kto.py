@@ -24,7 +24,7 @@ from parallel.groups import ModelParallel
 from parallel.mesh import Meshes, groups_in_layers
 from parallel.problem import Problem, values
 from trainer.config import RecipeConfig, TrainConfig, configuration_errors
-from trainer.frozen import FrozenModel, load_frozen, problems_beside, resolve_beside
+from trainer.frozen import Beside, FrozenModel, load_frozen, problems_beside, resolve_beside
 from trainer.loss import Objective, token_losses, vocabulary_shard
 from trainer.pairs import Pairs, count_pairs
 from trainer.preference_losses import unpaired_losses
@@ -106,13 +106,14 @@ class KahnemanTverskyOptimization(Preferences):
             device=device,
         )
 
+    def frozen_beside(self, config: TrainConfig) -> Beside:
+        return Beside(resolve_beside(config.recipe.reference_path, config), config.recipe.reference_offload)
+
     def start(self, config: TrainConfig, state: TrainState, mesh: Meshes) -> None:
         self.state = state
         with configuration_errors():
-            beside = resolve_beside(config.recipe.reference_path, config)
-            self.reference: FrozenModel = load_frozen(
-                beside, config, mesh, state.device, offload=config.recipe.reference_offload
-            )
+            beside = self.frozen_beside(config)
+            self.reference: FrozenModel = load_frozen(beside.model, config, mesh, state.device, offload=beside.offload)
 
     def prepare(self, microbatches: list[Batch]) -> list[Batch]:
         frozen = self.reference.token_logprobs(microbatches)
