@@ -68,6 +68,8 @@ def without_state(config: TrainConfig) -> list[str]:
             f"recipe.name={recipe} is not planned for: what it samples and keeps depends on its rollouts; "
             f"use {', '.join(KNOWN_STATE[:-1])} or {KNOWN_STATE[-1]}"
         )
+    if share := config.recipe.on_policy:
+        found.append(f"recipe.on_policy={share} is not planned for: an engine's cache lies beside the model; use 0")
     if (kind := config.model.speculator.kind) != "none":
         found.append(f"model.speculator.kind={kind} is not planned for: heads are trained beside a model; use none")
     return found

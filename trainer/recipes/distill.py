@@ -197,8 +197,6 @@ class Distillation(Pretrain):
         return Beside(resolve_beside(config.recipe.teacher_path, config), config.recipe.teacher_offload)
 
     def start(self, config: TrainConfig, state: TrainState, mesh: Meshes) -> None:
-        if self.cache is not None:
-            return
         with configuration_errors():
             if (beside := self.frozen_beside(config)) is not None:
                 self.teacher = load_frozen(beside.model, config, mesh, state.device, offload=beside.offload)
