@@ -51,7 +51,7 @@ def make_batch_invariant(model: Decoder) -> None:
         raise ValueError(problem)
     for module in model.modules():
         if hasattr(module, "adaptation") and not isinstance(module, GroupedLinear):
-            module.product = invariant_linear
+            module.product = invariant_linear  # type: ignore[assignment]
         elif type(module) is nn.Linear:
             module.forward = MethodType(_linear, module)  # type: ignore[method-assign]
         elif isinstance(module, nn.RMSNorm):

@@ -76,10 +76,11 @@ def principal_adapters(
 def principal_adapters_of(checkpoint: Path, adapter: AdapterConfig, model: ModelConfig) -> dict[str, LowRank]:
     """The same from a checkpoint. Raises CheckpointError where it has none."""
     reader = TensorReader(checkpoint)
-    return {
-        layer: LowRank(*(reader.read(f"model/{layer}.{kind}{BEGUN}") for kind in (A, B)), adapter.scale)
-        for layer in adapted_layers(adapter, model)
-    }
+    found = {}
+    for layer in adapted_layers(adapter, model):
+        a, b = (reader.read(f"model/{layer}.{kind}{BEGUN}") for kind in (A, B))
+        found[layer] = LowRank(a, b, adapter.scale)
+    return found
 
 
 def residual(weight: Tensor, begun: LowRank) -> Tensor:
