@@ -5,8 +5,6 @@ from __future__ import annotations
 import array
 import hashlib
 import json
-import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +13,7 @@ import numpy as np
 
 from data.cache import cached, digest
 from data.config import DataError
+from data.progress import Progress
 from data.sources import TextSource, pieces
 from data.tokenizer import Tokenizer, parallel
 
@@ -84,7 +83,7 @@ def _write(folder: Path, source: TextSource, tokenizer: Tokenizer) -> None:
     """Fill folder with tokens.bin, ends.npy and meta.json."""
     dtype = dtype_of(tokenizer)
     content, ends, total = hashlib.sha256(), array.array("q"), 0
-    progress = Progress(source.name)
+    progress = Progress(f"tokenising {source.name}")
     with parallel(), open(folder / "tokens.bin", "wb") as out:
         for ids, is_last in _encoded(source.documents(), tokenizer):
             if is_last:
@@ -95,7 +94,7 @@ def _write(folder: Path, source: TextSource, tokenizer: Tokenizer) -> None:
             total += len(ids)
             if is_last:
                 ends.append(total)
-            progress.update(len(ends), total)
+            progress.update(how_far(len(ends), total))
     progress.finish()
     if not ends:
         raise DataError(f"the dataset is empty: {source.name} holds no document with text; check data.path")
@@ -142,34 +141,9 @@ def _encode(batch: list[tuple[str, bool]], tokenizer: Tokenizer) -> Iterator[tup
     yield from zip(encoded, (is_last for _, is_last in batch), strict=True)
 
 
-class Progress:
-    """A line on stderr that says how far tokenising is; nothing for what takes less than two seconds."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-        self._start = self._shown = time.monotonic()
-        self._counts = (0, 0)
-
-    def update(self, documents: int, tokens: int) -> None:
-        self._counts = (documents, tokens)
-        now = time.monotonic()
-        if now - self._shown > (1.0 if sys.stderr.isatty() else 10.0):
-            self._shown = now
-            self._print(now, end="\r" if sys.stderr.isatty() else "\n")
-
-    def finish(self) -> None:
-        now = time.monotonic()
-        if now - self._start > 2.0:
-            self._print(now, end="\n")
-
-    def _print(self, now: float, *, end: str) -> None:
-        documents, tokens = self._counts
-        print(
-            f"tokenising {self._name}: {documents:,} documents, {tokens / 1e6:.1f} M tokens, {now - self._start:.0f} s",
-            end=end,
-            file=sys.stderr,
-            flush=True,
-        )
+def how_far(documents: int, tokens: int) -> str:
+    """Of tokenising, for Progress."""
+    return f"{documents:,} documents, {tokens / 1e6:.1f} M tokens"
 
 
 def open_tokens(path: str) -> tuple[np.ndarray, str]:

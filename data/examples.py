@@ -18,8 +18,9 @@ from data.cache import cached, digest
 from data.chat import ChatTemplate, ChatTemplateError, Span, load_chat_template
 from data.config import ROW_SUFFIXES, BlendPart, ConversationsConfig, DataError, expand
 from data.conversations import MarkedText, UnusableRow, conversation_of, marked_text, read_rows
-from data.corpus import Corpus, Progress, dtype_of, open_corpus
+from data.corpus import Corpus, dtype_of, how_far, open_corpus
 from data.packing import Sample, permutation
+from data.progress import Progress
 from data.sources import Files
 from data.tokenizer import Tokenizer, parallel
 
@@ -138,7 +139,7 @@ class ExampleWriter:
         """Fill folder with tokens.bin, learned.bin, ends.npy, first.npy and meta.json."""
         dtype = dtype_of(self._tokenizer)
         content, ends, first, total = hashlib.sha256(), array.array("q"), array.array("q"), 0
-        progress = Progress(self._source.name)
+        progress = Progress(f"tokenising {self._source.name}")
         with parallel(), open(folder / "tokens.bin", "wb") as tokens, open(folder / "learned.bin", "wb") as mask:
             for where, ids, learned in self._encoded():
                 if not learned.any():
@@ -152,7 +153,7 @@ class ExampleWriter:
                 total += len(ids)
                 ends.append(total)
                 first.append(int(learned.argmax()))
-                progress.update(len(ends), total)
+                progress.update(how_far(len(ends), total))
         progress.finish()
         if not ends:
             said = f": {'; '.join(self._why.values())}" if self._why else "; its files are empty"

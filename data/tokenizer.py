@@ -102,6 +102,11 @@ class Tokenizer:
         """Changes when any text may get other ids."""
         return digest(hashlib.sha256(self._core.to_str().encode()).hexdigest(), self.eos_id)
 
+    def is_part_of(self, other: Tokenizer) -> bool:
+        """Whether each of its tokens has the same id in another one, which may have more."""
+        mine, theirs = (one._core.get_vocab(with_added_tokens=True) for one in (self, other))
+        return mine.items() <= theirs.items()
+
     def save(self, folder: str | Path) -> None:
         """Write a folder that transformers' AutoTokenizer loads: tokenizer.json, tokenizer_config.json, companions."""
         folder = Path(folder)

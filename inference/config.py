@@ -59,6 +59,8 @@ class SamplingConfig:
     ignore_eos: bool = False  # do not stop at the end of a document
     top_logprobs: int = 0  # also the log-probabilities of so many most probable tokens
     prompt_logprobs: bool = False  # also those of the prompt's tokens
+    # Of the model with its logits divided by the temperature, where that is not 0 (the prompt's stay the model's own)
+    tempered_logprobs: bool = False
     speculate: bool = True  # false: this request gets no drafts, whatever the engine's speculation.method
     # At most one of these; the continuation then ends where it is complete (inference/constraints.py).
     json_schema: str | None = None  # text of a JSON schema: JSON that is valid under it

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from inference.config import SamplingConfig
 from inference.constraints import allowed, allowed_bits
 from inference.memory import SAMPLED_LOGITS
 from inference.sequence import Sequence
@@ -55,13 +56,14 @@ class Settings(NamedTuple):
     penalties: Penalties | None  # None: no row has any
     top_logprobs: int  # the most that a row asks for
     allowed: Tensor | None  # [R, W] int32, of constraints: a bit for each token; None: no row has any
+    tempered: list[float] | None = None  # [R] what divides logits before log-probabilities are taken; None: nothing
 
 
 class Sampled(NamedTuple):
     """Filled by `sample`."""
 
     tokens: Tensor  # [R] int64
-    logprobs: Tensor  # [R], of these by the model alone
+    logprobs: Tensor  # [R], of these by the model alone, or over settings.tempered
     top_tokens: Tensor | None  # [R, settings.top_logprobs] int64
     top_logprobs: Tensor | None  # the same, most probable first
 
@@ -102,7 +104,26 @@ def settings_of(sequences: Seq[Sequence], *, vocab_size: int, device: torch.devi
         penalties=penalties,
         top_logprobs=min(max((s.top_logprobs for s in each), default=0), vocab_size),
         allowed=None if bits is None else tensor(bits, torch.int32),
+        tempered=_tempered(each),
     )
+
+
+def _tempered(each: Seq[SamplingConfig]) -> list[float] | None:
+    found = [s.temperature if s.tempered_logprobs and s.temperature >= GREEDY_BELOW else 1.0 for s in each]
+    return None if all(value == 1.0 for value in found) else found
+
+
+def over_temperatures(logits: Tensor, temperatures: Seq[float] | None) -> Tensor:
+    """logits [R, V], wide and each row divided by its temperature; None: as they are.
+
+    By numbers of the host, as the loss divides (kernels/linear_cross_entropy): CUDA rounds a division by one otherwise
+    than one by a tensor, and both have to have the same bits.
+    """
+    if temperatures is None:
+        return logits
+    if len(set(temperatures)) == 1:
+        return wide(logits) / temperatures[0]
+    return torch.stack([row / temperature for row, temperature in zip(wide(logits), temperatures, strict=True)])
 
 
 def sample(
@@ -119,13 +140,15 @@ def sample(
     looked at some at a time.
 
     Log-probabilities are the model's own, before penalties and temperature: what a trainer computes for the
-    same tokens. Equal logits: the smaller token is the greedy one. batch_invariant: that of `log_probabilities`.
+    same tokens; with settings.tempered, of its logits over the temperature. Equal logits: the smaller token is the
+    greedy one. batch_invariant: that of `log_probabilities`.
     """
     plain = not (settings.filtered or settings.penalties or settings.top_logprobs) and settings.allowed is None
     if plain and pick is None:
         tokens, logprobs = sample_tokens(logits, *((settings.temperature, settings.draw) if settings.random else ()))
-        if batch_invariant:
-            logprobs = log_probabilities(logits, tokens[:, None], batch_invariant=True)[:, 0]
+        if batch_invariant or settings.tempered is not None:
+            asked_of = over_temperatures(logits, settings.tempered)
+            logprobs = log_probabilities(asked_of, tokens[:, None], batch_invariant=batch_invariant)[:, 0]
         return Sampled(tokens, logprobs, None, None)
     most = max(1, SAMPLED_LOGITS // logits.shape[1])
     pieces = [slice(first, first + most) for first in range(0, max(1, len(logits)), most)]
@@ -147,6 +170,7 @@ def _sample_rows(logits: Tensor, settings: Settings, rows: slice, pick: Pick | N
         drawn = draw(p, settings.draw) if pick is None else pick(p, settings.draw, rows)
         tokens = torch.where(settings.temperature > 0, drawn, tokens)
     asked = tokens[:, None] if top is None else torch.cat([tokens[:, None], top], dim=1)
+    given = over_temperatures(given, settings.tempered)
     logprobs = log_probabilities(given, asked, batch_invariant=batch_invariant)
     return Sampled(
         tokens=tokens,
@@ -166,6 +190,7 @@ def _of_rows(settings: Settings, rows: slice) -> Settings:
         min_p=settings.min_p[rows],
         draw=settings.draw[rows],
         penalties=None if penalties is None else Penalties(*(x[rows] for x in penalties)),
+        tempered=None if settings.tempered is None else settings.tempered[rows],
         allowed=None if settings.allowed is None else settings.allowed[rows],
     )
 

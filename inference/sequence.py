@@ -25,7 +25,9 @@ class Completion:
     """A request's result. `Engine` fills it as tokens arrive."""
 
     token_ids: list[int] = field(default_factory=list)  # the one that ended it included
-    logprobs: list[float] = field(default_factory=list)  # of each, by the model alone: no penalty, no temperature
+    logprobs: list[float] = field(
+        default_factory=list
+    )  # of each, by the model alone: no penalty, no temperature (but tempered_logprobs)
     text: str | None = None  # without what ended it; None: there is no tokenizer
     # stop: a stop string, stop token, end of document or of a constraint; length; abort; None: not yet; and failures,
     # nan: the model gives no probabilities; constraint: it cannot be followed any further

@@ -20,6 +20,7 @@ from parallel.mesh import rank_from_env
 from trainer.checkpoint import CheckpointError
 from trainer.config import ConfigError
 from trainer.corruption import StateCorrupted
+from trainer.masking import mask_text
 from trainer.resilience import PREEMPTED_EXIT_CODE
 from trainer.trainer import Preempted, TrainingDiverged
 
@@ -117,5 +118,5 @@ def _rank0_spoke(store: dist.Store, rank: int) -> bool:
 
 
 def _write(message: str) -> None:
-    sys.stderr.write(message)
+    sys.stderr.write(mask_text(message))  # a library's error may quote what it was given
     sys.stderr.flush()

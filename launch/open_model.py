@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from data.config import DataError
+from data.progress import Progress
 from data.tokenizer import Tokenizer
 from launch.compose import CONFIG_DIR, compose_one
 from models.config import ModelConfig
@@ -21,6 +22,7 @@ from models.peft import CONFIG, LowRank, load_peft
 from models.registry import build_model, resolve_model
 from models.speculator import Speculator, load_speculator
 from parallel.groups import NO_GROUPS, ModelParallel
+from parallel.mesh import rank_from_env
 from trainer.checkpoint import CheckpointError
 from trainer.config import ConfigError, configuration_errors
 from trainer.convert import load_checkpoint, model_of_checkpoint
@@ -178,7 +180,9 @@ def _open_folder(
     with torch.device("meta"):
         model = build_model(config, groups=groups).to(dtype)
     model.to_empty(device=device)
-    load_hf_weights(folder, model.state_dict(), config)
+    progress = Progress(f"reading {folder}", silent=rank_from_env() > 0)
+    load_hf_weights(folder, model.state_dict(), config, on_read=progress.tensors)
+    progress.finish()
     try:
         tokenizer, missing = Tokenizer.from_path(folder), None
     except DataError as error:

@@ -2,7 +2,8 @@
 
 `--search` (or plan.search=true) asks for the best layout instead: what the command line sets of it stays as it is.
 
-No GPU and no memory are needed. Exit codes: 0 done; 2 configuration error; 1 anything else.
+Of adapters, and of recipes with passes beside those of training, bytes of state are all that is planned (planner/
+state_plan.py). No GPU and no memory are needed. Exit codes: 0 done; 2 configuration error; 1 anything else.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ from data.config import DataConfig
 from launch.compose import Program, run_program
 from launch.errors import exit_code_of
 from launch.plan_search import Found, held_by, search
+from models.registry import resolve_model
 from parallel.mesh import world_size_from_env
 from planner.hardware import Hardware
 from planner.hardware_files import read_hardware
@@ -31,9 +33,13 @@ from planner.picture import problems as picture_problems
 from planner.plan import make_plan
 from planner.report import as_text
 from planner.search_report import as_object, as_page
+from planner.state_plan import make_state_plan, state_as_text
 from planner.steptime import step_time
-from trainer.config import ConfigError, RecipeConfig, TrainConfig
-from trainer.predicted import job_of, not_planned
+from trainer.config import ConfigError, RecipeConfig, TrainConfig, configuration_errors
+from trainer.frozen import problems_beside
+from trainer.predicted import job_of, only_state, without_state
+from trainer.recipes import RECIPES
+from trainer.recipes.pretrain import Pretrain
 from trainer.validate import finalize
 
 if TYPE_CHECKING:
@@ -93,10 +99,18 @@ def draw_plan(config: PlanConfig) -> Figure:
 
 
 def _job(config: PlanConfig, world_size: int) -> Job:
-    return job_of(finalize(_train_config(config), world_size=world_size), world_size=world_size)
+    """Raises ConfigError."""
+    train = finalize(_train_config(config), world_size=world_size)
+    with configuration_errors():
+        if config.model.score:
+            train.model = resolve_model(replace(train.model, score=True))
+        beside = RECIPES[config.recipe.name]().frozen_beside(replace(train, recipe=config.recipe))
+    return job_of(train, world_size=world_size, beside=beside)
 
 
 def _plan_of(config: PlanConfig, job: Job, hardware: Hardware) -> dict[str, Any]:
+    if because := only_state(config):
+        return make_state_plan(job, hardware, because=because)
     tokens = config.plan.tokens or float(config.train.steps * job.tokens_per_step)
     return make_plan(job, hardware, tokens=tokens)
 
@@ -117,7 +131,9 @@ def _asked(config: PlanConfig) -> tuple[Hardware, int]:
 
 def _train_config(config: PlanConfig) -> TrainConfig:
     train = TrainConfig(**{f.name: copy.deepcopy(getattr(config, f.name)) for f in fields(TrainConfig)})
-    train.data, train.recipe = DataConfig(source="stdlib"), RecipeConfig()  # recipes that are planned cost the same
+    # What recipes and heads add is known without their data, which would have to be there.
+    train.data, train.recipe = DataConfig(source="stdlib"), RecipeConfig()
+    train.model.score = False
     return train
 
 
@@ -137,7 +153,11 @@ def load_hardware(name: str) -> Hardware:
 
 
 def _problems(config: PlanConfig) -> list[str]:
-    found = not_planned(config)
+    found = without_state(config) + _recipe_problems(config)
+    asked = {"search": "plan.search=true", "picture": f"plan.picture={config.plan.picture}"}
+    for what, said in asked.items():
+        if getattr(config.plan, what) and (unknown := only_state(config)):
+            found.append(f"{said} needs more than bytes of state; not planned: {unknown[0]}")
     if config.format not in FORMATS:
         found.append(f"format={config.format} is unknown; use {' or '.join(FORMATS)}")
     if config.plan.picture is not None:
@@ -153,6 +173,22 @@ def _problems(config: PlanConfig) -> list[str]:
     return found
 
 
+def _recipe_problems(config: PlanConfig) -> list[str]:
+    """What is wrong with a recipe as far as it is planned for: the models beside the one that is trained."""
+    recipe, found = config.recipe, []
+    if config.model.score != (recipe.name == "reward"):
+        score = str(config.model.score).lower()
+        found.append(
+            f"model.score={score} with recipe.name={recipe.name}: reward models, and no others, have that head"
+        )
+    if recipe.name == "distill" and recipe.teacher_path is None:
+        found.append("recipe.teacher_path is missing: give the Hugging Face folder of the model to learn from")
+    for path in ("teacher_path", "reference_path"):
+        if path in RECIPES.get(recipe.name, Pretrain).reads:
+            found += problems_beside(f"recipe.{path}", getattr(recipe, path), config)
+    return found
+
+
 def _print_plan(config: PlanConfig, *, arguments: Sequence[str]) -> None:
     if config.plan.search:
         found, hardware = search_of(config, arguments)
@@ -164,9 +200,8 @@ def _print_plan(config: PlanConfig, *, arguments: Sequence[str]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         draw_plan(config).savefig(path, dpi=110)
     made = plan_of(config)
-    print(
-        json.dumps(made, indent=2) if config.format == "json" else as_text(made), end="\n" * (config.format == "json")
-    )
+    page = state_as_text if only_state(config) else as_text
+    print(json.dumps(made, indent=2) if config.format == "json" else page(made), end="\n" * (config.format == "json"))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Train: `torchrun --nproc-per-node 8 launch/train.py +exp=llama3_8b optim.lr=1e-4`.
 
 Exit codes: 0 done; 2 configuration error; PREEMPTED_EXIT_CODE saved and stopped on a signal, start again to continue;
-1 anything else.
+HUNG_EXIT_CODE no progress for train.timeout_seconds, start again to continue; 1 anything else.
 """
 
 from __future__ import annotations

@@ -39,15 +39,21 @@ TOKENIZER_FILES = (
 
 @torch.no_grad()
 def load_hf_weights(
-    path: str | Path, parameters: Mapping[str, Located], config: ModelConfig, *, whole_model: bool = True
+    path: str | Path,
+    parameters: Mapping[str, Located],
+    config: ModelConfig,
+    *,
+    whole_model: bool = True,
+    on_read: Callable[[int, int], None] | None = None,
 ) -> None:
     """Fill every parameter of a Decoder in place from the folder `path`; each rank reads its own shards, no more.
 
     `parameters`: name to Tensor, or to DTensor replicated or sharded on any dim; with whole_model=False they may be a
     part of the model's (a pipeline stage). `config` is resolved. Sources of fp32, fp16 and bf16 are cast to the dtype
     of the parameter. The head of a reward model stays as it is where the folder is a language model's, whose
-    own head is left out. Raises ValueError for tensors that are missing, left over, damaged or of another shape, naming
-    file and tensor, before anything is written (but for damaged data).
+    own head is left out. on_read: told how many tensors have been read, and of how many. Raises ValueError for tensors
+    that are missing, left over, damaged or of another shape, naming file and tensor, before anything is written (but
+    for damaged data).
     """
     folder = TensorFolder(Path(path))
     weights = [weight for weight in weights_of(config) if not weight.copy]
@@ -61,7 +67,7 @@ def load_hf_weights(
     shapes = _hf_shapes(weights, {name: tuple(parameter.shape) for name, parameter in parameters.items()})
     for theirs, shape in shapes.items():
         folder.check(names[theirs], shape)
-    for weight in weights:
+    for number, weight in enumerate(weights, start=1):
         parameter = parameters[weight.ours]
         local, region = _local_region(weight.ours, parameter)
         if weight.stack is not None:
@@ -69,6 +75,8 @@ def load_hf_weights(
             local, region = local[row : row + 1] if row >= 0 else local[:0], region[1:]
         if local.numel():
             local.copy_(_read(folder, names[weight.theirs], weight, region))
+        if on_read is not None:
+            on_read(number, len(weights))
     if config.tie_embeddings and HEAD in folder.file_of and "embedding.weight" in parameters:
         _check_tied_head(folder, parameters["embedding.weight"])
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
+from models.adapter_config import AdapterConfig
 from models.config import ModelConfig
 from parallel.dims import ParallelConfig, ParallelDims
 from parallel.pipeline.layout import PipelineLayout
 from parallel.pipeline.stages import Stage, make_stages
 from parallel.precision import PrecisionConfig
+from planner.shapes import Parameter, parameters_of
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,10 @@ class Job:
     compiled: bool  # blocks and loss
     optimizer: str  # adamw, muon
     state_dtype: str  # of AdamW's moments: fp32, bf16, int8
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)  # what is trained beside a model that is not
+    beside: Job | None = None  # a model that is run and not trained, as a reference or teacher (trainer/frozen.py)
+    beside_on_host: bool = False  # where its weights are
+    trained: bool = True  # false: this is such a model
 
     @property
     def tokens_per_step(self) -> int:
@@ -52,6 +59,12 @@ class Job:
     @cached_property
     def stages(self) -> tuple[Stage, ...]:
         return make_stages([self.model.num_layers]) if self.pipeline is None else self.pipeline.stages
+
+    def parameters(self, pp_rank: int | None) -> Counter[Parameter]:
+        """With their numbers, on a rank of the pipeline; None: of the whole model."""
+        stages = None if pp_rank is None else self.stages_of(pp_rank)
+        dtype = self.precision.compute_dtype
+        return parameters_of(self.model, stages, tp=self.dims.tp, adapter=self.adapter, dtype=dtype)
 
     def stages_of(self, pp_rank: int) -> Sequence[Stage]:
         return self.stages if self.pipeline is None else self.pipeline.of_rank(pp_rank)

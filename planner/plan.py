@@ -46,7 +46,7 @@ def make_plan(job: Job, hardware: Hardware, *, tokens: float) -> dict[str, Any]:
     return {
         "hardware": hardware.name,
         "world_size": job.dims.world_size,
-        "layout": _layout(job),
+        "layout": layout_of(job),
         "num_parameters": count_parameters(parameters_of(job.model, None, tp=1)),
         "ranks": [_rank(job, m) for m in memory],
         "fits": most <= room(hardware),
@@ -75,7 +75,8 @@ def make_plan(job: Job, hardware: Hardware, *, tokens: float) -> dict[str, Any]:
     }
 
 
-def _layout(job: Job) -> dict[str, Any]:
+def layout_of(job: Job) -> dict[str, Any]:
+    """Degrees and choices, for `planner.report.head`."""
     axes = ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep")
     layout: dict[str, Any] = {axis: getattr(job.dims, axis) for axis in axes}
     layout |= {"zero_stage": job.parallel.zero_stage, "sequence_parallel": job.parallel.sequence_parallel}

@@ -10,12 +10,16 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
+from models.adapter_config import AdapterConfig
 from models.config import ModelConfig
 from models.decoder import Decoder
+from models.lora import A, B, M, apply_adapters
+from models.quantized import NF4
 from parallel.fused import fused_parameters
 from parallel.pipeline.stages import Stage
 from parallel.tensor import chunk_bounds
@@ -23,6 +27,7 @@ from parallel.tensor import chunk_bounds
 WHOLE = ("q_a", "kv_a", "project", "router", "positions")
 CUT_BY_INPUT = ("o", "down")
 TABLES = ("embedding.", "positions.", "head.")
+NO_ADAPTERS = AdapterConfig()
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,7 @@ class Parameter:
     shape: torch.Size  # whole
     tp_dim: int | None  # that tensor parallelism cuts; None: whole on every rank of it
     is_expert: bool  # a stack of matrices, one for each expert
+    is_trained: bool = True  # others keep neither gradients nor moments, and nobody updates them
 
     @property
     def is_hidden_matrix(self) -> bool:
@@ -49,18 +55,30 @@ class Parameter:
         return torch.Size(shape)
 
 
-def parameters_of(model: ModelConfig, stages: Sequence[Stage] | None, *, tp: int) -> Counter[Parameter]:
-    """The parameters of these stages (None: of the whole model), and how many there are of each. model: resolved."""
+def parameters_of(
+    model: ModelConfig,
+    stages: Sequence[Stage] | None,
+    *,
+    tp: int,
+    adapter: AdapterConfig = NO_ADAPTERS,
+    dtype: torch.dtype = torch.float32,
+) -> Counter[Parameter]:
+    """The parameters of these stages (None: of the whole model), and how many there are of each. model: resolved.
+
+    adapter: what is trained beside a model that is not; of a matrix in NF4 (`adapter.quantize`) the elements are
+    numbers of `dtype`, that of computation, which hold its bytes.
+    """
     assert model.num_kv_heads is not None  # resolved
     shared = tp > model.num_kv_heads  # ranks share keys and values, which are then layers of their own, whole
-    which = (repr(model), shared)
+    quantized = adapter.name != "none" and adapter.quantize != "none"
+    which = (repr(model), shared, repr(adapter), (tp, dtype) if quantized else None)
     key = (*which, None if stages is None else tuple(stages))
     if key not in _KNOWN:
         if len(_KNOWN) > 4096:
             _KNOWN.clear()
             _PLACES.clear()
         if which not in _PLACES:
-            _PLACES[which] = _by_place(model, shared=shared)
+            _PLACES[which] = _by_place(model, adapter, dtype, shared=shared, tp=tp)
         _KNOWN[key] = _of_stages(model, stages, _PLACES[which])
     return _KNOWN[key]
 
@@ -85,48 +103,87 @@ def _of_stages(
     return found
 
 
-_PLACES: dict[tuple[str, bool], Mapping[str | int, Counter[Parameter]]] = {}
-_KNOWN: dict[tuple[str, bool, tuple[Stage, ...] | None], Counter[Parameter]] = {}
+_PLACES: dict[object, Mapping[str | int, Counter[Parameter]]] = {}
+_KNOWN: dict[object, Counter[Parameter]] = {}
 """Building even on meta takes a while, and a search asks for many stages."""
 
 
-def _by_place(model: ModelConfig, *, shared: bool) -> defaultdict[str | int, Counter[Parameter]]:
+def _by_place(
+    model: ModelConfig, adapter: AdapterConfig, dtype: torch.dtype, *, shared: bool, tp: int
+) -> defaultdict[str | int, Counter[Parameter]]:
     """Those of each layer, and of what is outside of layers by its name."""
     found: defaultdict[str | int, Counter[Parameter]] = defaultdict(Counter)
     with torch.device("meta"):
         decoder = Decoder(model)
-    for name, parameter in _parameters(decoder, shared=shared):
+        if adapter.name != "none":
+            apply_adapters(decoder, adapter, dtype)
+    for name, parameter in _parameters(decoder, dtype, shared=shared, tp=tp):
         first, second, *_ = name.split(".")
         found[int(second) if first == "blocks" else first][parameter] += 1
     return found
 
 
-def _parameters(decoder: Decoder, *, shared: bool) -> Iterator[tuple[str, Parameter]]:
+def _parameters(decoder: Decoder, dtype: torch.dtype, *, shared: bool, tp: int) -> Iterator[tuple[str, Parameter]]:
     parts = fused_parameters(decoder)
     for name, tensor in decoder.named_parameters():
-        if shared and ".attention.qkv." in name:
+        trained = tensor.requires_grad
+        if name.endswith(f".{NF4}"):
+            yield from _in_nf4(decoder, name, dtype, shared=shared, tp=tp)
+        elif shared and ".attention.qkv." in name:
             for part, its_name in parts[name].names(name).items():
                 shape = torch.Size((parts[name].rows[part], *tensor.shape[1:]))
-                yield its_name, _parameter(its_name, shape, whole=part != "q")
+                yield its_name, _parameter(its_name, shape, whole=part != "q", trained=trained)
         else:
             whole = shared and re.search(r"attention\.[kv]\.", name) is not None
-            yield name, _parameter(name, tensor.shape, whole=whole)
+            whole |= decoder.config.score and name == "head.weight"  # a reward's
+            yield name, _parameter(name, tensor.shape, whole=whole, trained=trained)
 
 
-def _parameter(name: str, shape: torch.Size, *, whole: bool) -> Parameter:
-    plain = ".".join(part for part in name.split(".") if not part.isdigit())
+def _in_nf4(
+    decoder: Decoder, name: str, dtype: torch.dtype, *, shared: bool, tp: int
+) -> Iterator[tuple[str, Parameter]]:
+    """A matrix in 4 bits, or one for each part of a fused layer whose parts tp cuts in different ways: on each rank a
+    flat tensor of the same length (models/quantized.py), which is no share of the whole one."""
+    layer = name.removesuffix(f".{NF4}")
+    module: Any = decoder.get_submodule(layer)
+    fused = shared and layer.endswith(".attention.qkv")
+    above = layer.rpartition(".")[0]
+    names = [f"{above}.{part}.{NF4}" for part in module.parts.rows] if fused else [name]
+    pieces = [replace(module.piece, rows=(rows,)) for rows in module.piece.rows] if fused else [module.piece]
+    for its_name, piece in zip(names, pieces, strict=True):
+        kind = its_name.split(".")[-2]
+        cut = tp > 1 and kind not in WHOLE
+        if cut and kind in CUT_BY_INPUT:
+            piece = replace(piece, columns=piece.columns // tp)
+        elif cut:
+            over = decoder.config.num_kv_heads if shared and kind in ("k", "v") else tp
+            piece = replace(piece, rows=tuple(rows._replace(num=rows.num // over) for rows in piece.rows))
+        length = piece.num_bytes // dtype.itemsize
+        plain = _without_numbers(its_name)
+        yield its_name, Parameter(plain, torch.Size((length * (tp if cut else 1),)), 0 if cut else None, False, False)
+
+
+def _parameter(name: str, shape: torch.Size, *, whole: bool, trained: bool) -> Parameter:
+    plain = _without_numbers(name)
     layer, kind = plain.split(".")[-2:]
     is_expert = ".experts." in plain
+    by_input = layer in CUT_BY_INPUT
     tp_dim: int | None
     if kind == "sinks":
         tp_dim = 0
-    elif whole or layer in WHOLE or layer.endswith("norm") or (layer in CUT_BY_INPUT and kind == "bias"):
+    elif whole or layer in WHOLE or layer.endswith("norm"):
         tp_dim = None
+    elif kind in (A, B, M):  # of an adapter (models/lora.py): A is cut by features in, B and M by features out
+        tp_dim = (len(shape) - 1 if kind == A else None) if by_input else {A: None, B: len(shape) - 2, M: 0}[kind]
     elif kind == "bias":
-        tp_dim = 0
+        tp_dim = None if by_input else 0
     else:
-        tp_dim = len(shape) - (1 if layer in CUT_BY_INPUT else 2)
-    return Parameter(plain, shape, tp_dim, is_expert)
+        tp_dim = len(shape) - (1 if by_input else 2)
+    return Parameter(plain, shape, tp_dim, is_expert, trained)
+
+
+def _without_numbers(name: str) -> str:
+    return ".".join(part for part in name.split(".") if not part.isdigit())
 
 
 def _share(length: int, num_ranks: int, rank: int) -> int:

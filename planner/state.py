@@ -13,6 +13,9 @@ the part o of N (ZeRO's shard axis), and dtypes c (compute), m (master), r (redu
 ones shorter or empty; buffers of gradients, and stage 3's parameters, are padded to whole parts. Moments in int8 are a
 byte an element and an fp32 scale for each 256 of a row, of matrices whose rows are such blocks; those of others fp32.
 Muon keeps one momentum of each hidden matrix in m.
+
+A parameter that is not trained (adapters beside it are) has p c at stages 0 to 2 and o c at stage 3, and nothing else.
+So has each of a model beside the trained one, at stage 3 whatever the run's is (trainer/frozen.py).
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -28,7 +31,7 @@ from parallel.buckets import cut_dim
 from parallel.parallelize import dim_of_shard
 from parallel.tensor import chunk_bounds
 from planner.job import Job
-from planner.shapes import Parameter, parameters_of
+from planner.shapes import Parameter
 
 BLOCK = 256
 """Elements of a row that share a scale in 8-bit moments (kernels/adamw/quantized.py, which planner may not import)."""
@@ -46,6 +49,7 @@ class StateBytes:
     master: int = 0  # copies that are updated, where these are not the parameters
     optimizer: int = 0
     num_parameters: int = 0  # that the rank computes with, a gathered one counted whole
+    beside: int = 0  # of a reference or teacher; on the host or on the device
 
     def __add__(self, other: StateBytes) -> StateBytes:
         return StateBytes(*(a + b for a, b in zip(self.values, other.values, strict=True)))
@@ -54,11 +58,12 @@ class StateBytes:
         return StateBytes(*(count * value for value in self.values))
 
     @property
-    def values(self) -> tuple[int, int, int, int, int]:
-        return self.parameters, self.gradients, self.master, self.optimizer, self.num_parameters
+    def values(self) -> tuple[int, ...]:
+        return self.parameters, self.gradients, self.master, self.optimizer, self.num_parameters, self.beside
 
     @property
     def total(self) -> int:
+        """Of the model that is trained."""
         return self.parameters + self.gradients + self.master + self.optimizer
 
 
@@ -85,7 +90,7 @@ def rank_states(job: Job, *, largest: bool = False) -> list[RankState]:
     found: list[RankState] = []
     known: dict[object, StateBytes] = {}
     for pp in range(job.dims.pp):
-        parameters = parameters_of(job.model, job.stages_of(pp), tp=job.dims.tp)
+        parameters = job.parameters(pp)
         if largest:
             at, which = Coordinates(pp, 0, 0), frozenset(parameters.items())
             if which not in known:
@@ -93,8 +98,12 @@ def rank_states(job: Job, *, largest: bool = False) -> list[RankState]:
             found.append(RankState(known[which], at, 1))
             continue
         alike: dict[StateBytes, list[Coordinates]] = {}
+        beside = None if job.beside is None else job.beside.parameters(pp)
         for at in _coordinates(job, pp):
-            alike.setdefault(state_of_rank(job, parameters, at), []).append(at)
+            state = state_of_rank(job, parameters, at)
+            if job.beside is not None and beside is not None:
+                state = replace(state, beside=state_of_rank(job.beside, beside, at).parameters)
+            alike.setdefault(state, []).append(at)
         for state, places in sorted(alike.items(), key=lambda pair: -pair[0].total):
             found.append(RankState(state, places[0], len(places) * job.dims.dp_replicate))
     return found
@@ -125,6 +134,8 @@ def _of_parameter(job: Job, parameter: Parameter, at: Coordinates) -> StateBytes
     local = parameter.local(tp=(dims.tp, at.tp), ep=ep)
     if job.parallel.zero_stage == 3:
         return _fully_sharded(job, parameter, local, num_shards, shard, spread=spread)
+    if not (job.trained and parameter.is_trained):
+        return StateBytes(local.numel() * job.precision.compute_dtype.itemsize, num_parameters=local.numel())
     return _whole_parameters(job, parameter, local, num_shards if job.parallel.zero_stage else 1, shard)
 
 
@@ -154,10 +165,13 @@ def _fully_sharded(
     job: Job, parameter: Parameter, local: torch.Size, num_shards: int, shard: int, *, spread: bool
 ) -> StateBytes:
     """Stage 3: fully_shard pads what it keeps and what it reduces to whole parts."""
-    _, master, _ = _itemsizes(job)
+    compute, master, _ = _itemsizes(job)
     cut = {dim for dim in (parameter.tp_dim if job.dims.tp > 1 else None, 0 if spread else None) if dim is not None}
     dim = dim_of_shard(parameter.shape, num_shards, cut=cut, num_local=local[0])
-    padded = -(-local[dim] // num_shards) * (local.numel() // local[dim]) * master
+    elements = -(-local[dim] // num_shards) * (local.numel() // local[dim])
+    if not (job.trained and parameter.is_trained):
+        return StateBytes(elements * compute, num_parameters=local.numel())
+    padded = elements * master
     moments = _moments(job, parameter, _cut(local, dim, num_shards, shard))
     return StateBytes(padded, padded, 0, moments, local.numel())
 

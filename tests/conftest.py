@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+from collections.abc import Iterator
 
 # One thread per process: with several ranks on few cores, more threads only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -22,6 +24,7 @@ if not torch.cuda.is_available():
 # Imported before the fork, so that not every rank imports them again; the first torch.compile takes most of these.
 import torch._dynamo.testing
 import torch._inductor.compile_fx
+import torch.distributed as dist
 import torch.distributed.checkpoint
 import torch.distributed.fsdp
 import torch.distributed.tensor
@@ -42,6 +45,34 @@ def ranks() -> RankPool:
 def _compiled_alone() -> None:
     """Which sizes dynamo traces as symbols depends on what it compiled before: no test may depend on their order."""
     torch._dynamo.reset()
+
+
+def _state_of_the_process() -> dict[str, object]:
+    """What one test can change under the feet of those that happen to follow it in the same process."""
+    return {
+        "process group": dist.is_initialized(),
+        "working directory": os.getcwd(),
+        "default dtype": torch.get_default_dtype(),
+        "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
+        "threads of torch": torch.get_num_threads(),
+        "gradients": torch.is_grad_enabled(),
+        "signal handlers": [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)],
+    }
+
+
+@pytest.fixture(autouse=True)
+def _leaves_the_process_as_it_was() -> Iterator[None]:
+    """The test that leaves something behind fails, and not another one, on another machine, in another order."""
+    environment, before = dict(os.environ), _state_of_the_process()
+    yield
+    for name in os.environ.keys() - environment.keys():  # programs and libraries set some for their process
+        del os.environ[name]
+    os.environ.update(environment)
+    after = _state_of_the_process()
+    if after["process group"]:
+        dist.destroy_process_group()
+    left = {name: (before[name], value) for name, value in after.items() if value != before[name]}
+    assert not left, f"the test has changed, and not set back (before, after): {left}"
 
 
 def pytest_sessionfinish() -> None:

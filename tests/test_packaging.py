@@ -49,7 +49,7 @@ def run(program: str, *path: Path) -> str:
         env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path))},
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=300,
     )
     assert finished.returncode == 0, finished.stderr
     return finished.stdout.strip()

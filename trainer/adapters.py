@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from data.progress import Progress
 from kernels.nf4 import dequantize_nf4, quantize_nf4
 from models.adapter_config import AdapterConfig
 from models.hf import load_hf_weights
@@ -51,7 +53,8 @@ def load_base(state: TrainState, config: TrainConfig, checkpoint: Path | None) -
     path, kinds = config.model.path, (A, B, M, NF4)
     weights = {name: t for name, t in state.model.state_dict().items() if name.rpartition(".")[2] not in kinds}
     whole = config.parallel.pp == 1 and config.adapter.quantize == "none"
-    load_hf_weights(path, weights, config.model, whole_model=whole)
+    progress = Progress(f"reading {path}", silent=dist.get_rank() > 0)
+    load_hf_weights(path, weights, config.model, whole_model=whole, on_read=progress.tensors)
     begun: dict[str, LowRank] = {}
     if config.adapter.init == "pissa":
         if checkpoint is None:
@@ -61,12 +64,17 @@ def load_base(state: TrainState, config: TrainConfig, checkpoint: Path | None) -
         fill(separate(state.begun, state.fused), begun, suffix=BEGUN)
         taken = {name: replace(one, scale=-one.scale) for name, one in begun.items() if f"{name}.weight" in weights}
         Merged(weights, taken, keep=False)
+    read = 0
 
-    def read(name: str, shape: Sequence[int]) -> Tensor:
+    def counted(name: str, shape: Sequence[int]) -> Tensor:
+        nonlocal read
+        read += 1
+        progress.update(f"{read} matrices quantized")
         weight, one = _read(config, name, shape), begun.get(name.removesuffix(".weight"))
         return weight if one is None else residual(weight, one)
 
-    fill_quantized(state.model, read)
+    fill_quantized(state.model, counted)
+    progress.finish()
 
 
 def _read(config: TrainConfig, name: str, shape: Sequence[int]) -> Tensor:

@@ -10,6 +10,7 @@ from kernels.grouped_linear import choose_grouped_linear
 from models.adapter_config import adapted_layers
 from models.config import ModelConfig
 from models.decoder import Decoder
+from models.flops import num_parameters
 from models.fp8 import Fp8Linears, apply_fp8, linears_in_fp8
 from models.invariant import make_batch_invariant
 from models.layers.attention import choose_attention
@@ -212,6 +213,9 @@ def implementations(config: TrainConfig, dims: ParallelDims, state: TrainState, 
         "data_parallel": f"zero{config.parallel.zero_stage}",
         "pipeline": state.passes.layout.summary if isinstance(state.passes, PipelinedPasses) else "none",
     }
+    for name, other in state.beside.items():
+        assert isinstance(other.model, Decoder)
+        used[f"{name}_model"] = f"{num_parameters(other.model.config) / 1e6:,.1f}M parameters, trained beside"
     if model.speculator.kind != "none":
         used["loss"] = f"of {model.speculator.kind} heads; {used['loss']}"
     if config.adapter.name != "none":

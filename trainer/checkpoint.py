@@ -111,6 +111,11 @@ class CheckpointManager:
         if blocking or not self._config.asynchronous:
             self.wait()
 
+    @property
+    def saving(self) -> bool:
+        """Whether this rank has a save under way. Not collective."""
+        return self._thread is not None and self._thread.is_alive()
+
     def wait(self) -> None:
         """Return when no save is under way. Raises CheckpointError, once, if the last one failed."""
         if self._thread is not None:
@@ -194,7 +199,7 @@ class CheckpointManager:
         shutil.rmtree(replaced, ignore_errors=True)
         logger.info("saved %s", target)
         self._committed.append(step)
-        for old in _expired(_steps(self._directory), step, self._config):
+        for old in _expired(committed_steps(self._directory), step, self._config):
             _delete(self._directory / f"step_{old}")
 
 
@@ -257,7 +262,7 @@ def newest_checkpoint(path: Path, *, name: str) -> Path:
     if kind == "checkpoint":
         return path
     directory = path / "checkpoints" if kind == "run" else path
-    return directory / f"step_{_steps(directory)[-1]}"
+    return directory / f"step_{committed_steps(directory)[-1]}"
 
 
 def _kind(path: Path, name: str) -> str:
@@ -266,9 +271,9 @@ def _kind(path: Path, name: str) -> str:
         raise CheckpointError(f"{name}={path} does not exist; give a checkpoint, a run or its checkpoints/")
     if _STEP.fullmatch(path.resolve().name) or (path / EXTRA).exists():
         return "checkpoint"
-    if _steps(path / "checkpoints"):
+    if committed_steps(path / "checkpoints"):
         return "run"
-    if _steps(path):
+    if committed_steps(path):
         return "checkpoints"
     raise CheckpointError(f"{name}={path} holds no checkpoint (no step_N in it or in its checkpoints/)")
 
@@ -276,7 +281,7 @@ def _kind(path: Path, name: str) -> str:
 def _newest_good(directory: Path, ranks: Ranks) -> tuple[Path | None, list[str]]:
     """The newest good checkpoint, and what is wrong with each newer one."""
     damaged: list[str] = []
-    for step in reversed(ranks.on_first(lambda: _steps(directory))):
+    for step in reversed(ranks.on_first(lambda: committed_steps(directory))):
         path = directory / f"step_{step}"
         problems = _verify_together(path, ranks)
         if not problems:
@@ -304,7 +309,7 @@ def _verify_together(path: Path, ranks: Ranks) -> list[str]:
     return sorted(problem for part in found for problem in part if problem is not None)
 
 
-def _steps(directory: Path) -> list[int]:
+def committed_steps(directory: Path) -> list[int]:
     """Steps of the checkpoints in a directory, ascending; empty when there is no directory."""
     if not directory.is_dir():
         return []

@@ -12,6 +12,7 @@ from models.config import ModelConfig
 from parallel.dims import ParallelConfig
 from parallel.precision import PrecisionConfig
 from trainer.rl.config import RLConfig
+from trainer.rl.ppo_config import PPOConfig
 
 NONFINITE = ("skip", "stop")
 OPTIMIZERS = ("adamw", "muon")
@@ -141,7 +142,8 @@ class RecipeConfig:
     """`recipe`: what is trained for; a file of trainer/recipes."""
 
     name: str = "pretrain"  # one of trainer.recipes.RECIPES
-    rl: RLConfig = field(default_factory=RLConfig)  # of recipe=grpo and its family
+    rl: RLConfig = field(default_factory=RLConfig)  # of recipe=grpo and its family, and of ppo
+    ppo: PPOConfig = field(default_factory=PPOConfig)
     # dpo, of which the family and its numbers are defined in trainer/preference_losses.py
     loss: str = "sigmoid"  # sigmoid, robust, ipo, hinge, simpo, orpo
     beta: float = 0.1  # how far the policy may go from the reference; of orpo the weight of the loss beside nll

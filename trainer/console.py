@@ -7,10 +7,10 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, TextIO
 
-from trainer.sinks import Record
+from trainer.sinks import Event, Record
 
 if TYPE_CHECKING:
     from rich.live import Live
@@ -62,7 +62,14 @@ class ConsoleSink:
             elif step in (self._first_step, self._total_steps) or self._line_is_due(step):
                 self._print(record)
 
-    def event(self, text: str) -> None:
+    def event(self, line: Event, step: int) -> None:
+        self.say(str(line["text"]))
+
+    def ranks(self, step: int, times: Mapping[str, Sequence[float]]) -> None:
+        """A rank that keeps the others waiting is an event."""
+
+    def say(self, text: str) -> None:
+        """Something for who is looking, and for no record."""
         with self._errors_handled():
             self._write(text)
 
@@ -133,9 +140,11 @@ def line_parts(record: Record) -> list[str]:
         value = record.get(name)
         if value is not None:
             parts.append(show(value))
-    seconds, wait = record.get("step_seconds"), record.get("data_wait_seconds")
-    if seconds and wait and wait > 0.05 * seconds:
-        parts.append(f"data wait {wait / seconds:.0%}")
+    if seconds := record.get("step_seconds"):
+        rollout = record.get("rollout_seconds") or 0.0
+        wait = (record.get("data_wait_seconds") or 0.0) - rollout  # sampling is work, and shown as such
+        shares = {"rollout": rollout / seconds, "data wait": wait / seconds}
+        parts += [f"{name} {share:.0%}" for name, share in shares.items() if share > 0.05]
     if record.get("skipped_steps"):
         parts.append(f"skipped {record['skipped_steps']}")
     for name, value in record.items():
@@ -202,6 +211,19 @@ _NOT_SHOWN = {
     "step_seconds",
     "data_wait_seconds",
     "skipped_steps",
+    "reward_failures",  # an event says what failed
+    "completion_tokens_max",
+    "constant_groups",
+    "groups_trained",
+    "sampling_rounds",
+    "rollout_seconds",
+    "rollout_gather_seconds",
+    "clipped_below",
+    "clipped_above",
+    "ratio",
+    "importance_weight",
+    "validation_completions",
+    "validation_reward_failures",
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -16,6 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, zeros
 
 from data.config import DataConfig, DataError, TokenizerConfig
+from data.progress import Progress
 from data.tokenizer import Tokenizer, load_tokenizer
 from models.adapter_config import AdapterConfig
 from models.config import ModelConfig
@@ -89,11 +91,12 @@ def export_checkpoint(
         base_model = base_folder(checkpoint, extra)
         saved_dtype = dtype or dtype_of(base_model)
         read = merged_weights(base_model, config, read_adapters(reader, adapter, config), saved_dtype)
+    progress = Progress(f"exporting {checkpoint}", silent=ranks.rank > 0)
     with tempfile.TemporaryDirectory(prefix="lattice-tokenizer-") as scratch:
         tokenizer = ranks.on_first(lambda: _save_tokenizer(checkpoint, extra, Path(scratch)))
         ranks.on_first(lambda: out.rmdir() if out.exists() else None)  # empty; it comes back whole, by a rename
         export_hf_weights(
-            read,
+            _counted(read, progress),
             config,
             out,
             dtype=dtype or saved_dtype,
@@ -103,7 +106,22 @@ def export_checkpoint(
             tokenizer=scratch if tokenizer.missing is None else None,
             token_ids=tokenizer.token_ids,
         )
+    progress.finish()
     return Exported(checkpoint, tokenizer.missing)
+
+
+def _counted(read: Callable[[str], torch.Tensor], progress: Progress) -> Callable[[str], torch.Tensor]:
+    """read(name), with the number and size of what this rank has read shown."""
+    done = [0, 0]
+
+    def counted(name: str) -> torch.Tensor:
+        tensor = read(name)
+        done[0] += 1
+        done[1] += tensor.nbytes
+        progress.update(f"{done[0]} tensors of this rank's files, {done[1] / 2**30:.1f} GiB")
+        return tensor
+
+    return counted
 
 
 def _read_weight(reader: TensorReader, name: str) -> torch.Tensor:
@@ -190,7 +208,9 @@ def import_folder(source: Path, out: Path, *, dtype: torch.dtype = torch.float32
     except ValueError as error:
         raise ConfigError([str(error).replace("model.path=", "HF_DIR=", 1)]) from None
     weights = _sharded_zeros(config, dtype)
-    _agreed(lambda: load_hf_weights(source, weights, config), ranks)
+    progress = Progress(f"reading {source}", silent=ranks.rank > 0)
+    _agreed(lambda: load_hf_weights(source, weights, config, on_read=progress.tensors), ranks)
+    progress.finish()
     origin = {"model": asdict(config)}  # what a run would say in its config
     if (source / "tokenizer.json").is_file():
         origin["data"] = asdict(DataConfig(tokenizer=TokenizerConfig(path=str(source.resolve()))))
@@ -309,7 +329,12 @@ def _sources(config: DataConfig) -> list[str]:
 
 
 def _typed(schema: type[T], values: Mapping[str, Any], where: str) -> T:
-    """values as the dataclass `schema`. Raises CheckpointError for fields this version does not have."""
+    """values as the dataclass `schema`. Raises CheckpointError for fields this version does not have.
+
+    A checkpoint is data from elsewhere: it must not have OmegaConf look into the environment (`${oc.env:NAME}`).
+    """
+    if "${" in json.dumps(values):
+        raise CheckpointError(f"{where} holds an interpolation (${{...}}), which no checkpoint written here does")
     try:
         typed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), dict(values)))
     except OmegaConfBaseException as error:

@@ -54,10 +54,11 @@ def digest(tensor: torch.Tensor) -> torch.Tensor:
 def state_parts(state: TrainState) -> dict[Key, torch.Tensor]:
     """What this rank holds: masters, moments, buffers, and what the model computes with where that is a copy."""
     held: dict[str, Located] = dict(state.state_tensors())
-    masters = {local_tensor(master).data_ptr() for master in state.data_parallel.masters.values()}
-    for name, parameter in state.model.named_parameters():
-        if local_tensor(parameter).data_ptr() not in masters:
-            held[f"live/{name}"] = parameter
+    for prefix, each in {"": state, **{f"{name}/": other for name, other in state.beside.items()}}.items():
+        masters = {local_tensor(master).data_ptr() for master in each.data_parallel.masters.values()}
+        for name, parameter in each.model.named_parameters():
+            if local_tensor(parameter).data_ptr() not in masters:
+                held[f"{prefix}live/{name}"] = parameter
     return {(s.name, tuple(s.offsets), tuple(s.data.shape)): s.data for s in local_shards(held)}
 
 
@@ -127,8 +128,8 @@ class Snapshot:
         """Collective: the model is given the weights again."""
         for name, tensor in state.state_tensors().items():
             local_tensor(tensor).copy_(self._parts[name])
-        state.step = self._step
-        state.data_parallel.publish()
+        state.set_step(self._step)
+        state.publish()
 
 
 def _short(key: Key) -> int:

@@ -9,29 +9,39 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
 from data.batch import Batch
+from data.progress import Progress
 from models.config import ModelConfig
 from models.decoder import Decoder, Head
 from models.hf import load_hf_weights
 from models.init import initialize
 from models.invariant import make_batch_invariant
 from models.registry import build_model, resolve_model
-from parallel.dims import ParallelDims
+from parallel.dims import ParallelConfig, ParallelDims
 from parallel.fused import fused_parameters, separate
 from parallel.mesh import Meshes, groups_in_layers
 from parallel.parallelize import BlockOptions, parallelize
 from parallel.pipeline.layout import problems as pipeline_problems
-from parallel.precision import DTYPES
+from parallel.precision import DTYPES, PrecisionConfig
 from parallel.problem import without_advice
 from trainer.config import TrainConfig
 from trainer.pipelined import PipelinedPasses, pipeline_layout
 from trainer.sequence import problems as sequence_problems
 from trainer.step import Passes, PlainPasses, logprobs_head
 from trainer.validate_tensor import problems_of_model
+
+
+class Beside(NamedTuple):
+    """A model to be made by `load_frozen`."""
+
+    model: ModelConfig  # resolved
+    offload: bool
 
 
 @dataclass(frozen=True)
@@ -56,18 +66,21 @@ class FrozenModel:
         return found
 
 
-def problems_beside(field: str, path: str | None, config: TrainConfig) -> list[str]:
+def problems_beside(field: str, path: str | None, config: TrainConfig, *, score: bool = False) -> list[str]:
     """Why the model in a Hugging Face folder cannot run beside the trained one, one line each; None: it is that one.
 
-    config: not resolved. What is wrong with its own model has been named.
+    config: not resolved. What is wrong with its own model has been named. score: as of `resolve_beside`.
     """
     if path is None:
         return []
     try:
-        beside, model = resolve_beside(path, config), resolve_model(config.model)
+        beside, model = resolve_beside(path, config, score=score), resolve_model(config.model)
     except ValueError as error:
-        return [str(error).replace("model.path=", f"{field}=")] if config.model.path != path else []
+        return [str(error).replace("model.path=", f"{field}=")] if config.model.path != path or score else []
     found: list[str] = []
+    if score and config.train.seq_len > beside.max_seq_len:
+        longer = f"train.seq_len={config.train.seq_len} is above the {beside.max_seq_len} tokens"
+        found.append(f"{field}={path}: {longer} that its model was made for; use fewer, or another model")
     if beside.vocab_size != model.vocab_size:
         found.append(f"{field}={path} has {beside.vocab_size} words and the trained model {model.vocab_size}")
     for problem in (
@@ -79,8 +92,11 @@ def problems_beside(field: str, path: str | None, config: TrainConfig) -> list[s
     return found
 
 
-def resolve_beside(path: str | None, config: TrainConfig) -> ModelConfig:
-    """The shape of the model in a Hugging Face folder, run as the trained one is; None: its own. Raises ValueError."""
+def resolve_beside(path: str | None, config: TrainConfig, *, score: bool = False) -> ModelConfig:
+    """The shape of the model in a Hugging Face folder, run as the trained one is; None: its own. Raises ValueError.
+
+    score: with the head of a reward model.
+    """
     if path is None:
         return replace(config.model, activation_checkpoint="none", dropout=0.0, attention_dropout=0.0)
     model = config.model
@@ -90,8 +106,16 @@ def resolve_beside(path: str | None, config: TrainConfig) -> ModelConfig:
         attention=model.attention,
         routing=model.routing,
         fused_projections=model.fused_projections,
+        score=score,
     )
     return resolve_model(beside)
+
+
+def layout_beside(config: TrainConfig, *, offload: bool) -> tuple[ParallelConfig, PrecisionConfig]:
+    """How a model beside the trained one is cut, and in what dtypes it is."""
+    compute = next(name for name, dtype in DTYPES.items() if dtype == config.precision.compute_dtype)
+    precision = replace(config.precision, compute=compute, master=compute, reduce=compute)
+    return replace(config.parallel, zero_stage=3, cpu_offload=offload), precision
 
 
 def load_frozen(
@@ -102,10 +126,8 @@ def load_frozen(
     model_config: resolved. offload: its weights stay in host memory and are copied block by block. Raises ValueError
     for a folder that does not hold it.
     """
-    parallel = replace(config.parallel, zero_stage=3, cpu_offload=offload)
+    parallel, precision = layout_beside(config, offload=offload)
     dims = ParallelDims.resolve(config.parallel, mesh.batch.size())
-    compute = next(name for name, dtype in DTYPES.items() if dtype == config.precision.compute_dtype)
-    precision = replace(config.precision, compute=compute, master=compute, reduce=compute)
     pipeline = pipeline_layout(parallel, model_config, seq_len=config.train.seq_len)
     stages = None if pipeline is None else pipeline.of_rank(mesh.batch["pp"].get_local_rank())
     with torch.device("meta"):
@@ -134,7 +156,10 @@ def load_frozen(
         )
     weights = separate(dict(model.named_parameters()) | dict(model.named_buffers()), fused_parameters(model))
     if model_config.path is not None:
-        load_hf_weights(model_config.path, weights, model_config, whole_model=pipeline is None)
+        progress = Progress(f"reading {model_config.path}", silent=dist.get_rank() > 0)
+        whole = pipeline is None
+        load_hf_weights(model_config.path, weights, model_config, whole_model=whole, on_read=progress.tensors)
+        progress.finish()
     else:
         initialize(weights, model.initializers(), config.train.seed)
     data_parallel.publish()

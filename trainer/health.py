@@ -21,7 +21,7 @@ import torch.distributed as dist
 from trainer.config import ConfigError, ResilienceConfig, TrainConfig
 from trainer.corruption import Key, Snapshot, at_rest, check_replicas, check_same, digests
 from trainer.step import TrainState
-from trainer.stragglers import LateRanks, Straggler
+from trainer.stragglers import RankTimes, Straggler
 from trainer.watchdog import Watchdog
 
 T = TypeVar("T")
@@ -55,7 +55,7 @@ class Health:
             start=str(names[0]),
             timeout=self._timeout,
         )
-        self._late = LateRanks(device, group)
+        self._times = RankTimes(device, group)
         self._since = self._step_end = time.perf_counter()
         self._steps = 0  # since stragglers were looked for
         self._sealed: dict[Key, int] | None = None  # hashes of the state after the last step, if it was checked
@@ -77,7 +77,7 @@ class Health:
             seconds = max(seconds, self._config.first_step_seconds)
         self._watchdog.begin(phase, step=step, seconds=seconds)
         if phase == "step":
-            self._late.add(time.perf_counter() - self._step_end)
+            self._times.add_late(time.perf_counter() - self._step_end)
 
     def computed(self, compute: Callable[[], T]) -> T:
         """compute(), which is a step; now and then twice, from the same state, with the same result to the bit.
@@ -116,10 +116,14 @@ class Health:
             step, what = self._state.step + 1, "the state changed between two updates"
             check_same(sealed, digests(self._state), what=what, step=step, group=self._group)
 
-    def late_seconds(self, step: int) -> list[float]:
-        """How late each rank was for its steps, after one at which this was compared; else empty."""
+    def add_step(self, seconds: float) -> None:
+        """How long a step took on this rank, when that is known; on a GPU after the next was launched."""
+        self._times.add_step(seconds)
+
+    def times_of_ranks(self, step: int) -> dict[str, list[float]]:
+        """Times of each rank by name (RankTimes.of_ranks), after a step at which these were compared; else empty."""
         every = self._config.straggler_interval
-        return self._late.of_ranks if every and step % every == 0 else []
+        return self._times.of_ranks if every and step % every == 0 else {}
 
     def end_step(self, step: int) -> list[Straggler]:
         """All ranks have agreed to go on. Who keeps the others waiting, if it is time to look."""
@@ -130,7 +134,7 @@ class Health:
         if every == 0 or step % every:
             return []
         mean = (self._step_end - self._since) / self._steps
-        found = self._late.compare(step_seconds=mean, share=self._config.straggler_share)
+        found = self._times.compare(step_seconds=mean, share=self._config.straggler_share)
         self._since, self._steps = self._step_end, 0
         return found
 

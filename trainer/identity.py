@@ -12,7 +12,7 @@ from models.registry import shape_of
 from parallel.precision import PrecisionConfig
 from trainer.checkpoint import read_extra
 from trainer.config import ConfigError, TrainConfig
-from trainer.run_info import mask_secrets
+from trainer.masking import mask_secrets
 
 
 def model_identity(config: ModelConfig) -> dict[str, Any]:

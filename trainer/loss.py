@@ -32,6 +32,7 @@ from functools import partial
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from data.batch import IGNORE_INDEX, Batch
@@ -166,6 +167,15 @@ def token_losses_and_entropies(
         ignore_index=IGNORE_INDEX,
         batch_invariant=batch_invariant,
     )
+
+
+def token_scores(hidden: Tensor, weight: Tensor) -> Tensor:
+    """What a reward model's head says of every token: [B, T] of hidden [B, T, D] and weight [1, D], differentiable.
+
+    In fp32 (fp64 for fp64): two answers of nearly the same worth would be equal in bf16.
+    """
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    return F.linear(hidden.to(dtype), weight.to(dtype))[..., 0]
 
 
 def vocabulary_shard(vocab_size: int, groups: ModelParallel) -> VocabularyShard | None:

@@ -112,6 +112,9 @@ def read_manifest(folder: Path) -> Manifest:
             if Path(name).name != name or name in ("", ".."):
                 raise ValueError(f"it names {name!r}, outside of the checkpoint")
         files = {name: FileRecord(**record) for name, record in body["files"].items()}
+        numbers = [body["step"], body["world_size"], *(n for r in files.values() for n in (r.size, r.crc32))]
+        if wrong := [number for number in numbers if type(number) is not int or number < 0]:
+            raise ValueError(f"{wrong[0]!r} is no number of steps, ranks or bytes")
         return Manifest(step=body["step"], world_size=body["world_size"], files=files)
     except FileNotFoundError:
         raise CheckpointError(f"{MANIFEST}: missing") from None

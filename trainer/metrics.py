@@ -10,7 +10,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from numbers import Integral, Real
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import IO, Any
 
 from trainer.config import LoggingConfig
 from trainer.console import ConsoleSink
+from trainer.masking import mask_secrets, mask_text
 from trainer.run_info import write_atomically
 from trainer.sinks import WANDB_MODES, Record, Sink, TensorBoardSink, WandbSink
 
@@ -60,7 +61,11 @@ class MetricLogger:
             first_step = resume_step + 1
             self._sinks.append(ConsoleSink(total_steps=total_steps, interval=config.interval, first_step=first_step))
         if config.tensorboard:
-            self._start("tensorboard", resume_step, lambda: TensorBoardSink(run_dir, resume_step=resume_step))
+            self._start(
+                "tensorboard",
+                resume_step,
+                lambda: TensorBoardSink(run_dir, config=config_dict, resume_step=resume_step),
+            )
         if config.wandb:
             options = {"project": config.wandb_project, "mode": config.wandb_mode, "run_name": run_name}
             self._start("wandb", resume_step, lambda: WandbSink(run_dir, config=config_dict, **options))
@@ -87,27 +92,37 @@ class MetricLogger:
         for sink in list(self._sinks):
             self._guard(sink, sink.log, clean)
 
-    def log_ranks(self, step: int, late_seconds: list[float]) -> None:
-        """How late each rank was for its steps, in rank order: a line in ranks.jsonl, which is only appended to."""
+    def log_ranks(self, step: int, times: Mapping[str, list[float]]) -> None:
+        """Seconds of each rank, in rank order, by name: a line in ranks.jsonl, which is only appended to."""
         if self._is_main:
-            self._ranks.write(json.dumps({"step": step, "late_seconds": late_seconds}) + "\n")
+            self._ranks.write(json.dumps({"step": step, **times}) + "\n")
             self._ranks.flush()
+            for sink in list(self._sinks):
+                self._guard(sink, sink.ranks, step, times)
+
+    def say(self, text: str) -> None:
+        """On the console alone: what is being done, where that takes a while."""
+        for sink in list(self._sinks):
+            if isinstance(sink, ConsoleSink):
+                self._guard(sink, sink.say, text)
 
     def event(self, kind: str, text: str, **fields: Any) -> None:
         """Something worth noticing: a line on the console and one in events.jsonl.
 
         kind: a word to search for (resume, checkpoint, skipped_step, preempted, ...); text: a sentence for people;
-        fields: what JSON can hold, other values are written as their str().
+        fields: what JSON can hold, other values are written as their str(). Secrets are masked.
         """
         if not self._is_main:
             return
         time = datetime.now(UTC).isoformat(timespec="milliseconds")
         line: dict[str, Any] = {"time": time, "kind": kind, "text": text}
         line |= {name: _finite(value) if isinstance(value, float) else value for name, value in fields.items()}
+        line = mask_secrets(line)
         self._events.write(json.dumps(line, default=str) + "\n")
         self._events.flush()
+        step = fields.get("step")
         for sink in list(self._sinks):
-            self._guard(sink, sink.event, text)
+            self._guard(sink, sink.event, line, step if isinstance(step, int) else self._last_step)
 
     def close(self) -> None:
         """Finish all sinks. A second call does nothing."""
@@ -141,7 +156,7 @@ class MetricLogger:
             self._report_failure(sink.name, error)
 
     def _report_failure(self, name: str, error: Exception) -> None:
-        text = f"{name} is switched off: {type(error).__name__}: {error}"
+        text = mask_text(f"{name} is switched off: {type(error).__name__}: {error}")
         logger.warning("%s; training goes on, metrics.jsonl has every step", text)
         self.event("sink_failed", text, sink=name)
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from statistics import median
 from typing import Any
 
+from models.adapter_config import AdapterConfig
 from parallel.dims import ParallelDims
 from planner.hardware_files import hardware_of, read_hardware
 from planner.job import Job
@@ -13,12 +15,14 @@ from planner.limits import limits
 from planner.memory import memory_of_ranks
 from planner.steptime import step_time
 from trainer.config import TrainConfig
+from trainer.frozen import Beside, layout_beside
 from trainer.pipelined import pipeline_layout
 
 
-def job_of(config: TrainConfig, *, world_size: int) -> Job:
-    """config: validated, with the model resolved (trainer.validate.finalize)."""
-    return Job(
+def job_of(config: TrainConfig, *, world_size: int, beside: Beside | None = None) -> Job:
+    """config: validated, with the model resolved (trainer.validate.finalize). beside: as its recipe says
+    (trainer.recipes.pretrain.Pretrain.beside)."""
+    job = Job(
         model=config.model,
         parallel=config.parallel,
         dims=ParallelDims.resolve(config.parallel, world_size),
@@ -30,11 +34,21 @@ def job_of(config: TrainConfig, *, world_size: int) -> Job:
         compiled=config.train.compiles_loss,
         optimizer=config.optim.name,
         state_dtype=config.optim.state_dtype,
+        adapter=config.adapter,
     )
+    if beside is None:
+        return job
+    parallel, precision = layout_beside(config, offload=beside.offload)
+    pipeline = pipeline_layout(parallel, beside.model, seq_len=config.train.seq_len)
+    frozen = replace(job, model=beside.model, parallel=parallel, precision=precision, pipeline=pipeline)
+    frozen = replace(frozen, adapter=AdapterConfig(), trained=False)
+    return replace(job, beside=frozen, beside_on_host=beside.offload)
 
 
 KNOWN_RECIPES = ("pretrain", "sft")
 """Of one model and one pass forward and back."""
+KNOWN_STATE = (*KNOWN_RECIPES, "dpo", "kto", "reward", "distill")
+"""Of which all that a rank keeps from step to step is known."""
 WARM_UP = 3
 """Steps of a start that are not compared: they compile, and fill caches."""
 FEWEST = 3
@@ -43,18 +57,35 @@ FEWEST = 3
 
 def not_planned(config: TrainConfig) -> list[str]:
     """What of a configuration the planner does not know, one line each with the field and its value."""
+    return without_state(config) + only_state(config)
+
+
+def without_state(config: TrainConfig) -> list[str]:
+    """That of which it does not know what a rank holds either."""
     found = []
-    if config.recipe.name not in KNOWN_RECIPES:
+    if (recipe := config.recipe.name) not in KNOWN_STATE:
         found.append(
-            f"recipe.name={config.recipe.name} is not planned for: it has passes beside those of the model's training; "
-            f"use {' or '.join(KNOWN_RECIPES)}"
-        )
-    if config.adapter.name != "none":
-        found.append(
-            f"adapter.name={config.adapter.name} is not planned for: frozen weights cost less; use adapter=none"
+            f"recipe.name={recipe} is not planned for: what it samples and keeps depends on its rollouts; "
+            f"use {', '.join(KNOWN_STATE[:-1])} or {KNOWN_STATE[-1]}"
         )
     if (kind := config.model.speculator.kind) != "none":
         found.append(f"model.speculator.kind={kind} is not planned for: heads are trained beside a model; use none")
+    return found
+
+
+def only_state(config: TrainConfig) -> list[str]:
+    """That of which it knows nothing but what a rank holds: neither activations nor time."""
+    found = []
+    if (recipe := config.recipe.name) in KNOWN_STATE and recipe not in KNOWN_RECIPES:
+        found.append(
+            f"activations and time with recipe.name={recipe}: it has passes beside those of the model's training; "
+            f"{' and '.join(KNOWN_RECIPES)} have a whole plan"
+        )
+    if (adapter := config.adapter.name) != "none":
+        found.append(
+            f"activations and time with adapter.name={adapter}: weights that stay as they are cost less than trained "
+            "ones, and those in 4 bits are made again in every pass; adapter=none has a whole plan"
+        )
     return found
 
 

@@ -21,7 +21,7 @@ from models.lora import adapters_off
 from parallel.mesh import Meshes
 from parallel.problem import Problem, values
 from trainer.config import RecipeConfig, TrainConfig, configuration_errors
-from trainer.frozen import load_frozen, problems_beside, resolve_beside
+from trainer.frozen import Beside, load_frozen, problems_beside, resolve_beside
 from trainer.step import Passes, TrainState
 
 REFERENCES = ("model", "precomputed", "adapter")
@@ -54,8 +54,16 @@ def load_reference(config: TrainConfig, state: TrainState, mesh: Meshes) -> Refe
         assert isinstance(state.model, Decoder)
         return WithoutAdapters(state.model, state.passes)
     with configuration_errors():
-        beside = resolve_beside(recipe.reference_path, config)
-        return load_frozen(beside, config, mesh, state.device, offload=recipe.reference_offload)
+        beside = reference_beside(config)
+        assert beside is not None
+        return load_frozen(beside.model, config, mesh, state.device, offload=beside.offload)
+
+
+def reference_beside(config: TrainConfig) -> Beside | None:
+    """The model that `load_reference` makes; None: there is none beside the trained one. Raises ValueError."""
+    if config.recipe.reference != "model":
+        return None
+    return Beside(resolve_beside(config.recipe.reference_path, config), config.recipe.reference_offload)
 
 
 def reference_problems(config: TrainConfig, *, kinds: Collection[str] = ("model", "adapter")) -> list[str]:

@@ -10,8 +10,9 @@ import torch.distributed as dist
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from trainer.checkpoint import resolve_resume
+from trainer.checkpoint import committed_steps, resolve_resume
 from trainer.config import ConfigError, TrainConfig
+from trainer.masking import mask_secrets
 from trainer.run_lock import RunLock
 
 
@@ -56,11 +57,11 @@ def _agree_on(problem: str | None) -> None:
 def _obstacle(config: TrainConfig) -> str | None:
     """Why this start would lose something in run.dir; None: it would not."""
     run_dir, resume = Path(config.run.dir), config.checkpoint.resume
-    saved = _steps(run_dir / "checkpoints")
+    saved = committed_steps(run_dir / "checkpoints")
     if not saved and not _has_metrics(run_dir):
         return None
     before = _configuration_of(run_dir)
-    again = before == OmegaConf.to_container(OmegaConf.structured(config))
+    again = before == mask_secrets(OmegaConf.to_container(OmegaConf.structured(config)))
     what = f"run.dir={run_dir} already holds a run"
     if resume == "never":
         return f"{what}, and checkpoint.resume=never would overwrite it; choose another run.dir or delete it"
@@ -84,11 +85,6 @@ def _obstacle(config: TrainConfig) -> str | None:
             "choose another run.dir for what is new"
         )
     return None
-
-
-def _steps(checkpoints: Path) -> list[int]:
-    """Steps of the checkpoints in a folder, ascending."""
-    return sorted(int(path.name[5:]) for path in checkpoints.glob("step_*") if path.name[5:].isdigit())
 
 
 def _enter(run_dir: Path, start: Path | None, lock: RunLock) -> str | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -18,14 +17,7 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
-MASK = "***"
-
-# A key with secret, password or credential anywhere, or token or key at its end: `hub.token`, `apiKey`, but not
-# `sample_tokens`, `tokenizer.path` or `num_key_value_heads`.
-_SECRET = r"[\w.+~-]*(?:(?:secret|passw|credential)[\w.-]*|token|key)"
-_SECRET_KEY = re.compile(_SECRET, re.IGNORECASE)
-_ASSIGNMENT = re.compile(rf"""({_SECRET}["']?\s*[=:]\s*)("[^"]*"|'[^']*'|[^\s,{{}}\[\]]+)""", re.IGNORECASE)
-_URL_USER = re.compile(r"(\w+://)[^/\s@]+@")
+from trainer.masking import mask_argv, mask_secrets
 
 
 @dataclass
@@ -93,12 +85,12 @@ def _earlier_starts(path: Path) -> list[dict[str, Any]]:
 
 
 def write_config(run_dir: Path, config: Any) -> Path:
-    """Write a configuration dataclass to run_dir/config.yaml, every field with its value.
+    """Write a configuration dataclass to run_dir/config.yaml, every field with its value, secrets masked.
 
     A restart may change the configuration: config.yaml is then the newest, the one before stays as config.N.yaml.
     """
     path = run_dir / "config.yaml"
-    text = OmegaConf.to_yaml(OmegaConf.create(asdict(config)))
+    text = OmegaConf.to_yaml(OmegaConf.create(mask_secrets(asdict(config))))
     if path.exists():
         if path.read_text() == text:
             return path
@@ -174,39 +166,3 @@ def _git_state() -> tuple[str | None, bool]:
     if not top or Path(top).resolve() != root:
         return None, False
     return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no"))
-
-
-def is_secret(name: str) -> bool:
-    """Whether a configuration key or option, such as `hub.api_key` or `--token`, names a secret."""
-    return _SECRET_KEY.fullmatch(name) is not None
-
-
-def mask_argv(argv: Sequence[str]) -> list[str]:
-    """A command line with secret values replaced by MASK: key=value, --key=value, --key value, {key: value}, URLs."""
-    masked = []
-    hide_next = False
-    for argument in argv:
-        name, equals, _ = argument.partition("=")
-        if hide_next:
-            masked.append(MASK)
-        elif equals and is_secret(name):
-            masked.append(f"{name}={MASK}")
-        else:
-            masked.append(_mask_text(argument))
-        hide_next = not hide_next and argument.startswith("-") and not equals and is_secret(argument)
-    return masked
-
-
-def mask_secrets(value: Any, name: str = "") -> Any:
-    """A configuration of dicts and lists with the values of secret keys replaced by MASK."""
-    if value is not None and is_secret(name):
-        return MASK
-    if isinstance(value, Mapping):
-        return {key: mask_secrets(item, str(key)) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [mask_secrets(item) for item in value]
-    return _URL_USER.sub(rf"\1{MASK}@", value) if isinstance(value, str) else value
-
-
-def _mask_text(text: str) -> str:
-    return _URL_USER.sub(rf"\1{MASK}@", _ASSIGNMENT.sub(rf"\1{MASK}", text))

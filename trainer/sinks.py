@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import re
 import secrets
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any, Protocol
 
-from trainer.run_info import mask_secrets, write_atomically
+import yaml
+
+from trainer.masking import mask_secrets
+from trainer.run_info import write_atomically
 
 Record = dict[str, float | int | None]
 """One training step by field name; None where a field has no value (mfu on a CPU)."""
+
+Event = Mapping[str, Any]
+"""A line of events.jsonl: time, kind, text, and fields of the kind."""
+MAX_RANKS = 64
+"""That have a curve each; of more, the smallest, the median and the largest number have."""
 
 WANDB_MODES = ("offline", "online")
 
@@ -22,17 +33,46 @@ class Sink(Protocol):
 
     def log(self, record: Record) -> None: ...
 
-    def event(self, text: str) -> None: ...
+    def event(self, line: Event, step: int) -> None:
+        """line: of events.jsonl. step: it is about, or the last one before it."""
+        ...
+
+    def ranks(self, step: int, times: Mapping[str, Sequence[float]]) -> None:
+        """times: of a line of ranks.jsonl."""
+        ...
 
     def close(self) -> None: ...
 
 
+def text_of(line: Event) -> str:
+    """An event for people; a sample with its text below, as it is."""
+    sample = line.get("sample")
+    return str(line["text"]) if sample is None else f"{line['text']}\n\n{_indented(str(sample))}"
+
+
+def _indented(text: str) -> str:
+    """In Markdown, which TensorBoard reads: as it is."""
+    return "".join(f"    {line}\n" for line in text.splitlines())
+
+
+def curves_of_ranks(times: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Seconds by name: ranks/step_seconds/3."""
+    found: dict[str, float] = {}
+    for name, seconds in times.items():
+        if len(seconds) <= MAX_RANKS:
+            found |= {f"ranks/{name}/{rank}": value for rank, value in enumerate(seconds)}
+        else:
+            found |= {f"ranks/{name}/{of.__name__}": of(seconds) for of in (min, median, max)}
+    return found
+
+
 class TensorBoardSink:
-    """Event files under run_dir/tensorboard, one scalar per field. The format holds them in fp32."""
+    """Event files under run_dir/tensorboard: one scalar per field, in fp32, which is the format's; events, samples and
+    the configuration (secrets masked) as texts."""
 
     name = "tensorboard"
 
-    def __init__(self, run_dir: Path, *, resume_step: int) -> None:
+    def __init__(self, run_dir: Path, *, config: Mapping[str, Any], resume_step: int) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
@@ -43,21 +83,29 @@ class TensorBoardSink:
         # Steps after the checkpoint are redone: purge_step tells TensorBoard to drop the ones an earlier start wrote.
         purge_step = resume_step + 1 if resume_step else None
         self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge_step, flush_secs=30)
+        if config:
+            text = yaml.safe_dump(json.loads(json.dumps(mask_secrets(config), default=str)), sort_keys=False)
+            self._writer.add_text("config", _indented(text), resume_step)
 
     def log(self, record: Record) -> None:
         for name, value in record.items():
             if name != "step" and value is not None:
                 self._writer.add_scalar(name, value, record["step"])
 
-    def event(self, text: str) -> None:
-        """Events are in events.jsonl; TensorBoard keeps scalars."""
+    def event(self, line: Event, step: int) -> None:
+        self._writer.add_text(f"events/{line['kind']}", text_of(line), step)
+
+    def ranks(self, step: int, times: Mapping[str, Sequence[float]]) -> None:
+        for name, value in curves_of_ranks(times).items():
+            self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
         self._writer.close()
 
 
 class WandbSink:
-    """A Weights & Biases run that gets the step records and the configuration (secrets masked), and nothing else.
+    """A Weights & Biases run that gets the step records, times of ranks, texts of events, samples and the configuration
+    (secrets masked), and nothing else.
 
     The run's id lives in run_dir/wandb_id, so a restart continues the same run. Charts use the field `step` as x: steps
     redone after a restart appear twice there, with equal numbers.
@@ -105,8 +153,11 @@ class WandbSink:
     def log(self, record: Record) -> None:
         self._run.log({name: value for name, value in record.items() if value is not None})
 
-    def event(self, text: str) -> None:
-        """Events are in events.jsonl."""
+    def event(self, line: Event, step: int) -> None:
+        self._run.log({f"events/{line['kind']}": text_of(line), "step": step})
+
+    def ranks(self, step: int, times: Mapping[str, Sequence[float]]) -> None:
+        self._run.log({**curves_of_ranks(times), "step": step})
 
     def close(self) -> None:
         self._run.finish()

@@ -92,6 +92,10 @@ class TrainState:
         default_factory=dict
     )  # by block; empty: no budget. Filled by build_state
     begun: dict[str, torch.Tensor] = field(default_factory=dict)  # as adapters began, where weights lack that; PiSSA
+    # Models that are trained beside it over the same micro-batches, each by an objective of its own, by the names that
+    # their tensors and metrics begin with; filled by Trainer
+    beside: Mapping[str, TrainState] = field(default_factory=dict)
+    lr_factor: float = 1.0  # of one that is beside another: times that one's learning rate
     before_update: Callable[[], None] | None = None  # called when gradients are complete; filled by trainer/health.py
     step: int = 0  # updates attempted so far; filled by train_step
 
@@ -109,7 +113,17 @@ class TrainState:
         if self.fp8 is not None:
             tensors |= {f"fp8/{name}": tensor for name, tensor in self.fp8.state_tensors().items()}
         tensors |= {f"loss_scale/{name}": t for name, t in self.loss_scale.state_tensors().items()}
-        return separate(tensors, self.fused)
+        beside = {f"{name}/{n}": t for name, other in self.beside.items() for n, t in other.state_tensors().items()}
+        return separate(tensors, self.fused) | beside
+
+    def publish(self) -> None:
+        """Give models the weights that `state_tensors` were filled with. Collective."""
+        for state in (self, *self.beside.values()):
+            state.data_parallel.publish()
+
+    def set_step(self, step: int) -> None:
+        for state in (self, *self.beside.values()):
+            state.step = step
 
 
 @dataclass
@@ -244,7 +258,10 @@ def logits_head(model: nn.Module, position: int) -> Callable[[torch.Tensor, torc
 
 
 def train_step(state: TrainState, microbatches: list[Batch], *, lr: float) -> StepMetrics:
-    """Accumulate gradients over this rank's micro-batches (already on the device) and update the weights once."""
+    """Accumulate gradients over this rank's micro-batches (already on the device) and update the weights once.
+
+    Then the same for the models beside it; a step counts as skipped where the update of any of them was.
+    """
     counts = count(state.objective, microbatches)
     dist.all_reduce(counts, group=state.token_group)
     valid_tokens, counts = counts[0], counts[1:]
@@ -281,6 +298,12 @@ def train_step(state: TrainState, microbatches: list[Batch], *, lr: float) -> St
         extra |= state.routing.finish(report, skipped)
     state.loss_scale.update(skipped)
     state.step += 1
+    # After the update, before which `before_update` looks at the whole state.
+    for name, other in state.beside.items():
+        theirs = train_step(other, microbatches, lr=lr * other.lr_factor)
+        skipped = torch.maximum(skipped, theirs.skipped)
+        found = {"loss": theirs.loss, "grad_norm": theirs.grad_norm} | theirs.extra
+        extra |= {f"{name}_{field}": value for field, value in found.items()}
     return StepMetrics(
         loss=loss, grad_norm=grad_norm, skipped=skipped, valid_tokens=valid_tokens, loss_scale=scale, extra=extra
     )

@@ -5,10 +5,13 @@ was. What differs is measured on each rank by itself, without a collective insid
 
     late     host seconds from the end of a step to the first collective of the next: data, Python, a busy CPU
     probe    seconds for a fixed matrix product (on CUDA only): a device that is throttled or shared
+
+Step times of all ranks are gathered beside these, for the record: alike while ranks leave steps together.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from statistics import median
 
@@ -38,32 +41,45 @@ class Straggler:
         return f"rank {self.rank} takes {mine} for a fixed product; {usual}"
 
 
-class LateRanks:
-    """Collects how late this rank is, and compares."""
+class RankTimes:
+    """Collects the times of this rank, and compares them with those of the others."""
 
     def __init__(self, device: torch.device, group: dist.ProcessGroup | None) -> None:
         self._device, self._group = device, group
         self._late: list[float] = []
-        self.of_ranks: list[float] = []  # the seconds of each rank at the newest comparison; empty before, or alone
+        self._steps: list[float] = []
+        self.of_ranks: dict[str, list[float]] = {}
+        """Of each rank at the newest comparison, in seconds: `late_seconds`, and `step_seconds` once a step has ended
+        (each a median over the steps in between). Empty before, or alone."""
 
-    def add(self, seconds: float) -> None:
+    def add_late(self, seconds: float) -> None:
         """Of one step: from the end of the step before to the first collective."""
         self._late.append(seconds)
 
+    def add_step(self, seconds: float) -> None:
+        """Of one step, by this rank's clock (trainer.throughput.StepClock)."""
+        self._steps.append(seconds)
+
     def compare(self, *, step_seconds: float, share: float) -> list[Straggler]:
-        """The stragglers since the last call, the same on every rank. Collective.
+        """The stragglers since the last call, the same on every rank. Collective: one gather of three numbers.
 
         step_seconds: mean of a step. share: of it, that a rank may be later than the median.
         """
-        mine = [median(self._late) if self._late else 0.0, probe_seconds(self._device)]
+        late = median(self._late) if self._late else 0.0
+        step = median(self._steps) if self._steps else math.nan
         self._late.clear()
+        self._steps.clear()
+        mine = [late, probe_seconds(self._device), step]
         if self._group is None:
             return []
         numbers = torch.tensor(mine, dtype=torch.float64)
         everyone = [torch.empty_like(numbers) for _ in range(dist.get_world_size(self._group))]
         dist.all_gather(everyone, numbers, group=self._group)
-        self.of_ranks, probes = (list(column) for column in zip(*(row.tolist() for row in everyone), strict=True))
-        return stragglers(self.of_ranks, probes, step_seconds=step_seconds, share=share)
+        lates, probes, steps = (list(column) for column in zip(*(row.tolist() for row in everyone), strict=True))
+        self.of_ranks = {"late_seconds": lates}
+        if not any(math.isnan(seconds) for seconds in steps):
+            self.of_ranks["step_seconds"] = steps
+        return stragglers(lates, probes, step_seconds=step_seconds, share=share)
 
 
 def stragglers(late: list[float], probes: list[float], *, step_seconds: float, share: float) -> list[Straggler]:

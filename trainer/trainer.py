@@ -8,7 +8,7 @@ import os
 import resource
 import time
 from collections import Counter, deque
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch.distributed as dist
 from data.batch import Batch
 from data.config import DataError
 from data.loader import Loader
+from data.progress import Progress
 from models.flops import causal_flops_per_token, flops_per_token, num_parameters
 from models.hf import load_hf_weights
 from models.init import initialize, start_score
@@ -59,7 +60,7 @@ from trainer.sample import check_prompt, sample_text
 from trainer.schedule import learning_rate
 from trainer.sequence import split_batch
 from trainer.speculator import load_model, start_heads, targets
-from trainer.step import StepMetrics, train_step
+from trainer.step import StepMetrics, TrainState, train_step
 from trainer.throughput import StepClock, Throughput, mfu_peak
 from trainer.watchdog import record_collectives
 
@@ -129,6 +130,7 @@ class Trainer:
         self.state = build_state(
             config, self.dims, self.mesh, self.device, self.recipe.objective(config, self.mesh, self.device)
         )
+        self.state.beside = self._build_beside()
         self.tokens_per_step = config.train.global_batch_size * config.train.seq_len
         self.tokens = 0  # trained on since step 1
         self.skipped_steps = 0
@@ -184,6 +186,17 @@ class Trainer:
             check_prompt(train_data.tokenizer, train.sample_prompt, vocab_size=config.model.vocab_size)
         return train_data, validation_data
 
+    def _build_beside(self) -> dict[str, TrainState]:
+        """Models that are trained beside the run's, on the same layout."""
+        with configuration_errors():
+            found = self.recipe.trained_beside(self.config, self.device)
+        states = {}
+        for name, one in found.items():
+            config = replace(self.config, model=one.model)
+            states[name] = build_state(config, self.dims, self.mesh, self.device, one.objective)
+            states[name].lr_factor = one.lr_factor
+        return states
+
     def _load(self) -> None:
         """Weights from a checkpoint, from a Hugging Face folder, or drawn; then into the model."""
         weights = self.state.weights()
@@ -194,11 +207,13 @@ class Trainer:
         if self.adapter is not None:
             with configuration_errors():
                 load_base(self.state, self.config, self.resume_from)
+        new = True
         if self.resume_from is not None:
             if read_extra(self.resume_from).get("weights_only", False):
                 # From launch/convert.py import: a new run, with nothing but its weights from elsewhere.
                 self.checkpoints.load(self.resume_from, {f"model/{name}": tensor for name, tensor in weights.items()})
             else:
+                new = False
                 extra = self.checkpoints.load(self.resume_from, self.state.state_tensors())
                 self._continue_from(extra)
         elif heads:
@@ -208,10 +223,16 @@ class Trainer:
         elif self.config.model.path is not None:
             if self.config.model.score:
                 start_score(weights, self.state.model.initializers(), self.config.train.seed)
-            load_hf_weights(self.config.model.path, weights, self.config.model, whole_model=self.dims.pp == 1)
+            path, whole = self.config.model.path, self.dims.pp == 1
+            progress = Progress(f"reading {path}", silent=not self.is_main)
+            load_hf_weights(path, weights, self.config.model, whole_model=whole, on_read=progress.tensors)
+            progress.finish()
         else:
             initialize(weights, self.state.model.initializers(), self.config.train.seed)
-        self.state.data_parallel.publish()
+        if new:
+            with configuration_errors():
+                self.recipe.start_beside(self.config, self.state, imported=self.resume_from is not None)
+        self.state.publish()
 
     def _continue_from(self, extra: dict[str, Any]) -> None:
         """Everything of a checkpoint that is no tensor."""
@@ -226,8 +247,9 @@ class Trainer:
                 ]
             )
         if extra["config"]["precision"]["compute"] != self.config.precision.compute:
-            self.state.loss_scale.reset()
-        self.state.step = extra["step"]
+            for state in (self.state, *self.state.beside.values()):
+                state.loss_scale.reset()
+        self.state.set_step(extra["step"])
         self.tokens = extra["tokens"]
         self.skipped_steps = self._skipped_before = extra["skipped_steps"]
         self._skipped_in_a_row = extra["skipped_in_a_row"]
@@ -251,7 +273,7 @@ class Trainer:
             except CheckpointError as error:
                 logger.warning("%s; the run goes on from step %d", error, self.state.step)
             else:
-                self.state.data_parallel.publish()
+                self.state.publish()
                 self.resume_from = self.run_dir / f"memory (step {step})"
         return peers
 
@@ -342,6 +364,8 @@ class Trainer:
         loss = None
         self.clock.start()
         self.health.start()
+        if config.train.compile and state.step < config.train.steps:
+            self.metrics.say("compiling with the first step, which may take minutes")
         while state.step < config.train.steps:
             self.profiler.begin_step(state.step + 1)
             self._launch_step()
@@ -351,8 +375,8 @@ class Trainer:
             validate = config.train.eval_interval > 0 and (finished or state.step % config.train.eval_interval == 0)
             preempted = self.guard.requested(state.step) and not finished
             stragglers = self.health.end_step(state.step)
-            if late := self.health.late_seconds(state.step):
-                self.metrics.log_ranks(state.step, late)
+            if times := self.health.times_of_ranks(state.step):
+                self.metrics.log_ranks(state.step, times)
             for straggler in stragglers:
                 self.metrics.event("straggler", f"step {state.step}: {straggler}", **asdict(straggler), step=state.step)
             due = config.checkpoint.interval > 0 and state.step % config.checkpoint.interval == 0
@@ -381,6 +405,8 @@ class Trainer:
             if state.step % GC_INTERVAL == 0:
                 gc.collect(1)
         self.health.begin("checkpoint", state.step)
+        if self.checkpoints.saving:
+            self.metrics.say("waiting for the last checkpoint to be written")
         self.checkpoints.wait()
         self._report_checkpoints()
         self.health.begin("sample", state.step)
@@ -422,6 +448,7 @@ class Trainer:
             seconds = self.clock.seconds_to(pending.end)
             loss, grad_norm, skipped, valid_tokens, loss_scale, *extra = pending.values.tolist()
             self._seconds.append(seconds)
+            self.health.add_step(seconds)
             self.skipped_steps += int(skipped)
             record = pending.record | {"loss": loss, "grad_norm": grad_norm, "valid_tokens": int(valid_tokens)}
             record |= self.throughput.of_step(pending.positions, seconds)
@@ -504,6 +531,8 @@ class Trainer:
     def _save(self, *, blocking: bool) -> None:
         """Checkpoint the state after the current step. Not blocking: written while training goes on."""
         self.health.begin("checkpoint", self.state.step)
+        if blocking or not self.config.checkpoint.asynchronous:
+            self.metrics.say(f"saving step {self.state.step} to {self.run_dir}/checkpoints")
         self.checkpoints.save(self.state.step, self.state.state_tensors(), self._extra(), blocking=blocking)
         self._report_checkpoints()
         self.clock.start()

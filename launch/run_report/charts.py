@@ -1,7 +1,11 @@
-"""Charts of one or several runs (plotly). Each function gives a figure, or None where no run has anything to show."""
+"""Charts of one or several runs (plotly). Each function gives a figure, or None where no run has anything to show.
+
+Plotly reads labels as markup of its own, with links: what comes from a run goes through `label`.
+"""
 
 from __future__ import annotations
 
+import html
 import re
 from collections.abc import Callable, Sequence
 
@@ -33,7 +37,9 @@ def loss(runs: Sequence[RunRecord]) -> go.Figure | None:
             steps, values = _points(run, "validation_loss")
             figure = figure or _empty("loss")
             line = {"color": colour, "dash": "dot"}
-            figure.add_scatter(x=steps, y=values, name=f"{run.name}: validation", mode="lines+markers", line=line)
+            figure.add_scatter(
+                x=steps, y=values, name=label(f"{run.name}: validation"), mode="lines+markers", line=line
+            )
             figure.update_layout(showlegend=True)
     return figure
 
@@ -53,7 +59,7 @@ def step_time(runs: Sequence[RunRecord]) -> go.Figure | None:
         if figure is not None and run.has("data_wait_seconds"):
             steps, values = _points(run, "data_wait_seconds")
             line = {"color": colour, "dash": "dot"}
-            figure.add_scatter(x=steps, y=values, name=f"{run.name}: data", mode="lines", line=line)
+            figure.add_scatter(x=steps, y=values, name=label(f"{run.name}: data"), mode="lines", line=line)
     return figure
 
 
@@ -66,7 +72,7 @@ def memory(runs: Sequence[RunRecord]) -> go.Figure | None:
         device, used = run.info.get("device") or {}, run.last("peak_memory_gib") or 0.0
         whole = device.get("memory_gib")
         if device.get("type") == "cuda" and isinstance(whole, int | float) and used > whole / 4:
-            figure.add_hline(y=whole, line={"color": colour, "dash": "dash"}, annotation_text=f"{device.get('name')}")
+            figure.add_hline(y=whole, line={"color": colour, "dash": "dash"}, annotation_text=label(device.get("name")))
         predicted = (run.info.get("predicted") or {}).get("peak_memory_gib")
         if isinstance(predicted, int | float):
             figure.add_hline(y=predicted, line={"color": colour, "dash": "dot"}, annotation_text="predicted")
@@ -110,20 +116,34 @@ def expert_load(run: RunRecord) -> go.Figure | None:
     return figure
 
 
-def rank_times(run: RunRecord) -> go.Figure | None:
+def rank_step_times(run: RunRecord) -> go.Figure | None:
+    """How long each rank's steps took: alike where ranks wait for each other in every step, whoever is slow."""
+    return _of_ranks(run, "step_seconds", "seconds of a step on each rank")
+
+
+def rank_lateness(run: RunRecord) -> go.Figure | None:
     """How late each rank was for its steps: a row that stays bright keeps the others waiting."""
-    lines = [line for line in run.step_seconds if isinstance(line.get("late_seconds"), list)]
+    return _of_ranks(run, "late_seconds", "seconds from the end of a step until each rank is ready for the next")
+
+
+def _of_ranks(run: RunRecord, field: str, title: str) -> go.Figure | None:
+    """A heat map of steps by ranks. Restarts with other numbers of ranks, and lines without the field, leave gaps."""
+    lines = [line for line in run.ranks if isinstance(line.get("step"), int) and _is_numbers(line.get(field))]
     if not lines:
         return None
-    num_ranks = max(len(line["late_seconds"]) for line in lines)
-    late = [[_of(line["late_seconds"], rank) for line in lines] for rank in range(num_ranks)]
-    figure = _empty(f"{run.name}: seconds from the end of a step until each rank is ready for the next")
+    num_ranks = max(len(line[field]) for line in lines)
+    seconds = [[_of(line[field], rank) for line in lines] for rank in range(num_ranks)]
+    figure = _empty(f"{run.name}: {title}")
     figure.add_heatmap(
-        x=[line.get("step") for line in lines], y=list(range(num_ranks)), z=late, colorscale="Viridis",
+        x=[line["step"] for line in lines], y=list(range(num_ranks)), z=seconds, colorscale="Viridis",
         colorbar={"title": "s"},
     )  # fmt: skip
     figure.update_yaxes(title="rank", dtick=1 if num_ranks <= 16 else None)
     return figure
+
+
+def _is_numbers(values: object) -> bool:
+    return isinstance(values, list) and all(isinstance(value, int | float) for value in values)
 
 
 def curves(runs: Sequence[RunRecord], field: str, title: str, *, logarithmic: bool = False) -> go.Figure | None:
@@ -135,7 +155,9 @@ def curves(runs: Sequence[RunRecord], field: str, title: str, *, logarithmic: bo
     for run, colour in shown:
         steps, values = _points(run, field)
         mode = "lines" if len(steps) > 1 else "markers"
-        figure.add_scatter(x=steps, y=values, name=run.name, mode=mode, line={"color": colour}, connectgaps=False)
+        figure.add_scatter(
+            x=steps, y=values, name=label(run.name), mode=mode, line={"color": colour}, connectgaps=False
+        )
         _mark_events(figure, run, colour)
     figure.update_layout(showlegend=len(shown) > 1)
     if logarithmic:
@@ -168,10 +190,15 @@ def _of(values: Sequence[float], index: int) -> float | None:
     return values[index] if index < len(values) else None
 
 
+def label(text: object) -> str:
+    """A text of a run's as plotly shows it: as it is."""
+    return html.escape(str(text), quote=False)
+
+
 def _empty(title: str) -> go.Figure:
     figure = go.Figure()
     figure.update_layout(
-        title={"text": title, "font": {"size": 14}},
+        title={"text": label(title), "font": {"size": 14}},
         template="plotly_white",
         height=330,
         margin={"l": 60, "r": 20, "t": 45, "b": 40},

@@ -30,6 +30,8 @@ OVER_STEPS: tuple[charts.Chart, ...] = (
     charts.loss_scale,
 )
 
+OF_RANKS = (charts.rank_step_times, charts.rank_lateness)
+
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 0 auto; max-width: 1500px; padding: 1rem 1.5rem; color: #1f2328 }
 h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2rem; border-bottom: 1px solid #d0d7de }
@@ -53,7 +55,7 @@ def page(runs: Sequence[RunRecord]) -> str:
         _section("Curves", _charts([figure for chart in OVER_STEPS if (figure := chart(runs)) is not None])),
         _section("Further metrics", _charts(charts.further(runs))),
         _section("Experts", _wide([charts.expert_load(run) for run in runs])),
-        _section("Ranks", _wide([charts.rank_times(run) for run in runs])),
+        _section("Ranks", _wide([chart(run) for run in runs for chart in OF_RANKS])),
         *(_timeline(run) for run in runs),
         *(_traced(run) for run in runs),
         *(_samples(run) for run in runs),

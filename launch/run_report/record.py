@@ -11,9 +11,10 @@ from typing import Any
 import yaml
 
 from trainer.config import ConfigError
-from trainer.run_info import mask_secrets
+from trainer.masking import mask_secrets
 
 Values = list[float | None]
+PNG = b"\x89PNG\r\n\x1a\n"
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class RunRecord:
     events: list[dict[str, Any]]
     info: Mapping[str, Any]  # run.json
     config: dict[str, Any]  # config.yaml by dotted name, secrets masked
-    step_seconds: list[dict[str, Any]]  # ranks.jsonl: {"step", "late_seconds": one of each rank}
+    ranks: list[dict[str, Any]]  # ranks.jsonl: {"step", "step_seconds" and "late_seconds": one of each rank}
     timeline: bytes | None  # pipeline_timeline.png
 
     def has(self, field: str) -> bool:
@@ -68,7 +69,6 @@ def _names(folders: list[Path]) -> list[str]:
 def _read(folder: Path, name: str) -> RunRecord:
     lines = [line for line in _json_lines(folder / "metrics.jsonl") if isinstance(line.get("step"), int)]
     fields = dict.fromkeys(field for line in lines for field in line if field not in ("step", "nonfinite"))
-    timeline = folder / "pipeline_timeline.png"
     return RunRecord(
         name=name,
         folder=folder,
@@ -77,9 +77,15 @@ def _read(folder: Path, name: str) -> RunRecord:
         events=_json_lines(folder / "events.jsonl"),
         info=_json_file(folder / "run.json"),
         config=_flat(mask_secrets(_yaml_file(folder / "config.yaml"))),
-        step_seconds=_json_lines(folder / "ranks.jsonl"),
-        timeline=timeline.read_bytes() if timeline.is_file() else None,
+        ranks=_json_lines(folder / "ranks.jsonl"),
+        timeline=_picture(folder / "pipeline_timeline.png"),
     )
+
+
+def _picture(path: Path) -> bytes | None:
+    """A PNG. Anything else of that name, such as a link to another of its reader's files, does not go into a page."""
+    content = path.read_bytes() if path.is_file() else b""
+    return content if content.startswith(PNG) else None
 
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:

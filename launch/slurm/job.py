@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
 
@@ -19,8 +19,10 @@ from launch.slurm.hosts import address_of, expand, free_port, ports
 from launch.slurm.node import END, GRACE_SECONDS, SIGNALS, beat, read_report
 from launch.slurm.outcome import (
     CONFIG_EXIT_CODE,
+    MAX_HANGS,
     PREEMPTED_EXIT_CODE,
     Action,
+    Hangs,
     Outcome,
     exit_code,
     judge,
@@ -149,6 +151,8 @@ class Supervisor:
                 return PREEMPTED_EXIT_CODE
             codes = self._start(nodes, start)
             outcome = judge(codes, down=self._down())
+            if outcome is Outcome.HUNG and not self._retries_hang():
+                outcome = Outcome.CRASHED
             if outcome is Outcome.NODE_LOST:
                 self.job.gone |= lost(codes, down=self._down())
             usable = self._usable()
@@ -218,6 +222,18 @@ class Supervisor:
                     step.terminate()
             time.sleep(POLL_SECONDS)
 
+    def _retries_hang(self) -> bool:
+        """Count one more hang; whether the run starts again. The count is a file: it outlives a requeue."""
+        path = self.job.logs / "hangs.json"
+        step = newest_checkpoint(self.job.overrides)
+        hangs = read_hangs(path).after(step)
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(asdict(hangs)))
+        part.rename(path)
+        where = "an unknown step" if step is None else f"step {step}"
+        _say(f"hang {hangs.count} since the checkpoint of {where}; up to {MAX_HANGS} are retried")
+        return hangs.retried
+
     def _usable(self) -> list[str]:
         down = self._down()
         return [node for node in self.job.nodes if node not in down and node not in self.job.gone]
@@ -244,6 +260,27 @@ class Supervisor:
         done = subprocess.run(["scontrol", "requeue", str(self.job.job_id)], capture_output=True, text=True)
         if done.returncode != 0:
             _say(f"cannot be requeued, submit it again to continue: {done.stderr.strip()}")
+
+
+def read_hangs(path: Path) -> Hangs:
+    """Of this job so far. A file that cannot be read counts as the last retry: never for ever."""
+    try:
+        return Hangs(**json.loads(path.read_text()))
+    except FileNotFoundError:
+        return Hangs()
+    except (ValueError, TypeError):
+        return Hangs(count=MAX_HANGS)
+
+
+def newest_checkpoint(overrides: list[str]) -> int | None:
+    """The step from which the run of a command line would go on; 0: from its start; None: cannot be told.
+
+    In a process of its own, as only Hydra knows run.dir.
+    """
+    program = [sys.executable, str(ROOT / "launch" / "slurm" / "progress.py"), *overrides]
+    done = subprocess.run(program, capture_output=True, text=True)
+    said = done.stdout.strip()
+    return int(said) if done.returncode == 0 and said.isdecimal() else None
 
 
 def srun(nodes: list[str]) -> list[str]:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from enum import Enum
 
 CONFIG_EXIT_CODE = 2
 PREEMPTED_EXIT_CODE = os.EX_TEMPFAIL
-"""Both as launch/train.py exits (a test holds them equal). Not imported: the batch script and its helpers start in
+HUNG_EXIT_CODE = os.EX_SOFTWARE
+"""All as launch/train.py exits (a test holds them equal). Not imported: the batch script and its helpers start in
 a tenth of a second, without torch."""
+MAX_HANGS = 3
+"""Restarts after hangs from one and the same checkpoint. What hangs by chance (a disk, a link, a driver) goes on from
+it; what hangs there a fourth time would for ever."""
 
 
 class Outcome(Enum):
@@ -19,6 +24,7 @@ class Outcome(Enum):
     CONFIG_ERROR = "configuration error"
     PREEMPTED = "preempted"
     NODE_LOST = "node lost"
+    HUNG = "hung"
     CRASHED = "crashed"
     NOT_STARTED = "not started"
 
@@ -61,7 +67,8 @@ def judge(codes: Mapping[str, int | None], *, down: Collection[str]) -> Outcome:
         # Without any report srun itself failed, for a reason that the next time is the same.
         nowhere = all(code is None for code in codes.values()) and not set(down) & set(codes)
         return Outcome.NOT_STARTED if nowhere else Outcome.NODE_LOST
-    return Outcome.CRASHED
+    # The watchdog of one rank ends all; on another node the end of a peer may be seen first, as a broken connection.
+    return Outcome.HUNG if HUNG_EXIT_CODE in codes.values() else Outcome.CRASHED
 
 
 def lost(codes: Mapping[str, int | None], *, down: Collection[str]) -> set[str]:
@@ -69,14 +76,34 @@ def lost(codes: Mapping[str, int | None], *, down: Collection[str]) -> set[str]:
     return {node for node, code in codes.items() if code is None or (node in down and code != 0)}
 
 
+@dataclass(frozen=True)
+class Hangs:
+    """Of a job, since its run last committed a checkpoint. Filled by `after`."""
+
+    step: int = -1  # of the newest checkpoint when it last hung; 0: there was none
+    count: int = 0
+
+    def after(self, step: int | None) -> Hangs:
+        """With one more. step: of the newest checkpoint now; None: cannot be told, and is taken for no progress."""
+        if step is None or step <= self.step:
+            return Hangs(self.step, self.count + 1)
+        return Hangs(step, 1)
+
+    @property
+    def retried(self) -> bool:
+        """Whether the last one is, without being asked to."""
+        return self.count <= MAX_HANGS
+
+
 def next_action(outcome: Outcome, *, num_usable: int, num_needed: int, crashes_left: int) -> Action:
     """What to do. num_usable: nodes of the allocation that are neither down nor lost.
 
-    A configuration error is never tried again; a crash only as often as the user allows, as most come again.
+    A configuration error is never tried again; a crash only as often as the user allows, as most come again. HUNG is a
+    hang that is retried (`Hangs`); one that is not is a crash.
     """
     if outcome is Outcome.PREEMPTED:
         return Action.REQUEUE
-    if outcome is Outcome.NODE_LOST:
+    if outcome in (Outcome.NODE_LOST, Outcome.HUNG):
         return Action.RESTART if num_usable >= num_needed else Action.REQUEUE
     if outcome is Outcome.CRASHED and crashes_left > 0:
         return Action.RESTART if num_usable >= num_needed else Action.REQUEUE

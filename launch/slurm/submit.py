@@ -55,6 +55,11 @@ class Submission:
             )
             if value < least
         ]
+        if self.nodes == 1 and self.spare_nodes > 0:
+            problems.append(
+                f"spare_nodes={self.spare_nodes} needs two nodes that train, nodes=1 has one: its end is the end of "
+                "the batch script; use nodes=2, or spare_nodes=0, where SLURM requeues the job"
+            )
         if self.gpus_per_node is not None and not re.fullmatch(r"(.+:)?[1-9]\d*", str(self.gpus_per_node)):
             problems.append(f"gpus_per_node={self.gpus_per_node} is no number of GPUs; use such as 8 or h100:8")
         problems += [

@@ -284,7 +284,7 @@ def test_closing_and_leaving_ends_the_workers_at_once(tmp_path, folder):
         f"l = make_loader(make_config(Path({str(tmp_path)!r}), source='text', path={str(folder)!r}, num_workers=2))\n"
         "l.next_step(); print(time.time())"
     )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=180, check=True)
     assert time.time() - float(out.stdout) < 3
     assert out.stderr == ""
 

@@ -62,7 +62,7 @@ class Running:
         self.service, self.url = service, url
         self.loop: asyncio.AbstractEventLoop | None = None
         self.failure: BaseException | None = None
-        self._client = httpx.Client(timeout=30)
+        self._client = httpx.Client(timeout=90)
 
     @property
     def engine(self) -> Engine:

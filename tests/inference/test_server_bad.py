@@ -107,7 +107,7 @@ CHATS: list[tuple[object, int, str]] = [
 def test_whatever_is_wrong_gets_an_answer_that_says_so(server: Running) -> None:
     """A traceback, a server that hangs, a field that is ignored. In the end it serves as before."""
     cases = [("/v1/completions", *case) for case in COMPLETIONS] + [("/v1/chat/completions", *case) for case in CHATS]
-    with httpx.Client(base_url=server.url, timeout=20) as client:
+    with httpx.Client(base_url=server.url, timeout=60) as client:
         for path, body, status, says in cases:
             content = body if isinstance(body, bytes) else json.dumps(body).encode()
             answer = client.post(path, content=content)
@@ -132,7 +132,7 @@ def test_bad_requests_beside_good_ones_hurt_nobody(server: Running) -> None:
     """An error of one request that ends, or changes, another that is under way."""
 
     async def all_of_them() -> list[httpx.Response]:
-        async with httpx.AsyncClient(base_url=server.url, timeout=30) as client:
+        async with httpx.AsyncClient(base_url=server.url, timeout=90) as client:
             bodies = [json.dumps(body).encode() for body, status, _ in COMPLETIONS[7:] if status == 400]
             bad = [client.post("/v1/completions", content=body) for body in bodies]
             good = {"prompt": "one", "max_tokens": 30, "temperature": 0, "ignore_eos": True}
@@ -147,13 +147,13 @@ def test_bad_requests_beside_good_ones_hurt_nobody(server: Running) -> None:
 def test_what_is_no_http_or_never_comes_to_an_end(server: Running) -> None:
     """A connection that occupies the server for ever."""
     address = ("127.0.0.1", int(server.url.rsplit(":", 1)[1]))
-    with socket.create_connection(address, timeout=10) as connection:
+    with socket.create_connection(address, timeout=30) as connection:
         connection.sendall(b"\x16\x03\x01 this is not HTTP\r\n\r\n")
         assert b"400" in connection.recv(1000)
-    with socket.create_connection(address, timeout=10) as connection:
+    with socket.create_connection(address, timeout=30) as connection:
         connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
         assert b"408" in connection.recv(1000)
-    with socket.create_connection(address, timeout=10) as connection:  # no length, and no end
+    with socket.create_connection(address, timeout=30) as connection:  # no length, and no end
         connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
         connection.sendall((b"1000\r\n" + b"x" * 4096 + b"\r\n") * 5)
         assert b"413" in connection.recv(1000)
@@ -164,12 +164,12 @@ def test_a_client_that_sends_all_of_a_body_that_is_too_large_hears_so(server: Ru
     """An answer that a plain client, which reads when it has sent, never sees: its connection was reset."""
     address = ("127.0.0.1", int(server.url.rsplit(":", 1)[1]))
     size = 6 * 2**20
-    with socket.create_connection(address, timeout=10) as connection:
+    with socket.create_connection(address, timeout=30) as connection:
         connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % size)
         for _ in range(6):
             connection.sendall(b"x" * 2**20)
         assert b"413" in connection.recv(1000)
-    with socket.create_connection(address, timeout=10) as connection:  # as curl does: nothing is sent until then
+    with socket.create_connection(address, timeout=30) as connection:  # as curl does: nothing is sent until then
         head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\nExpect: 100-continue\r\n\r\n"
         connection.sendall(head % size)
         assert b"413" in connection.recv(1000)
@@ -180,7 +180,7 @@ def test_a_full_server_says_so_and_takes_requests_again_later(server: Running) -
     body = {"prompt": ["one"] * 6, "max_tokens": 40, "ignore_eos": True}
 
     async def flood() -> list[httpx.Response]:
-        async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
+        async with httpx.AsyncClient(base_url=server.url, timeout=180) as client:
             return await asyncio.gather(*(client.post("/v1/completions", json=body) for _ in range(6)))
 
     answers = asyncio.run(flood())

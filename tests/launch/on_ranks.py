@@ -46,12 +46,12 @@ def import_and_watch(source: Path, out: Path, *, fails_on: int | None = None) ->
     held = 0
     load = trainer.convert.load_hf_weights
 
-    def watched(path: Any, parameters: Any, config: Any) -> None:
+    def watched(path: Any, parameters: Any, config: Any, **options: Any) -> None:
         nonlocal held
         held = sum(p.to_local().numel() for p in parameters.values())
         if dist.get_rank() == fails_on:
             raise ValueError("the disk is gone")
-        load(path, parameters, config)
+        load(path, parameters, config, **options)
 
     trainer.convert.load_hf_weights = watched
     try:

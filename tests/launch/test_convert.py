@@ -30,7 +30,9 @@ from tests.launch.on_ranks import export_and_watch, export_here, import_and_watc
 from tests.models.oracle import theirs
 from tests.parity.harness import Outcome, changed, run_on, text_corpus, tiny_config
 from tests.pool import RankError, RankPool
+from trainer.agreement import CheckpointError
 from trainer.config import CheckpointConfig, TrainConfig
+from trainer.convert import model_of_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 GPT2: dict[str, Any] = {
@@ -336,6 +338,21 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     assert same_files(exported["llama"], tmp_path / "out")
 
 
+def test_a_checkpoint_from_elsewhere_does_not_read_the_environment(
+    runs: dict[str, Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An interpolation in its configuration, resolved here, and a token in what is written or said of it."""
+    monkeypatch.setenv("HF_TOKEN", "a1b2c3d4e5")
+    folder = shutil.copytree(runs["llama"].directory / "checkpoints" / "step_3", tmp_path / "step_3")
+    assert model_of_checkpoint(folder, name="CHECKPOINT_DIR").family == "llama"
+    extra = json.loads((folder / "extra.json").read_text())
+    extra["config"]["model"]["path"] = "${oc.env:HF_TOKEN}"
+    (folder / "extra.json").write_text(json.dumps(extra))
+    with pytest.raises(CheckpointError, match="holds an interpolation") as raised:
+        model_of_checkpoint(folder, name="CHECKPOINT_DIR")
+    assert "a1b2c3d4e5" not in str(raised.value)
+
+
 PROGRAM = """
 import json, sys
 from launch.convert import convert
@@ -381,7 +398,7 @@ def test_every_wrong_input_is_one_readable_line(
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=300,
     )
     lines = iter(finished.stderr.splitlines())
     for arguments, code, message in cases:
@@ -403,7 +420,7 @@ def test_the_command_runs_under_torchrun(runs: dict[str, Run], exported: dict[st
         env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=300,
     )
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout == f"exported {runs['gpt2'].directory}/checkpoints/step_3 to out\n"

@@ -172,7 +172,7 @@ def test_a_launch_that_loses_a_host_goes_on_with_a_smaller_dp(tmp_path: Path) ->
         listens = {host.pid: _listens(host.pid, port) for host in hosts}
         keeper, lost = sorted(hosts, key=lambda host: not listens[host.pid])
         kill(lost)
-        assert keeper.wait(timeout=120) == 0, (tmp_path / f"host_{hosts.index(keeper)}.log").read_text()[-3000:]
+        assert keeper.wait(timeout=360) == 0, (tmp_path / f"host_{hosts.index(keeper)}.log").read_text()[-3000:]
     finally:
         for host in hosts:
             kill(host)

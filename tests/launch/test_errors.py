@@ -32,3 +32,16 @@ def test_an_error_of_this_project_is_one_line_and_one_of_a_library_shows_where(
     assert second.startswith("error: [Errno 36]")
     assert exit_code_of(in_a_library, []) == 1
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_message_does_not_quote_a_secret(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A library's error that quotes the token it was given, in a log that is shared."""
+    monkeypatch.setenv("HF_TOKEN", "a1b2c3d4e5")
+
+    def program(_: list[str]) -> None:
+        raise RuntimeError("401 for https://me:hunter2@host/x with a1b2c3d4e5")
+
+    assert exit_code_of(program, []) == 1
+    said = capsys.readouterr().err
+    assert "401 for https://***@host/x with ***" in said
+    assert "a1b2c3d4e5" not in said

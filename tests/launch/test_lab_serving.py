@@ -63,7 +63,7 @@ def test_a_server_serves_until_it_is_told_to_end(
     answers: list[Any] = []
 
     def client() -> None:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as http:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=90) as http:
             for _ in range(600):
                 try:
                     if http.get("/health").status_code == 200:

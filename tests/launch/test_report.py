@@ -7,13 +7,15 @@ import shutil
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
 
 from launch.errors import exit_code_of
 from launch.report import report
-from launch.run_report.record import read_runs
+from launch.run_report import charts
+from launch.run_report.record import PNG, read_runs
 from tests.parity.harness import changed, run_on, text_corpus, tiny_config
 from tests.pool import RankPool
 
@@ -44,8 +46,9 @@ def run_folder(folder: Path, *, experts: bool = True, **settings: Any) -> Path:
     kernel = {"name": HOSTILE, "kind": "matrix_products", "ms_per_step": 7.5, "calls_per_step": 3}
     events += [{"time": "t", "text": "traced", **traced, "kernels": [kernel]}]
     (folder / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
-    late = [{"step": step, "late_seconds": [0.0, 0.25]} for step in (6, 12)]
-    (folder / "ranks.jsonl").write_text("".join(json.dumps(line) + "\n" for line in late))
+    times = [{"step": 3, "late_seconds": [0.0, 0.25]}]  # before the first step time
+    times += [{"step": step, "late_seconds": [0.0, 0.25], "step_seconds": [0.5, 0.75]} for step in (6, 12)]
+    (folder / "ranks.jsonl").write_text("".join(json.dumps(line) + "\n" for line in times))
     info = {"device": {"type": "cuda", "name": HOSTILE, "memory_gib": 139.8}, "world_size": 2, "mesh": {"tp": 2}}
     info |= {"predicted": {"peak_memory_gib": 68.0}, "starts": [{"time": "t", "command": ["launch/train.py", HOSTILE]}]}
     (folder / "run.json").write_text(json.dumps(info))
@@ -107,6 +110,36 @@ def test_no_text_of_a_run_becomes_markup(tmp_path: Path) -> None:
     assert shown >= 6  # as it is, of an event, a sample, the device, a setting, a command, a kernel
 
 
+LINK = "<a href='https://elsewhere.example/'>loss</a>"
+
+
+def test_no_text_of_a_run_becomes_a_link_in_a_chart(tmp_path: Path) -> None:
+    """Plotly makes links of what stands in labels: of a metric's name, a device's, a folder's."""
+    folder = run_folder(tmp_path / "a<b>run")
+    lines = [{"step": step, LINK: 1.0, "loss": 1.0, "peak_memory_gib": 70.0} for step in (1, 2)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = written(folder)
+    drawn = [script for script in Tags(text).texts if "Plotly.newPlot(" in script and "elsewhere.example" in script]
+    assert drawn  # the chart of that metric
+    for script in Tags(text).texts:
+        if "Plotly.newPlot(" in script and len(script) < 100_000:  # not plotly itself
+            assert "\\u003ca href" not in script
+            assert "\\u003cb\\u003e" not in script
+            assert "\\u003cimg" not in script
+    assert any("&lt;a href" in script for script in drawn)
+
+
+def test_what_is_no_picture_stays_out_of_the_page(tmp_path: Path) -> None:
+    """A run from elsewhere whose timeline is a link to a key, which the reader then publishes with the page."""
+    folder = run_folder(tmp_path / "run")
+    (tmp_path / "key").write_text("private")
+    (folder / "pipeline_timeline.png").symlink_to(tmp_path / "key")
+    assert "data:image" not in written(folder).split("</script></head>")[1]
+    (folder / "pipeline_timeline.png").unlink()
+    (folder / "pipeline_timeline.png").write_bytes(PNG + b"...")
+    assert "data:image/png" in written(folder).split("</script></head>")[1]
+
+
 def test_several_runs_are_told_apart_and_their_differences_come_first(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
@@ -124,9 +157,33 @@ def test_a_real_run_of_two_ranks_is_drawn(ranks: RankPool, tmp_path: Path) -> No
     config.train.profile.steps = [3]
     run_on(ranks, 2, changed(config, tmp_path / "run", train__steps=4))
     (record,) = read_runs([tmp_path / "run"])
-    assert [(line["step"], len(line["late_seconds"])) for line in record.step_seconds] == [(2, 2), (4, 2)]
+    assert [(line["step"], len(line["late_seconds"])) for line in record.ranks] == [(2, 2), (4, 2)]
+    logged = record.metrics["step_seconds"]
+    # Rank 0's is what is logged of steps: of step 1 alone, and then of steps 2 and 3, which had been measured by then.
+    for line, mine in zip(record.ranks, ([logged[0]], logged[1:3]), strict=True):
+        assert line["step_seconds"][0] == median(mine)
+        assert all(seconds > 0 for seconds in line["step_seconds"])
     page = Tags(written(tmp_path / "run"))
     assert {"Curves", "Ranks", "Where steps of run went", "4 of 4"} <= set(page.texts)
+
+
+def test_ranks_are_rows_of_both_heat_maps(tmp_path: Path) -> None:
+    """Steps where ranks should be; a rank that an earlier start did not have, and shifts the others; damaged lines."""
+    folder = run_folder(tmp_path / "run")
+    with open(folder / "ranks.jsonl", "a") as file:
+        for line in (
+            {"step": 18, "step_seconds": [1, 2, 3]},
+            {"step": "x", "step_seconds": [1]},
+            {"step_seconds": "y"},
+        ):
+            file.write(json.dumps(line) + "\n")
+    (record,) = read_runs([folder])
+    steps, late = charts.rank_step_times(record), charts.rank_lateness(record)
+    assert steps is not None
+    assert late is not None
+    assert (list(steps.data[0].x), list(late.data[0].x)) == ([6, 12, 18], [3, 6, 12])
+    assert [list(row) for row in steps.data[0].z] == [[0.5, 0.5, 1], [0.75, 0.75, 2], [None, None, 3]]
+    assert [list(row) for row in late.data[0].z] == [[0.0] * 3, [0.25] * 3]
 
 
 @pytest.mark.parametrize("left", ["metrics.jsonl", "run.json"])
@@ -157,8 +214,8 @@ def test_what_is_no_run_or_is_damaged_is_one_error(tmp_path: Path, capsys: pytes
 def test_a_browser_draws_every_chart_and_runs_nothing_else(tmp_path: Path) -> None:
     """A chart that stays empty, an error in the page's script, a text that became one."""
     folder = run_folder(tmp_path / "run")
-    charts = written(folder).count("plotly-graph-div")
-    assert charts == 9  # loss, norm, speed, step, memory, rate; reward; experts; ranks
+    drawings = written(folder).count("plotly-graph-div")
+    assert drawings == 10  # loss, norm, speed, step, memory, rate; reward; experts; ranks: step time and lateness
     switches = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
     switches += [
         "--disable-sync",
@@ -167,9 +224,9 @@ def test_a_browser_draws_every_chart_and_runs_nothing_else(tmp_path: Path) -> No
         "--virtual-time-budget=20000",
     ]
     command = [str(BROWSER), *switches, f"--user-data-dir={tmp_path / 'browser'}", "--dump-dom"]
-    seen = subprocess.run([*command, str(folder / "report.html")], capture_output=True, text=True, timeout=120)
+    seen = subprocess.run([*command, str(folder / "report.html")], capture_output=True, text=True, timeout=360)
     drawn = Tags(seen.stdout)
-    assert sum("main-svg" in (attributes.get("class") or "").split() for _, attributes in drawn.tags) >= charts
-    assert sum("plot-container" in (attributes.get("class") or "").split() for _, attributes in drawn.tags) == charts
+    assert sum("main-svg" in (attributes.get("class") or "").split() for _, attributes in drawn.tags) >= drawings
+    assert sum("plot-container" in (attributes.get("class") or "").split() for _, attributes in drawn.tags) == drawings
     assert "CONSOLE" not in seen.stderr, seen.stderr
     assert "<title>run</title>" in seen.stdout

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from data.config import DataConfig
 from launch.compose import CONFIG_DIR, compose_for
 from launch.plan import PLAN, load_hardware, plan, plan_of
+from models.config import ModelConfig
 from models.flops import flops_per_token, num_parameters
 from models.registry import resolve_model
 from planner.cache import cache_bytes
 from planner.flops import flops_by_operator
 from planner.report import as_text
+from tests.parity.adapting import adapter_config
 from tests.planner.measured import held, table
 from trainer.config import ConfigError
 
@@ -170,6 +174,77 @@ def test_what_cannot_be_planned_is_refused_in_a_line(override: str, says: str) -
     """A traceback, or a plan of a run that the trainer refuses."""
     with pytest.raises(ConfigError) as raised:
         planned("plan.gpus=4", override) if not override.startswith("plan.gpus") else planned(override)
+    assert any(says in line for line in raised.value.problems)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders llama and llama_of_blocks, as of Hugging Face; what is in their tokenizers is not asked."""
+    folder = tmp_path_factory.mktemp("models")
+    for name in ("llama", "llama_of_blocks"):
+        adapter_config(folder, DataConfig(source="stdlib"), name)
+        (folder / name / "tokenizer.json").write_text("{}")
+    return folder
+
+
+def test_of_adapters_and_recipes_with_other_passes_state_is_planned_and_no_time(
+    models: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Numbers that look exact and are not; a reference that is forgotten, or counted where it is not."""
+    common = ["model=hf", f"model.path={models}/llama_of_blocks", "precision=bf16", "plan.gpus=2", "train.seq_len=64"]
+    adapters = [*common, "adapter.name=lora", "adapter.quantize=nf4", "parallel.zero_stage=1"]
+    made = planned(*adapters)
+    (rank,) = made["ranks"]
+    assert made["num_parameters"] == num_parameters(resolve_model(compose_for(PLAN, common).model))
+    # 2 layers of q, k, v, o, gate, up, down of 256 to 256, 128, 128, 256, 256, 256, 256 features, rank 16.
+    assert made["num_trained"] == 2 * 16 * (7 * 256 + 5 * 256 + 2 * 128)
+    assert (made["fits"], made["num_beside"], rank["beside_bytes"]) == (None, 0, 0)
+    assert not {"step_seconds", "mfu", "traffic_bytes_per_step"} & made.keys()
+    assert any("adapter.name=lora" in line for line in made["not_planned"])
+
+    beside = planned(*adapters, "recipe.name=dpo", f"recipe.reference_path={models}/llama")
+    assert beside["num_beside"] == num_parameters(resolve_model(ModelConfig(family="hf", path=f"{models}/llama")))
+    assert beside["ranks"][0]["beside_bytes"] == beside["num_beside"] * 2 / 2  # bf16, over 2 ranks
+    assert beside["ranks"][0]["state_bytes"] == rank["state_bytes"] + beside["ranks"][0]["beside_bytes"]
+    on_host = planned(*adapters, "recipe.name=kto", "recipe.reference_offload=true")
+    assert on_host["ranks"][0]["beside_bytes"] > 0
+    assert on_host["ranks"][0]["state_bytes"] == rank["state_bytes"]
+    assert planned(*adapters, "recipe.name=dpo", "recipe.loss=simpo")["num_beside"] == 0
+    reward = planned(*common, "recipe.name=reward", "model.score=true")
+    assert reward["num_parameters"] == made["num_parameters"] - (300 - 1) * 256
+
+    plan([*adapters, "recipe.name=distill", f"recipe.teacher_path={models}/llama"])
+    text = capsys.readouterr().out
+    for word in ("State of a rank, GiB (exact)", "Beside it, on the devices", "Not planned:", "recipe.name=distill"):
+        assert word in text
+    small = planned(*common, "adapter.name=lora", "model.activation_checkpoint=full", f"plan.hardware={_tiny(models)}")
+    assert small["fits"] is False
+
+
+def _tiny(folder: Path) -> Path:
+    """Hardware without memory to speak of."""
+    h200 = (Path(CONFIG_DIR) / "hardware" / "h200.yaml").read_text()
+    path = folder / "tiny.yaml"
+    path.write_text(re.sub(r"(?m)^memory_gib:.*$", "memory_gib: 2.0", h200))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["recipe.name=grpo"], "recipe.name=grpo is not planned for"),
+        (["recipe.name=distill"], "recipe.teacher_path is missing"),
+        (["recipe.name=dpo", "recipe.reference_path=/nowhere"], "recipe.reference_path=/nowhere"),
+        (["recipe.name=reward"], "model.score=false with recipe.name=reward"),
+        (["model.score=true"], "model.score=true with recipe.name=pretrain"),
+        (["recipe.name=kto", "plan.search=true", "plan.gpus=2"], "plan.search=true needs more than bytes of state"),
+        (["recipe.name=kto", "plan.picture=/tmp/x.png"], "plan.picture=/tmp/x.png needs more than bytes of state"),
+        (["adapter.name=lora"], "set model.path=DIR"),
+    ],
+)
+def test_what_has_no_plan_is_refused_with_its_reason(overrides: list[str], says: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        planned(*overrides)
     assert any(says in line for line in raised.value.problems)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -12,18 +13,25 @@ import torch
 import torch.distributed as dist
 
 from data.config import DataConfig
+from models.adapter_config import AdapterConfig
 from models.config import ModelConfig
 from models.mla_config import MLAConfig
 from models.moe_config import MoEConfig
 from parallel.data import state_bytes
 from parallel.dims import ParallelConfig
 from parallel.precision import PrecisionConfig
+from parallel.regions import local_tensor
+from planner.job import Job
 from planner.shapes import parameters_of
 from planner.state import Coordinates, rank_states, state_of_rank
+from tests.parity.adapting import adapter_config, token_data
 from tests.parity.harness import tiny_config
+from tests.parity.test_preferences import rewarding, tiny_llama
 from tests.pool import RankPool
 from trainer.config import OptimConfig, TrainConfig
+from trainer.frozen import FrozenModel
 from trainer.predicted import job_of
+from trainer.recipes.distill import Distillation
 from trainer.trainer import Trainer
 from trainer.validate import finalize
 
@@ -157,3 +165,109 @@ def test_distinct_ranks_are_all_ranks(folder: Path) -> None:
     states = rank_states(job)
     assert sum(state.count for state in states) == 16
     assert len({state.example.pp for state in states}) == 2
+
+
+def _measure_beside(config: TrainConfig) -> tuple[Coordinates, dict[str, int], int]:
+    """`_measure`, and bytes of the model beside the trained one."""
+    found = []
+
+    def measured(self: FrozenModel, *args: Any, **options: Any) -> list[torch.Tensor]:
+        result = original(self, *args, **options)
+        storages = {local_tensor(p).untyped_storage() for p in self.model.parameters()}
+        found.append(sum(storage.nbytes() for storage in storages))
+        return result
+
+    original = FrozenModel.per_token
+    with mock.patch.object(FrozenModel, "per_token", measured):
+        at, state = _measure(config)
+    return at, state, found[-1] if found else 0
+
+
+LORA = AdapterConfig(name="lora", rank=3, alpha=6.0)
+QLORA = replace(LORA, rank=8, quantize="nf4")
+ADAPTERS: dict[str, tuple[int, str, AdapterConfig, dict[str, Any], PrecisionConfig]] = {
+    "one rank": (1, "llama", LORA, {"zero_stage": 0}, PrecisionConfig()),
+    "zero2": (2, "llama", LORA, {"zero_stage": 2}, BF16),
+    "zero3 of some layers": (2, "llama", replace(LORA, targets=["q", "v", "down"]), {"zero_stage": 3}, BF16),
+    "tp, dora": (2, "llama", replace(LORA, dora=True), {"zero_stage": 1, **SP}, BF16),
+    "tp, shared key heads": (4, "llama", LORA, {"zero_stage": 1, "tp": 4}, BF16),
+    "tp x zero3, shared": (4, "llama", replace(LORA, dora=True), {"zero_stage": 3, "tp": 2}, BF16),
+    "pp x zero1": (2, "llama", LORA, {"zero_stage": 1, "pp": 2}, BF16),
+    "experts": (2, "mixtral", LORA, {"zero_stage": 2}, BF16),
+    "ep x tp": (4, "mixtral", LORA, {"zero_stage": 1, "ep": 2, "tp": 2}, BF16),
+    "nf4": (1, "llama_of_blocks", QLORA, {"zero_stage": 0}, BF16),
+    "nf4 in fp32": (1, "llama_of_blocks", QLORA, {"zero_stage": 0}, PrecisionConfig()),
+    "nf4, zero3": (4, "llama_of_blocks", QLORA, {"zero_stage": 3}, BF16),
+    "nf4, tp x zero2": (4, "llama_of_blocks", QLORA, {"zero_stage": 2, "tp": 2}, BF16),
+    "nf4, tp, shared key heads": (4, "llama_of_blocks", QLORA, {"zero_stage": 1, "tp": 4}, BF16),
+    "nf4, some adapted": (2, "llama_of_blocks", replace(QLORA, targets=["k", "gate"]), {"zero_stage": 3}, BF16),
+}
+ALWAYS_ADAPTED = ("zero2", "tp, shared key heads", "zero3 of some layers", "ep x tp", "nf4, zero3",
+                  "nf4, tp, shared key heads")  # fmt: skip
+ADAPTED = [pytest.param(n, marks=[] if n in ALWAYS_ADAPTED else [pytest.mark.thorough]) for n in ADAPTERS]
+
+
+@pytest.mark.parametrize("name", ADAPTED)
+def test_state_of_adapters_has_the_bytes_that_are_predicted(ranks: RankPool, folder: Path, name: str) -> None:
+    """Frozen weights with gradients or masters; codes of NF4 that are cut as if they were rows."""
+    world_size, family, adapter, parallel, precision = ADAPTERS[name]
+    config = adapter_config(folder, token_data(folder), family, train__steps=1)
+    config.run.dir = str(folder / f"adapted_{name.replace(' ', '_')}")
+    config.adapter, config.precision = adapter, precision
+    config.parallel = ParallelConfig(bucket_mb=0.02, **parallel)
+    job = job_of(finalize(config, world_size=world_size), world_size=world_size)
+    assert predicted_of(job, ranks.run(world_size, _measure, config))
+    full = job_of(finalize(replace(config, adapter=AdapterConfig()), world_size=world_size), world_size=world_size)
+    assert sum(s.bytes.total * s.count for s in rank_states(job)) < 0.5 * sum(
+        s.bytes.total * s.count for s in rank_states(full)
+    )  # negative control: what a plan of the whole model's training would say
+
+
+def predicted_of(job: Job, measured: list[tuple[Coordinates, dict[str, int]]]) -> bool:
+    """Whether these are the bytes that are predicted; says where they differ."""
+    found = []
+    for at, _ in measured:
+        state = state_of_rank(job, job.parameters(at.pp), at)
+        kinds = {"parameters": state.parameters, "gradients": state.gradients, "master": state.master}
+        found.append((at, kinds | {"optimizer": state.optimizer}))
+    assert found == measured
+    return True
+
+
+RECIPES: dict[str, tuple[int, dict[str, Any]]] = {
+    "zero1": (2, {"zero_stage": 1}),
+    "tp x zero3": (4, {"zero_stage": 3, "tp": 2}),
+    "pp x zero1": (4, {"zero_stage": 1, "pp": 2}),
+}
+
+
+@pytest.mark.parametrize(
+    "name", [n if n != "pp x zero1" else pytest.param(n, marks=pytest.mark.thorough) for n in RECIPES]
+)
+def test_a_teacher_has_the_bytes_that_are_predicted(ranks: RankPool, folder: Path, name: str) -> None:
+    """A teacher that is planned whole on every rank, in the master's dtype, or not at all."""
+    world_size, parallel = RECIPES[name]
+    config = adapter_config(folder, token_data(folder), train__steps=1)
+    config.run.dir = str(folder / f"taught_{name.replace(' ', '_')}")
+    config.adapter, config.precision = AdapterConfig(), BF16
+    config.parallel = ParallelConfig(bucket_mb=0.02, **parallel)
+    adapter_config(folder, token_data(folder), "llama_of_blocks")  # makes the folder
+    config.recipe.name, config.recipe.teacher_path = "distill", str(folder / "llama_of_blocks")
+    final = finalize(config, world_size=world_size)
+    job = job_of(final, world_size=world_size, beside=Distillation().frozen_beside(final))
+    results = ranks.run(world_size, _measure_beside, config)
+    assert predicted_of(job, [(at, state) for at, state, _ in results])
+    assert job.beside is not None
+    of_teacher = [state_of_rank(job.beside, job.beside.parameters(at.pp), at).parameters for at, _, _ in results]
+    assert of_teacher == [beside for _, _, beside in results]
+    assert sorted({s.bytes.beside for s in rank_states(job)}) == sorted(set(of_teacher))
+    assert min(of_teacher) > 0
+
+
+def test_the_head_of_a_reward_model_is_planned_whole_on_every_rank(ranks: RankPool, tmp_path: Path) -> None:
+    """One row, cut over tp as if it were a vocabulary."""
+    tiny_llama(tmp_path / "policy", 0)
+    config = rewarding(tmp_path, "rewarded", train__steps=1)
+    config.precision, config.parallel = BF16, ParallelConfig(bucket_mb=0.02, zero_stage=1, tp=2)
+    job = job_of(finalize(config, world_size=2), world_size=2)
+    assert predicted_of(job, ranks.run(2, _measure, config))

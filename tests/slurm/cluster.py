@@ -16,7 +16,7 @@ from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
 SBIN = "/usr/sbin:/sbin"  # where Debian has daemons, which a user's PATH may lack
-PATIENCE = 60.0
+PATIENCE = 180.0
 
 
 def why_not() -> str | None:

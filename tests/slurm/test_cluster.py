@@ -18,6 +18,7 @@ from tests.pool import RankPool
 from tests.slurm.cluster import Cluster, why_not
 from tests.slurm.test_hosts import HOSTS
 from tests.trainer.starts import start_on
+from trainer.injection import PLAN
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "launch" / "slurm" / "train.sbatch"
@@ -150,6 +151,25 @@ def test_a_spare_node_takes_the_place_of_one_that_dies(
     assert cluster.job(job)["Restarts"] == "0"
     assert "2 x 1 ranks on n0,n2" in said(cluster, job)
     assert curve(run_dir) == uninterrupted
+
+
+def test_a_run_that_hangs_goes_on_from_its_checkpoint_without_being_asked_to(
+    cluster: Cluster, small: list[str], uninterrupted: list[tuple[float, float, float]]
+) -> None:
+    """Would catch: the watchdog's exit code lost between rank, node and batch script; progress of another folder."""
+    run_dir = cluster.folder / "hung"
+    plan = cluster.folder / "plan" / "plan.json"
+    plan.parent.mkdir()
+    hangs = [{"number": number, "kind": "hang", "step": step, "rank": 1} for number, step in enumerate((15, 25))]
+    plan.write_text(json.dumps({"faults": hangs}))
+    sbatch = ["sbatch", "--parsable", "--nodes=2", f"--export=ALL,{PLAN}={plan}", str(SCRIPT)]
+    job = cluster.command(*sbatch, *small, f"run.dir={run_dir}", "train.timeout_seconds=15")
+    assert ended(cluster, job) == "COMPLETED", said(cluster, job)
+    assert cluster.job(job)["Restarts"] == "0"
+    assert said(cluster, job).count("restart") == 2
+    assert "hang 1 since the checkpoint of step 20; up to 3 are retried" in said(cluster, job)
+    assert curve(run_dir) == uninterrupted
+    assert len(list((run_dir / "hangs").glob("*/report.json"))) == 2
 
 
 def test_a_sweep_trains_every_point_while_mistakes_and_cancelled_jobs_stay_out_of_the_queue(

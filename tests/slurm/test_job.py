@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from launch.slurm.job import UsageError, down_nodes, job_from, srun
+from launch.slurm import job as batch
+from launch.slurm.job import Job, Supervisor, UsageError, down_nodes, job_from, newest_checkpoint, read_hangs, srun
+from launch.slurm.outcome import MAX_HANGS, Hangs
+from launch.slurm.progress import progress
 
 ROOT = Path(__file__).parents[2]
 SLURM = {"SLURM_JOB_ID": "41", "SLURM_JOB_NODELIST": "n[1-4]"}
@@ -101,3 +104,67 @@ def test_the_batch_script_says_what_is_missing(environment: dict[str, str], said
     )
     assert done.returncode == 2
     assert f"configuration error: {said}" in done.stderr
+
+
+@pytest.fixture
+def hanging(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
+    """A job whose ranks always hang, on a SLURM of shell scripts. tmp_path/starts has a line for each start."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    srun = (
+        'for word in "$@"; do case $word in --logs=*) logs=${word#--logs=};; esac; done\n'
+        f'echo start >> {tmp_path}/starts; echo 70 > "$logs/n1.code"; echo 1 > "$logs/n2.code"; exit 70\n'
+    )
+    scripts = {"srun": srun, "squeue": "echo RUNNING\n", "scontrol": f'echo "$@" >> {tmp_path}/scontrol\n'}
+    for name, text in {**scripts, "sinfo": "echo n1 idle; echo n2 idle\n", "scancel": "exit 0\n"}.items():
+        (folder / name).write_text("#!/bin/sh\n" + text)
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    monkeypatch.setattr(batch.signal, "signal", lambda number, handler: None)
+    monkeypatch.setattr(batch, "POLL_SECONDS", 0.01)
+    return Job(41, 0, ["n1", "n2"], 0, 1, 0, tmp_path / "logs", ["+exp=stdlib"])
+
+
+def test_a_run_that_hangs_starts_again_and_not_for_ever(
+    hanging: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Would catch: a hang at night that ends the job, and one that comes again and holds its nodes for a week."""
+    steps = iter([0, 10, 10, 20, 20, 20, 20])
+    monkeypatch.setattr(batch, "newest_checkpoint", lambda overrides: next(steps))
+    assert Supervisor(hanging).run() == 70
+    assert (tmp_path / "starts").read_text().count("start") == 7
+    assert next(steps, None) is None
+    assert read_hangs(hanging.logs / "hangs.json") == Hangs(20, MAX_HANGS + 1)
+    assert "requeue" not in (tmp_path / "scontrol").read_text()
+
+
+def test_hangs_are_counted_over_requeues_and_then_count_as_crashes(
+    hanging: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Would catch: a job whose every requeue brings new retries; --max-restarts that hangs do not see."""
+    monkeypatch.setattr(batch, "newest_checkpoint", lambda overrides: None)
+    hanging.logs.mkdir()
+    (hanging.logs / "hangs.json").write_text(json.dumps({"step": 20, "count": MAX_HANGS - 1}))
+    hanging.restarts, hanging.max_restarts = 1, 1
+    assert Supervisor(hanging).run() == 70
+    assert (tmp_path / "starts").read_text().count("start") == 3  # the last retry, and a restart that was asked for
+    (hanging.logs / "hangs.json").write_text("torn")
+    assert not read_hangs(hanging.logs / "hangs.json").after(None).retried
+
+
+def test_progress_is_the_newest_checkpoint_of_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Would catch: a folder that is not the run's; a checkpoint half written that is taken for progress."""
+    overrides = ["+exp=stdlib", f"run.dir={tmp_path}/run"]
+    progress(overrides)
+    assert capsys.readouterr().out == "0\n"
+    for name in ("step_5", "step_20", ".step_30.tmp"):
+        (tmp_path / "run" / "checkpoints" / name).mkdir(parents=True)
+    assert newest_checkpoint(overrides) == 20
+
+
+def test_progress_that_cannot_be_told_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Would catch: an exception of the supervisor's, which leaves a job without one."""
+    for said, code in (("", 2), ("20", 1), ("error", 0)):
+        done = subprocess.CompletedProcess([], code, stdout=said)
+        monkeypatch.setattr(batch.subprocess, "run", lambda *args, done=done, **options: done)
+        assert newest_checkpoint([]) is None

@@ -65,7 +65,7 @@ def start(folder: Path, *overrides: str) -> subprocess.Popen[str]:
 def test_a_node_ends_with_its_ranks(overrides: list[str], code: int, said: str, tmp_path: Path) -> None:
     """Would catch: an exit code that is lost on its way, or a rank that waits for ever for one that failed."""
     node = start(tmp_path, *overrides)
-    output = node.communicate(timeout=30)[1]
+    output = node.communicate(timeout=90)[1]
     assert (node.returncode, read_report(tmp_path, "b")) == (code, code)
     assert said in output
     assert f"rank 3 of 4 {overrides}" in (tmp_path / "rank3.log").read_text()
@@ -79,7 +79,7 @@ def test_a_signal_for_the_node_reaches_its_ranks(number: signal.Signals, code: i
     while len(list(tmp_path.glob("up*"))) < 2 and time.monotonic() < end:
         time.sleep(0.02)
     node.send_signal(number)
-    node.communicate(timeout=30)
+    node.communicate(timeout=90)
     assert (node.returncode, read_report(tmp_path, "b")) == (code, code)
 
 
@@ -94,7 +94,7 @@ def test_ranks_requeue_a_job_whose_script_is_gone(
     (tmp_path / "scontrol").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("SLURM_JOB_ID", "41")
-    start(tmp_path, what, what, "no script").communicate(timeout=30)
+    start(tmp_path, what, what, "no script").communicate(timeout=90)
     assert (tmp_path / "told").exists() == requeued
     assert not requeued or (tmp_path / "told").read_text() == "requeue 41\n"
 

@@ -6,14 +6,15 @@ import pytest
 
 from launch import errors
 from launch.slurm import outcome
-from launch.slurm.outcome import Action, Outcome, code_of_node, exit_code, judge, lost, next_action
-from trainer import resilience
+from launch.slurm.outcome import MAX_HANGS, Action, Hangs, Outcome, code_of_node, exit_code, judge, lost, next_action
+from trainer import resilience, watchdog
 
 
 def test_exit_codes_are_those_of_the_training_program() -> None:
     """Would catch: a preempted run that is taken for a crash, since a number was changed in one place."""
     assert outcome.PREEMPTED_EXIT_CODE == resilience.PREEMPTED_EXIT_CODE
     assert outcome.CONFIG_EXIT_CODE == errors.CONFIG_EXIT_CODE
+    assert outcome.HUNG_EXIT_CODE == watchdog.HUNG_EXIT_CODE
 
 
 @pytest.mark.parametrize(
@@ -31,6 +32,8 @@ def test_exit_codes_are_those_of_the_training_program() -> None:
         ([0, -9], False, 137),
         ([-6, 1, -9], False, 134),
         ([3, -9], False, 3),  # ended because the other had failed
+        ([70, 1], False, 70),  # its peer's connection broke
+        ([1, 70], False, 1),  # waited for a rank that had crashed
     ],
 )
 def test_a_node_reports_what_its_ranks_mean(codes: list[int], signalled: bool, reported: int) -> None:
@@ -54,6 +57,10 @@ def test_a_node_reports_what_its_ranks_mean(codes: list[int], signalled: bool, r
         ({"a": None, "b": None}, ["c"], Outcome.NOT_STARTED),  # that is a spare one
         ({"a": 1, "b": 0}, [], Outcome.CRASHED),
         ({"a": 134, "b": 1}, ["c"], Outcome.CRASHED),
+        ({"a": 70, "b": 70}, [], Outcome.HUNG),
+        ({"a": 1, "b": 70}, [], Outcome.HUNG),
+        ({"a": 70, "b": None}, [], Outcome.NODE_LOST),  # why they waited
+        ({"a": 70, "b": 2}, [], Outcome.CONFIG_ERROR),
     ],
 )
 def test_how_a_start_ended(codes: dict[str, int | None], down: list[str], expected: Outcome) -> None:
@@ -75,6 +82,8 @@ def test_only_what_is_gone_is_not_used_again() -> None:
         (Outcome.PREEMPTED, 4, 0, Action.REQUEUE),
         (Outcome.NODE_LOST, 4, 0, Action.RESTART),
         (Outcome.NODE_LOST, 3, 0, Action.REQUEUE),
+        (Outcome.HUNG, 4, 0, Action.RESTART),
+        (Outcome.HUNG, 3, 0, Action.REQUEUE),
         (Outcome.CRASHED, 4, 0, Action.STOP),
         (Outcome.CRASHED, 4, 1, Action.RESTART),
         (Outcome.CRASHED, 3, 1, Action.REQUEUE),
@@ -85,10 +94,25 @@ def test_what_follows(ended: Outcome, usable: int, crashes_left: int, action: Ac
     assert next_action(ended, num_usable=usable, num_needed=4, crashes_left=crashes_left) is action
 
 
+def test_hangs_are_retried_as_long_as_there_is_progress_between_them() -> None:
+    """Would catch: a run that hangs at one place and is started again for ever; one that gets on and is given up."""
+    hangs = Hangs()
+    for _ in range(MAX_HANGS):
+        hangs = hangs.after(0)
+        assert hangs.retried
+    assert not hangs.after(0).retried
+    assert not hangs.after(None).retried  # nobody knows of any progress
+    for step in range(10, 100, 10):
+        hangs = hangs.after(step)
+        assert hangs == Hangs(step, 1)
+    assert hangs.after(10).count == 2  # the newer ones were damaged: no progress
+
+
 def test_the_batch_script_exits_as_the_program_would() -> None:
     """Would catch: `sacct` that shows every end as the same."""
     assert exit_code(Outcome.DONE, {"a": 0}) == 0
     assert exit_code(Outcome.CONFIG_ERROR, {"a": None, "b": 2}) == 2
     assert exit_code(Outcome.PREEMPTED, {"a": 1, "b": 75}) == 75
     assert exit_code(Outcome.CRASHED, {"a": 0, "b": 134}) == 134
+    assert exit_code(Outcome.CRASHED, {"a": 70, "b": 70}) == 70  # a hang that is not retried
     assert exit_code(Outcome.NOT_STARTED, {"a": None}) == 1

@@ -52,6 +52,7 @@ def test_a_run_is_submitted_with_its_spare_nodes_and_logs_beside_it(told: Path) 
         (["--nodes=2", "+exp=zero3_13b", "parallel.tp=3"], "parallel.tp=3 does not divide the 2 processes"),
         (["--nodes=2", "optim.lt=1"], "optim.lt"),
         (["--nodes=0"], "nodes=0 must be 1 or more; use 1"),
+        (["--spare-nodes=1"], "spare_nodes=1 needs two nodes that train, nodes=1 has one: .* use nodes=2"),
         (["--nodes"], "--nodes needs a number"),
         (["--gpus-per-node=all"], "gpus_per_node=all is no number of GPUs; use such as 8 or h100:8"),
         (["--multirun", "optim.lr=1,2"], "--multirun hydra/launcher=slurm"),

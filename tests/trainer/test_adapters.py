@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from data.config import DataConfig
 from launch.convert import convert
+from launch.errors import exit_code_of
 from models.adapter_config import AdapterConfig
 from parallel.data import state_bytes
 from tests.parity.adapting import adapter_config, run_adapted, token_data
@@ -148,8 +149,8 @@ def test_exported_adapters_are_what_peft_loads_and_merged_ones_the_same_model(
     """What was trained is lost on its way out."""
     config = saving(changed(adapter_config(folder, corpus, optim__lr=3e-2), folder / "exported", parallel__tp=2))
     run_on(ranks, 2, config)
-    convert(["export", config.run.dir, str(folder / "peft")])
-    convert(["export", config.run.dir, str(folder / "merged"), "--merged"])
+    assert exit_code_of(convert, ["export", config.run.dir, str(folder / "peft")]) == 0
+    assert exit_code_of(convert, ["export", config.run.dir, str(folder / "merged"), "--merged"]) == 0
     base = transformers.LlamaForCausalLM.from_pretrained(folder / "llama")
     tokens = torch.arange(20)[None]
     plain = base(tokens).logits

@@ -288,3 +288,13 @@ def test_names_in_a_manifest_cannot_leave_the_checkpoint(two_steps: Path, tmp_pa
         manifest = read_manifest(two_steps / "step_2")
         write_manifest(folder, replace(manifest, files={name: FileRecord(size=1, crc32=0)}))
         assert "outside of the checkpoint" in verify(folder)[0]
+
+
+@pytest.mark.parametrize("wrong", ["1", 1.5, -1, True, None])
+def test_numbers_in_a_manifest_are_numbers(two_steps: Path, tmp_path: Path, wrong: object) -> None:
+    """A checkpoint from elsewhere that ends verification with a TypeError, on one rank of many."""
+    folder = shutil.copytree(two_steps / "step_2", tmp_path / "step_2")
+    manifest = read_manifest(folder)
+    name, record = next(iter(manifest.files.items()))
+    write_manifest(folder, replace(manifest, files={name: replace(record, size=wrong)}))
+    assert "damaged" in verify(folder)[0]

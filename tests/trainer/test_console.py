@@ -119,6 +119,8 @@ def test_a_line_shows_every_number_people_follow_and_what_a_recipe_added() -> No
         "skipped 2",
         "reward 0.5322",
     ]
+    rollout = {"step_seconds": 1.0, "data_wait_seconds": 0.7, "rollout_seconds": 0.6, "reward_failures": 3}
+    assert line_parts(rollout) == ["rollout 60%", "data wait 10%"]
     assert line_parts({"step": 1, "loss": float("nan"), "mfu": None, "skipped_steps": 0}) == ["loss nan"]
 
 
@@ -183,7 +185,7 @@ sink = ConsoleSink(total_steps=3, interval=1)
 sink.log({"step": 1, "loss": 3.0, "tokens_per_second_per_gpu": 12345.0})
 sink.log({"step": 2, "loss": 2.0, "validation_loss": 2.25})
 print("a print of somebody else")
-sink.event("saved step 2")
+sink.event({"kind": "checkpoint", "text": "saved step 2"}, 2)
 sink.log({"step": 3, "loss": 1.0})
 sink.close()
 """

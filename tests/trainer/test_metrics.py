@@ -20,6 +20,7 @@ import torch
 
 from trainer.config import LoggingConfig
 from trainer.metrics import MetricLogger
+from trainer.sinks import MAX_RANKS, curves_of_ranks
 
 # No value below is exact in fp32, so a sink that rounds is seen.
 RECORDS: list[dict[str, Any]] = [
@@ -161,6 +162,48 @@ def test_wandb_offline_has_the_same_numbers_no_secrets_and_one_id_over_a_resume(
     for path in files:
         assert b"hf_verysecret" not in path.read_bytes()
         assert b"stdlib-corpus" in path.read_bytes()  # negative control: the configuration is in there
+
+
+def test_tensorboard_and_wandb_have_events_samples_ranks_and_the_configuration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a straggler or a resume that only events.jsonl knows of, and a secret that goes along with it."""
+    import wandb
+    from tensorboard.backend.event_processing.event_accumulator import TENSORS, EventAccumulator
+
+    monkeypatch.setenv("HF_TOKEN", "a1b2c3d4e5")
+    config = LoggingConfig(console=False, tensorboard=True, wandb=True)
+    metrics = make(tmp_path, config, config_dict={"hub": {"token": "hunter2"}, "source": "corpus"})
+    metrics.log(RECORDS[0])
+    metrics.log_ranks(1, {"late_seconds": [0.0, 0.25], "step_seconds": [0.5, 0.75]})
+    metrics.event("resume", "with a1b2c3d4e5")  # about no step: the last one
+    metrics.event("sample", "sampled", step=7, sample="# once\nupon", note=["a1b2c3d4e5"])
+    metrics.close()
+    wandb.teardown()
+    assert "a1b2c3d4e5" not in (tmp_path / "events.jsonl").read_text()
+    expected = {"ranks/late_seconds/1": 0.25, "ranks/step_seconds/0": 0.5}
+    assert expected.items() <= read_tensorboard(tmp_path)[1].items()
+    events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={TENSORS: 0})
+    events.Reload()
+    texts = {
+        tag: [(event.step, event.tensor_proto.string_val[0].decode()) for event in events.Tensors(tag)]
+        for tag in events.Tags()["tensors"]
+    }
+    assert texts["events/resume/text_summary"] == [(1, "with ***")]
+    assert texts["events/sample/text_summary"] == [(7, "sampled\n\n    # once\n    upon\n")]
+    assert texts["config/text_summary"] == [(0, "    hub:\n      token: '***'\n    source: corpus\n")]
+    (path,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+    first, of_ranks, resumed, sampled = read_wandb(path)
+    assert first == without_none(RECORDS[0])
+    assert expected.items() <= of_ranks.items()
+    assert resumed == {"events/resume": "with ***", "step": 1}
+    assert (sampled["step"], sampled["events/sample"]) == (7, "sampled\n\n    # once\n    upon\n")
+
+
+def test_of_very_many_ranks_there_are_three_curves() -> None:
+    """Catches ten thousand tags in TensorBoard."""
+    found = curves_of_ranks({"late_seconds": [float(rank) for rank in range(MAX_RANKS + 1)]})
+    assert found == {"ranks/late_seconds/min": 0, "ranks/late_seconds/median": 32, "ranks/late_seconds/max": 64}
 
 
 def test_nonfinite_values_are_null_and_marked_in_valid_json(tmp_path: Path) -> None:
@@ -355,6 +398,7 @@ import os, signal, subprocess, sys
 from pathlib import Path
 from trainer.config import LoggingConfig
 from trainer.metrics import MetricLogger
+from trainer.sinks import MAX_RANKS, curves_of_ranks
 config = LoggingConfig(console=False, wandb=True)
 metrics = MetricLogger(Path(sys.argv[1]), config, is_main=True, total_steps=3, run_name="x", config_dict={})
 metrics.log({"step": 1, "loss": 1.0})
@@ -373,7 +417,7 @@ def test_training_survives_the_death_of_the_wandb_process(tmp_path: Path) -> Non
     """Catches a hang or an error after a signal to the whole job (or the out-of-memory killer) ended wandb."""
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
     command = [sys.executable, "-c", KILL_WANDB, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=180)
     assert done.returncode == 0, done.stderr
     assert [record["step"] for record in read(tmp_path / "metrics.jsonl")] == [1, 2, 3]
     (event,) = read(tmp_path / "events.jsonl")

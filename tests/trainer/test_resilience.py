@@ -99,7 +99,7 @@ def test_a_preempted_run_is_restarted_by_torchrun_and_continues(tmp_path: Path) 
         },
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=300,
     )
     assert finished.returncode == 0, finished.stderr
     assert "SIGTERM received: the run saves and stops after step 3" in finished.stderr

@@ -15,7 +15,8 @@ from omegaconf import OmegaConf
 
 from trainer import run_info
 from trainer.config import TrainConfig
-from trainer.run_info import MASK, RunInfo, is_secret, mask_argv, mask_secrets, write_config, write_run_info
+from trainer.masking import MASK, is_secret, mask_argv, mask_secrets, mask_text
+from trainer.run_info import RunInfo, write_config, write_run_info
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -111,6 +112,11 @@ def test_an_installed_package_inside_another_checkout_has_no_commit(
         "secret",
         "secretName",
         "client_secret",
+        "hub.eos_token_secret",
+        "WANDB_API_KEY",
+        "PGPASSWORD",
+        "ssh_passphrase",
+        "db_pwd",
         "password",
         "db_password",
         "PASSWD",
@@ -133,6 +139,11 @@ def test_keys_of_secrets_are_recognised(key: str) -> None:
         "checkpoint.keep_last",
         "num_key_value_heads",
         "eos_token_id",
+        "PWD",
+        "OLDPWD",
+        "eos_token",
+        "data.tokenizer.eos_token",
+        "+data.tokenizer.eos_token",
     ],
 )
 def test_keys_of_ordinary_settings_are_left_alone(key: str) -> None:
@@ -197,6 +208,53 @@ def test_secrets_in_a_configuration_are_masked_and_nothing_else() -> None:
         "n": 3,
     }
     assert mask_secrets({"credentials": {"user": "a"}}) == {"credentials": MASK}
+
+
+SECRET = "a1b2c3d4e5f6a7b8"
+HF = "hf_" + "Ab1" * 12
+
+
+@pytest.mark.parametrize(
+    ("text", "masked"),
+    [
+        (f"https://me:{SECRET}@host/x", f"https://{MASK}@host/x"),
+        (f"git+https://me:p@{SECRET}@host:80/x@y", f"git+https://{MASK}@host:80/x@y"),  # a password with an @ in it
+        (f"https://host/x?a=1&X-Amz-Signature={SECRET}&b=2", f"https://host/x?a=1&X-Amz-Signature={MASK}&b=2"),
+        (f"https://host/x?access_token={SECRET}#y", f"https://host/x?access_token={MASK}#y"),
+        (f"401 for Bearer {SECRET}{SECRET}", f"401 for Bearer {MASK}"),
+        (f"invalid header Authorization: Basic {SECRET}==", f"invalid header Authorization: Basic {MASK}"),
+        (f"the token {HF} is not valid", f"the token {MASK} is not valid"),
+        ("key=7 has no token: 3 of max_tokens=4, Basic tokenizers; user@host", None),
+        ("s3://bucket/x and me@host, https://host/x@y, a?b=c", None),
+    ],
+)
+def test_what_is_surely_a_secret_is_masked_in_texts(text: str, masked: str | None) -> None:
+    """Catches a password in an error that quotes a URL, and a mask over words that only look like one."""
+    assert mask_text(text) == (masked or text)
+
+
+def test_values_of_secret_variables_are_masked_wherever_they_turn_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches WANDB_API_KEY or HF_TOKEN in run.json, a configuration or an error, under no name that says so; and the
+    working directory, or where a key is, masked in every path."""
+    monkeypatch.setenv("WANDB_API_KEY", SECRET)
+    monkeypatch.setenv("HF_TOKEN", f"{SECRET}-longer")
+    monkeypatch.setenv("SHORT_KEY", "gpt2")
+    monkeypatch.setenv("SSL_KEY", str(tmp_path))
+    monkeypatch.setenv("PWD", "/some/folder")
+    assert mask_text(f"wandb says {SECRET}-longer or {SECRET} of gpt2") == f"wandb says {MASK} or {MASK} of gpt2"
+    assert mask_argv(["x", f"run.name={SECRET}", "run.dir=gpt2"]) == ["x", f"run.name={MASK}", "run.dir=gpt2"]
+    assert mask_secrets({"run": {"name": f"a{SECRET}"}, "n": 1}) == {"run": {"name": f"a{MASK}"}, "n": 1}
+    assert mask_text(f"{tmp_path}/run /some/folder/run") == f"{tmp_path}/run /some/folder/run"
+    monkeypatch.delenv("WANDB_API_KEY")
+    assert mask_text(SECRET) == SECRET  # by nothing else
+
+
+def test_a_command_line_keeps_the_tokenizer_settings() -> None:
+    """Catches run.json that hides which token ends a document."""
+    argv = ["x", "data.tokenizer.eos_token=<|end|>", "+data={tokenizer: {eos_token: </s>, token: a}}"]
+    assert mask_argv(argv) == [*argv[:2], f"+data={{tokenizer: {{eos_token: </s>, token: {MASK}}}}}"]
 
 
 def test_config_yaml_gives_back_the_same_configuration(tmp_path: Path) -> None:

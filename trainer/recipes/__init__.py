@@ -11,6 +11,7 @@ from trainer.recipes.distill import Distillation
 from trainer.recipes.dpo import DirectPreferenceOptimization
 from trainer.recipes.grpo import GroupPolicyOptimization
 from trainer.recipes.kto import KahnemanTverskyOptimization
+from trainer.recipes.ppo import ProximalPolicyOptimization
 from trainer.recipes.pretrain import Pretrain
 from trainer.recipes.reward import RewardModel
 from trainer.recipes.sft import SupervisedFineTuning
@@ -23,6 +24,7 @@ RECIPES: Mapping[str, type[Pretrain]] = {
     "reward": RewardModel,
     "distill": Distillation,
     "grpo": GroupPolicyOptimization,
+    "ppo": ProximalPolicyOptimization,
 }
 
 

@@ -23,7 +23,7 @@ from models.decoder import Head
 from parallel.mesh import Meshes, groups_in_layers
 from parallel.problem import Problem, values
 from trainer.config import RecipeConfig, TrainConfig, configuration_errors
-from trainer.frozen import FrozenModel, load_frozen, problems_beside, resolve_beside
+from trainer.frozen import Beside, FrozenModel, load_frozen, problems_beside, resolve_beside
 from trainer.loss import Objective, count_valid, token_loss_sum, vocabulary_shard
 from trainer.recipes.pretrain import Pretrain
 from trainer.step import TrainState
@@ -103,10 +103,13 @@ class Distillation(Pretrain):
         self.wanted = DistillationObjective(config.recipe, vocabulary=vocabulary, device=device)
         return self.wanted
 
+    def frozen_beside(self, config: TrainConfig) -> Beside | None:
+        return Beside(resolve_beside(config.recipe.teacher_path, config), config.recipe.teacher_offload)
+
     def start(self, config: TrainConfig, state: TrainState, mesh: Meshes) -> None:
         with configuration_errors():
-            beside = resolve_beside(config.recipe.teacher_path, config)
-            self.teacher = load_frozen(beside, config, mesh, state.device, offload=config.recipe.teacher_offload)
+            if (beside := self.frozen_beside(config)) is not None:
+                self.teacher = load_frozen(beside.model, config, mesh, state.device, offload=beside.offload)
 
     def prepare(self, microbatches: list[Batch]) -> list[Batch]:
         assert self.teacher is not None

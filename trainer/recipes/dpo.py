@@ -27,11 +27,12 @@ from parallel.groups import ModelParallel
 from parallel.mesh import Meshes, groups_in_layers
 from parallel.problem import Problem, values
 from trainer.config import ConfigError, RecipeConfig, TrainConfig
+from trainer.frozen import Beside
 from trainer.loss import Objective, token_losses, vocabulary_shard
 from trainer.pairs import Pairs, count_pairs
 from trainer.preference_losses import LOSSES, WITHOUT_REFERENCE, implicit_rewards, preference_losses
 from trainer.recipes.pretrain import Pretrain
-from trainer.reference import REFERENCES, Reference, load_reference, no_effect
+from trainer.reference import REFERENCES, Reference, load_reference, no_effect, reference_beside
 from trainer.reference import reference_problems as problems_of_reference
 from trainer.step import TrainState
 
@@ -176,6 +177,9 @@ class DirectPreferenceOptimization(Preferences):
             batch_invariant=config.train.batch_invariant,
             device=device,
         )
+
+    def frozen_beside(self, config: TrainConfig) -> Beside | None:
+        return reference_beside(config) if needs_reference(config.recipe) else None
 
     def start(self, config: TrainConfig, state: TrainState, mesh: Meshes) -> None:
         if needs_reference(config.recipe) and config.recipe.reference != "precomputed":

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 
@@ -23,36 +24,48 @@ from inference.config import EngineConfig
 from inference.engine import Engine
 from models.decoder import Decoder
 from parallel.mesh import Meshes, groups_in_layers
-from parallel.problem import Problem, multiples, values
 from trainer.config import TrainConfig
 from trainer.loss import Objective, vocabulary_shard
 from trainer.recipes.pretrain import Pretrain, StepReport
-from trainer.reference import Reference, load_reference, no_effect, reference_problems
-from trainer.rl.collect import Collector
+from trainer.reference import Reference, load_reference
+from trainer.rl.collect import Collector, all_gather
 from trainer.rl.config import rl_problems
 from trainer.rl.maths import final_answer, same_answer
 from trainer.rl.objective import PolicyObjective
-from trainer.rl.packing import Packed, empty_batch, rollout_batches, set_old
+from trainer.rl.packing import Packed, empty_batch, of_rollouts, optional_columns, rollout_batches
+from trainer.rl.problems import data_problems, layout_problems
+from trainer.rl.reward_models import RewardModels
 from trainer.rl.rewards import Rewards, check_rewards, import_path
 from trainer.rl.rollouts import Rollout, Sampler
 from trainer.rl.weights import ServedWeights
 from trainer.step import TrainState
 
 
+class RolledOut(NamedTuple):
+    """A batch of rollouts. Filled by `GroupPolicyOptimization`."""
+
+    updates: list[list[Rollout]]  # this rank's, of each update
+    metrics: dict[str, float]  # the same on all ranks
+    events: list[Any]  # pairs of kind and text
+
+
 class GroupPolicyOptimization(Pretrain):
     """recipe=grpo, dr_grpo, dapo, gspo, cispo, rloo."""
 
-    reads = ("rl", "reference", "reference_path", "reference_offload")
+    reads: tuple[str, ...] = ("rl", "reference", "reference_path", "reference_offload")
+    columns: tuple[str, ...] = ()  # that every micro-batch has, besides packing.FLOATS
 
     def __init__(self) -> None:
         self._samples: dict[str, PromptSamples] = {}  # by split
         self._buffer: list[list[Rollout]] = []  # of updates that are still to be made, this rank's rollouts
-        self._restored: list[list[list[Rollout]]] = []  # the same of each rank, from a checkpoint
+        self._ahead: RolledOut | None = None  # with recipe.rl.rollout_lag, the batch that comes after them
+        self._restored: Mapping[str, Any] = {}  # what a checkpoint has of both, of all ranks
         self._report = StepReport()
         self._reference: Reference | None = None
 
     def problems(self, config: TrainConfig) -> list[str]:
-        return rl_problems(config.recipe.rl) + _data_problems(config) + _layout_problems(config)
+        held_by = ("recipe.rl.kl_weight", config.recipe.rl.kl_weight)
+        return rl_problems(config.recipe.rl) + data_problems(config, held_by) + layout_problems(config)
 
     def open_data(self, config: TrainConfig, *, split: str, rank: int, world_size: int, device_type: str) -> Loader:
         train, size = config.train, config.recipe.rl.group_size
@@ -101,6 +114,7 @@ class GroupPolicyOptimization(Pretrain):
             self._engine.runner.fused = False  # fused launches read a block's weights without its forward
         tp = groups_in_layers(mesh, config.parallel).tp
         environment = None if rl.environment is None else import_path(rl.environment)
+        rewards = Rewards(rl)
         self._collector = Collector(
             rl,
             sampler=Sampler(
@@ -114,15 +128,28 @@ class GroupPolicyOptimization(Pretrain):
                 max_turns=rl.max_turns,
             ),
             weights=self._weights,
-            rewards=Rewards(rl),
+            rewards=rewards,
+            reward_models=RewardModels(
+                rewards.models,
+                config,
+                mesh,
+                state.device,
+                tokenizer=self._tokenizer,
+                all_gather=partial(all_gather, group=self._group),
+            ),
             data_group=self._group,
             tp_group=None if tp is None else tp.get_group(),
         )
-        if rl.kl_weight:
+        if self.needs_reference(config):
             self._reference = load_reference(config, state, mesh)
         if self._restored:
             rank, size = mesh.samples.get_local_rank(), mesh.samples.size()
-            self._buffer = shared_out(self._restored, rank, size)
+            self._buffer = shared_out(self._restored["rollouts"], rank, size)
+            if ahead := self._restored.get("ahead"):
+                self._ahead = RolledOut(shared_out(ahead["rollouts"], rank, size), ahead["metrics"], ahead["events"])
+
+    def needs_reference(self, config: TrainConfig) -> bool:
+        return config.recipe.rl.kl_weight > 0
 
     # ---- a step
 
@@ -130,9 +157,10 @@ class GroupPolicyOptimization(Pretrain):
         fresh = not self._buffer
         self._report = StepReport()
         if fresh:
-            self._roll_out(data)
-            self._report.metrics |= self._collector.metrics
-            self._report.events, self._collector.events = self._collector.events, []
+            made = self._next(data)
+            self._report.metrics |= made.metrics
+            self._report.events = [(kind, text) for kind, text in made.events]
+            self._buffer = made.updates
         rollouts = self._buffer.pop(0)
         packed = self._packed(rollouts)
         positions = sum(len(rollout.tokens) - 1 for rollout in rollouts)
@@ -140,9 +168,10 @@ class GroupPolicyOptimization(Pretrain):
         return [one.batch for one in packed]
 
     def prepare(self, microbatches: list[Batch]) -> list[Batch]:
-        if self._reference is None or "weight" not in microbatches[0].columns:  # prompts, to be validated on
+        held = self._config.recipe.rl.kl_weight > 0
+        if not held or "weight" not in microbatches[0].columns:  # prompts, to be validated on
             return microbatches
-        found = self._reference.token_logprobs(microbatches)
+        found = self._reference_logprobs(microbatches)
         return [batch.with_columns(reference=each) for batch, each in zip(microbatches, found, strict=True)]
 
     def report(self) -> StepReport:
@@ -151,19 +180,45 @@ class GroupPolicyOptimization(Pretrain):
     def measured(self) -> dict[str, torch.Tensor]:
         return {"sampler_max_delta": self._objective.largest_delta()}
 
-    def _roll_out(self, data: Loader) -> None:
-        """Fill the buffer by the current weights."""
+    def _next(self, data: Loader) -> RolledOut:
+        """The batch of rollouts to learn from."""
+        if not self._config.recipe.rl.rollout_lag:
+            return self._roll_out(data)
+        now = self._ahead or self._roll_out(data)
+        self._ahead = self._roll_out(data)
+        return now
+
+    def _roll_out(self, data: Loader) -> RolledOut:
+        """A batch by the current weights."""
         rl = self._config.recipe.rl
         self._engine.weights_changed()
         batches = self._collector.collect(data, self._samples["train"])
-        if rl.updates > 1:
-            for batch in batches:
-                packed = self._packed(batch)
-                microbatches = [one.batch.to(self._state.device) for one in packed]
-                found = self._state.passes.token_logprobs(self._state.model, microbatches)  # type: ignore[arg-type]
-                for one, logprobs in zip(packed, found, strict=True):
-                    set_old(one, logprobs.cpu())
-        self._buffer = [list(batch) for _ in range(rl.epochs) for batch in batches]
+        metrics = self._collector.metrics | self._complete(batches)
+        events, self._collector.events = self._collector.events, []
+        return RolledOut([list(batch) for _ in range(rl.epochs) for batch in batches], metrics, events)
+
+    def _complete(self, batches: list[list[Rollout]]) -> dict[str, float]:
+        """Give this rank's rollouts what the models of now say of them; what there is to report. Collective."""
+        for batch in batches if self._config.recipe.rl.keeps_old else ():
+            packed = self._packed(batch)
+            found = self._policy_logprobs([one.batch.to(self._state.device) for one in packed])
+            self._set_old(packed, found)
+        return {}
+
+    def _set_old(self, packed: list[Packed], logprobs: list[torch.Tensor]) -> None:
+        for one, of_labels in zip(packed, logprobs, strict=True):
+            for rollout, numbers in of_rollouts(one, of_labels):
+                rollout.old = numbers
+
+    def _policy_logprobs(self, microbatches: list[Batch]) -> list[torch.Tensor]:
+        """[B, T] of the labels of each, by the trainer and its weights of now."""
+        state, temperature = self._state, self._config.recipe.rl.temperature
+        assert isinstance(state.model, Decoder)
+        return state.passes.token_logprobs(state.model, microbatches, temperature=temperature)
+
+    def _reference_logprobs(self, microbatches: list[Batch]) -> list[torch.Tensor]:
+        assert self._reference is not None
+        return self._reference.token_logprobs(microbatches, temperature=self._config.recipe.rl.temperature)
 
     def _packed(self, rollouts: list[Rollout]) -> list[Packed]:
         """In as many micro-batches as the rank that has most: sharded weights are gathered for each, on all ranks."""
@@ -175,21 +230,31 @@ class GroupPolicyOptimization(Pretrain):
             normalization=rl.normalization,
             constant=rl.max_tokens or train.seq_len,
         )
-        most = max(1, *self._collector.all_gather(len(packed)))
-        old = any(self._collector.all_gather(any(rollout.old for rollout in rollouts)))
-        packed += [Packed(empty_batch(["old"] if old else []), [[]]) for _ in range(most - len(packed))]
+        of_ranks = self._collector.all_gather((len(packed), optional_columns(rollouts)))
+        most = max(1, *(count for count, _ in of_ranks))
+        columns = sorted({*self.columns, *(name for _, names in of_ranks for name in names)})
+        packed += [Packed(empty_batch(columns), [[]]) for _ in range(most - len(packed))]
         return packed
 
     # ---- a run that goes on
 
     def state_dict(self) -> dict[str, Any]:
         """Rollouts of updates that are still to be made: the weights they were sampled by are gone."""
-        mine = [[rollout.state_dict() for rollout in batch] for batch in self._buffer]
-        return {"rollouts": self._collector.all_gather(mine)}
+        ahead = None
+        if self._ahead is not None:
+            made = self._ahead
+            ahead = {"rollouts": self._saved(made.updates), "metrics": made.metrics, "events": made.events}
+        return {"rollouts": self._saved(self._buffer), "ahead": ahead}
+
+    def _saved(self, updates: list[list[Rollout]]) -> list[Any]:
+        return self._collector.all_gather([[rollout.state_dict() for rollout in batch] for batch in updates])
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        of_ranks = state.get("rollouts", [])
-        self._restored = [[[Rollout.of_state(one) for one in batch] for batch in mine] for mine in of_ranks]
+        ahead = state.get("ahead")
+        self._restored = {
+            "rollouts": _restored(state.get("rollouts", [])),
+            "ahead": ahead and ahead | {"rollouts": _restored(ahead["rollouts"])},
+        }
 
     # ---- validation
 
@@ -233,6 +298,10 @@ class GroupPolicyOptimization(Pretrain):
         return "of the training split: " + ", ".join(f"{n} {c:,}" for n, c in data.counts.items() if c) + left_out
 
 
+def _restored(of_ranks: list[Any]) -> list[list[list[Rollout]]]:
+    return [[[Rollout.of_state(one) for one in batch] for batch in mine] for mine in of_ranks]
+
+
 def engine_config(config: TrainConfig, *, num_sequences: int) -> EngineConfig:
     """recipe.rl.engine with what is left open: a cache for this rank's num_sequences rollouts, not for the whole
     device, which training needs as well."""
@@ -255,118 +324,3 @@ def shared_out(of_ranks: list[list[list[Rollout]]], rank: int, size: int) -> lis
         return of_ranks[rank]
     updates = [[one for mine in batches for one in mine] for batches in zip(*of_ranks, strict=True)]
     return [batch[rank * len(batch) // size : (rank + 1) * len(batch) // size] for batch in updates]
-
-
-def _data_problems(config: TrainConfig) -> list[str]:
-    found: list[str] = []
-    data, train, rl = config.data, config.train, config.recipe.rl
-    name = f"recipe.name={config.recipe.name}"
-    if data.source != "prompts":
-        found.append(f"{name} with data.source={data.source} has nothing to answer; use data=prompts")
-    elif data.tokenizer.path is None and config.model.path is None:
-        found.append(
-            "data.tokenizer.path is missing: prompts need the tokenizer that the model was made for; give its folder"
-        )
-    elif not data.mask_documents:
-        found.append(
-            Problem(
-                "data.mask_documents=false lets the completions of a row see one another",
-                values("data.mask_documents", [True]),
-            )
-        )
-    if rl.group_size > 1 and train.global_batch_size % rl.group_size:
-        size = train.global_batch_size
-        found.append(
-            Problem(
-                f"train.global_batch_size={size} completions do not divide into groups of recipe.rl.group_size="
-                f"{rl.group_size}",
-                values("train.global_batch_size", multiples(rl.group_size, size), near=size),
-            )
-        )
-    if rl.max_tokens is not None and rl.max_tokens >= train.seq_len:
-        found.append(
-            f"recipe.rl.max_tokens={rl.max_tokens} leaves no room for a prompt in train.seq_len={train.seq_len}; use "
-            f"at most {train.seq_len - 1}"
-        )
-    if train.sample_tokens:
-        what = f"train.sample_tokens={train.sample_tokens} continues a text, and {name} answers prompts"
-        found.append(Problem(what, values("train.sample_tokens", [0])))
-    if rl.kl_weight:
-        found += reference_problems(config)
-    else:
-        found += no_effect(config, ("reference", "reference_path", "reference_offload"), "recipe.rl.kl_weight=0")
-    for number, one in enumerate(rl.rewards):
-        try:
-            Rewards(replace(rl, rewards=[one]))
-        except ValueError as error:
-            found.append(str(error).replace("rewards[0]", f"rewards[{number}]"))
-    if rl.environment is not None:
-        try:
-            import_path(rl.environment)
-        except ValueError as error:
-            found.append(f"recipe.rl.environment={error}")
-    return found
-
-
-def _layout_problems(config: TrainConfig) -> list[str]:
-    """What an engine cannot serve while it is trained."""
-    found: list[str] = []
-    parallel, rl, model, train = config.parallel, config.recipe.rl, config.model, config.train
-    name = f"recipe.name={config.recipe.name}"
-
-    def refuse(field: str, value: object, why: str, instead: object) -> None:
-        found.append(Problem(f"{field}={value} does not work with {name}: {why}", values(field, [instead])))
-
-    if parallel.pp > 1:
-        refuse("parallel.pp", parallel.pp, "the engine serves whole models, not stages of a pipeline", 1)
-    if parallel.cp > 1:
-        refuse("parallel.cp", parallel.cp, "layers split sequences over cp, and a step of the engine has many", 1)
-    if parallel.ep > 1:
-        refuse("parallel.ep", parallel.ep, "experts are on ranks with other prompts, at their own pace", 1)
-    if parallel.sequence_parallel:
-        why = "layers split tokens over tp, and a step of the engine has any number of them"
-        refuse("parallel.sequence_parallel", "true", why, False)
-    if parallel.tp > 1 and parallel.zero_stage == 3:
-        why = "shards of tp's shards are not served; stages 0 to 2 are"
-        refuse("parallel.zero_stage", 3, f"with parallel.tp={parallel.tp} {why}", 2)
-    if parallel.cpu_offload:
-        refuse("parallel.cpu_offload", "true", "weights on the host would be gathered for every token", False)
-    if train.compile:
-        refuse("train.compile", "true", "rows have the length of what was sampled, each of which compiles anew", False)
-    if config.precision.fp8:
-        why = "scales are those of a whole batch, which the engine has not"
-        refuse("precision.compute", config.precision.compute, why, "bf16")
-    if model.moe.num_experts:
-        why = "auxiliary losses are means over rows, of which a step has another number each time"
-        refuse("model.moe.num_experts", model.moe.num_experts, why, 0)
-    for field in ("dropout", "attention_dropout"):
-        if value := getattr(model, field):
-            refuse(f"model.{field}", value, "completions are sampled without, by other probabilities", 0.0)
-    if model.mtp.depth:
-        refuse("model.mtp.depth", model.mtp.depth, "its losses are those of texts", 0)
-    if model.speculator.kind != "none":
-        refuse("model.speculator.kind", model.speculator.kind, "heads are trained beside a model that stays", "none")
-    if parallel.zero_stage == 3 and rl.weights == "in_place":
-        found.append(
-            Problem(
-                "recipe.rl.weights=in_place with parallel.zero_stage=3 has no whole weights anywhere",
-                values("recipe.rl.weights", ["gather", "stream"]),
-            )
-        )
-    if parallel.zero_stage < 3 and rl.weights in ("gather", "stream"):
-        found.append(
-            Problem(
-                f"recipe.rl.weights={rl.weights} with parallel.zero_stage={parallel.zero_stage}: the model computes "
-                "with whole weights already",
-                values("recipe.rl.weights", ["in_place"]),
-            )
-        )
-    if rl.engine.cuda_graphs and parallel.zero_stage == 3:
-        found.append(
-            Problem(
-                "recipe.rl.engine.cuda_graphs=true with parallel.zero_stage=3: gathered weights lie elsewhere "
-                "each time",
-                values("recipe.rl.engine.cuda_graphs", [False]),
-            )
-        )
-    return found

@@ -24,11 +24,12 @@ from parallel.groups import ModelParallel
 from parallel.mesh import Meshes, groups_in_layers
 from parallel.problem import Problem, values
 from trainer.config import RecipeConfig, TrainConfig
+from trainer.frozen import Beside
 from trainer.loss import Objective, token_losses, vocabulary_shard
 from trainer.pairs import Pairs, count_pairs
 from trainer.preference_losses import unpaired_losses
 from trainer.recipes.dpo import Preferences
-from trainer.reference import load_reference, reference_problems
+from trainer.reference import load_reference, reference_beside, reference_problems
 from trainer.step import TrainState
 
 
@@ -101,6 +102,9 @@ class KahnemanTverskyOptimization(Preferences):
             batch_invariant=config.train.batch_invariant,
             device=device,
         )
+
+    def frozen_beside(self, config: TrainConfig) -> Beside | None:
+        return reference_beside(config)
 
     def start(self, config: TrainConfig, state: TrainState, mesh: Meshes) -> None:
         self.state = state

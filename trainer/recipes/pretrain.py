@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from data.batch import Batch
 from data.config import has_conversations
 from data.loader import Loader, build_loader
+from models.config import ModelConfig
 from parallel.mesh import Meshes, groups_in_layers
 from trainer.config import TrainConfig
+from trainer.frozen import Beside
 from trainer.loss import Objective, next_token, vocabulary_shard
 from trainer.step import TrainState, evaluate
 
@@ -25,6 +27,14 @@ class StepReport:
     metrics: dict[str, float] = field(default_factory=dict)  # fields of metrics.jsonl
     events: list[tuple[str, str]] = field(default_factory=list)  # kind and text, for events.jsonl
     positions: int | None = None  # that the step trains on; None: train.global_batch_size x train.seq_len
+
+
+class TrainedBeside(NamedTuple):
+    """A model that is trained beside that of the run (TrainState.beside). Filled by `Pretrain.trained_beside`."""
+
+    model: ModelConfig  # resolved
+    objective: Objective
+    lr_factor: float  # times the learning rate of the run
 
 
 class Pretrain:
@@ -70,6 +80,20 @@ class Pretrain:
             vocabulary=vocabulary_shard(config.model.vocab_size, groups_in_layers(mesh, config.parallel)),
             batch_invariant=config.train.batch_invariant,
         )
+
+    def frozen_beside(self, config: TrainConfig) -> Beside | None:
+        """The model that `start` makes beside the one that is trained; None: there is none. Raises ValueError."""
+        return None
+
+    def trained_beside(self, config: TrainConfig, device: torch.device) -> dict[str, TrainedBeside]:
+        """Models that are trained beside the one of the run, by name. Raises ValueError for one that is not there."""
+        return {}
+
+    def start_beside(self, config: TrainConfig, state: TrainState, *, imported: bool) -> None:
+        """Give those of `state.beside` the weights that a new run begins with. Raises ValueError for what has none.
+
+        imported: the run's own model has its weights from a checkpoint that holds nothing else.
+        """
 
     def start(self, config: TrainConfig, state: TrainState, mesh: Meshes) -> None:
         """Called once the weights are there, before the first step: makes models beside the one that is trained."""

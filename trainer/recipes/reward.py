@@ -12,7 +12,6 @@ import math
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from data.batch import Batch
@@ -21,7 +20,7 @@ from parallel.groups import ModelParallel
 from parallel.mesh import Meshes, groups_in_layers
 from parallel.problem import Problem, values
 from trainer.config import TrainConfig
-from trainer.loss import Objective
+from trainer.loss import Objective, token_scores
 from trainer.pairs import Pairs, count_pairs
 from trainer.preference_losses import reward_losses
 from trainer.recipes.dpo import PAIR_NAMES, Preferences, reports
@@ -42,9 +41,7 @@ class RewardObjective:
     def head(self, batch: Batch) -> Head:
         def head(hidden: Tensor, weight: Tensor) -> Tensor:
             pairs = Pairs.of(batch, self.groups)
-            # In fp32: two answers of nearly the same worth would be equal in bf16.
-            wide = torch.promote_types(hidden.dtype, torch.float32)
-            rewards = pairs.answers(F.linear(hidden.to(wide), weight.to(wide))[..., 0], column="last_input")
+            rewards = pairs.answers(token_scores(hidden, weight), column="last_input")
             losses = reward_losses(rewards, pairs.margins(), centering=self.centering)
             return (torch.stack([losses, *reports(rewards.detach())]) * pairs.counted()).sum((1, 2)).float()
 

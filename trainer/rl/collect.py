@@ -18,8 +18,9 @@ from data.loader import Loader
 from data.prompts import PromptSamples
 from trainer.rl.advantages import group_advantages, is_constant
 from trainer.rl.config import RLConfig
-from trainer.rl.rewards import Answer, Rewards, Scored, check_rewards
-from trainer.rl.rollouts import Rollout, Sampler, Task
+from trainer.rl.reward_models import RewardModels
+from trainer.rl.rewards import Rewards, Scored, check_rewards
+from trainer.rl.rollouts import Rollout, Sampled, Sampler, Task
 from trainer.rl.weights import ServedWeights
 
 
@@ -82,6 +83,7 @@ class Collector:
         sampler: Sampler,
         weights: ServedWeights,
         rewards: Rewards,
+        reward_models: RewardModels,
         data_group: dist.ProcessGroup,
         tp_group: dist.ProcessGroup | None,
     ) -> None:
@@ -90,6 +92,7 @@ class Collector:
         self._sampler = sampler
         self._weights = weights
         self._rewards = rewards
+        self._reward_models = reward_models
         self._data_group = data_group
         self._tp_group = tp_group
         self.metrics: dict[str, float] = {}  # of the last `collect`
@@ -105,7 +108,7 @@ class Collector:
         informative: dict[int, bool] = {}  # of all ranks' groups, by number
         while rounds < config.sampling_rounds:
             numbers = [number for batch in data.next_step() for number in batch.samples.tolist()]
-            groups, mine = self.groups(numbers, samples, size=config.group_size)
+            groups, mine = self.groups(numbers, samples, size=config.group_size, temperature=config.temperature)
             gathering += self._weights.gather_seconds
             of_ranks = self.all_gather((mine, {group.number: not is_constant(group.rewards) for group in groups}))
             for others, informs in of_ranks:
@@ -144,7 +147,8 @@ class Collector:
         tasks = [Task(samples[number], number, sample) for number in numbers for sample in range(size)]
         with self._weights.serving():
             sampled = self._sampler.rollouts(tasks, temperature=temperature)
-        for rollout, scored in zip(sampled.rollouts, scores := self._scores(sampled.answers), strict=True):
+        scores = self._scores(sampled)
+        for rollout, scored in zip(sampled.rollouts, scores, strict=True):
             rollout.reward, rollout.rewards = scored.total, scored.each
         rollouts = sampled.rollouts
         groups = [Group(number, rollouts[i * size : (i + 1) * size]) for i, number in enumerate(numbers)]
@@ -158,16 +162,15 @@ class Collector:
 
     def all_gather(self, value: Any) -> list[Any]:
         """One object of every rank with other prompts, in rank order."""
-        values: list[Any] = [None] * dist.get_world_size(self._data_group)
-        dist.all_gather_object(values, value, group=self._data_group)
-        return values
+        return all_gather(value, self._data_group)
 
-    def _scores(self, answers: Sequence[Answer]) -> list[Scored]:
+    def _scores(self, sampled: Sampled) -> list[Scored]:
         """By the first rank of tp for all: what depends on time, as a program in a sandbox, may come out otherwise."""
+        by_models = self._reward_models.of([rollout.tokens for rollout in sampled.rollouts])
         if self._tp_group is None:
-            return self._rewards.of(answers)
+            return self._rewards.of(sampled.answers, by_models)
         first = dist.get_rank(self._tp_group) == 0
-        found: list[Any] = [self._rewards.of(answers) if first else None]
+        found: list[Any] = [self._rewards.of(sampled.answers, by_models) if first else None]
         dist.broadcast_object_list(found, src=dist.get_global_rank(self._tp_group, 0), group=self._tp_group)
         return found[0]
 
@@ -179,6 +182,13 @@ class Collector:
             for rollout in group.rollouts
             if rollout.reward is not None and not (masked and rollout.finish_reason == "length")
         ]
+
+
+def all_gather(value: Any, group: dist.ProcessGroup) -> list[Any]:
+    """One object of every rank of a group, in rank order."""
+    values: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
 
 
 def _totals(groups: Sequence[Group], errors: list[str]) -> Totals:

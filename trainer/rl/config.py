@@ -17,14 +17,19 @@ TRUNCATED = ("train", "mask")
 KL_ESTIMATORS = ("k1", "k2", "k3")
 WEIGHTS = ("auto", "in_place", "gather", "stream")
 
+MODEL = "model"
+"""recipe.rl.rewards[].function of a reward model (trainer/rl/reward_models.py)."""
+
 
 @dataclass
 class RewardConfig:
     """One of `recipe.rl.rewards`."""
 
-    function: str = "math"  # one of trainer.rl.rewards.REWARDS, or package.module:function
+    function: str = "math"  # one of trainer.rl.rewards.REWARDS, package.module:function, or MODEL
     weight: float = 1.0  # a completion's reward is the weighted sum over all of them
     arguments: dict[str, Any] = field(default_factory=dict)  # keyword arguments of every call
+    path: str | None = None  # function=model: Hugging Face folder of a reward model with the policy's tokenizer
+    offload: bool = False  # function=model: its weights stay in host memory
 
 
 @dataclass
@@ -51,10 +56,14 @@ class RLConfig:
     # Groups whose completions all have one reward teach nothing: they are replaced by those of further prompts, in at
     # most so many rounds of a whole batch of prompts (DAPO, 2503.14476). 1: they stay.
     sampling_rounds: int = 1
+    temperature: float = 1.0  # that logits are divided by: of the policy that is sampled, and so of the one that learns
     # Updates that a batch of rollouts is cut into. With several in all, ratios are against log-probabilities that the
     # trainer computes before the first one.
     minibatches: int = 1
     epochs: int = 1  # times that it is gone through
+    # 1: rollouts are made a batch ahead, by the weights before the updates of the batch before them, and ratios are
+    # against those weights
+    rollout_lag: int = 0  # 0 or 1
     # Truncated importance sampling: a token's loss times min(pi_trainer / pi_sampler, this), for what the engine's
     # arithmetic differs from the trainer's. 0: none.
     importance_cap: float = 2.0
@@ -78,8 +87,13 @@ class RLConfig:
         """Updates that are made with a batch of rollouts."""
         return self.minibatches * self.epochs
 
+    @property
+    def keeps_old(self) -> bool:
+        """Whether weights change between rollouts and an update by them, so that ratios need what was before."""
+        return self.updates > 1 or self.rollout_lag > 0
 
-def rl_problems(config: RLConfig) -> list[str]:
+
+def rl_problems(config: RLConfig, *, smallest_group: int = 2) -> list[str]:
     """Every value that is wrong in itself, one line each."""
     found: list[str] = []
     for name, legal in (
@@ -93,13 +107,28 @@ def rl_problems(config: RLConfig) -> list[str]:
     ):
         if (value := getattr(config, name)) not in legal:
             found.append(Problem(f"recipe.rl.{name}={value} is unknown", values(f"recipe.rl.{name}", legal)))
-    least = {"group_size": 2, "reward_threads": 1, "sampling_rounds": 1, "minibatches": 1, "epochs": 1, "max_turns": 1}
+    least = {
+        "group_size": smallest_group,
+        "reward_threads": 1,
+        "sampling_rounds": 1,
+        "minibatches": 1,
+        "epochs": 1,
+        "max_turns": 1,
+    }
     if config.max_tokens is not None:
         least["max_tokens"] = 1
     for name, minimum in least.items():
         if (value := getattr(config, name)) < minimum:
             why = f"recipe.rl.{name}={value} must be at least {minimum}"
             found.append(Problem(why, values(f"recipe.rl.{name}", [minimum])))
+    if config.rollout_lag not in (0, 1):
+        why = f"recipe.rl.rollout_lag={config.rollout_lag} is neither 0 nor 1 batch"
+        found.append(Problem(why, values("recipe.rl.rollout_lag", [1, 0])))
+    if not 0 < config.temperature < math.inf:
+        why = (
+            f"recipe.rl.temperature={config.temperature} must be positive and finite: greedy completions teach nothing"
+        )
+        found.append(Problem(why, values("recipe.rl.temperature", [1.0])))
     if not 0 <= config.clip_low <= 1:
         found.append(f"recipe.rl.clip_low={config.clip_low} must be 0 to 1; 0.2 is usual, and 1 clips nothing")
     for name in ("clip_high", "importance_cap", "entropy_weight", "kl_weight"):
@@ -119,4 +148,17 @@ def rl_problems(config: RLConfig) -> list[str]:
     for number, reward in enumerate(config.rewards):
         if not math.isfinite(reward.weight) or reward.weight == 0:
             found.append(f"recipe.rl.rewards[{number}].weight={reward.weight} must be finite and not 0")
+        found += _reward_problems(f"recipe.rl.rewards[{number}]", reward)
     return found
+
+
+def _reward_problems(name: str, reward: RewardConfig) -> list[str]:
+    if reward.function == MODEL and reward.path is None:
+        return [f"{name}.path is missing: function=model needs the Hugging Face folder of a reward model"]
+    default = RewardConfig()
+    unread = ("arguments",) if reward.function == MODEL else ("path", "offload")
+    return [
+        f"{name}.{field}={value} has no effect with function={reward.function}; leave it out"
+        for field in unread
+        if (value := getattr(reward, field)) != getattr(default, field)
+    ]

@@ -8,6 +8,10 @@ against), the advantage A of the completion o that each belongs to, rho = pi / p
     sequence_clip   the same of s = exp(mean over o of log rho)           GSPO, 2507.18071, eq. 5 and 7
     cispo           -stopgrad(clip(rho, 1 - low, 1 + high)) A log pi      2506.13585, eq. 4
 
+Values V (now, with a gradient), of which V_old was before the updates, for returns R:
+
+    value           1/2 max((V - R)^2, (clip(V, V_old - c, V_old + c) - R)^2)      2005.12729, section 3
+
 A token of a sequence_clip has its completion's loss: weights that add up to 1 over a completion give the paper's.
 """
 
@@ -59,6 +63,22 @@ def policy_losses(
     # The clipped branch is the smaller one only on the side that the advantage pushes towards.
     below, above = below & (advantages < 0), above & (advantages > 0)
     return TokenLosses(-objective, ratio.detach(), _float(below), _float(above))
+
+
+class ValueLosses(NamedTuple):
+    """Both [N]. Filled by `value_losses`."""
+
+    loss: Tensor  # with a gradient
+    clipped: Tensor  # 1 where clipping took the gradient away
+
+
+def value_losses(values: Tensor, old: Tensor, returns: Tensor, *, clip: float) -> ValueLosses:
+    """See the top of this file. values, old, returns [N]; clip 0: the square alone."""
+    squares = (values - returns).square()
+    if not clip:
+        return ValueLosses(squares / 2, torch.zeros_like(squares, requires_grad=False))
+    of_clipped = (old + (values - old).clamp(-clip, clip) - returns).square()
+    return ValueLosses(torch.maximum(squares, of_clipped) / 2, _float(of_clipped > squares))
 
 
 def mean_over_sequences(values: Tensor, sequences: Tensor, num_sequences: int) -> Tensor:

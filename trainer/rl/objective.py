@@ -76,7 +76,12 @@ class PolicyObjective:
     def _sums(self, hidden: Tensor, weight: Tensor, batch: Batch) -> Tensor:
         config, columns = self._config, batch.columns
         losses, entropies = token_losses_and_entropies(
-            hidden, weight, batch.labels, vocabulary=self._vocabulary, batch_invariant=self._batch_invariant
+            hidden,
+            weight,
+            batch.labels,
+            vocabulary=self._vocabulary,
+            temperature=config.temperature,
+            batch_invariant=self._batch_invariant,
         )
         logprobs, sampler = -losses, columns["sampler"]
         rows, length = batch.labels.shape

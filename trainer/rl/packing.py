@@ -2,17 +2,19 @@
 
 Columns of a label (all of generated tokens, 0 elsewhere):
 
-    advantage   of its completion
+    advantage   of its completion, or (PPO) its own
     sampler     its log-probability as the engine drew it
     weight      its share in what a completion, or the whole batch, counts for
-    old         its log-probability before the first of several updates; not there with one update
+    old         its log-probability by the weights that rollouts were made with; not there where these are still there
+    value       PPO: what it was foretold to be worth by the value model of then
+    return      PPO: what that model should say
     sequence    number of its completion in the row, int64
     last        1 at a completion's last generated token
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -24,6 +26,8 @@ from data.examples import pack
 from trainer.rl.rollouts import Rollout
 
 FLOATS = ("advantage", "sampler", "weight", "last")
+OPTIONAL = {"old": "old", "value": "values", "return": "returns"}
+"""Columns that only some runs have, and what of a rollout they hold."""
 
 
 class Packed(NamedTuple):
@@ -47,14 +51,19 @@ def rollout_batches(
     return [Packed(_batch(part, normalization, constant), part) for part in parts]
 
 
-def set_old(packed: Packed, logprobs: Tensor) -> None:
-    """Give rollouts their `old` from log-probabilities [B, T] of the labels of a micro-batch."""
-    for row, rollouts in zip(logprobs, packed.rows, strict=True):
+def of_rollouts(packed: Packed, found: Tensor) -> Iterator[tuple[Rollout, list[float]]]:
+    """Each rollout of a micro-batch with the numbers of its generated tokens, of those [B, T] of labels."""
+    for row, rollouts in zip(found.cpu(), packed.rows, strict=True):
         filled = 0
         for rollout in rollouts:
             end = filled + len(rollout.tokens) - 1
-            rollout.old = row[filled:end][_generated(rollout)].tolist()
+            yield rollout, row[filled:end][_generated(rollout)].tolist()
             filled = end
+
+
+def optional_columns(rollouts: Sequence[Rollout]) -> list[str]:
+    """Those of OPTIONAL that these rollouts have."""
+    return [name for name, field in OPTIONAL.items() if any(getattr(rollout, field) for rollout in rollouts)]
 
 
 def empty_batch(columns: Sequence[str] = ()) -> Batch:
@@ -68,8 +77,8 @@ def empty_batch(columns: Sequence[str] = ()) -> Batch:
 def _batch(rows: list[list[Rollout]], normalization: str, constant: int) -> Batch:
     length = max(sum(len(rollout.tokens) - 1 for rollout in row) for row in rows)
     integers = {name: torch.zeros(len(rows), length, dtype=torch.int64) for name in ("tokens", "positions", "sequence")}
-    has_old = any(rollout.old for row in rows for rollout in row)
-    floats = {name: torch.zeros(len(rows), length) for name in (*FLOATS, *(["old"] if has_old else []))}
+    optional = optional_columns([rollout for row in rows for rollout in row])
+    floats = {name: torch.zeros(len(rows), length) for name in (*FLOATS, *optional)}
     labels = torch.full((len(rows), length), IGNORE_INDEX, dtype=torch.int64)
     documents = torch.zeros(len(rows), length, dtype=torch.int32)
     for number, row in enumerate(rows):
@@ -85,11 +94,12 @@ def _batch(rows: list[list[Rollout]], normalization: str, constant: int) -> Batc
             documents[number, here] = place
             labels[number, here] = torch.where(learned, tokens[1:], IGNORE_INDEX)
             share = {"sequence": 1 / rollout.num_generated, "token": 1.0, "constant": 1 / constant}[normalization]
-            floats["advantage"][number, here][learned] = rollout.advantage
+            advantages = torch.tensor(rollout.advantages) if rollout.advantages else rollout.advantage
+            floats["advantage"][number, here][learned] = advantages
             floats["weight"][number, here][learned] = share
             floats["sampler"][number, here][learned] = torch.tensor(rollout.logprobs)
-            if has_old:
-                floats["old"][number, here][learned] = torch.tensor(rollout.old)
+            for name in optional:
+                floats[name][number, here][learned] = torch.tensor(getattr(rollout, OPTIONAL[name]))
             floats["last"][number, filled + rollout.spans[-1][1] - 2] = 1.0
             filled = end
         # What is left of the row is a document of its own.

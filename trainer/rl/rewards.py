@@ -1,4 +1,4 @@
-"""What a completion is worth: Python functions of it, each with a weight.
+"""What a completion is worth: Python functions of it and reward models, each with a weight.
 
 A reward function takes an `Answer`, and the keyword arguments it is configured with, and returns a finite number:
 
@@ -7,7 +7,8 @@ A reward function takes an `Answer`, and the keyword arguments it is configured 
 
 It is named by its import path, `mypackage.rewards:short`, or is one of REWARDS. One that raises or returns anything but
 a finite number ends the run with the prompt and the completion it was given, or leaves that completion out of its
-group, as `recipe.rl.bad_reward` says; how many were left out is a metric, and the first of each step an event.
+group, as `recipe.rl.bad_reward` says; how many were left out is a metric, and the first of each step an event. Reward
+models are in trainer/rl/reward_models.py.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
-from trainer.rl.config import RewardConfig, RLConfig
+from trainer.rl.config import MODEL, RewardConfig, RLConfig
 from trainer.rl.maths import final_answer, same_answer
 from trainer.rl.sandbox import run_program
 
@@ -39,6 +41,7 @@ class Answer:
 
 
 Reward = Callable[..., float]
+NO_MODELS: Mapping[str, Sequence[float]] = MappingProxyType({})
 
 
 class RewardError(ValueError):
@@ -95,7 +98,7 @@ def find_reward(name: str) -> Reward:
     """The function of a name or an import path. Raises ValueError."""
     if ":" not in name:
         if name not in REWARDS:
-            raise ValueError(f"{name} is unknown; use {', '.join(REWARDS)}, or package.module:function")
+            raise ValueError(f"{name} is unknown; use {', '.join((*REWARDS, MODEL))}, or package.module:function")
         return REWARDS[name]
     found = import_path(name)
     if not callable(found):
@@ -113,42 +116,45 @@ def import_path(path: str) -> Any:
 
 
 class Rewards:
-    """All functions of a configuration."""
+    """All functions of a configuration, and what they and reward models are worth together."""
 
     def __init__(self, config: RLConfig) -> None:
         """Raises ValueError for a function that is not there, naming its field."""
-        self._functions: list[tuple[str, float, Reward]] = []
+        self._parts: list[tuple[str, float, Reward | None]] = []  # None: of a reward model
+        self.models: dict[str, RewardConfig] = {}  # reward models by name
         for number, one in enumerate(config.rewards):
+            name = _name(one, number, config)
+            if one.function == MODEL:
+                self.models[name] = one
+                self._parts.append((name, one.weight, None))
+                continue
             try:
                 function = find_reward(one.function)
             except ValueError as error:
                 raise ValueError(f"recipe.rl.rewards[{number}].function={error}") from None
-            self._functions.append((_name(one, number, config), one.weight, partial(function, **one.arguments)))
+            self._parts.append((name, one.weight, partial(function, **one.arguments)))
         self._threads = config.reward_threads
 
-    @property
-    def names(self) -> list[str]:
-        return [name for name, _, _ in self._functions]
-
-    def of(self, answers: Sequence[Answer]) -> list[Scored]:
-        """Rewards of all answers, in their order."""
+    def of(self, answers: Sequence[Answer], by_models: Mapping[str, Sequence[float]] = NO_MODELS) -> list[Scored]:
+        """Rewards of all answers, in their order. by_models: what each of `models` gives them."""
+        given = [{name: values[place] for name, values in by_models.items()} for place in range(len(answers))]
         if self._threads == 1 or len(answers) < 2:
-            return [self._score(answer) for answer in answers]
+            return list(map(self._score, answers, given))
         with ThreadPoolExecutor(self._threads) as pool:
-            return list(pool.map(self._score, answers))
+            return list(pool.map(self._score, answers, given))
 
-    def _score(self, answer: Answer) -> Scored:
+    def _score(self, answer: Answer, given: Mapping[str, float]) -> Scored:
         each: dict[str, float] = {}
-        for name, _, function in self._functions:
+        for name, _, function in self._parts:
             try:
-                value = function(answer)
+                value = given[name] if function is None else function(answer)
             except Exception as error:
                 return Scored(None, error=_complaint(name, f"raised {type(error).__name__}: {error}", answer))
             if isinstance(value, bool | int | float) and math.isfinite(value):
                 each[name] = float(value)
             else:
                 return Scored(None, error=_complaint(name, f"returned {value!r}, no finite number", answer))
-        return Scored(sum(weight * each[name] for name, weight, _ in self._functions), each)
+        return Scored(sum(weight * each[name] for name, weight, _ in self._parts), each)
 
 
 def check_rewards(errors: Sequence[str], config: RLConfig) -> None:

@@ -32,7 +32,7 @@ class Task(NamedTuple):
 
 @dataclass
 class Rollout:
-    """A completion of one prompt, by `Sampler.rollouts`; its last three fields by whoever rewards it."""
+    """A completion of one prompt, by `Sampler.rollouts`; the fields from `reward` on by whoever rewards it."""
 
     number: int  # of the prompt's sample in the run
     sample: int  # of the completions of this prompt
@@ -40,10 +40,14 @@ class Rollout:
     spans: list[tuple[int, int]]  # of tokens, the generated ones
     logprobs: list[float]  # of generated tokens, in their order, as the engine drew them
     finish_reason: str  # stop, or length
-    old: list[float] = field(default_factory=list)  # the same by the trainer, where several updates are made of it
+    old: list[float] = field(default_factory=list)  # the same by the trainer, where weights change before an update
     reward: float | None = None  # None: a reward function failed, and it is left out
     rewards: dict[str, float] = field(default_factory=dict)  # by function
     advantage: float = 0.0
+    # PPO, of generated tokens; else empty
+    advantages: list[float] = field(default_factory=list)
+    values: list[float] = field(default_factory=list)
+    returns: list[float] = field(default_factory=list)
 
     @property
     def num_generated(self) -> int:
@@ -132,6 +136,7 @@ class Sampler:
         rollout = episode.rollout
         sampling = SamplingConfig(
             temperature=temperature,
+            tempered_logprobs=temperature > 0,
             seed=rollout_seed(self._seed, rollout.number, rollout.sample),
             max_tokens=self._room(rollout),
         )

@@ -220,3 +220,28 @@ def test_the_shipped_recipes_are_legal() -> None:
         assert config.recipe.name == "grpo"
         assert config.data.source == "prompts"
         assert rl_problems(config.recipe.rl) == []
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_at_a_temperature_trainer_and_sampler_speak_of_the_tempered_policy(
+    ranks: RankPool, tmp_path: Path, size: int
+) -> None:
+    """Log-probabilities of which one is tempered; in deterministic mode they are equal to the bit."""
+    changes = {"rl__temperature": 0.7, "model__init_std": 0.3}
+    stage = 3 if size == 2 else 0
+    for line in run_on(ranks, size, rolling(tmp_path / "any", parallel__zero_stage=stage, **changes)).metrics:
+        assert 0 < line["sampler_max_delta"] < 1e-4
+    exact = {"train__batch_invariant": True, "precision__compute": "bf16", "train__global_batch_size": 8}
+    config = rolling(tmp_path / "exact", parallel__zero_stage=stage, **changes | exact)
+    for line in run_on(ranks, size, config).metrics:
+        assert line["sampler_max_delta"] == line["sampler_kl"] == 0.0
+        assert line["importance_weight"] == line["ratio"] == 1.0
+
+
+def test_the_entropy_is_that_of_the_temperature(ranks: RankPool, tmp_path: Path) -> None:
+    """The negative control of the one above: a temperature that nobody reads."""
+    changes = {"model__init_std": 0.3, "train__steps": 1}
+    cold, warm = (
+        run_on(ranks, 1, rolling(tmp_path / str(t), rl__temperature=t, **changes)).metrics[0] for t in (0.5, 2.0)
+    )
+    assert cold["entropy"] < warm["entropy"] - 0.1

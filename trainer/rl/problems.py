@@ -1,0 +1,132 @@
+"""What runs that learn from rewards cannot do: data, rewards and layouts, before any process group exists."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from parallel.problem import Problem, multiples, values
+from trainer.config import TrainConfig
+from trainer.reference import no_effect, reference_problems
+from trainer.rl.reward_models import reward_model_problems
+from trainer.rl.rewards import Rewards, import_path
+
+
+def data_problems(config: TrainConfig, held_by: tuple[str, float]) -> list[str]:
+    """What data, rewards and references lack. held_by: the field that weighs the divergence from the reference, and its
+    value."""
+    found: list[str] = []
+    data, train, rl = config.data, config.train, config.recipe.rl
+    name = f"recipe.name={config.recipe.name}"
+    if data.source != "prompts":
+        found.append(f"{name} with data.source={data.source} has nothing to answer; use data=prompts")
+    elif data.tokenizer.path is None and config.model.path is None:
+        found.append(
+            "data.tokenizer.path is missing: prompts need the tokenizer that the model was made for; give its folder"
+        )
+    elif not data.mask_documents:
+        found.append(
+            Problem(
+                "data.mask_documents=false lets the completions of a row see one another",
+                values("data.mask_documents", [True]),
+            )
+        )
+    if rl.group_size > 1 and train.global_batch_size % rl.group_size:
+        size = train.global_batch_size
+        found.append(
+            Problem(
+                f"train.global_batch_size={size} completions do not divide into groups of recipe.rl.group_size="
+                f"{rl.group_size}",
+                values("train.global_batch_size", multiples(rl.group_size, size), near=size),
+            )
+        )
+    if rl.max_tokens is not None and rl.max_tokens >= train.seq_len:
+        found.append(
+            f"recipe.rl.max_tokens={rl.max_tokens} leaves no room for a prompt in train.seq_len={train.seq_len}; use "
+            f"at most {train.seq_len - 1}"
+        )
+    if train.sample_tokens:
+        what = f"train.sample_tokens={train.sample_tokens} continues a text, and {name} answers prompts"
+        found.append(Problem(what, values("train.sample_tokens", [0])))
+    if held_by[1]:
+        found += reference_problems(config)
+    else:
+        found += no_effect(config, ("reference", "reference_path", "reference_offload"), f"{held_by[0]}=0")
+    for number, one in enumerate(rl.rewards):
+        try:
+            Rewards(replace(rl, rewards=[one]))
+        except ValueError as error:
+            found.append(str(error).replace("rewards[0]", f"rewards[{number}]"))
+    found += reward_model_problems(config)
+    if rl.environment is not None:
+        try:
+            import_path(rl.environment)
+        except ValueError as error:
+            found.append(f"recipe.rl.environment={error}")
+    return found
+
+
+def layout_problems(config: TrainConfig) -> list[str]:
+    """What an engine cannot serve while it is trained."""
+    found: list[str] = []
+    parallel, rl, model, train = config.parallel, config.recipe.rl, config.model, config.train
+    name = f"recipe.name={config.recipe.name}"
+
+    def refuse(field: str, value: object, why: str, instead: object) -> None:
+        found.append(Problem(f"{field}={value} does not work with {name}: {why}", values(field, [instead])))
+
+    if parallel.pp > 1:
+        refuse("parallel.pp", parallel.pp, "the engine serves whole models, not stages of a pipeline", 1)
+    if parallel.cp > 1:
+        refuse("parallel.cp", parallel.cp, "layers split sequences over cp, and a step of the engine has many", 1)
+    if parallel.ep > 1:
+        refuse("parallel.ep", parallel.ep, "experts are on ranks with other prompts, at their own pace", 1)
+    if parallel.sequence_parallel:
+        why = "layers split tokens over tp, and a step of the engine has any number of them"
+        refuse("parallel.sequence_parallel", "true", why, False)
+    if parallel.tp > 1 and parallel.zero_stage == 3:
+        why = "shards of tp's shards are not served; stages 0 to 2 are"
+        refuse("parallel.zero_stage", 3, f"with parallel.tp={parallel.tp} {why}", 2)
+    if parallel.cpu_offload:
+        refuse("parallel.cpu_offload", "true", "weights on the host would be gathered for every token", False)
+    if train.compile:
+        refuse("train.compile", "true", "rows have the length of what was sampled, each of which compiles anew", False)
+    if config.precision.fp8:
+        why = "scales are those of a whole batch, which the engine has not"
+        refuse("precision.compute", config.precision.compute, why, "bf16")
+    if model.moe.num_experts:
+        why = "auxiliary losses are means over rows, of which a step has another number each time"
+        refuse("model.moe.num_experts", model.moe.num_experts, why, 0)
+    for field in ("dropout", "attention_dropout"):
+        if value := getattr(model, field):
+            refuse(f"model.{field}", value, "completions are sampled without, by other probabilities", 0.0)
+    if config.adapter.name != "none" and config.recipe.name == "ppo":
+        why = "the value model beside the policy is trained whole, and nobody has tried both"
+        refuse("adapter.name", config.adapter.name, why, "none")
+    if model.mtp.depth:
+        refuse("model.mtp.depth", model.mtp.depth, "its losses are those of texts", 0)
+    if model.speculator.kind != "none":
+        refuse("model.speculator.kind", model.speculator.kind, "heads are trained beside a model that stays", "none")
+    if parallel.zero_stage == 3 and rl.weights == "in_place":
+        found.append(
+            Problem(
+                "recipe.rl.weights=in_place with parallel.zero_stage=3 has no whole weights anywhere",
+                values("recipe.rl.weights", ["gather", "stream"]),
+            )
+        )
+    if parallel.zero_stage < 3 and rl.weights in ("gather", "stream"):
+        found.append(
+            Problem(
+                f"recipe.rl.weights={rl.weights} with parallel.zero_stage={parallel.zero_stage}: the model computes "
+                "with whole weights already",
+                values("recipe.rl.weights", ["in_place"]),
+            )
+        )
+    if rl.engine.cuda_graphs and parallel.zero_stage == 3:
+        found.append(
+            Problem(
+                "recipe.rl.engine.cuda_graphs=true with parallel.zero_stage=3: gathered weights lie elsewhere "
+                "each time",
+                values("recipe.rl.engine.cuda_graphs", [False]),
+            )
+        )
+    return found

@@ -1,0 +1,154 @@
+"""Reward models as rewards: what the head of a model trained on preferences says at a completion's last token.
+
+A folder that transformers loads as AutoModelForSequenceClassification with one label, such as launch/convert.py export
+makes of a run of recipe=reward. It reads the tokens of prompt and completion as they were sampled, so its tokenizer has
+to be the policy's. It stays as it is, sharded over all ranks in the compute dtype (trainer/frozen.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from data.batch import IGNORE_INDEX, Batch
+from data.examples import pack
+from data.tokenizer import Tokenizer
+from models.decoder import Head
+from models.hf import SCORE
+from models.hf_files import TensorFolder
+from parallel.mesh import Meshes
+from trainer.config import TrainConfig, configuration_errors
+from trainer.frozen import FrozenModel, load_frozen, problems_beside, resolve_beside
+from trainer.loss import token_scores
+from trainer.rl.config import MODEL, RewardConfig
+from trainer.rl.packing import empty_batch
+
+
+class RewardModels:
+    """All reward models of a configuration."""
+
+    def __init__(
+        self,
+        models: Mapping[str, RewardConfig],
+        config: TrainConfig,
+        mesh: Meshes,
+        device: torch.device,
+        *,
+        tokenizer: Tokenizer,
+        all_gather: Callable[[Any], list[Any]],
+    ) -> None:
+        """models: by name. tokenizer: the policy's. all_gather: one object of every rank with other prompts.
+        Collective.
+
+        Raises ConfigError for a folder that does not hold one, or whose tokenizer numbers tokens otherwise.
+        """
+        for one in models.values():
+            _check_tokenizer(str(one.path), tokenizer)
+        self._all_gather, self._device = all_gather, device
+        self._sizes = {"seq_len": config.train.seq_len, "micro_batch_size": config.train.micro_batch_size}
+        self._models = {name: _load(one, config, mesh, device) for name, one in models.items()}
+
+    def of(self, sequences: Sequence[Sequence[int]]) -> dict[str, list[float]]:
+        """By name, the reward of each sequence of at most train.seq_len tokens. Collective over all ranks."""
+        if not self._models:
+            return {}
+        laid_out = scoring_batches(sequences, **self._sizes)
+        batches = [one.batch.to(self._device) for one in laid_out]
+        # Shards are gathered for each micro-batch, on all ranks.
+        most = max(1, *self._all_gather(len(batches)))
+        batches += [empty_batch().to(self._device) for _ in range(most - len(batches))]
+        found: dict[str, list[float]] = {}
+        for name, model in self._models.items():
+            scores = [each.cpu() for each in model.per_token(batches, scores_head)]
+            rewards = [0.0] * len(sequences)
+            for each, one in zip(scores, laid_out, strict=False):
+                for sequence, row, place in one.ends:
+                    rewards[sequence] = each[row, place].item()
+            found[name] = rewards
+        return found
+
+
+class LaidOut(NamedTuple):
+    """Filled by `scoring_batches`."""
+
+    batch: Batch  # every token is an input; there are no labels
+    ends: list[tuple[int, int, int]]  # number of a sequence, and the row and place of its last token
+
+
+def scoring_batches(sequences: Sequence[Sequence[int]], *, seq_len: int, micro_batch_size: int) -> list[LaidOut]:
+    """Sequences of at most seq_len tokens, several in a row, none of which sees another."""
+    rows = pack(np.asarray([len(tokens) for tokens in sequences], dtype=np.int64), seq_len)
+    parts = [rows[first : first + micro_batch_size] for first in range(0, len(rows), micro_batch_size)]
+    return [_lay_out(part, sequences) for part in parts]
+
+
+def _lay_out(rows: Sequence[Sequence[int]], sequences: Sequence[Sequence[int]]) -> LaidOut:
+    length = max(sum(len(sequences[member]) for member in row) for row in rows)
+    tokens = torch.zeros(len(rows), length, dtype=torch.int64)
+    positions = torch.zeros_like(tokens)
+    documents = torch.zeros(len(rows), length, dtype=torch.int32)
+    ends = []
+    for number, row in enumerate(rows):
+        filled = 0
+        for place, member in enumerate(row):
+            here = slice(filled, filled := filled + len(sequences[member]))
+            tokens[number, here] = torch.tensor(sequences[member])
+            positions[number, here] = torch.arange(here.stop - here.start)
+            documents[number, here] = place
+            ends.append((member, number, filled - 1))
+        # What is left of the row is a document of its own.
+        documents[number, filled:] = len(row)
+        positions[number, filled:] = torch.arange(length - filled)
+    labels = torch.full_like(tokens, IGNORE_INDEX)
+    return LaidOut(Batch(tokens, labels, positions, documents, torch.tensor([row[0] for row in rows])), ends)
+
+
+def scores_head(batch: Batch) -> Head:
+    """For `Passes.per_token`: what a reward model says of each token, [B, T] fp32."""
+    return lambda hidden, weight: token_scores(hidden, weight).float()
+
+
+def reward_model_problems(config: TrainConfig) -> list[str]:
+    """Why the reward models of a configuration cannot be used, one line each; config is not resolved."""
+    found: list[str] = []
+    for number, one in enumerate(config.recipe.rl.rewards):
+        if one.function == MODEL and one.path is not None:
+            field, path = f"recipe.rl.rewards[{number}].path", str(Path(one.path).expanduser())
+            found += problems_beside(field, path, config, score=True) or _head_problems(field, path)
+    return found
+
+
+def _head_problems(field: str, path: str) -> list[str]:
+    try:
+        folder = TensorFolder(Path(path))
+        if SCORE not in folder.file_of:
+            why = f"has no {SCORE}, so it is no reward model; give what launch/convert.py export makes of one"
+            return [f"{field}={path} {why}"]
+        if (labels := folder.tensor(SCORE).get_shape()[0]) != 1:
+            return [f"{field}={path} classifies into {labels} labels; a reward model has one"]
+    except ValueError as error:
+        return [f"{field}: {error}"]
+    return []
+
+
+def _check_tokenizer(path: str, tokenizer: Tokenizer) -> None:
+    """A folder without a tokenizer is taken at its word."""
+    with configuration_errors():
+        if (Path(path).expanduser() / "tokenizer.json").is_file():
+            theirs = Tokenizer.from_path(Path(path).expanduser())
+            if not tokenizer.is_part_of(theirs):
+                raise ValueError(
+                    f"the reward model in {path} has another tokenizer than the policy, whose tokens it would read as "
+                    "other words; give a reward model that was trained from the policy's family"
+                )
+
+
+def _load(one: RewardConfig, config: TrainConfig, mesh: Meshes, device: torch.device) -> FrozenModel:
+    assert one.path is not None  # validated
+    with configuration_errors():
+        beside = resolve_beside(str(Path(one.path).expanduser()), config, score=True)
+        return load_frozen(beside, config, mesh, device, offload=one.offload)
