@@ -103,9 +103,10 @@ def _is_here(model: Decoder, name: str) -> bool:
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
     """Inside, the model is the one that its adapters are for, to the bit."""
-    adapted = [(layer, layer.adaptation) for layer in model.modules() if getattr(layer, "adaptation", None) is not None]
+    layers: list[Any] = [layer for layer in model.modules() if getattr(layer, "adaptation", None) is not None]
+    adapted = [(layer, layer.adaptation) for layer in layers]
     for layer, _ in adapted:
-        layer.adaptation = None  # type: ignore[assignment]
+        layer.adaptation = None
     try:
         yield
     finally:
