@@ -181,7 +181,7 @@ def _recipe_problems(config: PlanConfig) -> list[str]:
         found.append(
             f"model.score={score} with recipe.name={recipe.name}: reward models, and no others, have that head"
         )
-    if recipe.name == "distill" and recipe.teacher_path is None:
+    if recipe.name == "distill" and recipe.teacher_path is None and recipe.teacher_cache is None:
         found.append("recipe.teacher_path is missing: give the Hugging Face folder of the model to learn from")
     for path in ("teacher_path", "reference_path"):
         if path in RECIPES.get(recipe.name, Pretrain).reads:

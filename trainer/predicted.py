@@ -68,6 +68,11 @@ def without_state(config: TrainConfig) -> list[str]:
             f"recipe.name={recipe} is not planned for: what it samples and keeps depends on its rollouts; "
             f"use {', '.join(KNOWN_STATE[:-1])} or {KNOWN_STATE[-1]}"
         )
+    if config.adapter.init == "pissa":
+        found.append(
+            "adapter.init=pissa is not planned for: what adapters began with is kept as well, one more copy of them as "
+            "they are trained; use adapter.init=lora, and add that"
+        )
     if share := config.recipe.on_policy:
         found.append(f"recipe.on_policy={share} is not planned for: an engine's cache lies beside the model; use 0")
     if (kind := config.model.speculator.kind) != "none":

@@ -234,6 +234,8 @@ def _tiny(folder: Path) -> Path:
     [
         (["recipe.name=grpo"], "recipe.name=grpo is not planned for"),
         (["recipe.name=distill"], "recipe.teacher_path is missing"),
+        (["recipe.name=distill", "recipe.on_policy=0.5"], "recipe.on_policy=0.5 is not planned for"),
+        (["adapter.name=lora", "adapter.init=pissa"], "adapter.init=pissa is not planned for"),
         (["recipe.name=dpo", "recipe.reference_path=/nowhere"], "recipe.reference_path=/nowhere"),
         (["recipe.name=reward"], "model.score=false with recipe.name=reward"),
         (["model.score=true"], "model.score=true with recipe.name=pretrain"),
