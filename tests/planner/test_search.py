@@ -159,7 +159,9 @@ def test_parameters_of_stages_are_those_of_the_real_stages() -> None:
 
                 with torch.device("meta"):
                     decoder = build_model(model, stages=[stage])
-                real: Counter[Parameter] = Counter(p for _, p in _parameters(decoder, torch.float32, shared=False, tp=1))
+                real: Counter[Parameter] = Counter(
+                    p for _, p in _parameters(decoder, torch.float32, shared=False, tp=1)
+                )
                 assert parameters_of(model, [stage], tp=1) == real
 
 
