@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 from collections.abc import Iterator
 
@@ -42,9 +43,12 @@ def ranks() -> RankPool:
 
 
 @pytest.fixture(autouse=True)
-def _compiled_alone() -> None:
-    """Which sizes dynamo traces as symbols depends on what it compiled before: no test may depend on their order."""
+def _begins_alike() -> None:
+    """Which sizes dynamo traces as symbols depends on what it compiled before, and which numbers are drawn on how many
+    were: no test may depend on the order of tests, nor on luck."""
     torch._dynamo.reset()
+    torch.manual_seed(0)
+    random.seed(0)
 
 
 def _state_of_the_process() -> dict[str, object]:
