@@ -5,10 +5,9 @@ from __future__ import annotations
 import gc
 import logging
 import os
-import resource
 import time
-from collections import Counter, deque
-from dataclasses import asdict, dataclass, replace
+from collections import Counter
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +50,8 @@ from trainer.pipelined import PipelinedPasses, PlanOfStep
 from trainer.predicted import compare
 from trainer.profiling import StepProfiler
 from trainer.recipes import RECIPES
+from trainer.records import StepRecords, TrainingDiverged
 from trainer.resilience import PreemptionGuard
-from trainer.routing import LEFT_OVER
 from trainer.run_dir import check_run_dir, enter_run_dir, find_start
 from trainer.run_info import RunInfo, add_to_run_info, write_config, write_run_info
 from trainer.run_lock import RunLock
@@ -60,8 +59,8 @@ from trainer.sample import check_prompt, sample_text
 from trainer.schedule import learning_rate
 from trainer.sequence import split_batch
 from trainer.speculator import load_model, start_heads, targets
-from trainer.step import StepMetrics, TrainState, train_step
-from trainer.throughput import StepClock, Throughput, mfu_peak
+from trainer.step import TrainState, train_step
+from trainer.throughput import Throughput, mfu_peak
 from trainer.watchdog import record_collectives
 
 logger = logging.getLogger(__name__)
@@ -75,21 +74,6 @@ class Preempted(Exception):
     """The run saved and stopped because it was told to; the launcher should start it again."""
 
 
-class TrainingDiverged(Exception):
-    """A step cannot be used and the configuration says to stop: not finite, or without all choices of experts."""
-
-
-@dataclass
-class _Pending:
-    """A step whose numbers are still on their way to the host."""
-
-    record: dict[str, Any]  # what the host knew when it launched the step
-    values: torch.Tensor  # fp64 on the host: loss, grad_norm, skipped, valid_tokens, loss_scale, then `extra`
-    extra: list[str]  # names of more metrics
-    end: torch.cuda.Event | float  # of the step, and of the copy of its values
-    positions: int  # that it trained on
-
-
 class Trainer:
     """One run. Build it on every rank with the same configuration, call `run`, then `close`."""
 
@@ -101,6 +85,7 @@ class Trainer:
             self.device = pick_device(config.train.device)
             attention_used(config, self.device)
             check_fp8_runs(config, self.device)
+        self.device_name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
         make_deterministic(config.train.deterministic, self.device)
         record_collectives()
         init_distributed(self.device, config.train.timeout_seconds)
@@ -133,9 +118,8 @@ class Trainer:
         self.state.beside = self._build_beside()
         self.tokens_per_step = config.train.global_batch_size * config.train.seq_len
         self.tokens = 0  # trained on since step 1
-        self.skipped_steps = 0
-        self._skipped_before = 0  # in the steps judged so far
-        self._skipped_in_a_row = 0
+        self.throughput = self._throughput()
+        self.records = StepRecords(config, self.throughput, self.device, dynamic_scale=self.state.loss_scale.dynamic)
         self._changed: list[str] = []  # settings, since the checkpoint
         self._load()
         self.peers = self._load_from_peers()
@@ -161,8 +145,6 @@ class Trainer:
         self.health = Health(config, self.state, device=self.device, group=self.guard.group)
         self.faults = planned_faults()  # none, unless this is a drill
         self._alone = False  # other ranks may have ended, or be waiting elsewhere
-        self._pending: deque[_Pending] = deque()
-        self._seconds: deque[float] = deque(maxlen=1000)  # of the newest steps
         self._validation_loss: float | None = None  # of the newest validation
         self._describe()
 
@@ -185,6 +167,12 @@ class Trainer:
         if train.sample_tokens > 0 and train_data.tokenizer is not None:
             check_prompt(train_data.tokenizer, train.sample_prompt, vocab_size=config.model.vocab_size)
         return train_data, validation_data
+
+    def _throughput(self) -> Throughput:
+        config = self.config
+        flops = flops_per_token(config.model, config.train.seq_len, frozen=self.adapter is not None)
+        peak = mfu_peak(self.device_name, config.logging.peak_tflops)
+        return Throughput(world_size=self.world_size, flops_per_token=flops, peak=peak)
 
     def _build_beside(self) -> dict[str, TrainState]:
         """Models that are trained beside the run's, on the same layout."""
@@ -251,8 +239,7 @@ class Trainer:
                 state.loss_scale.reset()
         self.state.set_step(extra["step"])
         self.tokens = extra["tokens"]
-        self.skipped_steps = self._skipped_before = extra["skipped_steps"]
-        self._skipped_in_a_row = extra["skipped_in_a_row"]
+        self.records.load_state_dict(extra)
         self._changed = changed_settings(extra["config"], self.config)
 
     def _load_from_peers(self) -> PeerCheckpoints | None:
@@ -279,12 +266,6 @@ class Trainer:
 
     def _describe(self) -> None:
         """config.yaml, run.json and one line on the console: what really runs."""
-        device_name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
-        peak = mfu_peak(device_name, self.config.logging.peak_tflops)
-        frozen = self.adapter is not None
-        flops = flops_per_token(self.config.model, self.config.train.seq_len, frozen=frozen)
-        self.throughput = Throughput(world_size=self.world_size, flops_per_token=flops, peak=peak)
-        self.clock = StepClock(self.device)
         precision = self.config.precision
         pipeline = None
         if isinstance(self.state.passes, PipelinedPasses):
@@ -300,9 +281,11 @@ class Trainer:
             mesh=self.mesh.sizes,
             kernels=implementations(self.config, self.dims, self.state, self.device),
             precision={"compute": precision.compute, "master": precision.master, "reduce": precision.reduce},
-            flops_per_token=flops,
-            flops_per_token_causal=causal_flops_per_token(self.config.model, self.config.train.seq_len, frozen=frozen),
-            peak_flops=peak,
+            flops_per_token=self.throughput.flops_per_token,
+            flops_per_token_causal=causal_flops_per_token(
+                self.config.model, self.config.train.seq_len, frozen=self.adapter is not None
+            ),
+            peak_flops=self.throughput.peak,
             pipeline=None if pipeline is None else pipeline.fields,
             resume_step=self.state.step,
         )
@@ -312,7 +295,7 @@ class Trainer:
         self.metrics.event(
             "resume" if self.resume_from else "start",
             f"{self.config.model.family}, {num_parameters(self.config.model) / 1e6:,.1f}M parameters, "
-            f"{self.world_size} x {device_name}, "
+            f"{self.world_size} x {self.device_name}, "
             f"ZeRO-{self.config.parallel.zero_stage}, {self.config.precision.compute}"
             + ("" if pipeline is None else f", pipeline {pipeline}")
             + (f"; resumed from {self.resume_from} at step {self.state.step}" if self.resume_from else ""),
@@ -362,7 +345,7 @@ class Trainer:
     def _run(self) -> dict[str, Any]:
         config, state = self.config, self.state
         loss = None
-        self.clock.start()
+        self.records.clock.start()
         self.health.start()
         if config.train.compile and state.step < config.train.steps:
             self.metrics.say("compiling with the first step, which may take minutes")
@@ -385,14 +368,19 @@ class Trainer:
             self.health.begin("results", state.step)
             checked = self.health.check(state.step, save=save)
             one_behind = self.device.type == "cuda" and not (finished or validate or save or checked)
-            records = self._collect(keep=1 if one_behind else 0)
+            records = self.records.collect(keep=1 if one_behind else 0)
+            for record in records:
+                self.health.add_step(record["step_seconds"])
+                record["goodput"] = self.goodput.after(record["step_seconds"])
             if checked:
-                self.clock.start()
+                self.records.clock.start()
             if validate:
                 records[-1] |= self._validate()
             for record in records:
                 self.metrics.log(record)
-                self._judge(record)
+                if (skipped := self.records.judge(record)) is not None:
+                    self.metrics.event("skipped_step", skipped, step=record["step"])
+                    self.records.check_skipped(skipped)
                 loss = record["loss"]
             if save:
                 self._save(blocking=preempted)
@@ -416,7 +404,7 @@ class Trainer:
         return {"step": state.step, "loss": loss, "validation_loss": self._validation_loss, "sample": self._sample()}
 
     def _launch_step(self) -> None:
-        """Run one step; on the GPU, only enqueue it. Its numbers are `_pending`."""
+        """Run one step; on the GPU, only enqueue it. Its numbers come with `StepRecords.collect`."""
         started = time.perf_counter()
         step = self.state.step + 1
         self.health.begin("data", step)
@@ -436,62 +424,9 @@ class Trainer:
         positions = self.tokens_per_step if report.positions is None else report.positions
         self.tokens += positions
         record = {"step": step, "lr": lr, "tokens": self.tokens, "data_wait_seconds": data_wait} | report.metrics
-        self._pending.append(_Pending(record, _to_host(metrics), list(metrics.extra), self.clock.mark(), positions))
+        self.records.launched(record, metrics, positions=positions)
         for kind, text in report.events:
             self.metrics.event(kind, text, step=step)
-
-    def _collect(self, *, keep: int) -> list[dict[str, Any]]:
-        """Wait for all pending steps but the newest `keep`; their records (docs/METRICS.md)."""
-        records = []
-        while len(self._pending) > keep:
-            pending = self._pending.popleft()
-            seconds = self.clock.seconds_to(pending.end)
-            loss, grad_norm, skipped, valid_tokens, loss_scale, *extra = pending.values.tolist()
-            self._seconds.append(seconds)
-            self.health.add_step(seconds)
-            self.skipped_steps += int(skipped)
-            record = pending.record | {"loss": loss, "grad_norm": grad_norm, "valid_tokens": int(valid_tokens)}
-            record |= self.throughput.of_step(pending.positions, seconds)
-            record |= {"peak_memory_gib": self._peak_memory_gib(), "skipped_steps": self.skipped_steps}
-            record["goodput"] = self.goodput.after(seconds)
-            record |= dict(zip(pending.extra, extra, strict=True))
-            if self.state.loss_scale.dynamic:
-                record["loss_scale"] = loss_scale
-            records.append(record)
-        return records
-
-    def _peak_memory_gib(self) -> float:
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device) / 2**30
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
-
-    def _judge(self, record: dict[str, Any]) -> None:
-        """React to a skipped step: loss or gradients not finite, or choices left over. Call it for every step."""
-        if record.get(LEFT_OVER, 0) > 0:
-            parallel = self.config.parallel
-            exact = "" if self.config.train.compile else ", and 0 has exact sizes"
-            raise TrainingDiverged(
-                f"step {record['step']}: {record[LEFT_OVER]:.0f} choices of experts found no room in the buffers of "
-                f"parallel.ep_buffer={parallel.ep_buffer}, and no update was made; go on with more, of which results "
-                f"do not depend ({parallel.ep} is always enough{exact}): from the last checkpoint, or in a new run.dir "
-                "where there is none yet"
-            )
-        if record["skipped_steps"] == self._skipped_before:
-            self._skipped_in_a_row = 0
-            return
-        self._skipped_before = record["skipped_steps"]
-        self._skipped_in_a_row += 1
-        step, train = record["step"], self.config.train
-        what = f"step {step}: loss {record['loss']}, grad_norm {record['grad_norm']}; the update was skipped"
-        self.metrics.event("skipped_step", what, step=step)
-        # Under fp16 a skipped step is how the loss scale finds its size, not a fault.
-        if train.nonfinite == "stop" and not self.state.loss_scale.dynamic:
-            raise TrainingDiverged(f"{what}; the run stops because train.nonfinite=stop")
-        if self._skipped_in_a_row >= train.max_skipped_steps:
-            raise TrainingDiverged(
-                f"{what}; {self._skipped_in_a_row} in a row (train.max_skipped_steps={train.max_skipped_steps}): "
-                "lower optim.lr or look at the data"
-            )
 
     def _targets(self, batch: Batch, *, training: bool) -> Batch:
         """A batch of whole sequences with what is to be predicted beyond the next token."""
@@ -525,7 +460,7 @@ class Trainer:
         batches = self.validation_data.batches(self.config.train.eval_batches)
         found = self.recipe.validate(self.state, map(self._prepared, batches))
         self._validation_loss = found.get("loss")
-        self.clock.start()
+        self.records.clock.start()
         return self.recipe.validation_metrics(found)
 
     def _save(self, *, blocking: bool) -> None:
@@ -535,15 +470,14 @@ class Trainer:
             self.metrics.say(f"saving step {self.state.step} to {self.run_dir}/checkpoints")
         self.checkpoints.save(self.state.step, self.state.state_tensors(), self._extra(), blocking=blocking)
         self._report_checkpoints()
-        self.clock.start()
+        self.records.clock.start()
 
     def _extra(self) -> dict[str, Any]:
         """Everything of a checkpoint that is no tensor; the same on every rank. Collective."""
         return {
             "step": self.state.step,
             "tokens": self.tokens,
-            "skipped_steps": self.skipped_steps,
-            "skipped_in_a_row": self._skipped_in_a_row,
+            **self.records.state_dict(),
             "data": self.train_data.state_dict(self._all_gather),
             "recipe": self.recipe.state_dict(),
             "model": model_identity(self.config.model),
@@ -575,9 +509,9 @@ class Trainer:
             text, fields = compare(
                 self.config,
                 world_size=self.world_size,
-                device_name=torch.cuda.get_device_name(self.device) if on_gpu else "cpu",
-                seconds=list(self._seconds),
-                peak_gib=self._peak_memory_gib() if on_gpu else None,
+                device_name=self.device_name,
+                seconds=list(self.records.seconds),
+                peak_gib=self.records.peak_memory_gib() if on_gpu else None,
             )
         except Exception as error:  # the run is done, and what it did is not for a prediction to spoil
             text, fields = f"no prediction: {error!r}", {}
@@ -622,12 +556,3 @@ class Trainer:
         if not self._alone:
             self.checkpoints.close()
             self.lock.release()  # else with the process: a checkpoint may still be being written
-
-
-def _to_host(metrics: StepMetrics) -> torch.Tensor:
-    """Start copying a step's numbers to the host, in fp64, which holds all of them exactly: `_Pending.values`."""
-    fields = (metrics.loss, metrics.grad_norm, metrics.skipped, metrics.valid_tokens, metrics.loss_scale)
-    values = torch.stack([field.double() for field in (*fields, *metrics.extra.values())])
-    if values.device.type == "cpu":
-        return values
-    return torch.empty_like(values, device="cpu", pin_memory=True).copy_(values, non_blocking=True)
