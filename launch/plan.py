@@ -39,7 +39,8 @@ from trainer.config import ConfigError, RecipeConfig, TrainConfig, configuration
 from trainer.frozen import problems_beside
 from trainer.predicted import job_of, only_state, without_state
 from trainer.recipes import RECIPES
-from trainer.recipes.pretrain import Pretrain
+from trainer.recipes.dpo import needs_reference
+from trainer.reference import reference_problems
 from trainer.validate import finalize
 
 if TYPE_CHECKING:
@@ -183,9 +184,14 @@ def _recipe_problems(config: PlanConfig) -> list[str]:
         )
     if recipe.name == "distill" and recipe.teacher_path is None and recipe.teacher_cache is None:
         found.append("recipe.teacher_path is missing: give the Hugging Face folder of the model to learn from")
-    for path in ("teacher_path", "reference_path"):
-        if path in RECIPES.get(recipe.name, Pretrain).reads:
-            found += problems_beside(f"recipe.{path}", getattr(recipe, path), config)
+    if config.model.score and config.adapter.name != "none":
+        found.append(
+            f"adapter.name={config.adapter.name} with model.score=true: its head is trained as a whole; use none"
+        )
+    if recipe.name == "kto" or (recipe.name == "dpo" and needs_reference(recipe) and recipe.reference != "precomputed"):
+        found += reference_problems(config)
+    if recipe.name == "distill":
+        found += problems_beside("recipe.teacher_path", recipe.teacher_path, config)
     return found
 
 

@@ -81,7 +81,8 @@ def problems_beside(field: str, path: str | None, config: TrainConfig, *, score:
     if score and config.train.seq_len > beside.max_seq_len:
         longer = f"train.seq_len={config.train.seq_len} is above the {beside.max_seq_len} tokens"
         found.append(f"{field}={path}: {longer} that its model was made for; use fewer, or another model")
-    if beside.vocab_size != model.vocab_size:
+    # Who scores a text says no words, and may know more.
+    if beside.vocab_size < model.vocab_size or (beside.vocab_size > model.vocab_size and not score):
         found.append(f"{field}={path} has {beside.vocab_size} words and the trained model {model.vocab_size}")
     for problem in (
         *problems_of_model(beside, config.parallel.tp, candidates=[1]),

@@ -21,7 +21,7 @@ from trainer.pipelined import pipeline_layout
 
 def job_of(config: TrainConfig, *, world_size: int, beside: Beside | None = None) -> Job:
     """config: validated, with the model resolved (trainer.validate.finalize). beside: as its recipe says
-    (trainer.recipes.pretrain.Pretrain.beside)."""
+    (trainer.recipes.pretrain.Pretrain.frozen_beside)."""
     job = Job(
         model=config.model,
         parallel=config.parallel,
@@ -87,6 +87,10 @@ def only_state(config: TrainConfig) -> list[str]:
         found.append(
             f"activations and time with recipe.name={recipe}: it has passes beside those of the model's training; "
             f"{' and '.join(KNOWN_RECIPES)} have a whole plan"
+        )
+    if recipe == "distill" and config.recipe.teacher_cache is None:
+        found.append(
+            "bytes of the teacher's output layer, of which ranks that compute the loss keep a copy of their own"
         )
     if (adapter := config.adapter.name) != "none":
         found.append(

@@ -78,8 +78,9 @@ def reference_problems(config: TrainConfig, *, kinds: Collection[str] = ("model"
         return found + (_adapter_problems(config) if recipe.reference == "adapter" else [])
     if config.adapter.path is not None and recipe.reference_path is None:
         why = f"recipe.reference=model would be the model without the adapters in adapter.path={config.adapter.path}"
-        words = "give recipe.reference_path, a folder that they are merged into"
-        return [Problem(why, values("recipe.reference", ["adapter"]), words=words)]
+        return [
+            f"{why}, and so would recipe.reference=adapter; give recipe.reference_path, a folder they are merged into"
+        ]
     return _begins_elsewhere(config) + problems_beside("recipe.reference_path", recipe.reference_path, config)
 
 

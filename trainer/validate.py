@@ -245,6 +245,12 @@ def _resilience_problems(config: TrainConfig) -> list[str]:
         found.append(
             f"resilience.peer_dir={resilience.peer_dir} is no folder of this host; use /dev/shm, or another in memory"
         )
+    if resilience.peer_interval > 0 and config.adapter.init == "pissa":
+        why = (
+            f"resilience.peer_interval={resilience.peer_interval} with adapter.init=pissa: after a crash, weights "
+            "would lose another decomposition than the one in the copies"
+        )
+        found.append(Problem(why, values("resilience.peer_interval", [0]), values("adapter.init", ["lora"])))
     return found
 
 

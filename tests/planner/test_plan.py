@@ -242,6 +242,9 @@ def _tiny(folder: Path) -> Path:
         (["recipe.name=kto", "plan.search=true", "plan.gpus=2"], "plan.search=true needs more than bytes of state"),
         (["recipe.name=kto", "plan.picture=/tmp/x.png"], "plan.picture=/tmp/x.png needs more than bytes of state"),
         (["adapter.name=lora"], "set model.path=DIR"),
+        (["recipe.name=dpo", "recipe.reference=adapter"], "recipe.reference=adapter is the policy with its adapters"),
+        (["recipe.name=kto", "recipe.reference=nobody"], "recipe.reference=nobody is unknown"),
+        (["recipe.name=reward", "model.score=true", "adapter.name=lora"], "adapter.name=lora with model.score=true"),
     ],
 )
 def test_what_has_no_plan_is_refused_with_its_reason(overrides: list[str], says: str) -> None:

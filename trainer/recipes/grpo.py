@@ -157,10 +157,8 @@ class GroupPolicyOptimization(Pretrain):
 
     def _next(self, data: Loader) -> RolledOut:
         """The batch of rollouts to learn from."""
-        if not self._config.recipe.rl.rollout_lag:
-            return self._roll_out(data)
-        now = self._ahead or self._roll_out(data)
-        self._ahead = self._roll_out(data)
+        now = self._ahead or self._roll_out(data)  # one that is there is learned from, also without a lag from now on
+        self._ahead = self._roll_out(data) if self._config.recipe.rl.rollout_lag else None
         return now
 
     def _roll_out(self, data: Loader) -> RolledOut:

@@ -23,7 +23,7 @@ from trainer.rl.gae import explained_variance, generalized_advantages, moments, 
 from trainer.rl.packing import of_rollouts
 from trainer.rl.ppo_config import ppo_problems
 from trainer.rl.problems import data_problems, layout_problems
-from trainer.rl.reward_models import scores_head
+from trainer.rl.reward_models import check_tokenizer, scores_head
 from trainer.rl.rollouts import Rollout
 from trainer.rl.value import ValueObjective, start_values, value_model
 from trainer.step import TrainState
@@ -40,7 +40,8 @@ class ProximalPolicyOptimization(GroupPolicyOptimization):
 
     def __init__(self) -> None:
         super().__init__()
-        self._coefficient: float | None = None  # of the KL divergence; None: as configured
+        # Of the KL divergence, where it adapts: as it is configured, and as it is now; None: as it is configured
+        self._adapted: tuple[float, float] | None = None
 
     def problems(self, config: TrainConfig) -> list[str]:
         held_by = ("recipe.ppo.kl_coefficient", config.recipe.ppo.kl_coefficient)
@@ -66,32 +67,45 @@ class ProximalPolicyOptimization(GroupPolicyOptimization):
                 "recipe.ppo.value_path is missing: the policy begins with an imported checkpoint, which a value model "
                 "cannot be read from; give the Hugging Face folder it was imported from, or that of a reward model"
             )
+        if config.recipe.ppo.value_path is not None:
+            assert self._tokenizer is not None
+            check_tokenizer(config.recipe.ppo.value_path, self._tokenizer)
         start_values(state.beside[VALUE], seed=config.train.seed)
 
     # ---- a batch of rollouts
 
     def _complete(self, batches: list[list[Rollout]]) -> dict[str, float]:
         settings = self._config.recipe.ppo
-        coefficient = settings.kl_coefficient if self._coefficient is None else self._coefficient
+        coefficient = self._coefficient()
         divergences: list[float] = []  # of completions
         for batch in batches:
             divergences += self._estimate(batch, coefficient)
         rollouts = [rollout for batch in batches for rollout in batch]
         gather = self._collector.all_gather
-        divergence = moments(divergences, gather).mean
+        of_divergences = moments(divergences, gather)
+        divergence = of_divergences.mean
         of_returns = moments([each for rollout in rollouts for each in rollout.returns], gather)
         errors = moments([r - v for one in rollouts for r, v in zip(one.returns, one.values, strict=True)], gather)
         of_advantages = moments([each for rollout in rollouts for each in rollout.advantages], gather)
         if settings.whiten:
             for rollout in rollouts:
                 rollout.advantages = whitened(rollout.advantages, of_advantages)
-        self._coefficient = next_coefficient(coefficient, divergence, target=settings.kl_target, gain=settings.kl_gain)
+        if settings.kl_target is not None and of_divergences.size:
+            adapted = next_coefficient(coefficient, divergence, target=settings.kl_target, gain=settings.kl_gain)
+            self._adapted = settings.kl_coefficient, adapted
         return {
             "explained_variance": explained_variance(of_returns, errors),
             "return_mean": of_returns.mean,
             "advantage_mean": of_advantages.mean,
             "advantage_std": of_advantages.variance**0.5,
         } | ({"reference_kl": divergence, "kl_coefficient": coefficient} if coefficient else {})
+
+    def _coefficient(self) -> float:
+        """Of the next batch. One that has adapted counts only for the configuration that it began with."""
+        settings = self._config.recipe.ppo
+        if settings.kl_target is None or self._adapted is None or self._adapted[0] != settings.kl_coefficient:
+            return settings.kl_coefficient
+        return self._adapted[1]
 
     def _estimate(self, batch: list[Rollout], coefficient: float) -> list[float]:
         """Give rollouts values, returns and advantages; the divergence of each from the reference, in nats."""
@@ -126,11 +140,12 @@ class ProximalPolicyOptimization(GroupPolicyOptimization):
     # ---- a run that goes on
 
     def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"kl_coefficient": self._coefficient}
+        return super().state_dict() | {"kl_coefficient": self._adapted}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
-        self._coefficient = state.get("kl_coefficient")
+        adapted = state.get("kl_coefficient")
+        self._adapted = None if adapted is None else (adapted[0], adapted[1])
 
 
 def _own_problems(config: TrainConfig) -> list[str]:

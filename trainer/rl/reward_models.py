@@ -47,7 +47,7 @@ class RewardModels:
         Raises ConfigError for a folder that does not hold one, or whose tokenizer numbers tokens otherwise.
         """
         for one in models.values():
-            _check_tokenizer(str(one.path), tokenizer)
+            check_tokenizer(str(one.path), tokenizer)
         self._all_gather, self._device = all_gather, device
         self._sizes = {"seq_len": config.train.seq_len, "micro_batch_size": config.train.micro_batch_size}
         self._models = {name: _load(one, config, mesh, device) for name, one in models.items()}
@@ -135,15 +135,15 @@ def _head_problems(field: str, path: str) -> list[str]:
     return []
 
 
-def _check_tokenizer(path: str, tokenizer: Tokenizer) -> None:
-    """A folder without a tokenizer is taken at its word."""
+def check_tokenizer(path: str, tokenizer: Tokenizer) -> None:
+    """Raises ConfigError for a folder with another one. A folder without a tokenizer is taken at its word."""
     with configuration_errors():
         if (Path(path).expanduser() / "tokenizer.json").is_file():
             theirs = Tokenizer.from_path(Path(path).expanduser())
             if not tokenizer.is_part_of(theirs):
                 raise ValueError(
-                    f"the reward model in {path} has another tokenizer than the policy, whose tokens it would read as "
-                    "other words; give a reward model that was trained from the policy's family"
+                    f"the model in {path} has another tokenizer than the policy, whose tokens it would read as "
+                    "other words; give one that was trained from the policy's family"
                 )
 
 

@@ -10,7 +10,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, TypeVar, cast
+
+import torch.distributed as dist
 
 from data.prompts import Prompt
 from data.tokenizer import Tokenizer
@@ -21,6 +24,8 @@ from trainer.rl.environment import Environment
 from trainer.rl.maths import final_answer, same_answer
 from trainer.rl.rewards import Answer
 from trainer.rl.weights import Lockstep
+
+T = TypeVar("T")
 
 
 class Task(NamedTuple):
@@ -95,9 +100,11 @@ class Sampler:
         lockstep: Lockstep,
         environment: Callable[[], Environment] | None = None,
         max_turns: int = 1,
+        tp_group: dist.ProcessGroup | None = None,
     ) -> None:
         """seed: the run's. max_len: tokens of prompt and completion; max_tokens: of the completion. environment: makes
-        one for each completion, which then has up to max_turns turns of the model."""
+        one for each completion, which then has up to max_turns turns of the model; it is asked on the first rank of
+        tp_group, for all of them."""
         self.engine = engine
         self._lockstep = lockstep
         self._tokenizer = tokenizer
@@ -106,6 +113,7 @@ class Sampler:
         self._max_tokens = max_tokens
         self._environment = environment
         self._max_turns = max_turns
+        self._tp_group = tp_group
 
     def rollouts(self, tasks: Sequence[Task], *, temperature: float) -> Sampled:
         """A completion for each task. temperature: 0 is greedy. All ranks of tp call it with the same tasks.
@@ -138,12 +146,39 @@ class Sampler:
         """Whether there is something to sample: no environment, or one that has started."""
         if self._environment is None:
             return True
+        failure = self._of_first_rank(partial(self._start, task, episode))
+        if failure:
+            self._fail(episode, failure)
+        return not failure
+
+    def _start(self, task: Task, episode: _Episode) -> str:
+        """What went wrong."""
+        assert self._environment is not None
         try:
             episode.environment = self._environment()
             episode.environment.start(task.prompt.text, task.prompt.row)
         except Exception as error:  # a user's code, which a reward function may be as well
-            self._fail(episode, f"raised {type(error).__name__} when it started: {error}")
-        return not episode.failure
+            return f"raised {type(error).__name__} when it started: {error}"
+        return ""
+
+    def _reply(self, episode: _Episode) -> tuple[str | None, str]:
+        """What an environment says to the model's last turn, and what went wrong."""
+        assert episode.environment is not None
+        try:
+            reply = episode.environment.reply(episode.said[-1])
+        except Exception as error:
+            return None, f"raised {type(error).__name__}: {error}"
+        if reply is not None and not isinstance(reply, str):
+            return None, f"replied {reply!r}, neither text nor None"
+        return reply, ""
+
+    def _of_first_rank(self, ask: Callable[[], T]) -> T:
+        """What the first rank of tp gets, on all: a user's code may do otherwise on each, and then ranks would part."""
+        if self._tp_group is None:
+            return ask()
+        found: list[Any] = [ask() if dist.get_rank(self._tp_group) == 0 else None]
+        dist.broadcast_object_list(found, src=dist.get_global_rank(self._tp_group, 0), group=self._tp_group)
+        return cast("T", found[0])
 
     def _fail(self, episode: _Episode, what: str) -> None:
         episode.failure, episode.rollout.finish_reason = f"the environment {what}", "failed"
@@ -174,20 +209,15 @@ class Sampler:
         rollout.logprobs += completion.logprobs
         rollout.finish_reason = str(completion.finish_reason)
         episode.said.append(self._tokenizer.decode(completion.token_ids, skip_special_tokens=True))
-        if episode.environment is None or completion.finish_reason == "length":
+        if self._environment is None or completion.finish_reason == "length":
             return True
         if len(rollout.spans) == self._max_turns:
             rollout.finish_reason = "length"
             return True
-        try:
-            reply = episode.environment.reply(episode.said[-1])
-        except Exception as error:
-            self._fail(episode, f"raised {type(error).__name__}: {error}")
-            return True
+        reply, failure = self._of_first_rank(partial(self._reply, episode))
+        if failure:
+            self._fail(episode, failure)
         if reply is None:
-            return True
-        if not isinstance(reply, str):
-            self._fail(episode, f"replied {reply!r}, neither text nor None")
             return True
         ids = self._tokenizer.encode(reply)
         episode.said.append(reply)
@@ -206,7 +236,7 @@ class Sampler:
             token_ids=generated,
             finish_reason=rollout.finish_reason,
             row=task.prompt.row,
-            turns=tuple(episode.said) if episode.environment is not None else (),
+            turns=() if self._environment is None else tuple(episode.said),
             environment=episode.environment,
             failure=episode.failure,
         )

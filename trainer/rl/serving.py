@@ -9,7 +9,7 @@ from data.tokenizer import Tokenizer
 from inference.config import EngineConfig
 from inference.engine import Engine
 from models.decoder import Decoder
-from parallel.mesh import Meshes
+from parallel.mesh import Meshes, groups_in_layers
 from trainer.config import TrainConfig
 from trainer.rl.environment import Environment
 from trainer.rl.rollouts import Sampler
@@ -42,6 +42,7 @@ def start_sampler(
         )
     if mode == "stream":
         engine.runner.fused = False  # fused launches read a block's weights without its forward
+    tp = groups_in_layers(mesh, config.parallel).tp
     sampler = Sampler(
         engine,
         tokenizer,
@@ -51,6 +52,7 @@ def start_sampler(
         lockstep=weights.lockstep,
         environment=environment,
         max_turns=rl.max_turns,
+        tp_group=None if tp is None else tp.get_group(),
     )
     return sampler, weights
 

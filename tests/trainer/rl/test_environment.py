@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch.distributed as dist
 
 from tests.pool import RankPool
 from tests.trainer.rl.rolling import metrics_of, rolling
@@ -55,8 +56,20 @@ def turns(answer: Answer) -> float:
     return np.float32(answer.environment.turns)  # type: ignore[return-value]
 
 
+class OnFirst(Game):
+    """Fails on the second rank, which is not asked."""
+
+    def start(self, prompt: str, row: dict[str, Any]) -> None:
+        super().start(prompt, row)
+        assert dist.get_rank() == 0
+
+    def reply(self, text: str) -> Any:
+        assert dist.get_rank() == 0
+        return super().reply(text)
+
+
 def _run(config: TrainConfig, ends: frozenset[int] = ENDS) -> None:
-    trainer = Trainer(finalize(config, world_size=1))
+    trainer = Trainer(finalize(config, world_size=dist.get_world_size()))
     try:
         trainer.recipe._engine.eos_ids = ends  # type: ignore[attr-defined]
         trainer.run()
@@ -83,6 +96,17 @@ def test_rewards_see_the_environment_as_it_was_left(ranks: RankPool, tmp_path: P
     assert line["reward_turns"] > 1
     assert line["reward_failures"] == 0
     assert line["reward"] == pytest.approx(line["reward_turns"] + 0.5 * line["reward_finished"])
+
+
+def test_one_rank_of_tp_asks_the_environment_for_all(ranks: RankPool, tmp_path: Path) -> None:
+    """A tool that times out on one rank only: the others go on with a completion that it has ended, and wait for it."""
+    lines = []
+    for world_size, name in (1, "Game"), (2, "OnFirst"):
+        config = playing(tmp_path / name, name, parallel__tp=world_size)
+        ranks.run(world_size, _run, config)
+        lines += metrics_of(config)
+    assert lines[0]["reward_turns"] == lines[1]["reward_turns"] > 1
+    assert lines[1]["reward_failures"] == 0
 
 
 @pytest.mark.parametrize(
