@@ -128,12 +128,17 @@ def test_sequences_are_laid_out_so_that_none_is_longer_than_a_row() -> None:
     [
         ({"causal": True}, "has no score.weight, so it is no reward model"),
         ({"num_labels": 2}, "classifies into 2 labels; a reward model has one"),
-        ({"vocab_size": 301}, "has 301 words and the trained model 300"),
+        ({"vocab_size": 299}, "has 299 words and the trained model 300"),
     ],
 )
 def test_a_folder_that_is_no_reward_model_is_refused(tmp_path: Path, kind: dict[str, Any], says: str) -> None:
     lines = find_problems(rolled(tmp_path, reward_model(tmp_path / "reward", **kind)), world_size=1)
     assert any(line.startswith("recipe.rl.rewards[1].path=") and says in line for line in lines), lines
+
+
+def test_a_reward_model_may_know_more_words(tmp_path: Path) -> None:
+    """One with a padding token of its own, as most have."""
+    assert find_problems(rolled(tmp_path, reward_model(tmp_path / "reward", vocab_size=301)), world_size=1) == []
 
 
 @pytest.mark.parametrize(
