@@ -1,10 +1,13 @@
-"""Word problems of addition and subtraction, with answers that can be checked: for recipe=sft and recipe=grpo.
+"""Word problems of addition and subtraction, with answers that can be checked: for recipe=sft, dpo and grpo.
 
-    python benchmarks/word_problems.py data FOLDER          sft.jsonl, prompts.jsonl and a tokenizer
+    python benchmarks/word_problems.py data FOLDER          sft, preferences, prompts, held_out (.jsonl), a tokenizer
+    python benchmarks/word_problems.py check OUT.jsonl      how many of the answers that mode=generate wrote are right
     python benchmarks/word_problems.py plot RUN_DIR OUT.png what a run's greedy answers were worth, step by step
 
-A problem names a person, a thing and two numbers up to 9; its answer is a number. Fine-tuning ends early on purpose: a
-model learns how an answer looks, and is often wrong. The text of a held-out prompt is that of no other row.
+A problem tells of a person, a thing and five numbers; its answer is what is left at the end. The texts to be fine-tuned
+on answer in two ways, as texts of the world do: most say the result at once, which a small model guesses, and some
+write down one step after the other, of which each is easy. Nothing says which way is better; a reward does. No problem
+is told twice, so held-out prompts are those of no other row.
 """
 
 from __future__ import annotations
@@ -17,40 +20,83 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a clone, installed or not
 
 from data.tokenizer import train_bpe
+from trainer.rl.maths import final_answer, same_answer
 
 NAMES = ("Tom", "Ana", "Ben", "Eva", "Leo", "Mia", "Sam", "Zoe")
 THINGS = ("apples", "books", "cards", "coins", "pens", "shells", "stamps", "stones")
-MORE = ("{name} has {a} {thing} and gets {b} more.", "{name} finds {a} {thing}, then {b} others.")
-LESS = ("{name} has {a} {thing} and loses {b}.", "{name} buys {a} {thing} and gives away {b}.")
-LARGEST = 9
-HELD_OUT = 128
+MORE = ("gets", "finds", "buys", "wins")
+LESS = ("loses", "sells", "drops", "lends")
+STEPS = 4
+LARGEST = 6  # of a number in a story
+MOST = 12  # that anybody has at any time
+WORKED = 0.3
+"""Share of the texts that write their steps down."""
+HELD_OUT = 500
 
 
-def problem(a: int, b: int, *, adds: bool, draw: random.Random) -> dict[str, str]:
-    """A row with prompt and answer."""
-    story = draw.choice(MORE if adds else LESS).format(name=draw.choice(NAMES), thing=draw.choice(THINGS), a=a, b=b)
-    return {"prompt": f"{story} How many now? Answer:", "answer": str(a + b if adds else a - b)}
+def problem(draw: random.Random) -> dict[str, str]:
+    """A row with prompt, answer, and the text of its steps."""
+    held = draw.randint(1, LARGEST)
+    story = f"{draw.choice(NAMES)} has {held} {draw.choice(THINGS)}"
+    worked = ""
+    for _ in range(STEPS):
+        change = draw.randint(1, LARGEST)
+        adds = held + change <= MOST and (held < change or draw.random() < 0.5)
+        change = change if adds else min(change, held)
+        after = held + change if adds else held - change
+        story += f", {draw.choice(MORE if adds else LESS)} {change}"
+        worked += f" {held}{'+' if adds else '-'}{change}={after}"
+        held = after
+    return {"prompt": f"{story}. How many now? Answer:", "answer": str(held), "worked": worked}
 
 
-def make(folder: Path, *, num_examples: int = 1000, num_prompts: int = 4000, seed: int = 0) -> None:
-    """Write the three parts. The last HELD_OUT of the prompts are held out."""
-    draw = random.Random(seed)
-    pairs = [(a, b, adds) for adds in (True, False) for a in range(1, LARGEST + 1) for b in range(1, LARGEST + 1)]
-    pairs = [(a, b, adds) for a, b, adds in pairs if adds or a >= b]
+def completion(row: dict[str, str], *, worked: bool, answer: str | None = None) -> str:
+    """What a text answers; `answer`, another number than the right one, ends it where it is given."""
+    result = answer or row["answer"]
+    if not worked:
+        return f" {result}"
+    return f"{row['worked'][: -len(row['answer'])]}{result}. {result}"
+
+
+def make(folder: Path, *, num_examples: int = 12000, num_pairs: int = 2000, num_prompts: int = 8000) -> None:
+    """Write the four parts and the tokenizer."""
+    draw = random.Random(0)
     rows: dict[str, dict[str, str]] = {}  # by their text, each once
-    while len(rows) < num_examples + num_prompts + HELD_OUT:
-        a, b, adds = draw.choice(pairs)
-        row = problem(a, b, adds=adds, draw=draw)
+    while len(rows) < num_examples + num_pairs + num_prompts + HELD_OUT:
+        row = problem(draw)
         rows[row["prompt"]] = row
     different = list(rows.values())
+    examples, pairs = different[:num_examples], different[num_examples : num_examples + num_pairs]
+    prompts = different[num_examples + num_pairs : -HELD_OUT]
     folder.mkdir(parents=True, exist_ok=True)
-    examples = [{"prompt": r["prompt"], "completion": f" {r['answer']}"} for r in different[:num_examples]]
-    prompts = different[num_examples:]
-    for name, lines in (("sft.jsonl", examples), ("prompts.jsonl", prompts)):
-        (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    parts = {
+        "sft": [{"prompt": r["prompt"], "completion": completion(r, worked=draw.random() < WORKED)} for r in examples],
+        "preferences": [_pair(row, draw) for row in pairs],
+        "prompts": [{"prompt": row["prompt"], "answer": row["answer"]} for row in prompts],
+        "held_out": [{"prompt": row["prompt"], "answer": row["answer"]} for row in different[-HELD_OUT:]],
+    }
+    for name, lines in parts.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     # Without digits: each stays a token of its own.
     texts = ["".join(letter for letter in row["prompt"] if not letter.isdigit()) for row in prompts]
     train_bpe(iter(texts), 384).save(folder / "tokenizer")
+
+
+def _pair(row: dict[str, str], draw: random.Random) -> dict[str, str]:
+    """The right answer and a wrong one, told in the same way: nothing is said about the way."""
+    worked = draw.random() < WORKED
+    wrong = str(int(row["answer"]) + draw.choice((-2, -1, 1, 2)))
+    wrong = wrong if int(wrong) >= 0 else "1" if row["answer"] != "1" else "2"
+    chosen, rejected = completion(row, worked=worked), completion(row, worked=worked, answer=wrong)
+    return {"prompt": row["prompt"], "chosen": chosen, "rejected": rejected}
+
+
+def check(path: Path) -> dict[str, float]:
+    """Of answers as launch/lab.py mode=generate writes them: the shares that are right, and that show steps."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    right = [same_answer(final_answer(line["text"]) or "", line["answer"]) for line in lines]
+    worked = ["=" in line["text"] for line in lines]
+    return {"problems": len(lines), "exact_match": sum(right) / len(lines), "worked": sum(worked) / len(lines)}
 
 
 def plot(run_dir: Path, out: Path) -> None:
@@ -81,6 +127,8 @@ def plot(run_dir: Path, out: Path) -> None:
 if __name__ == "__main__":
     if len(sys.argv) == 3 and sys.argv[1] == "data":
         make(Path(sys.argv[2]))
+    elif len(sys.argv) == 3 and sys.argv[1] == "check":
+        print(json.dumps(check(Path(sys.argv[2]))))
     elif len(sys.argv) == 4 and sys.argv[1] == "plot":
         plot(Path(sys.argv[2]), Path(sys.argv[3]))
     else:
