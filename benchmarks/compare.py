@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a cl
 from benchmarks.launches import launch, shown, torchrun
 from benchmarks.train import summarize
 
-PEERS = ("titan", "hugging_face")
+PEERS = ("titan", "hugging_face", "lora")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

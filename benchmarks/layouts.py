@@ -3,9 +3,9 @@
     python benchmarks/layouts.py llama3_1b --gpus 4 --out benchmarks/results/layouts_llama3_1b_4xh200.json
 
 Each layout is a launch of its own, so that none inherits memory of the one before. Prints one JSON object: for each
-layout of LAYOUTS tokens_per_second_per_gpu, mfu, peak_memory_gib, and the losses, which say whether the layouts trained
-the same model; or the error of one that does not run. Further arguments are overrides for all of them. Tokens are drawn
-at random (Zipf): speed does not depend on them.
+layout of LAYOUTS tokens_per_second_per_gpu, mfu, peak_memory_gib, what the planner predicted, and the losses, which say
+whether the layouts trained the same model; or the error of one that does not run. Further arguments are overrides for
+all of them. Tokens are drawn at random (Zipf): speed does not depend on them.
 """
 
 from __future__ import annotations
@@ -102,7 +102,9 @@ def measure(kind: str, runs: Mapping[str, Run], args: argparse.Namespace, overri
 def _measured(run_dir: Path) -> dict[str, Any]:
     summary = summarize(run_dir, skip=SKIP)
     losses = [json.loads(line)["loss"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return {key: summary[key] for key in (*KEPT, "kernels", "config", "device", "versions")} | {"losses": losses}
+    predicted = json.loads((run_dir / "run.json").read_text()).get("predicted", {})
+    found = {key: summary[key] for key in (*KEPT, "kernels", "config", "device", "versions")}
+    return found | {"losses": losses, "predicted": predicted}
 
 
 if __name__ == "__main__":

@@ -47,6 +47,7 @@ def save_and_overwrite(directory: Path, synchronised: bool) -> dict[str, bool]:
         for step in (1, 2):
             tensors = on_gpu(seed=step)
             torch.cuda.current_stream().synchronize()
+            torch.cuda._sleep(1_000_000_000)  # half a second of work, behind which the copies wait
             checkpoints.save(step, tensors, {})
             with torch.cuda.stream(other), torch.no_grad():
                 for tensor in tensors.values():

@@ -82,7 +82,8 @@ def counted(model: Decoder, *, few_rows: bool) -> Iterator[Taken]:
 
 def shards_of(whole: Decoder, layout: ServingLayout, device: str = "cpu") -> Decoder:
     """The same model over all ranks."""
-    model = build_model(whole.config, groups=serving_groups(layout, device)).to(device, next(whole.parameters()).dtype)
+    groups = serving_groups(layout, torch.device(device).type)
+    model = build_model(whole.config, groups=groups).to(device, next(whole.parameters()).dtype)
     values = {name: value.to(device) for name, value in whole.state_dict().items()}
     with torch.no_grad():
         for name, located in model.state_dict().items():

@@ -31,7 +31,8 @@ class Scripted(SeesTokensOnly):
 
     def draft(self, wanted: Seq[Wanted], places: Places) -> Drafts:
         most = max(one.num_drafts for one in wanted)
-        return Drafts(torch.tensor([(self._next(one) + [0] * most)[:most] for one in wanted]))
+        tokens = torch.tensor([(self._next(one) + [0] * most)[:most] for one in wanted])
+        return Drafts(tokens.to(places.lengths.device))
 
     def _next(self, one: Wanted) -> list[int]:
         tokens = one.sequence.tokens

@@ -98,6 +98,7 @@ def test_losses_and_gradients_are_those_of_all_logits(
     assert max(of_ours(dtype, chunk_tokens, temperature, entropy)) <= tolerance
 
 
+@pytest.mark.interpreter
 @pytest.mark.parametrize("entropy", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_the_kernels_compute_the_same(dtype: torch.dtype, entropy: bool) -> None:
