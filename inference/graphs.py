@@ -116,7 +116,8 @@ class StepGraphs(GraphSizes):
             self._forwards[key.decodes](here, key.sequences)  # whatever is compiled, loaded or allocated at first use
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # What other threads do meanwhile is no part of it: NCCL's watchdog asks for events, requests are page-locked.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             outputs = self._forwards[key.decodes](here, key.sequences)
         self._pool = graph.pool()
         self._captured[key] = _Captured(graph, here, outputs)

@@ -332,9 +332,12 @@ features in parts.
 def on_gpus(
     request: pytest.FixtureRequest, corpus: DataConfig, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, _Outcomes, _Outcomes]:
-    """A precision, outcomes of one GPU by "model-split", and of four by layout."""
+    """A precision, outcomes of one GPU by "model-split", and of four by layout, of those that were chosen."""
     if torch.cuda.device_count() < 4:
         pytest.skip("needs four GPUs")
+    calls = [getattr(item, "callspec", None) for item in request.session.items]
+    chosen = {call.params["layout"] for call in calls if call is not None and "layout" in call.params}
+    models = {LAYOUTS[layout][0] for layout in chosen}
     folder = tmp_path_factory.mktemp(request.param)
     base = tiny_config(
         folder, corpus, data__mask_documents=True, train__device="cuda", train__steps=10, train__seq_len=32,
@@ -344,12 +347,13 @@ def on_gpus(
     base = changed(base, folder, **PRECISIONS[request.param])
     alone = {
         f"{model}-{name}": changed(base, folder / f"{model}-{name}", **(MODELS[model] | changes))
-        for model in MODELS
+        for model in models
         for name, changes in _perturbations(model, request.param).items()
     }
     together = {
         layout: changed(base, folder / layout, **MODELS[model], **changes)
         for layout, (model, changes) in LAYOUTS.items()
+        if layout in chosen
     }
     return request.param, _Outcomes(1, alone, folder / "alone"), _Outcomes(4, together, folder / "together")
 

@@ -63,6 +63,14 @@ def references(ranks: RankPool, corpus: DataConfig, tmp_path_factory: pytest.Tem
     return References(ranks, corpus, tmp_path_factory.mktemp("one-process"), variants, splits=(1, 4))
 
 
+@pytest.fixture(scope="module")
+def plain_reference(ranks: RankPool, corpus: DataConfig, tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    """With sums over features in parts as well: what tp does, and compilers, which fuse products with sums."""
+    variants = {"plain": MODEL | {"train__micro_batch_size": 12}}
+    folder = tmp_path_factory.mktemp("in-parts")
+    return References(ranks, corpus, folder, variants, splits=(1, 4), feature_parts=(2, 4)).of("plain")
+
+
 def _assert_same_model(outcome: Outcome, reference: Reference) -> None:
     assert_same_model(outcome, reference)
     assert outcome.grad_norms == pytest.approx(reference.outcome.grad_norms, rel=1e-5)
@@ -168,14 +176,18 @@ def test_what_is_applied_to_stages_changes_nothing(
     ],
 )
 def test_what_lies_between_put_off_layers_is_compiled(
-    ranks: RankPool, references: References, tmp_path: Path, world_size: int, schedule: str, changes: dict[str, Any]
+    ranks: RankPool,
+    plain_reference: Reference,
+    tmp_path: Path,
+    world_size: int,
+    schedule: str,
+    changes: dict[str, Any],
 ) -> None:
     """A weight gradient that a graph swallows or writes over before W needs it; blocks that quietly run eagerly."""
-    reference = references.of("plain")
     changes = {"train__compile": True, "train__compile_backend": "aot_eager", "parallel__zero_stage": 1} | changes
     changes |= {"parallel__pp": 2, "parallel__pp_schedule": schedule, "train__micro_batch_size": 4}
-    answers = ranks.run(world_size, run_and_count_graphs, changed(reference.config, tmp_path / "run", **changes))
-    _assert_same_model(answers[0][0], reference)
+    answers = ranks.run(world_size, run_and_count_graphs, changed(plain_reference.config, tmp_path / "run", **changes))
+    _assert_same_model(answers[0][0], plain_reference)
     # Before attention's projections, between these and its output, behind that, between the MLP's two: whatever else.
     assert all(graphs >= 4 for _, graphs in answers)
 
