@@ -84,14 +84,33 @@ def pytest_sessionfinish() -> None:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--thorough", action="store_true", help="all of tests/, with those marked so that take long")
+    parser.addoption("--thorough", action="store_true", help="all that CI runs, with tests marked so that take long")
+    parser.addoption("--exhaustive", action="store_true", help="all of tests/, with all parameters of each")
+
+
+def _left_out(config: pytest.Config, items: list[pytest.Item]) -> set[pytest.Item]:
+    """What is not run unless it is asked for: by name, or by an option."""
+    if config.args_source is not pytest.Config.ArgsSource.TESTPATHS or config.getoption("--exhaustive"):
+        return set()
+    thorough = config.getoption("--thorough")
+    left_out = {item for item in items if not thorough and item.get_closest_marker("thorough")}
+    of_function: dict[object, list[pytest.Item]] = {}
+    for item in items:
+        if item not in left_out and item.get_closest_marker("some"):
+            of_function.setdefault(item.nodeid.split("[")[0], []).append(item)
+    for cases in of_function.values():
+        marker = cases[0].get_closest_marker("some")
+        assert marker is not None
+        num = min(marker.args[0], len(cases))
+        kept = {cases[round(i * (len(cases) - 1) / max(num - 1, 1))] for i in range(num)}  # first, last, evenly between
+        left_out |= set(cases) - kept
+    return left_out
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.args_source is pytest.Config.ArgsSource.TESTPATHS and not config.getoption("--thorough"):
-        left_out = [item for item in items if item.get_closest_marker("thorough")]
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if not item.get_closest_marker("thorough")]
+    if left_out := _left_out(config, items):
+        config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+        items[:] = [item for item in items if item not in left_out]
     absent, reason = (
         ("interpreter", "kernels run on the GPU here, not in the interpreter")
         if torch.cuda.is_available()

@@ -205,6 +205,7 @@ def test_rows_do_not_depend_on_the_batch(case: Case, dtype: torch.dtype) -> None
             assert torch.equal(y.narrow(case.batch_dim, 0, z.shape[case.batch_dim]), z)
 
 
+@pytest.mark.some(16)
 @each_case
 def test_its_custom_ops_are_proper(case: Case) -> None:
     """A schema that hides a mutation, a fake implementation that differs, a gradient that is not registered."""
@@ -214,6 +215,7 @@ def test_its_custom_ops_are_proper(case: Case) -> None:
         torch.library.opcheck(op, arguments)
 
 
+@pytest.mark.some(16)
 @each_case
 def test_it_compiles_into_one_graph(case: Case) -> None:
     """A graph break, or a fake result of another shape, dtype or stride than the real one."""

@@ -28,6 +28,7 @@ from trainer.optim import build_optimizer
 LAYOUTS = [(1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4)]  # (ranks, dp_replicate)
 
 
+@pytest.mark.some(8)
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize(("world_size", "dp_replicate"), LAYOUTS)
 def test_gradients_and_updates_equal_one_process(

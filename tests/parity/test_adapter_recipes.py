@@ -54,6 +54,7 @@ def judged(ranks: RankPool, folder: Path) -> Outcome:
     return run_adapted(ranks, 1, adapting(judging(folder, "kto-one")))
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("layout", ["tp", "ring", "pp"])
 def test_kto_trains_the_same_adapters(ranks: RankPool, folder: Path, judged: Outcome, layout: str) -> None:
     """A baseline by the policy without its adapters, or by a part of them."""

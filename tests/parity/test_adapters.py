@@ -72,6 +72,7 @@ def some(layouts: Iterable[str]) -> list[Any]:
     return [pytest.param(name, marks=[pytest.mark.thorough] if name in THOROUGH else []) for name in layouts]
 
 
+@pytest.mark.some(5)
 @pytest.mark.parametrize("layout", some(LAYOUTS))
 def test_layouts_train_the_same_adapters(
     ranks: RankPool, folder: Path, corpus: DataConfig, references: dict[str, Outcome], layout: str
@@ -84,6 +85,7 @@ def test_layouts_train_the_same_adapters(
     )
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("layout", list(EXPERT_LAYOUTS))
 def test_layouts_train_the_same_adapters_of_experts(
     ranks: RankPool, folder: Path, corpus: DataConfig, references: dict[str, Outcome], layout: str
@@ -125,6 +127,7 @@ def weighed(ranks: RankPool, folder: Path, corpus: DataConfig) -> Outcome:
     return run_adapted(ranks, 1, weighing(folder, corpus))
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("layout", list(DORA_LAYOUTS))
 def test_layouts_train_the_same_lengths_of_rows(
     ranks: RankPool, folder: Path, corpus: DataConfig, weighed: Outcome, layout: str
@@ -146,6 +149,7 @@ def quantizing(folder: Path, corpus: DataConfig) -> TrainConfig:
     return config
 
 
+@pytest.mark.some(3)
 @pytest.mark.parametrize("layout", list(QUANTIZED_LAYOUTS))
 def test_layouts_train_beside_the_same_4_bits(
     ranks: RankPool, folder: Path, corpus: DataConfig, quantized: Outcome, layout: str

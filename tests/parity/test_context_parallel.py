@@ -118,6 +118,7 @@ LAYOUTS: list[tuple[str, int, str, int, int, int, dict[str, Any]]] = [
 ]
 
 
+@pytest.mark.some(7)
 @pytest.mark.parametrize(("variant", "world_size", "method", "cp", "stage", "dp_replicate", "changes"), LAYOUTS)
 def test_every_split_of_a_sequence_trains_the_same_model(
     ranks: RankPool,

@@ -64,6 +64,7 @@ LAYOUTS = [
 ]
 
 
+@pytest.mark.some(8)
 @pytest.mark.parametrize(("variant", "world_size", "stage", "dp_replicate", "micro_batch_size"), LAYOUTS)
 def test_every_layout_trains_the_same_model(
     ranks: RankPool,
@@ -87,6 +88,7 @@ def test_every_layout_trains_the_same_model(
     assert_same_model(run_on(ranks, world_size, config), reference)
 
 
+@pytest.mark.some(3)
 @pytest.mark.parametrize(
     ("world_size", "stage", "changes"),
     [

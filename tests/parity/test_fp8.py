@@ -200,6 +200,7 @@ def test_permuted_tokens_are_more_than_other_micro_batches(runs: Runs, tmp_path:
     assert gradient_deviation(outcome, runs.one("rowwise")) > 4 * _sensitivity(runs, "rowwise")
 
 
+@pytest.mark.some(2)
 @pytest.mark.parametrize(
     ("recipe", "changes"),
     [

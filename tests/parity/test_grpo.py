@@ -46,6 +46,7 @@ def test_packing_and_micro_batches_change_nothing(ranks: RankPool, tmp_path: Pat
     same(run_on(ranks, 1, rolling(tmp_path, train__micro_batch_size=4)), reference)
 
 
+@pytest.mark.some(2)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_two_ranks_train_as_one(ranks: RankPool, tmp_path: Path, reference: Outcome, layout: str) -> None:
     """A group that is cut in two, seeds by rank, means of means, weights that an engine serves while they are gone."""

@@ -43,6 +43,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.some(2)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_two_ranks_train_the_same_adapters(ranks: RankPool, tmp_path: Path, reference: Outcome, layout: str) -> None:
     """Rollouts of a part of B, of the base alone, or of adapters of the step before."""

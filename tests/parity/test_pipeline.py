@@ -98,6 +98,7 @@ LAYOUTS = [
 ]
 
 
+@pytest.mark.some(8)
 @pytest.mark.parametrize(("variant", "world_size", "pp", "schedule", "stage", "micro_batch_size"), LAYOUTS)
 def test_every_schedule_trains_the_same_model(
     ranks: RankPool,
@@ -123,6 +124,7 @@ def test_every_schedule_trains_the_same_model(
     _assert_same_model(run_on(ranks, world_size, config), reference)
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize(
     ("variant", "schedule", "stage"),
     [("plain", "1f1b", 2), ("tied", "interleaved_1f1b", 3), ("tied", "zbv", 3)],
@@ -137,6 +139,7 @@ def test_replicas_of_sharded_stages_train_the_same_model(
     _assert_same_model(run_on(ranks, 8, config), reference)
 
 
+@pytest.mark.some(3)
 @pytest.mark.parametrize(
     ("variant", "schedule", "changes"),
     [

@@ -72,6 +72,7 @@ SAME_LAYOUT = [
 ]
 
 
+@pytest.mark.some(4)
 @pytest.mark.parametrize(("world_size", "stage", "changes"), SAME_LAYOUT)
 def test_a_run_that_crashed_continues_bitwise_on_the_same_layout(
     ranks: RankPool, corpus: DataConfig, tmp_path: Path, world_size: int, stage: int, changes: dict[str, Any]
@@ -172,6 +173,7 @@ def uninterrupted(ranks: RankPool, corpus: DataConfig, tmp_path_factory: pytest.
     }
 
 
+@pytest.mark.some(4)
 @pytest.mark.parametrize(
     ("optimizer", "before", "after"),
     [(o, *m) for o, m in itertools.product(("adamw", "muon"), MOVES) if o == "adamw" or m in MOVES[3:6:2]],

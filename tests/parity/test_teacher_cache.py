@@ -130,6 +130,7 @@ def few(ranks: RankPool, folder: Path, sources: dict[str, DataConfig]) -> Outcom
     return run_on(ranks, 1, config)
 
 
+@pytest.mark.some(2)
 @pytest.mark.parametrize("layout", ["ddp", "zero3", "tp", "ring", "pp"])
 def test_every_layout_writes_and_reads_the_same(
     ranks: RankPool, folder: Path, sources: dict[str, DataConfig], few: Outcome, layout: str

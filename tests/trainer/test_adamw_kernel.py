@@ -395,6 +395,7 @@ def stage_0(
     return config, run_on(ranks, 2, config)
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_stages_train_pure_bf16_with_8_bit_moments_to_the_same_bits(
     ranks: RankPool, stage_0: tuple[TrainConfig, Outcome], tmp_path: Path, stage: int

@@ -233,6 +233,7 @@ metrics.close()
 """
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize(
     ("redirect", "prepare"),
     [

@@ -108,6 +108,7 @@ def _validation_and_sample(config: TrainConfig) -> tuple[float, str]:
     return result["validation_loss"], result["sample"]
 
 
+@pytest.mark.some(2)
 @pytest.mark.parametrize(("layout", "compiled"), [("tp2", False), ("tp2-zero3", False), ("tp4", False), ("tp2", True)])
 def test_validation_and_sampling_are_those_of_one_process(
     ranks: RankPool, config: TrainConfig, reference: tuple[Path, Outcome], tmp_path: Path, layout: str, compiled: bool

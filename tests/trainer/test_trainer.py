@@ -113,6 +113,7 @@ def skipped_of(result: Faulty) -> list[int]:
 
 
 # At stage 0 gradients are the same on all ranks: one rank alone cannot have another.
+@pytest.mark.some(3)
 @pytest.mark.parametrize(
     ("plant", "stage"), [*((infinite_loss, stage) for stage in STAGES), *((infinite_gradient, s) for s in STAGES[1:])]
 )
@@ -160,6 +161,7 @@ def test_a_run_stops_at_once_if_it_is_told_to(ranks: RankPool, corpus: DataConfi
     assert not list((tmp_path / "run" / "checkpoints").glob("step_*"))
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("stage", [0, 1, 3])
 def test_an_overflow_in_fp16_halves_the_scale_and_is_no_fault(
     ranks: RankPool, corpus: DataConfig, tmp_path: Path, stage: int
