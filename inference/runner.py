@@ -104,7 +104,7 @@ class ModelRunner:
         self.num_blocks = config.num_blocks or fitting_blocks(model, config, parameter, extra_block_bytes, self.memory)
         with no_room_named(f"engine.num_blocks={self.num_blocks} blocks on {self.device}", "num_blocks"):
             self._make_cache(config, self.num_blocks)
-        if has_graphs(self.device, parameter.dtype, config):
+        if has_graphs(self.device, parameter.dtype, config, num_ranks(model)):
             self.graphs = StepGraphs(
                 self._decode, self._mixed, config.max_sequences, config.max_batch_tokens, config.graph_sizes
             )
@@ -373,16 +373,22 @@ def is_fused(model: Decoder) -> bool:
     return serving.obstacle(model.config, model.groups) is None and not (model.batch_invariant or model.adapted)
 
 
-def has_graphs(device: torch.device, dtype: torch.dtype, config: EngineConfig) -> bool:
-    """Whether small steps are captured. The reference of attention waits for the device, and cannot be."""
-    return config.cuda_graphs and device.type == "cuda" and implementation(device, dtype) == "triton"
+def num_ranks(model: Decoder) -> int:
+    """Over which a model lies."""
+    return 1 if model.groups.tp is None else model.groups.tp.size()
+
+
+def has_graphs(device: torch.device, dtype: torch.dtype, config: EngineConfig, ranks: int) -> bool:
+    """Whether small steps are captured. The reference of attention waits for the device, and cannot be; nor are steps
+    of several ranks: on H200s with NCCL 2.28 every capture with collectives ended as invalid (docs/LOG.md)."""
+    return config.cuda_graphs and ranks == 1 and device.type == "cuda" and implementation(device, dtype) == "triton"
 
 
 def demand_of(model: Decoder, config: EngineConfig) -> Demand:
     """What steps of a model may ask for at most."""
     parameter = local_tensor(next(model.parameters()))
     sizes = GraphSizes(config.max_sequences, config.max_batch_tokens, config.graph_sizes)
-    graphs = has_graphs(parameter.device, parameter.dtype, config)
+    graphs = has_graphs(parameter.device, parameter.dtype, config, num_ranks(model))
     return Demand(
         tokens=min(config.max_batch_tokens, config.max_sequences * longest(config, model.config)),
         rows=config.max_sequences,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from kernels.grouped_linear import grouped_linear
-from kernels.nf4.pieces import Piece
+from kernels.nf4.pieces import Piece, Rows
 from models.layers.moe import GroupedLinear
 from parallel.collectives import start_all_reduce, sum_of_gradients, wait
 from parallel.regions import local_tensor
@@ -120,11 +120,11 @@ def _multiply(layer: Any, x: Tensor, weight: Local, bias: Tensor | None, a: Loca
     kept = weight(layer.weight) if piece is None else local_tensor(layer.nf4)
     product = getattr(layer, "product", F.linear)
     if how is None:
-        return _Adapted.apply(x, kept, bias, None, None, None, piece, product)
+        return _adapted(x, kept, bias, None, None, None, piece, product)
     its_a, its_b = a(layer.lora_a), b(layer.lora_b)
     if not how.dora:
-        return _Adapted.apply(x, kept, bias, its_a, its_b, how, piece, product)
-    y = _Adapted.apply(x, kept, None, its_a, its_b, how, piece, product)
+        return _adapted(x, kept, bias, its_a, its_b, how, piece, product)
+    y = _adapted(x, kept, None, its_a, its_b, how, piece, product)
     with torch.no_grad():
         squares = how.lengths(kept if piece is None else piece.dequantize(kept, x.dtype), its_a, its_b)
         if isinstance(layer, RowParallelLinear):
@@ -191,54 +191,199 @@ _FUNCTIONS: dict[type[nn.Module], tuple[str, Callable[..., Tensor]]] = {
 }
 
 
-class _Adapted(torch.autograd.Function):
+def _adapted(
+    x: Tensor,
+    kept: Tensor,
+    bias: Tensor | None,
+    a: Tensor | None,
+    b: Tensor | None,
+    how: Adaptation | None,
+    piece: Piece | None,
+    product: Callable[..., Tensor],
+) -> Tensor:
     """y = x W^T + bias + s (x A^T) B^T with gradients of x, A and B. W may be a piece of NF4, made again in backward;
     without an adapter (`how` None) there is the first summand alone. product: F.linear, or one whose rows do not
-    depend on each other (models/invariant.py), of which gradients are ordinary products as well."""
+    depend on each other (models/invariant.py), of which gradients are ordinary products as well.
+
+    Compiled, it is one op. Of a Function compilers see what is inside: they take the weight that backward dequantizes
+    for the one of forward and keep that, 16 bits a value, and torch 2.11 keeps what a Function in a checkpointed block
+    returns (measured on an 8B model: 21 GiB of products that nobody reads).
+    """
+    if not torch.compiler.is_compiling():
+        return _Adapted.apply(x, kept, bias, a, b, how, piece, product)
+    assert product is F.linear, "batch-invariant blocks are not compiled"
+    return _compiled(x, kept, bias, a, b, *_constants(how, piece))[0]
+
+
+def _forward(
+    x: Tensor,
+    kept: Tensor,
+    bias: Tensor | None,
+    a: Tensor | None,
+    b: Tensor | None,
+    how: Adaptation | None,
+    piece: Piece | None,
+    product: Callable[..., Tensor],
+) -> tuple[Tensor, Tensor | None]:
+    """y, and x A^T [..., P r] where there is an adapter."""
+    y = product(x, kept if piece is None else piece.dequantize(kept, x.dtype), bias)
+    if how is None:
+        return y, None
+    assert a is not None
+    assert b is not None
+    u = product(x, a)
+    spread = how.spread(b, y.shape[-1])
+    if product is F.linear:
+        y.flatten(0, -2).addmm_(u.flatten(0, -2), spread.t(), alpha=how.scale)
+    else:  # each operation rounds by itself, whatever number of elements it is for
+        y += product(u, spread) * how.scale
+    return y, u
+
+
+def _backward(
+    grad: Tensor,
+    kept: Tensor,
+    adapter: Sequence[Tensor],
+    how: Adaptation | None,
+    piece: Piece | None,
+    *,
+    wants_x: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x, A and B. adapter: x, A, B and x A^T, or nothing."""
+    grads = grad.flatten(0, -2)  # [T, O]
+    d_x = d_u = d_a = d_b = None
+    if how is not None:
+        x, a, b, u = adapter
+        d_u = (grads @ how.spread(b, grads.shape[1])) * how.scale
+        d_a = d_u.t() @ x.flatten(0, -2)
+        d_b = how.collect(grads.t() @ u.flatten(0, -2)) * how.scale
+    if wants_x:  # nothing before the first adapter wants one
+        weight = kept if piece is None else piece.dequantize(kept, grad.dtype)
+        d_x = grads @ weight
+        if d_u is not None:
+            d_x = d_x.addmm_(d_u, a)
+        d_x = d_x.view(*grad.shape[:-1], -1)
+    return d_x, d_a, d_b
+
+
+class _Adapted(torch.autograd.Function):
+    """`_adapted` as it is run eagerly."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        kept: Tensor,
-        bias: Tensor | None,
-        a: Tensor | None,
-        b: Tensor | None,
-        how: Adaptation | None,
-        piece: Piece | None,
-        product: Callable[..., Tensor],
-    ) -> Tensor:
-        y = product(x, kept if piece is None else piece.dequantize(kept, x.dtype), bias)
-        ctx.how, ctx.piece = how, piece
-        if how is None:
-            ctx.save_for_backward(kept)
-            return y
-        assert a is not None
-        assert b is not None
-        u = product(x, a)  # [..., P r]
-        spread = how.spread(b, y.shape[-1])
-        if product is F.linear:
-            y.flatten(0, -2).addmm_(u.flatten(0, -2), spread.t(), alpha=how.scale)
-        else:  # each operation rounds by itself, whatever number of elements it is for
-            y += product(u, spread) * how.scale
-        ctx.save_for_backward(kept, x, a, b, u)
+    def forward(ctx: Any, x: Tensor, kept: Tensor, *others: Any) -> Tensor:
+        _, a, b, ctx.how, ctx.piece, _ = others
+        y, u = _forward(x, kept, *others)
+        ctx.save_for_backward(kept, *(() if ctx.how is None else (x, a, b, u)))
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         kept, *adapter = ctx.saved_tensors
-        grads = grad.flatten(0, -2)  # [T, O]
-        d_x = d_u = d_a = d_b = None
-        if ctx.how is not None:
-            how: Adaptation = ctx.how
-            x, a, b, u = adapter
-            d_u = (grads @ how.spread(b, grads.shape[1])) * how.scale
-            d_a = d_u.t() @ x.flatten(0, -2)
-            d_b = how.collect(grads.t() @ u.flatten(0, -2)) * how.scale
-        if ctx.needs_input_grad[0]:  # nothing before the first adapter wants one
-            weight = kept if ctx.piece is None else ctx.piece.dequantize(kept, grad.dtype)
-            d_x = grads @ weight
-            if d_u is not None:
-                d_x = d_x.addmm_(d_u, a)
-            d_x = d_x.view(*grad.shape[:-1], -1)
+        d_x, d_a, d_b = _backward(grad, kept, adapter, ctx.how, ctx.piece, wants_x=ctx.needs_input_grad[0])
         return d_x, None, None, d_a, d_b, None, None, None
+
+
+# ---- the same as ops, whose arguments besides tensors are numbers
+
+
+def _constants(how: Adaptation | None, piece: Piece | None) -> tuple[list[int], float, list[int], list[int]]:
+    """What `_adaptation` and `_piece` make again."""
+    adaptation = [] if how is None else [how.rank, *(number for rows in how.rows for number in rows)]
+    rows = [] if piece is None else [number for rows in piece.rows for number in rows]
+    columns = [] if piece is None else [piece.first_column, piece.columns, piece.of_columns]
+    return adaptation, 0.0 if how is None else how.scale, rows, columns
+
+
+def _adaptation(numbers: list[int], scale: float) -> Adaptation | None:
+    return Adaptation(numbers[0], scale, tuple(zip(numbers[1::2], numbers[2::2], strict=True))) if numbers else None
+
+
+def _piece(rows: list[int], columns: list[int]) -> Piece | None:
+    return Piece(tuple(Rows(*rows[i : i + 3]) for i in range(0, len(rows), 3)), *columns) if columns else None
+
+
+@torch.library.custom_op("lattice::adapted_linear", mutates_args=())
+def _compiled(
+    x: Tensor,
+    kept: Tensor,
+    bias: Tensor | None,
+    a: Tensor | None,
+    b: Tensor | None,
+    adaptation: list[int],
+    scale: float,
+    rows: list[int],
+    columns: list[int],
+) -> tuple[Tensor, Tensor]:
+    how = _adaptation(adaptation, scale)
+    y, u = _forward(x, kept, bias, a, b, how, _piece(rows, columns), F.linear)
+    return y, y.new_empty(0) if u is None else u
+
+
+@_compiled.register_fake
+def _(
+    x: Tensor,
+    kept: Tensor,
+    bias: Tensor | None,
+    a: Tensor | None,
+    b: Tensor | None,
+    adaptation: list[int],
+    scale: float,
+    rows: list[int],
+    columns: list[int],
+) -> tuple[Tensor, Tensor]:
+    features = sum(rows[1::3]) if columns else kept.shape[0]
+    u = x.new_empty(0) if a is None else x.new_empty(*x.shape[:-1], a.shape[0])
+    return x.new_empty(*x.shape[:-1], features), u
+
+
+@torch.library.custom_op("lattice::adapted_linear_backward", mutates_args=())
+def _compiled_backward(
+    grad: Tensor,
+    kept: Tensor,
+    adapter: list[Tensor],
+    adaptation: list[int],
+    scale: float,
+    rows: list[int],
+    columns: list[int],
+    wants_x: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    how = _adaptation(adaptation, scale)
+    d_x, d_a, d_b = (
+        grad.new_empty(0) if found is None else found
+        for found in _backward(grad, kept, adapter, how, _piece(rows, columns), wants_x=wants_x)
+    )
+    return d_x, d_a, d_b
+
+
+@_compiled_backward.register_fake
+def _(
+    grad: Tensor,
+    kept: Tensor,
+    adapter: list[Tensor],
+    adaptation: list[int],
+    scale: float,
+    rows: list[int],
+    columns: list[int],
+    wants_x: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    features = columns[1] if columns else kept.shape[1]
+    d_x = grad.new_empty(*grad.shape[:-1], features) if wants_x else grad.new_empty(0)
+    d_a, d_b = (grad.new_empty(adapter[i].shape if adapter else 0) for i in (1, 2))
+    return d_x, d_a, d_b
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, kept, _, a, b, *ctx.constants = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(kept, *(() if a is None else (x, a, b, output[1])))
+
+
+def _of_op(ctx: Any, grad: Tensor, _grad_u: Tensor | None) -> tuple[Any, ...]:
+    kept, *adapter = ctx.saved_tensors
+    wants_x = ctx.needs_input_grad[0]
+    d_x, d_a, d_b = _compiled_backward(grad.contiguous(), kept, adapter, *ctx.constants, wants_x)
+    here = bool(adapter)
+    return d_x if wants_x else None, None, None, d_a if here else None, d_b if here else None, None, None, None, None
+
+
+_compiled.register_autograd(_of_op, setup_context=_keep)

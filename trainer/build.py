@@ -129,6 +129,8 @@ def _checkpointing(config: TrainConfig) -> ActivationCheckpoint:
     save = config.model.activation_checkpoint_save
     if config.precision.fp8 and "aten.mm" in save:
         save = [*save, "lattice.fp8_matmul"]  # the same, in fp8
+    if config.adapter.name != "none" and config.train.compile and {"aten.mm", "aten.addmm"} & set(save):
+        save = [*save, "lattice.adapted_linear"]  # one op there (models/adapted_linear.py)
     if config.train.batch_invariant and {"aten.mm", "aten.addmm"} & set(save):
         save = [*save, "lattice.invariant_linear"]
     return ActivationCheckpoint(mode=config.model.activation_checkpoint, save=save)

@@ -25,7 +25,8 @@ def quantize_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     amax = x.to(wide).abs().amax(-1)
-    scales = (amax.float() / LARGEST[dtype]).clamp(min=SMALLEST_SCALE)
+    largest = amax.new_full((), LARGEST[dtype], dtype=torch.float32)  # by a number CUDA does not divide: it multiplies
+    scales = (amax.float() / largest).clamp(min=SMALLEST_SCALE)
     scales = torch.where(amax == 0, 1.0, scales)
     codes = x.to(wide) / scales[..., None].to(wide)
     if dtype == torch.int8:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import bitsandbytes.functional as bnb
@@ -12,13 +13,16 @@ import torch
 import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
+import models.adapted_linear
 from models.adapter_config import AdapterConfig, adapter_problems
+from models.config import ModelConfig
 from models.init import initialize
 from models.lora import adapter_initializers, adapter_parameters, apply_adapters
 from models.merge import Merged
 from models.peft import LowRank
 from models.quantized import fill_quantized, quantized_layers
-from models.registry import build_model
+from models.registry import build_model, resolve_model
+from parallel.activation_checkpoint import ActivationCheckpoint, apply_activation_checkpoint
 from parallel.fused import fused_parameters, separate
 from tests.models.oracle import LLAMA, ours, pair
 from tests.models.test_peft import TOKENS, adapted, parts
@@ -53,6 +57,59 @@ def test_frozen_weights_cost_no_product_of_their_gradient(tmp_path: Path) -> Non
         model.train()(TOKENS).sum().backward()
     adapters = sum(parameter.numel() for parameter in adapter_parameters(model).values()) * TOKENS.numel() * 6
     assert frozen.get_total_flops() < 0.72 * whole.get_total_flops() + 1.5 * adapters
+
+
+def kept_for_backward(adapter: AdapterConfig, *, full: bool) -> tuple[int, list[torch.Tensor]]:
+    """Elements that compiled blocks with adapters keep besides parameters, and the gradients of the adapters."""
+    torch._dynamo.reset()
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2}
+    config = resolve_model(ModelConfig(vocab_size=61, max_seq_len=32, attention="sdpa", **sizes))
+    with torch.device("meta"):
+        model = build_model(config)
+        apply_adapters(model, adapter)
+    model = model.to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(_name: str, shape: Sequence[int]) -> torch.Tensor:
+        return torch.randn(shape, generator=generator) * 0.05
+
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if not name.endswith("nf4"):
+                parameter.copy_(drawn(name, parameter.shape))
+        fill_quantized(model, drawn)
+    if full:
+        for block in model.blocks.children():
+            apply_activation_checkpoint(block, ActivationCheckpoint("full"))
+    for block in model.blocks.children():
+        block.compile(backend="aot_eager", fullgraph=True)
+    of_parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: list[int] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.is_floating_point() and tensor.untyped_storage().data_ptr() not in of_parameters:
+            kept.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = model(torch.arange(60).view(2, 30)).square().sum()
+    loss.backward()
+    return sum(kept), [p.grad for p in adapter_parameters(model).values() if p.grad is not None]
+
+
+def test_compiled_blocks_keep_neither_dequantized_weights_nor_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights in 4 bits that backward has in 16, because a compiler sees them dequantized twice; checkpointing that
+    recomputes nothing. The control: the same layers as a Function, which compilers look into."""
+    lora = AdapterConfig("lora", rank=4)
+    four_bits = dataclasses.replace(lora, quantize="nf4")
+    kept, grads = kept_for_backward(four_bits, full=False)
+    assert kept <= kept_for_backward(lora, full=False)[0]
+    assert kept_for_backward(four_bits, full=True)[0] < kept / 3
+    monkeypatch.setattr(models.adapted_linear, "_adapted", models.adapted_linear._Adapted.apply)
+    visible, wanted = kept_for_backward(four_bits, full=False)
+    assert visible > 1.3 * kept
+    for grad, its in zip(grads, wanted, strict=True):
+        torch.testing.assert_close(grad, its)
 
 
 def test_rows_that_have_a_length_begin_as_the_model_and_merge_as_they_compute(tmp_path: Path) -> None:
