@@ -32,3 +32,10 @@ def keep(table: str, name: str, measured: Sequence[float], limits: Sequence[floa
     }
     FOLDER.mkdir(parents=True, exist_ok=True)
     (FOLDER / f"{table}.json").write_text(json.dumps({"made_with": made_with, "rows": rows}, indent=1) + "\n")
+
+
+def log(line: str) -> None:
+    """A line of build/gpu/progress.log: the runs of a module are all made before its first test says anything."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    with (FOLDER / "progress.log").open("a") as file:
+        file.write(line + "\n")

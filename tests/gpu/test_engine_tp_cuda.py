@@ -80,10 +80,11 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     root = str(Path(__file__).resolve().parents[2])
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_gpus}", __file__, file],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])},
+        env=os.environ
+        | {"NCCL_DEBUG": "WARN", "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])},
         cwd=root, capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
-    assert file.exists(), done.stderr[-6000:]
+    assert file.exists(), done.stdout[-3000:] + done.stderr[-6000:]
     return torch.load(file, weights_only=False)  # written just now
 
 

@@ -6,6 +6,7 @@ import faulthandler
 import os
 import subprocess
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from models.mla_config import MLAConfig
 from models.moe_config import MoEConfig
 from models.mtp_config import MTPConfig
 from parallel.mesh import init_distributed, pick_device
-from tests.gpu.deviations import keep
+from tests.gpu.deviations import keep, log
 from tests.parity.harness import (
     changed,
     gradient_deviation,
@@ -47,6 +48,7 @@ def _train_here(configs_file: str, folder: str) -> None:
     init_distributed(pick_device("cuda"), timeout_seconds=60)
     for name, config in configs.items():
         faulthandler.dump_traceback_later(120, exit=True)  # where each rank hangs, and an end to it
+        began = time.monotonic()
         try:
             outcome = run_here(config)
         except BaseException:
@@ -54,6 +56,7 @@ def _train_here(configs_file: str, folder: str) -> None:
             os._exit(1)  # without waiting for ranks that wait for this one
         if outcome is not None:
             torch.save(outcome, Path(folder) / f"{name}.pt")
+            log(f"{dist.get_world_size()} GPUs, {name}: {time.monotonic() - began:.1f} s")
     faulthandler.cancel_dump_traceback_later()
     dist.destroy_process_group()
 
