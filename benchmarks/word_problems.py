@@ -29,7 +29,7 @@ LESS = ("loses", "sells", "drops", "lends")
 STEPS = 4
 LARGEST = 6  # of a number in a story
 MOST = 12  # that anybody has at any time
-WORKED = 0.3
+WORKED = 0.15
 """Share of the texts that write their steps down."""
 HELD_OUT = 500
 

@@ -127,12 +127,12 @@ def test_what_was_trained_is_an_adapter_of_twice_the_rank(
     run_on(ranks, 1, config)
     (ours,) = ranks.run(1, logits_of, config)
     run = str(config.run.dir)
-    convert(["export", run, str(folder / f"peft-{family}")])
+    ranks.run(1, convert, ["export", run, str(folder / f"peft-{family}")])
     theirs = by_peft(folder / family, folder / f"peft-{family}")
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
     description = json.loads((folder / f"peft-{family}" / "adapter_config.json").read_text())
     assert description["r"] == 6
-    convert(["export", run, str(folder / f"merged-{family}"), "--merged"])
+    ranks.run(1, convert, ["export", run, str(folder / f"merged-{family}"), "--merged"])
     merged: Any = transformers.AutoModelForCausalLM.from_pretrained(folder / f"merged-{family}")
     with torch.no_grad():
         torch.testing.assert_close(merged(TOKENS).logits, theirs, rtol=1e-4, atol=1e-4)
