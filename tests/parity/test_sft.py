@@ -172,7 +172,7 @@ def test_recipes_and_data_that_do_not_fit_are_one_line(folder: Path) -> None:
     assert problems(config) == ["recipe.name=pretrain does not read data.source=conversations; use recipe=sft"]
     config.recipe.name = "tune"
     assert [str(each) for each in problems(config)] == [
-        "recipe.name=tune is unknown; use recipe.name=pretrain, sft, dpo, kto, reward, distill or grpo"
+        "recipe.name=tune is unknown; use recipe.name=pretrain, sft, dpo, kto, reward, distill, grpo or ppo"
     ]
     config.recipe.name, config.data.source = "sft", "stdlib"
     assert problems(config) == ["recipe.name=sft with data.source=stdlib has nothing to answer; use data=conversations"]
