@@ -122,13 +122,16 @@ class Service:
             yield
             return
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        for number in before:
             loop.add_signal_handler(number, self.shut_down)
         try:
             yield
         finally:
-            for number in (signal.SIGTERM, signal.SIGINT):
-                loop.remove_signal_handler(number)
+            for number, handler in before.items():
+                loop.remove_signal_handler(number)  # which leaves Python's default
+                if handler is not None:  # None: it was not set from Python
+                    signal.signal(number, handler)
 
 
 class _Uvicorn(uvicorn.Server):

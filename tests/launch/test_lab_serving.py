@@ -61,6 +61,7 @@ def test_a_server_serves_until_it_is_told_to_end(
     """A process that dies of the signal, or hangs; another name than clients were told."""
     port = free_port()
     answers: list[Any] = []
+    before = signal.signal(number, print)  # of whoever called it
 
     def client() -> None:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=90) as http:
@@ -80,6 +81,7 @@ def test_a_server_serves_until_it_is_told_to_end(
     thread.start()
     code = exit_code_of(lab, ["mode=serve", f"model.path={folder}", f"serve.port={port}", "sampling.max_tokens=5"])
     thread.join()
+    assert signal.signal(number, before) is print
     assert code == 0
     assert answers[0]["usage"]["completion_tokens"] == 5
     assert f"serving talker on http://127.0.0.1:{port}/v1" in capsys.readouterr().out
