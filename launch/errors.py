@@ -95,8 +95,9 @@ def _say_once(message: str) -> None:
             _write(f"rank {rank}: {message}")
     else:
         # Before there is a store, the launcher ending this process tells that another one has failed. Where ranks of
-        # one node fail together, one of them is enough.
-        time.sleep(PATIENCE_SECONDS if os.environ.get("LOCAL_RANK", "0") == "0" else 2 * PATIENCE_SECONDS)
+        # one node fail together, one of them is enough: the others wait long, on a loaded machine the first of them
+        # may still be importing torch.
+        time.sleep(PATIENCE_SECONDS if os.environ.get("LOCAL_RANK", "0") == "0" else 6 * PATIENCE_SECONDS)
         _write(f"rank {rank}: {message}")
 
 
