@@ -109,6 +109,7 @@ def test_a_wrong_result_would_be_seen(case: Case) -> None:
         check(replace(case, op=wrong), inputs_of(case, shape, torch.float32), torch.float32)
 
 
+@pytest.mark.some(22)
 @each_case
 def test_strided_inputs_give_the_same_bits(case: Case) -> None:
     """A kernel that reads the memory of a transposed or sliced tensor as if it were contiguous."""
@@ -127,6 +128,7 @@ def test_strided_inputs_give_the_same_bits(case: Case) -> None:
             assert torch.equal(y, truth)
 
 
+@pytest.mark.some(22)
 @each_case
 def test_all_memory_of_the_results_is_written(case: Case) -> None:
     """Elements that keep what lay in memory: torch.empty gives NaN here."""
@@ -153,6 +155,7 @@ class _Poisoned(AbstractContextManager[None]):
         torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.some(22)
 @each_case
 def test_extreme_values(case: Case) -> None:
     """An overflow in an intermediate result that the reference does not have; a division by zero."""
@@ -167,6 +170,7 @@ def test_extreme_values(case: Case) -> None:
             torch.testing.assert_close(y, truth, rtol=1e-4, atol=atol, equal_nan=True)
 
 
+@pytest.mark.some(22)
 @each_case
 def test_every_configuration_is_right(case: Case) -> None:
     """A block size that only another GPU or another shape would pick."""
@@ -178,6 +182,7 @@ def test_every_configuration_is_right(case: Case) -> None:
                 check(case, inputs_of(case, shape, dtype), dtype)
 
 
+@pytest.mark.some(43)
 @each_dtype
 def test_two_runs_are_bitwise_equal(case: Case, dtype: torch.dtype) -> None:
     """Atomic additions."""
@@ -186,6 +191,7 @@ def test_two_runs_are_bitwise_equal(case: Case, dtype: torch.dtype) -> None:
         assert torch.equal(y, again)
 
 
+@pytest.mark.some(43)
 @each_dtype
 def test_rows_do_not_depend_on_the_batch(case: Case, dtype: torch.dtype) -> None:
     """A split of work by the size of the batch, which makes a served token depend on its neighbours."""
