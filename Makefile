@@ -1,5 +1,6 @@
 # make install   the environment, in .venv            make train   train on real text, on whatever this machine has
-# make test      the tests (CPU, gloo); ARGS=--thorough: CI's; --exhaustive: all make check   lint and types
+# make test      the tests (CPU, gloo); with ARGS=--thorough those of CI, with ARGS=--exhaustive all
+# make check     lint and types
 # make drill     a hundred random faults in one run, against a run that was left alone; an hour on two cores
 # make parity    every layout against one process, two hours on two cores; writes docs/COMPOSES.md
 PYTHON ?= python3

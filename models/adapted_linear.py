@@ -320,17 +320,8 @@ def _compiled(
 
 
 @_compiled.register_fake
-def _(
-    x: Tensor,
-    kept: Tensor,
-    bias: Tensor | None,
-    a: Tensor | None,
-    b: Tensor | None,
-    adaptation: list[int],
-    scale: float,
-    rows: list[int],
-    columns: list[int],
-) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, kept: Tensor, _bias: Tensor | None, a: Tensor | None, *others: Any) -> tuple[Tensor, Tensor]:
+    *_, rows, columns = others
     features = sum(rows[1::3]) if columns else kept.shape[0]
     u = x.new_empty(0) if a is None else x.new_empty(*x.shape[:-1], a.shape[0])
     return x.new_empty(*x.shape[:-1], features), u
@@ -356,16 +347,8 @@ def _compiled_backward(
 
 
 @_compiled_backward.register_fake
-def _(
-    grad: Tensor,
-    kept: Tensor,
-    adapter: list[Tensor],
-    adaptation: list[int],
-    scale: float,
-    rows: list[int],
-    columns: list[int],
-    wants_x: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(grad: Tensor, kept: Tensor, adapter: list[Tensor], *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *_, columns, wants_x = others
     features = columns[1] if columns else kept.shape[1]
     d_x = grad.new_empty(*grad.shape[:-1], features) if wants_x else grad.new_empty(0)
     d_a, d_b = (grad.new_empty(adapter[i].shape if adapter else 0) for i in (1, 2))
