@@ -16,6 +16,7 @@ from inference.config import EngineConfig, SamplingConfig, sampling_problems
 from inference.engine import Engine
 from inference.layout import ServingLayout, layout_problems
 from inference.memory import gib
+from inference.runner import num_ranks
 from inference.server.config import ServeConfig
 from inference.speculation.config import SpeculationConfig
 from launch.lab_ranks import make_on_ranks, open_on_ranks, run_on_ranks
@@ -184,4 +185,6 @@ def doubts(engine: Engine) -> list[str]:
             f"engine.max_seq_len={engine.runner.max_seq_len} is beyond the {model.max_seq_len} tokens that the model "
             "was made for"
         )
+    if engine.config.cuda_graphs and engine.runner.device.type == "cuda" and num_ranks(engine.runner.model) > 1:
+        found.append("over several ranks steps are launched operation by operation: CUDA graphs are of one process")
     return found
