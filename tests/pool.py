@@ -8,6 +8,7 @@ after a rank died. Functions travel by name, so a test passes a module-level fun
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import glob
 import multiprocessing as mp
@@ -113,6 +114,12 @@ def _wait_for_answers(pipes: list[Connection], pids: list[int], patience: float)
     return []
 
 
+def _end_with_parent() -> None:
+    """Also while stopped, which an end of the pipe would not wake up."""
+    set_parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+
+
 def _fork(target: Callable[..., None], *args: Any) -> int:
     pid = os.fork()
     if pid == 0:
@@ -132,6 +139,7 @@ def _rank_body(
     control: socket.socket,
     siblings: tuple[Connection, ...],
 ) -> None:
+    _end_with_parent()
     control.close()
     for sibling in siblings:  # a rank that keeps its siblings' pipes open would hide their death
         sibling.close()
@@ -162,7 +170,11 @@ def _nursery_main(control: socket.socket) -> None:
 
 
 class RankPool:
-    """Runs functions on n gloo ranks that stay alive between calls."""
+    """Runs functions on n gloo ranks that stay alive between calls.
+
+    Between calls they are stopped: gloo wakes the threads of each process group a hundred times a second, and those of
+    ranks that wait for a test took a seventh of two cores.
+    """
 
     def __init__(self) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -183,19 +195,20 @@ class RankPool:
             self._groups[world_size] = (pickle.loads(message), [Connection(fd) for fd in fds])
         return self._groups[world_size]
 
+    def _signal(self, world_size: int, number: signal.Signals) -> None:
+        for pid in self._groups[world_size][0]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
     def _discard_crowded(self) -> None:
-        """Make ranks anew that hold many process groups: gloo wakes a thread of each a hundred times a second, and the
-        idle groups of a hundred layouts took most of two cores."""
+        """Make ranks anew that hold many process groups, each with threads that wake up while the ranks run."""
         for world_size, (pids, _) in list(self._groups.items()):
             if _num_threads(pids[0]) > MAX_THREADS:
                 self._discard(world_size)
 
     def _discard(self, world_size: int) -> None:
-        pids, pipes = self._groups.pop(world_size)
-        for pid in pids:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        for pipe in pipes:
+        self._signal(world_size, signal.SIGKILL)
+        for pipe in self._groups.pop(world_size)[1]:
             pipe.close()
 
     def run(
@@ -208,6 +221,7 @@ class RankPool:
         """
         self._discard_crowded()
         pids, pipes = self._group(world_size)
+        self._signal(world_size, signal.SIGCONT)
         message = pickle.dumps((fn, args, kwargs))
         for pipe in pipes:
             pipe.send_bytes(message)
@@ -229,6 +243,8 @@ class RankPool:
         failures = [value for ok, value in replies.values() if not ok]
         if dead:
             self._discard(world_size)
+        else:
+            self._signal(world_size, signal.SIGSTOP)
         if dead or failures:
             raise RankError("\n".join(failures + dead))
         return [replies[rank][1] for rank in range(world_size)]

@@ -8,6 +8,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from trainer.sinks import Event, Record
@@ -67,6 +68,9 @@ class ConsoleSink:
 
     def ranks(self, step: int, times: Mapping[str, Sequence[float]]) -> None:
         """A rank that keeps the others waiting is an event."""
+
+    def picture(self, name: str, path: Path, step: int) -> None:
+        """It is in the run's folder."""
 
     def say(self, text: str) -> None:
         """Something for who is looking, and for no record."""

@@ -100,6 +100,11 @@ class MetricLogger:
             for sink in list(self._sinks):
                 self._guard(sink, sink.ranks, step, times)
 
+    def picture(self, name: str, path: Path, *, step: int) -> None:
+        """A PNG that has been written into the run's folder, for the sinks that show pictures."""
+        for sink in list(self._sinks):
+            self._guard(sink, sink.picture, name, path, step)
+
     def say(self, text: str) -> None:
         """On the console alone: what is being done, where that takes a while."""
         for sink in list(self._sinks):

@@ -220,19 +220,21 @@ class PipelinedPasses:
     def token_logprobs(self, model: Decoder, microbatches: list[Batch], *, temperature: float = 1.0) -> list[Tensor]:
         return self.per_token(model, microbatches, logprobs_head(model, temperature))
 
-    def write_trace(self, run_dir: Path) -> None:
+    def write_trace(self, run_dir: Path) -> Path:
         """pipeline_trace.json and pipeline_timeline.png: planned and executed time line of the newest step.
 
-        Collective; global rank 0 writes.
+        Collective; global rank 0 writes. Returns the picture's path.
         """
         assert self._traced is not None
         executed: list[list] = [[] for _ in range(self.layout.num_ranks)]
         dist.all_gather_object(executed, self.executor.executed, group=self.group)
+        picture = run_dir / "pipeline_timeline.png"
         if dist.get_rank() == 0:  # of its own pipeline, where there are several beside each other
             schedule, sequences = self._traced
             plan = plan_of_step(self.layout, sequences)
             (run_dir / "pipeline_trace.json").write_text(json.dumps(chrome_trace(plan, executed)))
-            draw(schedule, plan, executed).savefig(run_dir / "pipeline_timeline.png")
+            draw(schedule, plan, executed).savefig(picture)
+        return picture
 
     def _program(self, schedule: Schedule) -> Program:
         if schedule not in self._programs:

@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Protocol
 
+import numpy as np
 import yaml
 
 from trainer.masking import mask_secrets
@@ -41,6 +42,10 @@ class Sink(Protocol):
         """times: of a line of ranks.jsonl."""
         ...
 
+    def picture(self, name: str, path: Path, step: int) -> None:
+        """path: a PNG of the run's folder, which shows what came with this step."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -53,6 +58,14 @@ def text_of(line: Event) -> str:
 def _indented(text: str) -> str:
     """In Markdown, which TensorBoard reads: as it is."""
     return "".join(f"    {line}\n" for line in text.splitlines())
+
+
+def _pixels(path: Path) -> np.ndarray:
+    """[height, width, 3] uint8."""
+    from PIL import Image  # comes with matplotlib, which has drawn the picture
+
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
 
 
 def curves_of_ranks(times: Mapping[str, Sequence[float]]) -> dict[str, float]:
@@ -68,7 +81,7 @@ def curves_of_ranks(times: Mapping[str, Sequence[float]]) -> dict[str, float]:
 
 class TensorBoardSink:
     """Event files under run_dir/tensorboard: one scalar per field, in fp32, which is the format's; events, samples and
-    the configuration (secrets masked) as texts."""
+    the configuration (secrets masked) as texts; pictures."""
 
     name = "tensorboard"
 
@@ -99,13 +112,16 @@ class TensorBoardSink:
         for name, value in curves_of_ranks(times).items():
             self._writer.add_scalar(name, value, step)
 
+    def picture(self, name: str, path: Path, step: int) -> None:
+        self._writer.add_image(name, _pixels(path), step, dataformats="HWC")
+
     def close(self) -> None:
         self._writer.close()
 
 
 class WandbSink:
-    """A Weights & Biases run that gets the step records, times of ranks, texts of events, samples and the configuration
-    (secrets masked), and nothing else.
+    """A Weights & Biases run that gets the step records, times of ranks, texts of events, samples, pictures and the
+    configuration (secrets masked), and nothing else.
 
     The run's id lives in run_dir/wandb_id, so a restart continues the same run. Charts use the field `step` as x: steps
     redone after a restart appear twice there, with equal numbers.
@@ -158,6 +174,11 @@ class WandbSink:
 
     def ranks(self, step: int, times: Mapping[str, Sequence[float]]) -> None:
         self._run.log({**curves_of_ranks(times), "step": step})
+
+    def picture(self, name: str, path: Path, step: int) -> None:
+        import wandb
+
+        self._run.log({name: wandb.Image(str(path)), "step": step})
 
     def close(self) -> None:
         self._run.finish()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -18,6 +19,9 @@ import numpy as np
 import pytest
 import torch
 
+from parallel.dims import ParallelConfig
+from tests.parity.harness import run_here, text_corpus, tiny_config
+from tests.pool import RankPool
 from trainer.config import LoggingConfig
 from trainer.metrics import MetricLogger
 from trainer.sinks import MAX_RANKS, curves_of_ranks
@@ -198,6 +202,32 @@ def test_tensorboard_and_wandb_have_events_samples_ranks_and_the_configuration(
     assert expected.items() <= of_ranks.items()
     assert resumed == {"events/resume": "with ***", "step": 1}
     assert (sampled["step"], sampled["events/sample"]) == (7, "sampled\n\n    # once\n    upon\n")
+
+
+def test_tensorboard_and_wandb_show_the_time_line_of_a_pipeline(ranks: RankPool, tmp_path: Path) -> None:
+    """Catches a picture that is in the run's folder alone, or whose pixels are others."""
+    import wandb
+    from PIL import Image
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = tiny_config(tmp_path / "run", text_corpus(tmp_path), train__steps=3, logging__tensorboard=True)
+    config.parallel = ParallelConfig(pp=2, pp_schedule="1f1b", pp_trace=True)
+    ranks.run(2, run_here, config)
+    path = tmp_path / "run" / "pipeline_timeline.png"
+    drawn = np.asarray(Image.open(path).convert("RGB"))
+    assert drawn.std() > 1
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    (shown,) = events.Images("pipeline_timeline")
+    assert shown.step == 3
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(shown.encoded_image_string))), drawn)
+
+    metrics = make(tmp_path / "wandb", LoggingConfig(console=False, wandb=True))
+    metrics.picture("pipeline_timeline", path, step=2)
+    metrics.close()
+    wandb.teardown()
+    (media,) = (tmp_path / "wandb" / "wandb").glob("offline-run-*/files/media/images/pipeline_timeline*.png")
+    assert media.read_bytes() == path.read_bytes()
 
 
 def test_of_very_many_ranks_there_are_three_curves() -> None:
