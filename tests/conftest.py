@@ -93,7 +93,8 @@ def _left_out(config: pytest.Config, items: list[pytest.Item]) -> set[pytest.Ite
     if config.args_source is not pytest.Config.ArgsSource.TESTPATHS or config.getoption("--exhaustive"):
         return set()
     thorough = config.getoption("--thorough")
-    left_out = {item for item in items if not thorough and item.get_closest_marker("thorough")}
+    markers = ["exhaustive"] if thorough else ["exhaustive", "thorough"]
+    left_out = {item for item in items if any(item.get_closest_marker(marker) for marker in markers)}
     of_function: dict[object, list[pytest.Item]] = {}
     for item in items:
         if item not in left_out and item.get_closest_marker("some"):

@@ -31,6 +31,7 @@ COMES_WITH = {
     "hydra": "hydra-core",
     "yaml": "omegaconf",
     "pyarrow": "datasets",
+    "PIL": "matplotlib",
 }  # what is imported -> the dependency that brings it
 
 

@@ -63,6 +63,7 @@ def test_streams_give_what_reading_everything_first_gives(num_files, shuffle, fr
     assert [number for number, _, _ in read] == list(range(320))
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("num_files", [8, 1])
 def test_a_stream_stopped_anywhere_goes_on_as_if_it_had_not_on_any_layout(num_files, tmp_path):
     """A document repeated or skipped on resuming with other ranks; also when two ranks share a stream."""

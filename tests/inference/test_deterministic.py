@@ -76,6 +76,7 @@ def model_of(name: str) -> Decoder:
     return served(MODELS[name])
 
 
+@pytest.mark.some(6)
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_log_probabilities_have_the_same_bits_however_they_are_computed(name: str, seed: int) -> None:

@@ -69,6 +69,7 @@ def expected(name: str) -> list[tuple[list[int], list[float]]]:
     return [by_the_whole_model(model, prompt, 6) for prompt in prompts_of(LENGTHS, shared=SHARED)]
 
 
+@pytest.mark.some(6)
 @pytest.mark.parametrize(("name", "layout"), CASES, ids=[f"{n}-tp{c.tp}-ep{c.ep}" for n, c in CASES])
 def test_tokens_and_log_probabilities_are_those_of_one_process(
     ranks: RankPool, name: str, layout: ServingLayout

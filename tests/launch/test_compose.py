@@ -42,6 +42,7 @@ WRONG = {
 }
 
 
+@pytest.mark.some(10)
 @pytest.mark.parametrize(("override", "says"), WRONG.items(), ids=WRONG.keys())
 def test_a_wrong_override_is_one_line_that_says_what_to_write_instead(override: str, says: str) -> None:
     """Hydra's own words, such as "Error merging override", which do not say what is wrong; or a key that is ignored."""
@@ -120,6 +121,7 @@ def test_a_point_that_diverges_does_not_keep_the_others_from_running(tmp_path: P
     assert len(sweep.ran) == 3
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("error", [Preempted("saved"), RuntimeError("a rank died")])
 def test_a_preempted_or_broken_job_ends_the_sweep(tmp_path: Path, error: Exception) -> None:
     """Hydra collects failures and goes on: a preempted sweep would train the next job until it is killed."""

@@ -136,6 +136,7 @@ def context_of(model: Decoder, x: Tensor, **given: Any) -> Any:
     return build_context(model.config, seq_len=x.shape[1], device=x.device, dtype=x.dtype, **fields)
 
 
+@pytest.mark.some(2)
 @pytest.mark.parametrize("attention", ["sdpa", "reference", pytest.param("triton", marks=pytest.mark.interpreter)])
 def test_a_block_compiles_without_a_graph_break(attention: str) -> None:
     """Python that the tracer cannot follow, with windows, documents and dropout all on."""
@@ -288,6 +289,7 @@ def test_what_auto_chose_is_said_with_its_reason() -> None:
     )
 
 
+@pytest.mark.some(1)
 @pytest.mark.interpreter
 @pytest.mark.parametrize(
     "changes",

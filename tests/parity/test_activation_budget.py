@@ -40,7 +40,7 @@ def within(inputs: float) -> dict[str, Any]:
     }
 
 
-@pytest.mark.some(2)
+@pytest.mark.some(1)
 @pytest.mark.parametrize(
     ("world_size", "inputs", "changes"),
     [

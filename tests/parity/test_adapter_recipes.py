@@ -74,6 +74,7 @@ DISTILLED: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("layout", list(DISTILLED))
 def test_distillation_trains_the_same_adapters(
     ranks: RankPool, folder: Path, corpus: DataConfig, distilled: Outcome, layout: str

@@ -66,7 +66,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 THOROUGH = ("bf16", "zero3_tp", "pp", "compiled")
 
 
-@pytest.mark.some(3)
+@pytest.mark.some(2)
 @pytest.mark.parametrize(
     "layout", [pytest.param(name, marks=[pytest.mark.thorough] if name in THOROUGH else []) for name in LAYOUTS]
 )

@@ -57,6 +57,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.some(2)
 @pytest.mark.parametrize(
     "layout",
     [pytest.param(n, marks=[pytest.mark.thorough] if n in ("zero2_pp", "zero3_tp") else []) for n in LAYOUTS],

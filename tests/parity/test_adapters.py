@@ -72,7 +72,7 @@ def some(layouts: Iterable[str]) -> list[Any]:
     return [pytest.param(name, marks=[pytest.mark.thorough] if name in THOROUGH else []) for name in layouts]
 
 
-@pytest.mark.some(5)
+@pytest.mark.some(3)
 @pytest.mark.parametrize("layout", some(LAYOUTS))
 def test_layouts_train_the_same_adapters(
     ranks: RankPool, folder: Path, corpus: DataConfig, references: dict[str, Outcome], layout: str
@@ -149,7 +149,7 @@ def quantizing(folder: Path, corpus: DataConfig) -> TrainConfig:
     return config
 
 
-@pytest.mark.some(3)
+@pytest.mark.some(2)
 @pytest.mark.parametrize("layout", list(QUANTIZED_LAYOUTS))
 def test_layouts_train_beside_the_same_4_bits(
     ranks: RankPool, folder: Path, corpus: DataConfig, quantized: Outcome, layout: str

@@ -118,7 +118,7 @@ LAYOUTS: list[tuple[str, int, str, int, int, int, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.some(7)
+@pytest.mark.some(3)
 @pytest.mark.parametrize(("variant", "world_size", "method", "cp", "stage", "dp_replicate", "changes"), LAYOUTS)
 def test_every_split_of_a_sequence_trains_the_same_model(
     ranks: RankPool,
@@ -148,6 +148,7 @@ def test_every_split_of_a_sequence_trains_the_same_model(
     assert kernels["context_parallel"].startswith(f"{method}(")
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize(
     ("variant", "method", "changes"),
     [
@@ -169,6 +170,7 @@ def test_compiled_blocks_around_attention_train_the_same_model(
     assert graphs >= 4  # before and behind attention, with gradients and, in validation, without
 
 
+@pytest.mark.exhaustive
 def test_every_one_of_many_layers_is_compiled(ranks: RankPool, references: References, tmp_path: Path) -> None:
     """More layers with dropout than torch compiles variants of a function: an error, or the rest eager."""
     config = references.of("dropout").config
@@ -184,6 +186,7 @@ def _run_and_count_graphs(config: TrainConfig) -> tuple[Outcome | None, int]:
     return outcome, torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize(
     ("method", "attention"), [("ring", "reference"), ("ulysses", "sdpa"), ("allgather", "reference")]
 )
@@ -260,6 +263,7 @@ def _run_broken(config: TrainConfig, where: str | type, name: str, fault: Callab
         return run_here(config)
 
 
+@pytest.mark.some(7)
 @pytest.mark.parametrize(
     ("variant", "method", "where", "name", "fault"),
     [

@@ -64,7 +64,7 @@ LAYOUTS = [
 ]
 
 
-@pytest.mark.some(8)
+@pytest.mark.some(3)
 @pytest.mark.parametrize(("variant", "world_size", "stage", "dp_replicate", "micro_batch_size"), LAYOUTS)
 def test_every_layout_trains_the_same_model(
     ranks: RankPool,
@@ -88,7 +88,7 @@ def test_every_layout_trains_the_same_model(
     assert_same_model(run_on(ranks, world_size, config), reference)
 
 
-@pytest.mark.some(3)
+@pytest.mark.some(1)
 @pytest.mark.parametrize(
     ("world_size", "stage", "changes"),
     [
@@ -112,6 +112,7 @@ def test_what_is_applied_from_outside_changes_nothing(
     assert_same_model(run_on(ranks, world_size, config, timeout=240), reference)
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize(("world_size", "stage"), [(2, 0), (2, 1), (4, 2), (4, 3)])
 def test_two_runs_of_one_configuration_are_bitwise_equal(
     ranks: RankPool, references: References, tmp_path: Path, world_size: int, stage: int

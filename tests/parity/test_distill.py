@@ -111,6 +111,7 @@ def test_loss_and_gradients_are_those_of_transformers(folder: Path, corpus: Data
     assert (reference.first_gradients["blocks.0.mlp.down.weight"] - theirs).abs().max() < 2e-5 * theirs.abs().max()
 
 
+@pytest.mark.some(2)
 @pytest.mark.parametrize("layout", ["ddp", "zero3", "tp", "ring", "pp"])
 def test_two_ranks_train_as_one(
     ranks: RankPool, folder: Path, corpus: DataConfig, reference: Outcome, layout: str

@@ -146,7 +146,7 @@ LAYOUTS = [
 ]
 
 
-@pytest.mark.some(6)
+@pytest.mark.some(2)
 @pytest.mark.parametrize(("variant", "world_size", "stage", "dp_replicate", "micro_batch_size"), LAYOUTS)
 def test_every_layout_trains_the_same_experts(
     ranks: RankPool,
@@ -170,7 +170,7 @@ def test_every_layout_trains_the_same_experts(
     assert_same_model(run_on(ranks, world_size, config), reference, sensitivity)
 
 
-@pytest.mark.some(2)
+@pytest.mark.some(1)
 @pytest.mark.parametrize(
     ("variant", "stage", "changes"),
     [

@@ -90,6 +90,7 @@ def _tp(*, sequence_parallel: bool) -> dict[str, Any]:
     return {"parallel__tp": 2, "parallel__sequence_parallel": sequence_parallel}
 
 
+@pytest.mark.some(2)
 @pytest.mark.parametrize(
     ("recipe", "changes"),
     [
@@ -124,6 +125,7 @@ def _some_seed_agrees(
     return False
 
 
+@pytest.mark.some(2)
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 @pytest.mark.parametrize("recipe", ["tensorwise_dynamic", "tensorwise_delayed"])
 def test_tensor_parallel_ranks_quantize_the_numbers_of_one_process(
@@ -155,6 +157,7 @@ LATENT = {
 EXPERTS = {"model__moe": MoEConfig(num_experts=4, top_k=2, intermediate_size=32, num_shared=1)}
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("model", [LATENT, EXPERTS], ids=["latent+mtp", "experts"])
 def test_other_blocks_quantize_the_numbers_of_one_process(runs: Runs, tmp_path: Path, model: dict[str, Any]) -> None:
     """Projections that are whole on every rank and see some tokens; shared experts, whose input has been gathered."""
@@ -174,6 +177,7 @@ def _sensitivity(runs: Runs, recipe: str) -> float:
     return max(gradient_deviation(other, runs.one(recipe)) for other in others)
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize(
     ("world_size", "changes"),
     [
@@ -225,6 +229,7 @@ def test_compiled_tensor_parallel_blocks_train_the_same_model(runs: Runs, tmp_pa
     assert _some_seed_agrees(runs, tmp_path, "tensorwise_dynamic", {}, run_with_fp32_activations, **changes)
 
 
+@pytest.mark.some(2)
 @pytest.mark.parametrize("recipe", ["tensorwise_dynamic", "tensorwise_delayed", "rowwise", "block128"])
 def test_the_loss_falls_as_in_fp32(runs: Runs, recipe: str) -> None:
     """A recipe that learns slower: forty steps, of which the last ten are within 2% of fp32's."""

@@ -109,6 +109,7 @@ def test_micro_batches_change_nothing(ranks: RankPool, folder: Path, reference: 
     same(run_on(ranks, 1, config), reference)
 
 
+@pytest.mark.some(2)
 @pytest.mark.parametrize("layout", ["tp", "ring", "pp"])
 def test_two_ranks_train_as_one(ranks: RankPool, folder: Path, reference: Outcome, layout: str) -> None:
     config = judging(folder, layout)

@@ -97,7 +97,7 @@ def one_process(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> di
     return made
 
 
-@pytest.mark.some(4)
+@pytest.mark.some(2)
 @pytest.mark.parametrize(("variant", "world_size", "changes"), LAYOUTS)
 def test_every_layout_trains_the_same_model(
     ranks: RankPool,

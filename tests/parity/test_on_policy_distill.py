@@ -157,6 +157,7 @@ def same(found: Outcome, wanted: Outcome) -> None:
     assert gradient_deviation(found, wanted) < 2e-5
 
 
+@pytest.mark.some(2)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_two_ranks_train_as_one(ranks: RankPool, folder: Path, reference: Outcome, layout: str) -> None:
     """Answers by rank; a rank with fewer micro-batches that leaves another waiting; packing that shows."""
@@ -165,6 +166,7 @@ def test_two_ranks_train_as_one(ranks: RankPool, folder: Path, reference: Outcom
     same(run_on(ranks, 2, answering(folder, layout, **changes)), reference)
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("size", [1, 2])
 def test_a_run_that_was_interrupted_goes_on_to_the_same_bits(ranks: RankPool, folder: Path, size: int) -> None:
     """Other prompts, or other choices of who answers, after a restart."""

@@ -98,7 +98,7 @@ LAYOUTS = [
 ]
 
 
-@pytest.mark.some(8)
+@pytest.mark.some(4)
 @pytest.mark.parametrize(("variant", "world_size", "pp", "schedule", "stage", "micro_batch_size"), LAYOUTS)
 def test_every_schedule_trains_the_same_model(
     ranks: RankPool,
@@ -139,7 +139,7 @@ def test_replicas_of_sharded_stages_train_the_same_model(
     _assert_same_model(run_on(ranks, 8, config), reference)
 
 
-@pytest.mark.some(3)
+@pytest.mark.some(1)
 @pytest.mark.parametrize(
     ("variant", "schedule", "changes"),
     [
@@ -171,6 +171,7 @@ def test_what_is_applied_to_stages_changes_nothing(
     _assert_same_model(run_on(ranks, world_size, config, timeout=240), reference)
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize(
     ("world_size", "schedule", "changes"),
     [
@@ -215,6 +216,7 @@ def test_the_comparison_notices_a_broken_pipeline(
 LAYOUT = {"parallel__pp": 2, "parallel__zero_stage": 1, "train__micro_batch_size": 2}
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize(
     ("first", "second"),
     [

@@ -127,6 +127,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.some(3)
 @pytest.mark.parametrize("layout", list(LAYOUTS))
 def test_two_ranks_train_as_one(ranks: RankPool, folder: Path, reference: Outcome, layout: str) -> None:
     """A pair counted by each rank that has some of its tokens, or by none; a reference of some words only."""
@@ -376,6 +377,7 @@ def test_the_reward_is_that_of_transformers(ranks: RankPool, folder: Path, rewar
         assert deviation < 2e-5, ours
 
 
+@pytest.mark.some(2)
 @pytest.mark.parametrize("layout", ["tp", "tp-whole", "ring", "pp"])
 def test_a_reward_model_trains_alike_on_two_ranks(
     ranks: RankPool, folder: Path, rewarded: Outcome, layout: str

@@ -72,7 +72,7 @@ SAME_LAYOUT = [
 ]
 
 
-@pytest.mark.some(4)
+@pytest.mark.some(3)
 @pytest.mark.parametrize(("world_size", "stage", "changes"), SAME_LAYOUT)
 def test_a_run_that_crashed_continues_bitwise_on_the_same_layout(
     ranks: RankPool, corpus: DataConfig, tmp_path: Path, world_size: int, stage: int, changes: dict[str, Any]
@@ -128,6 +128,7 @@ def test_two_crashes_in_a_row_and_one_before_the_first_checkpoint(
     assert len(kept) == 2  # of the start that crashed without a checkpoint
 
 
+@pytest.mark.some(2)
 @pytest.mark.parametrize(("world_size", "stage", "signalled"), [(2, 1, 1), (2, 3, 0), (4, 0, 2)])
 def test_a_preempted_run_saves_and_continues_bitwise(
     ranks: RankPool, corpus: DataConfig, tmp_path: Path, world_size: int, stage: int, signalled: int
@@ -173,7 +174,7 @@ def uninterrupted(ranks: RankPool, corpus: DataConfig, tmp_path_factory: pytest.
     }
 
 
-@pytest.mark.some(4)
+@pytest.mark.some(3)
 @pytest.mark.parametrize(
     ("optimizer", "before", "after"),
     [(o, *m) for o, m in itertools.product(("adamw", "muon"), MOVES) if o == "adamw" or m in MOVES[3:6:2]],

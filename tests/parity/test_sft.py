@@ -131,6 +131,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.some(2)
 @pytest.mark.parametrize("layout", list(LAYOUTS))
 def test_two_ranks_train_as_one(ranks: RankPool, folder: Path, reference: Outcome, layout: str) -> None:
     """A rank's mean instead of the global one: ranks hold different numbers of answers' tokens."""

@@ -138,7 +138,7 @@ LAYOUTS = [
 ]
 
 
-@pytest.mark.some(8)
+@pytest.mark.some(3)
 @pytest.mark.parametrize(("variant", "world_size", "changes"), LAYOUTS)
 def test_every_layout_trains_the_same_model(
     ranks: RankPool, references: References, tmp_path: Path, variant: str, world_size: int, changes: dict[str, Any]
@@ -149,6 +149,7 @@ def test_every_layout_trains_the_same_model(
     _assert_same_model(outcome, reference)
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize(
     ("variant", "changes"),
     [

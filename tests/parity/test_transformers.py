@@ -163,6 +163,7 @@ def deviation(ours: list[float], theirs: list[float]) -> float:
     return max(abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True))
 
 
+@pytest.mark.some(4)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
     ("world_size", "zero_stage", "micro_batch_size"), [(1, 0, 8), (2, 1, 1), (2, 3, 2)], ids=["1", "zero1x2", "zero3x2"]
@@ -209,6 +210,7 @@ MISTAKES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.some(4)
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_would_be_seen(mistake: str, folder: Path, oracles: dict[str, Oracle]) -> None:
     """A tolerance that lets pass what the comparison is for."""

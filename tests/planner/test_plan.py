@@ -37,6 +37,7 @@ def most(plan: dict[str, Any], kind: str) -> float:
     return max(rank[f"{kind}_bytes"] for rank in plan["ranks"])
 
 
+@pytest.mark.some(9)
 @pytest.mark.parametrize("name", MODELS)
 def test_flops_of_operators_add_up_to_what_the_trainer_logs(name: str) -> None:
     """An operator forgotten or counted twice: tied heads, experts that a token is not sent to, learned positions."""

@@ -141,7 +141,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.some(9)
+@pytest.mark.some(5)
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_state_has_the_bytes_that_are_predicted(ranks: RankPool, folder: Path, name: str) -> None:
     """A formula that forgets padding, a widened gradient, a parameter that every rank holds whole."""
@@ -208,7 +208,7 @@ ALWAYS_ADAPTED = ("zero2", "tp, shared key heads", "zero3 of some layers", "ep x
 ADAPTED = [pytest.param(n, marks=[] if n in ALWAYS_ADAPTED else [pytest.mark.thorough]) for n in ADAPTERS]
 
 
-@pytest.mark.some(4)
+@pytest.mark.some(2)
 @pytest.mark.parametrize("name", ADAPTED)
 def test_state_of_adapters_has_the_bytes_that_are_predicted(ranks: RankPool, folder: Path, name: str) -> None:
     """Frozen weights with gradients or masters; codes of NF4 that are cut as if they were rows."""

@@ -294,6 +294,7 @@ def outcomes(cases: list[Case], layout: Layout) -> list[dict[str, bytes]]:
     return [bits(everything(stepped(case, layout))) for case in cases]
 
 
+@pytest.mark.some(3)
 @pytest.mark.parametrize("layout", [*LAYOUTS, BY_COLUMNS], ids=range(len(LAYOUTS) + 1))
 def test_no_bit_depends_on_how_parameters_are_cut(ranks: RankPool, layout: Layout) -> None:
     """Random bits by the place in a shard; blocks counted from a shard's first element; an empty shard that fails."""
@@ -495,6 +496,7 @@ FP16_WITH_OVERFLOW: dict[str, Any] = {
 }
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize(
     ("stage", "changes"),
     [(3, PURE_BF16 | {"train__steps": 4, "checkpoint__interval": 2}), (1, FP16_WITH_OVERFLOW)],

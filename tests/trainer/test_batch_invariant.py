@@ -65,6 +65,7 @@ def losses_here(config: TrainConfig, size: int) -> list[tuple[float, float]]:
     return pairs
 
 
+@pytest.mark.some(2)
 @pytest.mark.parametrize(
     ("size", "changes"),
     [

@@ -58,6 +58,7 @@ def load_and_compare(kind: str, paths: list[Path]) -> list[list[str]]:
     return wrong
 
 
+@pytest.mark.some(3)
 @pytest.mark.parametrize(("size", "kind"), LAYOUTS)
 def test_a_checkpoint_of_any_layout_loads_bitwise_into_any_other(
     ranks: RankPool, saved: dict[tuple[int, str], Path], size: int, kind: str

@@ -171,6 +171,7 @@ COMMIT = [
 ]
 
 
+@pytest.mark.some(5)
 @pytest.mark.parametrize("survives", range(len(COMMIT)))
 def test_a_crash_before_any_operation_of_a_save_leaves_complete_checkpoints_only(
     ranks: RankPool, two_steps: Path, tmp_path: Path, survives: int

@@ -137,7 +137,7 @@ LAYOUTS: list[Any] = [
 ]
 
 
-@pytest.mark.some(2)
+@pytest.mark.some(1)
 @pytest.mark.parametrize(("world_size", "layout"), LAYOUTS)
 def test_a_flipped_bit_stops_every_rank_before_it_is_saved(
     ranks: RankPool, corpus: DataConfig, tmp_path: Path, world_size: int, layout: dict[str, Any]

@@ -118,6 +118,7 @@ def assert_same_step(ours: Stepped, theirs: Stepped) -> None:
         torch.testing.assert_close(ours[2][name], weight, rtol=0, atol=2e-3 * change.item(), msg=name)
 
 
+@pytest.mark.some(6)
 @pytest.mark.parametrize(
     ("world_size", "stage", "size"), [(1, 0, 8), (2, 0, 1), (2, 1, 2), (2, 2, 4), (2, 3, 1), (4, 3, 2), (4, 1, 1)]
 )
@@ -223,6 +224,7 @@ def held_out_loss(config: TrainConfig, weights: dict[str, Tensor]) -> float:
     return total / count
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize(("eval_batches", "held_out"), [(1, 0.3), (20, 0.3), (3, 0.5)])
 def test_validation_loss_is_the_mean_over_the_held_out_tokens(
     ranks: RankPool, corpus: DataConfig, tmp_path: Path, eval_batches: int, held_out: float

@@ -73,6 +73,7 @@ def _close(outcome: Outcome, reference: Outcome, *, steps: slice) -> None:
         assert (outcome.weights[name] - weight).abs().max() <= 2e-4 * weight.abs().max(), name
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("layout", ["tp4", "tp2-zero1", "tp2-zero3"])
 def test_a_run_moves_from_one_process_to_tensor_parallelism_and_back(
     ranks: RankPool, config: TrainConfig, reference: tuple[Path, Outcome], tmp_path: Path, layout: str
@@ -88,6 +89,7 @@ def test_a_run_moves_from_one_process_to_tensor_parallelism_and_back(
     _close(run_on(ranks, world_size, back), whole, steps=slice(3, 4))
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("stage", [1, 3])
 def test_shards_of_shards_that_nothing_divides_train_the_same_model(
     ranks: RankPool, config: TrainConfig, tmp_path: Path, stage: int
@@ -108,7 +110,7 @@ def _validation_and_sample(config: TrainConfig) -> tuple[float, str]:
     return result["validation_loss"], result["sample"]
 
 
-@pytest.mark.some(2)
+@pytest.mark.some(1)
 @pytest.mark.parametrize(("layout", "compiled"), [("tp2", False), ("tp2-zero3", False), ("tp4", False), ("tp2", True)])
 def test_validation_and_sampling_are_those_of_one_process(
     ranks: RankPool, config: TrainConfig, reference: tuple[Path, Outcome], tmp_path: Path, layout: str, compiled: bool

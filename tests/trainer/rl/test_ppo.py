@@ -35,6 +35,7 @@ SEVERAL = {
 }
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize(("size", "lag"), [(1, 0), (2, 1)])
 def test_a_run_that_was_interrupted_goes_on_to_the_same_bits(
     ranks: RankPool, tmp_path: Path, size: int, lag: int
@@ -109,6 +110,7 @@ def test_values_learn_what_rewards_are(ranks: RankPool, tmp_path: Path) -> None:
     assert "reference_kl" not in learned[0]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.thorough
 def test_the_penalty_holds_the_policy_near_the_reference(ranks: RankPool, tmp_path: Path) -> None:
     """A penalty that is added, or of another completion; a policy that learns nothing from rewards."""
