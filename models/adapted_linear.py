@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from kernels.grouped_linear import grouped_linear
+from kernels.grouped_linear import grouped_linear, input_gradient
 from kernels.nf4.pieces import Piece, Rows
 from models.layers.moe import GroupedLinear
 from parallel.collectives import start_all_reduce, sum_of_gradients, wait
@@ -166,7 +166,12 @@ def _partial(parameter: Tensor) -> Tensor:
 
 def _experts(layer: Any, rows: Tensor, ends: Tensor) -> Tensor:
     how = layer.implementation
-    y = grouped_linear(rows, local_shard(layer.weight, grad="sharded"), ends, implementation=how)
+    piece: Piece | None = getattr(layer, "piece", None)
+    if piece is None:
+        y = grouped_linear(rows, local_shard(layer.weight, grad="sharded"), ends, implementation=how)
+    else:
+        _, _, *place = _constants(None, piece)
+        y = _quantized_experts(rows, local_tensor(layer.nf4), ends, *place, how)
     if layer.adaptation is None:  # switched off
         return y
     u = grouped_linear(rows, _of_stack(layer, A), ends, implementation=how)
@@ -370,3 +375,52 @@ def _of_op(ctx: Any, grad: Tensor, _grad_u: Tensor | None) -> tuple[Any, ...]:
 
 
 _compiled.register_autograd(_of_op, setup_context=_keep)
+
+
+# ---- experts in 4 bits: backward dequantizes again what forward did, eager or compiled
+
+
+@torch.library.custom_op("lattice::quantized_experts", mutates_args=())
+def _quantized_experts(
+    x: Tensor, kept: Tensor, ends: Tensor, rows: list[int], columns: list[int], implementation: str | None
+) -> Tensor:
+    return grouped_linear(x, _weights(x, kept, rows, columns), ends, implementation=implementation)
+
+
+@_quantized_experts.register_fake
+def _(x: Tensor, _kept: Tensor, _ends: Tensor, rows: list[int], *_: Any) -> Tensor:
+    return x.new_empty(x.shape[0], rows[1])
+
+
+@torch.library.custom_op("lattice::quantized_experts_backward", mutates_args=())
+def _quantized_experts_backward(
+    grad: Tensor, kept: Tensor, ends: Tensor, rows: list[int], columns: list[int], implementation: str | None
+) -> Tensor:
+    return input_gradient(grad, _weights(grad, kept, rows, columns), ends, implementation)
+
+
+@_quantized_experts_backward.register_fake
+def _(grad: Tensor, _kept: Tensor, _ends: Tensor, _rows: list[int], columns: list[int], *_: Any) -> Tensor:
+    return grad.new_empty(grad.shape[0], columns[1])
+
+
+def _weights(like: Tensor, kept: Tensor, rows: list[int], columns: list[int]) -> Tensor:
+    """[E, out, in] of the experts here."""
+    piece = _piece(rows, columns)
+    assert piece is not None
+    return piece.dequantize(kept, like.dtype)
+
+
+def _keep_experts(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, kept, ends, rows, columns, implementation = inputs
+    ctx.constants = (rows, columns, None if implementation == "invariant" else implementation)
+    ctx.save_for_backward(kept, ends)
+
+
+def _of_experts(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    kept, ends = ctx.saved_tensors
+    d_x = _quantized_experts_backward(grad, kept, ends, *ctx.constants) if ctx.needs_input_grad[0] else None
+    return d_x, None, None, None, None, None
+
+
+_quantized_experts.register_autograd(_of_experts, setup_context=_keep_experts)

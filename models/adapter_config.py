@@ -33,7 +33,7 @@ class AdapterConfig:
     # Layers by name, with * for anything: q, attention.o, blocks.3.mlp.*; or all-linear, every one in the blocks but
     # routers.
     targets: list[str] = field(default_factory=lambda: [ALL_LINEAR])
-    quantize: str = "none"  # nf4: linear layers of the blocks in 4 bits (QLoRA, 2305.14314); experts stay as they are
+    quantize: str = "none"  # nf4: linear layers of the blocks in 4 bits (QLoRA, 2305.14314), experts too
     # lora: A at random and B 0; pissa: the largest singular values of the weights, which lose them (2404.02948)
     init: str = "lora"  # one of INITS
     path: str | None = None  # a PEFT folder whose adapters a new run begins with instead

@@ -87,7 +87,7 @@ def apply_adapters(model: Decoder, adapter: AdapterConfig, dtype: torch.dtype = 
             (_adapt_experts if isinstance(module, GroupedLinear) else _adapt)(layer, adapter, model)
     if adapter.quantize == "nf4":
         for module in model.blocks.modules():
-            if is_linear(module) and not isinstance(module, GroupedLinear):
+            if is_linear(module):
                 quantize_layer(module, dtype)
                 if not hasattr(module, "adaptation"):
                     multiply_with(module, None)

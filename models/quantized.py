@@ -5,11 +5,13 @@ whole matrix has, so that a model is the same in every layout. They are kept as 
 with, which nothing ever reads as such: fully_shard casts parameters to that dtype when it gathers them, and these come
 through as they are. So they are sharded, gathered and offloaded like any weight, at a quarter of the traffic.
 
-A part of a fused layer is a matrix of its own, as it is in separate layers and for bitsandbytes.
+A part of a fused layer is a matrix of its own, as it is in separate layers and for bitsandbytes; so is each expert,
+whose bytes are a row of the parameter.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from kernels.nf4.pieces import Piece, Rows
+from models.layers.moe import IN_FEATURES, OUT_FEATURES, GroupedLinear
 from parallel.fused import Parts
 from parallel.regions import local_region, local_tensor
 from parallel.tensor import ColumnParallelLinear, RowParallelLinear, chunk_bounds, empty_parameter
@@ -26,10 +29,14 @@ NF4 = "nf4"
 
 
 def quantize_layer(layer: nn.Module, dtype: torch.dtype) -> None:
-    """Give a linear layer on meta, plain or cut over tp, a parameter for its weight in NF4, and take the weight away.
+    """Give a linear layer on meta, plain or cut over tp (or ep), a parameter for its weight in NF4, and take the weight
+    away.
 
     Raises ValueError where rows of this rank are no whole blocks.
     """
+    if isinstance(layer, GroupedLinear):
+        _quantize_experts(layer, dtype)
+        return
     module: Any = layer
     piece = Piece(*part_here(module))
     size = piece.num_bytes // dtype.itemsize
@@ -45,6 +52,27 @@ def quantize_layer(layer: nn.Module, dtype: torch.dtype) -> None:
     module.nf4, module.piece = parameter, piece
     if isinstance(getattr(module, "parts", None), Parts):
         module.parts_of = {**getattr(module, "parts_of", {}), NF4: None}
+
+
+def _quantize_experts(layer: GroupedLinear, dtype: torch.dtype) -> None:
+    module: Any = layer
+    num_experts, out_features, in_features = layer.weight.shape
+    _, rows, columns = local_region(layer.weight)
+    here = Rows(rows.start, rows.stop - rows.start, out_features)
+    piece = Piece((here,), columns.start, columns.stop - columns.start, in_features)
+    size = piece.num_bytes // dtype.itemsize
+    if isinstance(layer.weight, DTensor):
+        mesh, cuts = layer.weight.device_mesh, layer.weight.placements
+        # Over tp each rank has other bytes of every expert, of one length.
+        over_tp = [isinstance(cut, Shard) and cut.dim in (OUT_FEATURES, IN_FEATURES) for cut in cuts]
+        whole = size * math.prod(mesh.size(axis) for axis, cut in enumerate(over_tp) if cut)
+        placements = [Shard(1) if tp else cut for tp, cut in zip(over_tp, cuts, strict=True)]
+        placed = empty_parameter(num_experts, whole, mesh=mesh, placement=placements)
+        parameter = nn.Parameter(placed.detach().to(dtype), requires_grad=False)
+    else:
+        parameter = nn.Parameter(torch.empty(num_experts, size, dtype=dtype, device="meta"), requires_grad=False)
+    del module.weight
+    module.nf4, module.piece = parameter, piece
 
 
 def part_here(layer: Any) -> tuple[tuple[Rows, ...], int, int, int]:
@@ -81,12 +109,15 @@ def quantized_layers(model: nn.Module) -> Iterator[tuple[nn.Module, list[str]]]:
 
 
 @torch.no_grad()
-def fill_quantized(model: nn.Module, read: Callable[[str, tuple[int, int]], Tensor]) -> None:
+def fill_quantized(model: nn.Module, read: Callable[[str, tuple[int, ...]], Tensor]) -> None:
     """Quantize every layer in NF4 from whole weights, read(name, shape), on the device of the layer, one at a time."""
     for module, names in quantized_layers(model):
         layer: Any = module
         piece: Piece = layer.piece
         stored = local_tensor(layer.nf4)
+        if isinstance(module, GroupedLinear):
+            _fill_experts(layer, names[0], read)
+            continue
         shapes = [(rows.of, piece.of_columns) for rows in piece.rows]
         device, dtype = stored.device, stored.dtype
         weights = [read(name, shape).to(device, dtype) for name, shape in zip(names, shapes, strict=True)]
@@ -95,3 +126,14 @@ def fill_quantized(model: nn.Module, read: Callable[[str, tuple[int, int]], Tens
         region = local_region(layer.nf4)[0]
         first = region.start % len(packed)
         stored.copy_(packed[first : first + stored.numel()])
+
+
+def _fill_experts(layer: Any, name: str, read: Callable[[str, tuple[int, ...]], Tensor]) -> None:
+    piece: Piece = layer.piece
+    stored, (experts, elements) = local_tensor(layer.nf4), local_region(layer.nf4)
+    size = piece.num_bytes // stored.dtype.itemsize
+    stack = read(name, (layer.nf4.shape[0], piece.rows[0].of, piece.of_columns))[experts]
+    first = elements.start % size  # of this rank of tp, whose bytes may be cut once more
+    for row, weight in zip(stored, stack, strict=True):
+        packed = piece.quantize([weight.to(stored.device, stored.dtype)]).view(stored.dtype)
+        row.copy_(packed[first : first + len(row)])

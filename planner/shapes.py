@@ -18,6 +18,7 @@ import torch
 from models.adapter_config import AdapterConfig
 from models.config import ModelConfig
 from models.decoder import Decoder
+from models.layers.moe import GroupedLinear
 from models.lora import A, B, M, apply_adapters
 from models.quantized import NF4
 from parallel.fused import fused_parameters
@@ -158,9 +159,11 @@ def _in_nf4(
         elif cut:
             over = decoder.config.num_kv_heads if shared and kind in ("k", "v") else tp
             piece = replace(piece, rows=tuple(rows._replace(num=rows.num // over) for rows in piece.rows))
-        length = piece.num_bytes // dtype.itemsize
+        length = piece.num_bytes // dtype.itemsize * (tp if cut else 1)
         plain = _without_numbers(its_name)
-        yield its_name, Parameter(plain, torch.Size((length * (tp if cut else 1),)), 0 if cut else None, False, False)
+        experts = isinstance(module, GroupedLinear)
+        shape = torch.Size((decoder.config.moe.num_experts, length) if experts else (length,))
+        yield its_name, Parameter(plain, shape, len(shape) - 1 if cut else None, experts, False)
 
 
 def _parameter(name: str, shape: torch.Size, *, whole: bool, trained: bool) -> Parameter:

@@ -124,12 +124,13 @@ def _columns(model: ModelConfig) -> dict[str, tuple[int, bool]]:
     """Features into each kind of linear layer, and whether tp cuts them."""
     assert model.head_dim is not None  # resolved
     assert model.value_dim is not None
-    ends = {name.partition(".")[2].partition(".")[2] for name in linear_layers(model) if ".experts." not in name}
+    ends = {name.partition(".")[2].partition(".")[2] for name in linear_layers(model)}
     shared = model.moe.num_shared * model.moe.intermediate_size
     cut = {
         "attention.o": model.num_heads * model.value_dim,
         "mlp.down": model.intermediate_size,
         "mlp.shared.down": shared,
+        "mlp.experts.down": model.moe.intermediate_size,
     }
     latent = {"attention.q_b": model.mla.q_rank or 0, "attention.kv_b": model.mla.kv_rank}
     return {

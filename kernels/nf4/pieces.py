@@ -88,19 +88,23 @@ class Piece:
         return self.pack([quantize_nf4(matrix) for matrix in matrices])
 
     def dequantize(self, stored: Tensor, dtype: torch.dtype) -> Tensor:
-        """[rows, columns] of dtype from what `pack` made, uint8 [num_bytes] or the same bytes of another dtype."""
+        """[..., rows, columns] of dtype from what `pack` made, uint8 [..., num_bytes] or the same bytes of another
+        dtype: of one piece, or of a stack of pieces of different matrices with the same place in each."""
         places = [number for rows in self.rows for number in rows]
         shape = [self.first_column, self.columns, self.of_columns]
-        return _dequantize_piece(stored.view(torch.uint8), places, shape, dtype).view(self.shape)
+        stacked = stored.view(torch.uint8)
+        found = _dequantize_pieces(stacked.reshape(-1, self.num_bytes), places, shape, dtype)
+        return found.view(*stacked.shape[:-1], *self.shape)
 
 
-@torch.library.custom_op("lattice::nf4_dequantize_piece", mutates_args=())
-def _dequantize_piece(stored: Tensor, rows: list[int], columns: list[int], dtype: torch.dtype) -> Tensor:
+@torch.library.custom_op("lattice::nf4_dequantize_pieces", mutates_args=())
+def _dequantize_pieces(stored: Tensor, rows: list[int], columns: list[int], dtype: torch.dtype) -> Tensor:
     # One op: a compiler would fuse the product and the sum of a magnitude, and round once where the format does twice.
     piece = Piece(tuple(Rows(*rows[i : i + 3]) for i in range(0, len(rows), 3)), *columns)
-    parts = stored[: sum(piece._sizes)].split(piece._sizes)
-    offsets = stored[sum(piece._sizes) :][: 4 * len(piece.rows)].clone().view(torch.float32)
-    packed, codes, device = parts[0], parts[1], stored.device
+    end = sum(piece._sizes)
+    parts = stored[:, :end].split(piece._sizes, dim=1)
+    offsets = _as_fp32(stored[:, end : end + 4 * len(piece.rows)])
+    packed, codes, device = parts[0].flatten(), parts[1], stored.device
     per_row = piece.columns // BLOCK
     numbers = magnitude_levels(device)[codes.int()]
     column = torch.arange(per_row, device=device) + piece.first_column // BLOCK
@@ -108,10 +112,10 @@ def _dequantize_piece(stored: Tensor, rows: list[int], columns: list[int], dtype
     for number, (part, scales) in enumerate(zip(piece.rows, parts[2:], strict=True)):
         row = torch.arange(part.first, part.first + part.num, device=device)
         group = ((row * (piece.of_columns // BLOCK))[:, None] + column).flatten() // GROUP
-        scale = scales.clone().view(torch.float32)[group]  # clone: a view as fp32 has to be aligned
-        largest.append(numbers[begin : begin + len(group)] * scale + offsets[number])
+        scale, offset = _as_fp32(scales)[:, group], offsets[:, number, None]
+        largest.append(numbers[:, begin : begin + len(group)] * scale + offset)
         begin += len(group)
-    magnitudes = torch.cat(largest)
+    magnitudes = torch.cat(largest, dim=1).flatten()
     if runs_triton(stored) and len(packed):
         from kernels.nf4.kernel import dequantize_blocks
 
@@ -120,6 +124,11 @@ def _dequantize_piece(stored: Tensor, rows: list[int], columns: list[int], dtype
     return (levels(device)[values.int()] * magnitudes.repeat_interleave(BLOCK)).to(dtype)
 
 
-@_dequantize_piece.register_fake
+def _as_fp32(stored: Tensor) -> Tensor:
+    """[S, 4 n] uint8 as [S, n]; a copy, because a view as fp32 has to be aligned."""
+    return stored.clone(memory_format=torch.contiguous_format).view(torch.float32)
+
+
+@_dequantize_pieces.register_fake
 def _(stored: Tensor, rows: list[int], columns: list[int], dtype: torch.dtype) -> Tensor:
-    return stored.new_empty(sum(rows[1::3]) * columns[1], dtype=dtype)
+    return stored.new_empty(stored.shape[0] * sum(rows[1::3]) * columns[1], dtype=dtype)

@@ -195,13 +195,17 @@ def test_targets_that_match_nothing_are_named(tmp_path: Path) -> None:
     assert problem == "adapter.name=lorra is unknown; use adapter.name=none or lora"
 
 
-def test_quantized_weights_are_those_of_bitsandbytes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_quantized_weights_are_those_of_bitsandbytes(family: str, tmp_path: Path) -> None:
     """Another format than the one adapters of QLoRA are used with."""
-    config = transformers.LlamaConfig(
-        **{**LLAMA, "hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 4}
-    )
+    sizes = {**LLAMA, "hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 4}
     torch.manual_seed(0)
-    transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path)
+    source = (
+        transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
+        if family == "llama"
+        else transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes, num_local_experts=3))
+    )
+    source.to(torch.bfloat16).save_pretrained(tmp_path)
     plain = ours(tmp_path)
     adapter = AdapterConfig("lora", rank=2, quantize="nf4", targets=["q", "down"])
     with torch.device("meta"):
@@ -214,11 +218,15 @@ def test_quantized_weights_are_those_of_bitsandbytes(tmp_path: Path) -> None:
     for module, names in quantized_layers(model):
         found = module.piece.dequantize(module.nf4, torch.bfloat16)
         assert not hasattr(module, "weight")
-        parts = found.split([len(weights[name]) for name in names])
-        for name, part in zip(names, parts, strict=True):
-            packed, state = bnb.quantize_4bit(weights[name].bfloat16(), compress_statistics=True, quant_type="nf4")
+        if found.ndim == 3:  # experts, each a matrix of its own
+            matrices, parts = list(weights[names[0]]), list(found)
+        else:
+            matrices = [weights[name] for name in names]
+            parts = found.split([len(matrix) for matrix in matrices])
+        for matrix, part in zip(matrices, parts, strict=True):
+            packed, state = bnb.quantize_4bit(matrix.bfloat16(), compress_statistics=True, quant_type="nf4")
             theirs = bnb.dequantize_4bit(packed, state)
             # Next to the midpoint of two levels of a magnitude their search on the CPU is only near: one block or none.
             assert (part != theirs).float().mean() < 0.01
             count += 1
-    assert count == 3 * 7
+    assert count == 3 * (7 if family == "llama" else 4 + 3 * 3)

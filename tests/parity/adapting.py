@@ -41,6 +41,17 @@ FAMILIES = {
         {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64, "initializer_range": 0.04},
     ),
     "mixtral": (transformers.MixtralConfig, transformers.MixtralForCausalLM, {"num_local_experts": 4}),
+    "mixtral_of_blocks": (
+        transformers.MixtralConfig,
+        transformers.MixtralForCausalLM,
+        {
+            "num_local_experts": 4,
+            "hidden_size": 128,
+            "intermediate_size": 128,
+            "head_dim": 32,
+            "initializer_range": 0.06,
+        },
+    ),
 }
 
 

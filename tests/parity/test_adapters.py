@@ -142,9 +142,9 @@ def quantized(ranks: RankPool, folder: Path, corpus: DataConfig) -> Outcome:
     return run_adapted(ranks, 1, quantizing(folder, corpus))
 
 
-def quantizing(folder: Path, corpus: DataConfig) -> TrainConfig:
-    """Of a model whose rows, cut over four ranks, are whole blocks of 64."""
-    config = adapter_config(folder, corpus, "llama_of_blocks")
+def quantizing(folder: Path, corpus: DataConfig, family: str = "llama_of_blocks") -> TrainConfig:
+    """Of a model whose rows, cut over the ranks of tp, are whole blocks of 64."""
+    config = adapter_config(folder, corpus, family)
     config.adapter.quantize = "nf4"
     return config
 
@@ -157,3 +157,19 @@ def test_layouts_train_beside_the_same_4_bits(
     """Scales of a part of a matrix, bytes at the place of another rank's."""
     size, changes = QUANTIZED_LAYOUTS[layout]
     same(run_adapted(ranks, size, changed(quantizing(folder, corpus), folder / f"nf4-{layout}", **changes)), quantized)
+
+
+@pytest.fixture(scope="module")
+def quantized_experts(ranks: RankPool, folder: Path, corpus: DataConfig) -> Outcome:
+    return run_adapted(ranks, 1, quantizing(folder, corpus, "mixtral_of_blocks"))
+
+
+@pytest.mark.some(1)
+@pytest.mark.parametrize("layout", ["ep_tp_zero3", "compiled", "tp", "ep"])
+def test_layouts_train_beside_the_same_experts_of_4_bits(
+    ranks: RankPool, folder: Path, corpus: DataConfig, quantized_experts: Outcome, layout: str
+) -> None:
+    """Bytes of another expert, or those of another rank of tp; adapters of experts that are trained by some rows."""
+    size, changes = (EXPERT_LAYOUTS | QUANTIZED_LAYOUTS)[layout]
+    config = quantizing(folder, corpus, "mixtral_of_blocks")
+    same(run_adapted(ranks, size, changed(config, folder / f"nf4-experts-{layout}", **changes)), quantized_experts)

@@ -201,6 +201,9 @@ ADAPTERS: dict[str, tuple[int, str, AdapterConfig, dict[str, Any], PrecisionConf
     "nf4, zero3": (4, "llama_of_blocks", QLORA, {"zero_stage": 3}, BF16),
     "nf4, tp x zero2": (4, "llama_of_blocks", QLORA, {"zero_stage": 2, "tp": 2}, BF16),
     "nf4, tp, shared key heads": (4, "llama_of_blocks", QLORA, {"zero_stage": 1, "tp": 4}, BF16),
+    "nf4 experts": (1, "mixtral_of_blocks", QLORA, {"zero_stage": 0}, PrecisionConfig()),
+    "nf4 experts, zero3": (2, "mixtral_of_blocks", QLORA, {"zero_stage": 3}, BF16),
+    "nf4 experts, ep x tp x zero3": (8, "mixtral_of_blocks", QLORA, {"zero_stage": 3, "ep": 2, "tp": 2}, BF16),
     "nf4, some adapted": (2, "llama_of_blocks", replace(QLORA, targets=["k", "gate"]), {"zero_stage": 3}, BF16),
 }
 ALWAYS_ADAPTED = ("zero2", "tp, shared key heads", "zero3 of some layers", "ep x tp", "nf4, zero3",

@@ -105,6 +105,9 @@ def test_4_bits_cost_4_bits(ranks: RankPool, folder: Path, corpus: DataConfig) -
     odd = adapter_config(folder, corpus)
     odd.adapter.quantize = "nf4"
     assert any("rows of mlp.down have 44" in line for line in find_problems(odd, world_size=1))
+    odd = adapter_config(folder, corpus, "mixtral")
+    odd.adapter.quantize = "nf4"
+    assert any("rows of mlp.experts.down have 44" in line for line in find_problems(odd, world_size=1))
 
 
 def test_a_run_resumes_on_another_layout(ranks: RankPool, folder: Path, corpus: DataConfig) -> None:

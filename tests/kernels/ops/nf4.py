@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kernels.nf4 import dequantize_nf4, quantize_nf4
 from kernels.nf4.op import _dequantize, _quantize
-from kernels.nf4.pieces import Piece, Rows, _dequantize_piece
+from kernels.nf4.pieces import Piece, Rows, _dequantize_pieces
 from kernels.nf4.reference import BLOCK, dequantize_nf4_reference, quantize_nf4_reference
 from tests.kernels.ops.case import Case, Inputs, Shape, normal
 
@@ -34,31 +34,34 @@ def _middle(shape: Shape) -> Piece:
     return Piece((Rows(1, rows - 1, rows),), BLOCK, columns - BLOCK, columns)
 
 
-def _piece(x: Tensor) -> Tensor:
+def _pieces(x: Tensor) -> Tensor:
+    """Of two matrices, as of a stack of experts."""
     piece = _middle(x.shape)
-    return piece.dequantize(piece.pack([quantize_nf4(x)]), torch.float32)
+    stored = torch.stack([piece.pack([quantize_nf4(matrix)]) for matrix in (x, x.flip(0) / 3)])
+    return piece.dequantize(stored, torch.float32)
 
 
-def _piece_reference(x: Tensor) -> Tensor:
-    q = quantize_nf4_reference(x)
-    return dequantize_nf4_reference(*q, x.numel(), torch.float32).view(x.shape)[1:, BLOCK:]
+def _pieces_reference(x: Tensor) -> Tensor:
+    quantized = [quantize_nf4_reference(matrix) for matrix in (x, x.flip(0) / 3)]
+    whole = [dequantize_nf4_reference(*q, x.numel(), torch.float32).view(x.shape) for q in quantized]
+    return torch.stack([matrix[1:, BLOCK:] for matrix in whole])
 
 
-def _piece_call(x: Tensor) -> tuple[Any, ...]:
+def _pieces_call(x: Tensor) -> tuple[Any, ...]:
     rows, columns = x.shape
-    stored = _middle(x.shape).pack([quantize_nf4_reference(x)])
-    return _dequantize_piece, (stored, [1, rows - 1, rows], [BLOCK, columns - BLOCK, columns], torch.float32)
+    stored = _middle(x.shape).pack([quantize_nf4_reference(x)])[None]
+    return _dequantize_pieces, (stored, [1, rows - 1, rows], [BLOCK, columns - BLOCK, columns], torch.float32)
 
 
 CASES = [
     Case(
-        name="nf4_piece",
-        op=_piece,
-        reference=_piece_reference,
+        name="nf4_pieces",
+        op=_pieces,
+        reference=_pieces_reference,
         inputs=_inputs,
         shapes=[(5, 192), (2, 128), (40, 1024)],
         differentiable=(),
-        checks=lambda inputs: [_piece_call(*inputs)],
+        checks=lambda inputs: [_pieces_call(*inputs)],
         tuned="kernels.nf4.kernel:TILES",
         batch_dim=None,
     ),
