@@ -65,10 +65,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def arguments(description: str | None) -> argparse.ArgumentParser:
-    """What this program and benchmarks/growth.py take alike."""
+def arguments(description: str | None, experiment: str | None = None) -> argparse.ArgumentParser:
+    """What this program, growth.py and predictions.py take alike. experiment: the one and only, so no argument."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("experiment", help="a file of configs/exp")
+    if experiment is None:
+        parser.add_argument("experiment", help="a file of configs/exp")
+    else:
+        parser.set_defaults(experiment=experiment)
     parser.add_argument("--steps", type=int, default=8, help=f"of each run; the first {SKIP} are not measured")
     parser.add_argument("--limit", type=float, default=300.0, help="seconds of one run, compilation included")
     parser.add_argument("--out", type=Path, help="also write the object to this file, after every run")

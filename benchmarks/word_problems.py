@@ -91,12 +91,19 @@ def _pair(row: dict[str, str], draw: random.Random) -> dict[str, str]:
     return {"prompt": row["prompt"], "chosen": chosen, "rejected": rejected}
 
 
-def check(path: Path) -> dict[str, float]:
-    """Of answers as launch/lab.py mode=generate writes them: the shares that are right, and that show steps."""
+def check(path: Path) -> dict[str, float | None]:
+    """Of answers as launch/lab.py mode=generate writes them: the shares that are right, that show steps, and that are
+    right of those that do and of the others."""
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     right = [same_answer(final_answer(line["text"]) or "", line["answer"]) for line in lines]
     worked = ["=" in line["text"] for line in lines]
-    return {"problems": len(lines), "exact_match": sum(right) / len(lines), "worked": sum(worked) / len(lines)}
+
+    def share(way: bool) -> float | None:
+        of_them = [is_right for is_right, shows in zip(right, worked, strict=True) if shows == way]
+        return sum(of_them) / len(of_them) if of_them else None
+
+    found = {"problems": len(lines), "exact_match": sum(right) / len(lines), "worked": sum(worked) / len(lines)}
+    return found | {"exact_match_worked": share(True), "exact_match_at_once": share(False)}
 
 
 def plot(run_dir: Path, out: Path) -> None:

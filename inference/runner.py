@@ -378,10 +378,15 @@ def num_ranks(model: Decoder) -> int:
     return 1 if model.groups.tp is None else model.groups.tp.size()
 
 
+MOST_RANKS_WITH_GRAPHS = 2
+"""Over more, every capture ended as invalid on H200s with NCCL 2.28, for a reason that is not known (docs/LOG.md)."""
+
+
 def has_graphs(device: torch.device, dtype: torch.dtype, config: EngineConfig, ranks: int) -> bool:
-    """Whether small steps are captured. The reference of attention waits for the device, and cannot be; nor are steps
-    of several ranks: on H200s with NCCL 2.28 every capture with collectives ended as invalid (docs/LOG.md)."""
-    return config.cuda_graphs and ranks == 1 and device.type == "cuda" and implementation(device, dtype) == "triton"
+    """Whether small steps are captured. The reference of attention waits for the device, and cannot be."""
+    if not config.cuda_graphs or ranks > MOST_RANKS_WITH_GRAPHS:
+        return False
+    return device.type == "cuda" and implementation(device, dtype) == "triton"
 
 
 def demand_of(model: Decoder, config: EngineConfig) -> Demand:
