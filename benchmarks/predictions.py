@@ -11,7 +11,6 @@ for each configuration predicted / measured - 1 of both, and how many are within
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -26,6 +25,7 @@ TIME, MEMORY = 0.10, 0.03
 """What predictions are held to, as a share of what was measured."""
 SHAPE_3B = ["model.hidden_size=3072", "model.intermediate_size=8192", "model.num_layers=28", "model.num_heads=24"]
 NARROW = ["model.hidden_size=1024", "model.intermediate_size=4096", "model.num_layers=24", "model.num_heads=16"]
+LARGE = ["model=llama3_8b"]
 EXPERTS = ["model.moe.num_experts=8", "model.moe.top_k=2", "model.moe.intermediate_size=4096"]
 
 
@@ -70,14 +70,19 @@ def together(gpus: int) -> dict[str, list[str]]:
         "1b-pp2": [*_batch(8192, 1, 4, gpus), "parallel.pp=2", f"{zero}=1"],
         "1b-cp2-ring": [*batch, "parallel.cp=2", f"{zero}=1"],
         "1b-cp2-ulysses": [*batch, "parallel.cp=2", "parallel.cp_method=ulysses", f"{zero}=1"],
-        "8b-zero3-full": [*_batch(4096, 1, 1, gpus), "model=llama3_8b", f"{zero}=3", "model.activation_checkpoint=full"],
+        "8b-zero3-full": [
+            *_batch(4096, 1, 1, gpus),
+            "model=llama3_8b",
+            f"{zero}=3",
+            "model.activation_checkpoint=full",
+        ],
         "8b-tp2+sp": [*_batch(2048, 1, 1, gpus), "model=llama3_8b", *sp, f"{zero}=1"],
     }
     if gpus >= 4:
         runs["1b-pp2-tp2+sp"] = [*_batch(8192, 1, 4, gpus), "parallel.pp=2", *sp, f"{zero}=1"]
         runs["1b-tp4+sp"] = [*batch, "parallel.tp=4", sp[1], f"{zero}=1"]
-        runs["8b-zero2"] = [*_batch(8192, 1, 2, gpus), "model=llama3_8b", f"{zero}=2"]
-        runs["8b-zero3"] = [*_batch(8192, 1, 2, gpus), "model=llama3_8b", f"{zero}=3"]
+        runs["8b-zero2"] = [*_batch(8192, 1, 2, gpus), *LARGE, f"{zero}=2"]
+        runs["8b-zero3"] = [*_batch(8192, 1, 2, gpus), *LARGE, f"{zero}=3"]
     return runs
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from kernels.grouped_linear import grouped_linear, input_gradient
+from kernels.low_rank import add_low_rank_
 from kernels.nf4.pieces import Piece, Rows
 from models.layers.moe import GroupedLinear
 from parallel.collectives import start_all_reduce, sum_of_gradients, wait
@@ -239,7 +240,7 @@ def _forward(
     u = product(x, a)
     spread = how.spread(b, y.shape[-1])
     if product is F.linear:
-        y.flatten(0, -2).addmm_(u.flatten(0, -2), spread.t(), alpha=how.scale)
+        add_low_rank_(y.flatten(0, -2), u.flatten(0, -2), spread.t(), how.scale)
     else:  # each operation rounds by itself, whatever number of elements it is for
         y += product(u, spread) * how.scale
     return y, u
@@ -266,7 +267,7 @@ def _backward(
         weight = kept if piece is None else piece.dequantize(kept, grad.dtype)
         d_x = grads @ weight
         if d_u is not None:
-            d_x = d_x.addmm_(d_u, a)
+            add_low_rank_(d_x, d_u, a)
         d_x = d_x.view(*grad.shape[:-1], -1)
     return d_x, d_a, d_b
 

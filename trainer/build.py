@@ -14,6 +14,7 @@ from models.flops import num_parameters
 from models.fp8 import Fp8Linears, apply_fp8, linears_in_fp8
 from models.invariant import make_batch_invariant
 from models.layers.attention import choose_attention
+from models.layers.mlp import GATED_KERNELS
 from models.layers.router import Router
 from models.lora import apply_adapters, learning_rates
 from models.registry import build_model
@@ -198,6 +199,14 @@ def _projections(model: ModelConfig, dims: ParallelDims, state: TrainState) -> s
     return used
 
 
+def _gated(model: ModelConfig, device: torch.device, *, compiled: bool) -> str:
+    """What multiplies a gated network's halves, of the blocks that are no mixtures of experts."""
+    if not model.gated_mlp:
+        return "none"
+    kernel = compiled and model.fused_projections and device.type == "cuda" and model.activation in GATED_KERNELS
+    return "triton" if kernel else "torch"
+
+
 def implementations(config: TrainConfig, dims: ParallelDims, state: TrainState, device: torch.device) -> dict[str, str]:
     """What really computes each part of a step, for run.json."""
     model, train = config.model, config.train
@@ -206,6 +215,7 @@ def implementations(config: TrainConfig, dims: ParallelDims, state: TrainState, 
         + (", gradients alone; forward: paged, batch-invariant" if state.model.batch_invariant else ""),
         "loss": _loss(config),
         "projections": _projections(model, dims, state),
+        "gated_mlp": _gated(model, device, compiled=train.compile),
         "products": "batch-invariant" if state.model.batch_invariant else "torch",
         "blocks": f"torch.compile({train.compile_backend})" if train.compile else "eager",
         "activation_checkpoint": model.activation_checkpoint

@@ -29,7 +29,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -101,6 +101,10 @@ class NextToken:
         return [(tokens, partial(self._loss, labels=labels)) for tokens, labels in batch.ahead]
 
 
+FROZEN_CHUNK = 2048
+"""Tokens whose logits are in memory at a time, where the output layer has no gradient."""
+
+
 def token_loss_sum(
     hidden: Tensor,
     weight: Tensor,
@@ -117,13 +121,12 @@ def token_loss_sum(
     model that is (models/invariant.py); each token's loss is then a function of its own row of hidden, to the bit.
     Errors are those of `linear_cross_entropy`.
     """
+    how: dict[str, Any] = {"ignore_index": IGNORE_INDEX, "compile": compile}
+    if not weight.requires_grad:  # of a frozen head (adapters) a chunk costs no pass over d_weight: less memory
+        how["chunk_tokens"] = FROZEN_CHUNK
     if vocabulary is not None:
-        return vocab_parallel_linear_cross_entropy(
-            hidden, weight, labels, shard=vocabulary, ignore_index=IGNORE_INDEX, compile=compile
-        )
-    return linear_cross_entropy(
-        hidden, weight, labels, ignore_index=IGNORE_INDEX, compile=compile, batch_invariant=batch_invariant
-    )
+        return vocab_parallel_linear_cross_entropy(hidden, weight, labels, shard=vocabulary, **how)
+    return linear_cross_entropy(hidden, weight, labels, batch_invariant=batch_invariant, **how)
 
 
 def token_losses(
