@@ -334,8 +334,11 @@ def on_policy_problems(config: TrainConfig) -> list[str]:
 
 
 def cache_problems(config: TrainConfig) -> list[str]:
-    """Why no teacher's words can be kept of this configuration's data, one line each."""
+    """Why no teacher's words can be kept of this configuration's data, or be learned from, one line each."""
     cache = f"recipe.teacher_cache={config.recipe.teacher_cache}"
+    if config.recipe.teacher_offload:
+        why = f"recipe.teacher_offload=true has no effect with {cache}: no teacher is loaded"
+        return [Problem(why, values("recipe.teacher_offload", [False]))]
     if (field := cacheable(config.data)) is None:
         return []
     why = f"{field} with {cache}: what stands before a token would be something else than when its row was written"
@@ -360,6 +363,7 @@ def check_cache(cache: TeacherCache, config: TrainConfig, data: Loader) -> None:
     ]
     if config.train.seq_len > made.seq_len:
         different.append(f"train.seq_len was {made.seq_len} and is {config.train.seq_len}")
+    different += made.without_rows(config.data, validates=config.train.eval_interval > 0)
     if recipe.teacher_path is not None:
         teacher = fingerprint(Path(recipe.teacher_path).expanduser())
         if teacher != made.teacher:
