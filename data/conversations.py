@@ -14,7 +14,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from data.chat import ChatTemplate, ChatTemplateError, Message, Span
 from data.config import DataError
@@ -32,6 +32,16 @@ ROLES = {  # of ShareGPT's `from`
     "observation": "tool",
     "function_response": "tool",
 }
+
+
+class RowAt(NamedTuple):
+    """Where a row stands."""
+
+    path: Path
+    number: int  # of its line, from 1, or in a .parquet file of the row, from 0
+
+    def __str__(self) -> str:
+        return f"{self.path}, {'row' if self.path.suffix == '.parquet' else 'line'} {self.number}"
 
 
 class UnusableRow(ValueError):
@@ -58,7 +68,7 @@ class MarkedText:
     ends: bool  # the end of a document follows, and is learned
 
 
-def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
+def read_rows(path: Path) -> Iterator[tuple[RowAt, Any]]:
     """(where it stands, row) of every row of a .jsonl or .parquet file; a line that is no JSON is an UnusableRow.
 
     Raises DataError where the file cannot be read.
@@ -71,13 +81,13 @@ def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
             with pyarrow.parquet.ParquetFile(path) as file:
                 for batch in file.iter_batches():
                     for row in batch.to_pylist():
-                        yield f"{path}, row {number}", row
+                        yield RowAt(path, number), row
                         number += 1
             return
         with open(path, encoding="utf-8") as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
-                    yield f"{path}, line {number}", _parsed(line)
+                    yield RowAt(path, number), _parsed(line)
     except (OSError, ValueError) as error:
         raise DataError(f"data.path: {path} cannot be read: {type(error).__name__}: {error}") from error
 

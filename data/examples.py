@@ -17,7 +17,7 @@ import numpy as np
 from data.cache import cached, digest
 from data.chat import ChatTemplate, ChatTemplateError, Span, load_chat_template
 from data.config import ROW_SUFFIXES, BlendPart, ConversationsConfig, DataError, expand
-from data.conversations import MarkedText, UnusableRow, conversation_of, marked_text, read_rows
+from data.conversations import MarkedText, RowAt, UnusableRow, conversation_of, marked_text, read_rows
 from data.corpus import Corpus, dtype_of, how_far, open_corpus
 from data.packing import Sample, permutation
 from data.progress import Progress
@@ -34,6 +34,8 @@ class Examples:
     corpus: Corpus
     learned: np.ndarray  # [N] uint8, memory mapped: 1 for a token that carries a loss; never an example's first
     first: np.ndarray  # [D] int64: index in its example of the first token that is learned
+    files: list[Path]  # that the rows stand in
+    rows: np.ndarray  # [D, 2] int64: of its row, which of the files, and its number there (`RowAt`)
     unusable: dict[str, int]  # rows left out, by kind
     why: dict[str, str]  # of the first row of each kind, where it stands and what is wrong
 
@@ -45,7 +47,8 @@ class Examples:
         return self._with(training), self._with(validation)
 
     def _with(self, corpus: Corpus) -> Examples:
-        return replace(self, corpus=corpus, first=self.first[np.searchsorted(self.corpus.starts, corpus.starts)])
+        chosen = np.searchsorted(self.corpus.starts, corpus.starts)
+        return replace(self, corpus=corpus, first=self.first[chosen], rows=self.rows[chosen])
 
 
 def open_examples(part: BlendPart, config: ConversationsConfig, tokenizer: Tokenizer, cache_dir: str) -> Examples:
@@ -70,10 +73,10 @@ def make_examples(
     if not files:
         raise DataError(f"data.path={part.path}: no file with one of the endings {' '.join(ROW_SUFFIXES)} there")
     source = Files(str(part.path), Path("/"), [file.resolve() for file in files], text_field=part.text_field)
-    template = _template(config, tokenizer)
+    template = template_of(config, tokenizer)
     key = digest(
         kind,
-        1,
+        2,
         source.fingerprint(),
         tokenizer.fingerprint(),
         None if template is None else template.fingerprint(),
@@ -85,14 +88,15 @@ def make_examples(
     corpus = open_corpus(folder)
     meta = json.loads((folder / "meta.json").read_text())
     learned, first = np.memmap(folder / "learned.bin", np.uint8, mode="r"), np.load(folder / "first.npy")
-    if len(learned) != len(corpus.tokens) or len(first) != len(corpus.starts):
+    rows = np.load(folder / "rows.npy")
+    if len(learned) != len(corpus.tokens) or not len(first) == len(rows) == len(corpus.starts):
         raise DataError(f"data.cache_dir: {folder} is damaged; delete that folder and start again")
     if config.unusable == "error" and meta["why"]:
         raise DataError(_complaint(meta["unusable"], meta["why"]))
-    return Examples(corpus, learned, first, meta["unusable"], meta["why"]), folder
+    return Examples(corpus, learned, first, source.files, rows, meta["unusable"], meta["why"]), folder
 
 
-def _template(config: ConversationsConfig, tokenizer: Tokenizer) -> ChatTemplate | None:
+def template_of(config: ConversationsConfig, tokenizer: Tokenizer) -> ChatTemplate | None:
     """None where there is none: rows of text need none."""
     try:
         if config.template is not None:
@@ -136,9 +140,10 @@ class ExampleWriter:
         self._why: dict[str, str] = {}
 
     def write(self, folder: Path) -> None:
-        """Fill folder with tokens.bin, learned.bin, ends.npy, first.npy and meta.json."""
+        """Fill folder with tokens.bin, learned.bin, ends.npy, first.npy, rows.npy and meta.json."""
         dtype = dtype_of(self._tokenizer)
         content, ends, first, total = hashlib.sha256(), array.array("q"), array.array("q"), 0
+        rows, file_numbers = array.array("q"), {path: number for number, path in enumerate(self._source.files)}
         progress = Progress(f"tokenising {self._source.name}")
         with parallel(), open(folder / "tokens.bin", "wb") as tokens, open(folder / "learned.bin", "wb") as mask:
             for where, ids, learned in self._encoded():
@@ -153,6 +158,7 @@ class ExampleWriter:
                 total += len(ids)
                 ends.append(total)
                 first.append(int(learned.argmax()))
+                rows.extend((file_numbers[where.path], where.number))
                 progress.update(how_far(len(ends), total))
         progress.finish()
         if not ends:
@@ -161,17 +167,18 @@ class ExampleWriter:
         content.update(np.asarray(ends, dtype="<i8").tobytes())
         np.save(folder / "ends.npy", np.asarray(ends, dtype=np.int64))
         np.save(folder / "first.npy", np.asarray(first, dtype=np.int64))
+        np.save(folder / "rows.npy", np.asarray(rows, dtype=np.int64).reshape(-1, 2))
         meta = {"dtype": dtype.str, "tokens": total, "documents": len(ends), "content": content.hexdigest()[:32]}
         meta |= {"source": self._source.name, "unusable": dict(self._unusable), "why": self._why}
         (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
 
-    def _leave_out(self, where: str, row: UnusableRow) -> None:
+    def _leave_out(self, where: RowAt, row: UnusableRow) -> None:
         self._unusable[row.kind] += 1
         self._why.setdefault(row.kind, f"data.path: {where}: {row}")
 
-    def _encoded(self) -> Iterator[tuple[str, list[int], np.ndarray]]:
+    def _encoded(self) -> Iterator[tuple[RowAt, list[int], np.ndarray]]:
         """(where its row stands, ids, which are learned) of every example, encoded many at a time."""
-        batch: list[tuple[str, MarkedText]] = []
+        batch: list[tuple[RowAt, MarkedText]] = []
         size = 0
         for where, text in self._texts():
             batch.append((where, text))
@@ -181,7 +188,7 @@ class ExampleWriter:
                 batch, size = [], 0
         yield from self._encode(batch)
 
-    def _encode(self, batch: list[tuple[str, MarkedText]]) -> Iterator[tuple[str, list[int], np.ndarray]]:
+    def _encode(self, batch: list[tuple[RowAt, MarkedText]]) -> Iterator[tuple[RowAt, list[int], np.ndarray]]:
         encoded = self._tokenizer.encode_with_places([text.text for _, text in batch])
         for (where, text), (ids, places) in zip(batch, encoded, strict=True):
             learned = learned_tokens(places, text.spans)
@@ -196,7 +203,7 @@ class ExampleWriter:
         conversation = conversation_of(row, text_field=self._text_field, loss_on=config.loss_on, system=config.system)
         return [marked_text(conversation, self._template, loss_on=config.loss_on)]
 
-    def _texts(self) -> Iterator[tuple[str, MarkedText]]:
+    def _texts(self) -> Iterator[tuple[RowAt, MarkedText]]:
         for path in self._source.files:
             for where, row in read_rows(path):
                 try:

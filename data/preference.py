@@ -25,7 +25,16 @@ import numpy as np
 
 from data.cache import digest
 from data.config import BlendPart, ConversationsConfig, DataError
-from data.conversations import Conversation, MarkedText, UnusableRow, marked_text, messages_of, row_of, with_system
+from data.conversations import (
+    Conversation,
+    MarkedText,
+    RowAt,
+    UnusableRow,
+    marked_text,
+    messages_of,
+    row_of,
+    with_system,
+)
 from data.examples import Examples, ExampleWriter, make_examples, pack
 from data.packing import Sample, permutation
 from data.tokenizer import Tokenizer
@@ -121,7 +130,7 @@ class PairWriter(ExampleWriter):
         self._waiting.append(tuple(_number(row, name) for name in ("margin", *REFERENCE_COLUMNS)))
         return texts
 
-    def _encoded(self) -> Iterator[tuple[str, list[int], np.ndarray]]:
+    def _encoded(self) -> Iterator[tuple[RowAt, list[int], np.ndarray]]:
         halves = super()._encoded()
         for (where, ids, learned), (_, other_ids, other_learned) in zip(halves, halves, strict=True):
             numbers = self._waiting.pop(0)

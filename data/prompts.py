@@ -14,7 +14,7 @@ from data.batch import Batch
 from data.cache import digest
 from data.chat import ChatTemplate, ChatTemplateError, load_chat_template
 from data.config import ROW_SUFFIXES, DataConfig, DataError, expand
-from data.conversations import UnusableRow, read_rows
+from data.conversations import RowAt, UnusableRow, read_rows
 from data.loader import Loader
 from data.packing import permutation
 from data.reader import RandomAccessReader, Slice
@@ -190,7 +190,7 @@ def _template(config: DataConfig, tokenizer: Tokenizer) -> ChatTemplate | None:
         raise DataError(f"data.prompts.template: {error}") from None
 
 
-def _text(row: Any, where: str, config: DataConfig, template: ChatTemplate | None) -> str:
+def _text(row: Any, where: RowAt, config: DataConfig, template: ChatTemplate | None) -> str:
     """The text of a row's prompt: as it is, or messages by the template, with what an answer begins with."""
     if isinstance(row, UnusableRow):
         raise DataError(f"data.path: {where}: {row}")
@@ -217,7 +217,7 @@ def _text(row: Any, where: str, config: DataConfig, template: ChatTemplate | Non
 
 
 def _completion(
-    row: Any, where: str, config: DataConfig, template: ChatTemplate | None, prompt: str
+    row: Any, where: RowAt, config: DataConfig, template: ChatTemplate | None, prompt: str
 ) -> tuple[str, bool]:
     """(text of a row's answer, behind that of its prompt; whether eos follows it, which templates write themselves)."""
     column = config.prompts.completion

@@ -33,7 +33,7 @@ from data.batch import IGNORE_INDEX, Batch
 from data.config import DataConfig, DataError, is_stream, parts
 
 HEADER, INDEX, TABLE = "cache.json", "index.json", "rows.safetensors"
-VERSION = 1
+VERSION = 2
 PLACE = "place"
 """The column of a batch that says where its labels lie in the data."""
 
@@ -48,6 +48,10 @@ class Made:
     teacher: str  # fingerprint of its weights
     tokenizer: str | None  # fingerprint; None: token arrays that come without one
     data: Mapping[str, Any]  # `data_identity`
+    splits: Sequence[str]  # that have rows, each of them whole
+    validation_fraction: float
+    too_long: str | None  # data.conversations.too_long; None: of other data
+    left_out: int  # examples without rows, because they were too long
     seq_len: int
     block: Sequence[int]  # sequences of a global batch, global batches of a block
     version: int = VERSION
@@ -64,6 +68,22 @@ class Made:
     def write(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / HEADER, asdict(self))
+
+    def without_rows(self, config: DataConfig, *, validates: bool) -> list[str]:
+        """Why a run reads tokens that have none, one phrase each. The data is that of the rows, by `data_identity`."""
+        found = []
+        if "validation" not in self.splits and self.validation_fraction > 0:
+            if validates:
+                found.append("train.eval_interval was 0, so that held-out rows were left out, and is above 0")
+            if config.source == "conversations" and config.validation_fraction < self.validation_fraction:
+                found.append(
+                    f"data.validation_fraction was {self.validation_fraction}, of which no rows were written, and is "
+                    f"{config.validation_fraction}"
+                )
+        if config.source == "conversations" and self.left_out and config.conversations.too_long == "truncate":
+            was = f"was {self.too_long}, which left out {self.left_out} examples,"
+            found.append(f"data.conversations.too_long {was} and is truncate")
+        return found
 
     def differs(self, other: Made) -> list[str]:
         """What is something else there, one phrase each."""
@@ -146,9 +166,8 @@ class TeacherCache:
         found, words, logprobs = self.rows(places[labelled])
         if not found.all():
             raise DataError(
-                f"{self.folder} has no rows for {int((~found).sum())} of {len(found)} tokens: it was made of other "
-                "data, a shorter train.seq_len or without the validation split; make it by launch/teach.py with the "
-                "arguments of this run"
+                f"{self.folder} has no rows for {int((~found).sum())} of {len(found)} tokens; make it anew by "
+                "launch/teach.py with the arguments of this run"
             )
         k, shape = self.made.k, tuple(places.shape)
         of_words, of_logprobs = torch.zeros(*shape, k, dtype=torch.int32), torch.zeros(*shape, k + 1)

@@ -81,6 +81,11 @@ class Tokenizer:
         """The text of ids; bytes that are no UTF-8 become the replacement character."""
         return self._core.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
 
+    def is_special(self, token: int) -> bool:
+        """Whether `decode` leaves it out where special tokens are skipped."""
+        added = self._core.get_added_tokens_decoder().get(token)
+        return added is not None and added.special
+
     def token_bytes(self, token: int) -> bytes:
         """What one token stands for within a text; a character's bytes may lie across tokens."""
         name = self._core.id_to_token(token)

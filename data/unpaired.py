@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from data.config import DataError
-from data.conversations import Conversation, MarkedText, UnusableRow, conversation_of, marked_text, read_rows
+from data.conversations import Conversation, MarkedText, RowAt, UnusableRow, conversation_of, marked_text, read_rows
 from data.preference import PairWriter, pair_of
 
 
@@ -37,10 +37,10 @@ def judged_of(row: Any, *, system: str | None) -> list[tuple[Conversation, bool]
 class UnpairedWriter(PairWriter):
     kind = "unpaired"
 
-    def _texts(self) -> Iterator[tuple[str, MarkedText]]:
+    def _texts(self) -> Iterator[tuple[RowAt, MarkedText]]:
         # Text and messages cannot be mixed: answers to other prompts are of the same kind.
         before: dict[bool, Conversation] = {}
-        first: dict[bool, tuple[str, Conversation, bool]] = {}
+        first: dict[bool, tuple[RowAt, Conversation, bool]] = {}
         for where, conversation, good in self._judged():
             kind = isinstance(conversation.answer, str)
             other = before.get(kind)
@@ -54,7 +54,7 @@ class UnpairedWriter(PairWriter):
         for where, *_ in first.values():
             self._leave_out(where, UnusableRow("alone", "no other row has an answer that could stand beside its own"))
 
-    def _judged(self) -> Iterator[tuple[str, Conversation, bool]]:
+    def _judged(self) -> Iterator[tuple[RowAt, Conversation, bool]]:
         for path in self._source.files:
             for where, row in read_rows(path):
                 try:
@@ -66,8 +66,8 @@ class UnpairedWriter(PairWriter):
                     yield where, conversation, good
 
     def _both(
-        self, where: str, conversation: Conversation, good: bool, other: Conversation
-    ) -> Iterator[tuple[str, MarkedText]]:
+        self, where: RowAt, conversation: Conversation, good: bool, other: Conversation
+    ) -> Iterator[tuple[RowAt, MarkedText]]:
         mismatched = Conversation(conversation.prompt, other.answer, conversation.variables)
         try:
             texts = [marked_text(c, self._template, loss_on="completion") for c in (conversation, mismatched)]

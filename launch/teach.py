@@ -1,13 +1,14 @@
 """Teach: `torchrun --nproc-per-node 8 launch/teach.py recipe.teacher_path=HF_DIR recipe.teacher_cache=DIR data=...`.
 
 Writes a teacher's likeliest words after every token of the data, once, for `launch/train.py recipe=distill` with the
-same arguments. Started again, it goes on where it stopped. Exit codes: 0 done; 2 configuration error; 1 anything else.
+same arguments (recipe.teacher_offload apart, which is of the teacher that is loaded here). Started again, it goes on
+where it stopped. Exit codes: 0 done; 2 configuration error; 1 anything else.
 """
 
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a clone, installed or not
@@ -52,7 +53,10 @@ def teach_one(config: TeachConfig) -> None:
     found = problems(config)
     if found:
         raise ConfigError(found)
-    resolved = finalize(config, world_size=world_size_from_env())
+    # A run that learns from the folder loads no teacher, and validation is that run's; here one is loaded.
+    learning = replace(config, recipe=replace(config.recipe, teacher_offload=False))
+    resolved = finalize(learning, world_size=world_size_from_env())
+    resolved.recipe.teacher_offload = config.recipe.teacher_offload
     options, folder = config.teach, config.recipe.teacher_cache
     written = write_teacher_cache(resolved, k=options.top_k, block_tokens=options.block_tokens, say=say)
     say(f"{folder}: {written.rows:,} rows in {written.blocks} blocks, {written.new} of them new")

@@ -11,6 +11,7 @@ from models.adapter_config import AdapterConfig
 from models.config import ModelConfig
 from parallel.dims import ParallelConfig
 from parallel.precision import PrecisionConfig
+from trainer.rl.answers_config import AnswersConfig
 from trainer.rl.config import RLConfig
 from trainer.rl.ppo_config import PPOConfig
 
@@ -144,6 +145,7 @@ class RecipeConfig:
     name: str = "pretrain"  # one of trainer.recipes.RECIPES
     rl: RLConfig = field(default_factory=RLConfig)  # of recipe=grpo and its family, and of ppo
     ppo: PPOConfig = field(default_factory=PPOConfig)
+    answers: AnswersConfig = field(default_factory=AnswersConfig)  # sft and distill: what validation generates
     # dpo, of which the family and its numbers are defined in trainer/preference_losses.py
     loss: str = "sigmoid"  # sigmoid, robust, ipo, hinge, simpo, orpo
     beta: float = 0.1  # how far the policy may go from the reference; of orpo the weight of the loss beside nll

@@ -75,6 +75,10 @@ def without_state(config: TrainConfig) -> list[str]:
         )
     if share := config.recipe.on_policy:
         found.append(f"recipe.on_policy={share} is not planned for: an engine's cache lies beside the model; use 0")
+    if prompts := config.recipe.answers.prompts:
+        found.append(
+            f"recipe.answers.prompts={prompts} is not planned for: an engine's cache lies beside the model; use 0"
+        )
     if (kind := config.model.speculator.kind) != "none":
         found.append(f"model.speculator.kind={kind} is not planned for: heads are trained beside a model; use none")
     return found

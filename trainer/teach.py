@@ -76,6 +76,10 @@ def write_teacher_cache(
         teacher=fingerprint(Path(recipe.teacher_path).expanduser()),
         tokenizer=None if data.tokenizer is None else data.tokenizer.fingerprint(),
         data=data_identity(config.data, data.identity),
+        splits=list(loaders),
+        validation_fraction=config.data.validation_fraction,
+        too_long=config.data.conversations.too_long if config.data.source == "conversations" else None,
+        left_out=_left_out(config, loaders),
         seq_len=seq_len,
         block=[batch_size, max(1, block_tokens // (batch_size * seq_len))],
     )
@@ -202,6 +206,13 @@ def _loaders(config: TrainConfig, mesh: Meshes, device: torch.device) -> dict[st
             )
             for split in splits
         }
+
+
+def _left_out(config: TrainConfig, loaders: Mapping[str, Loader]) -> int:
+    """Examples without rows, because they are too long."""
+    if config.data.conversations.too_long != "skip":
+        return 0
+    return sum(loader.counts.get("too_long", 0) for loader in loaders.values())
 
 
 def _as_it_is(batch: Batch) -> Batch:

@@ -461,6 +461,8 @@ class Trainer:
         batches = self.validation_data.batches(self.config.train.eval_batches)
         found = self.recipe.validate(self.state, map(self._prepared, batches))
         self._validation_loss = found.get("loss")
+        for kind, text, fields in self.recipe.validation_events():
+            self.metrics.event(kind, text, step=self.state.step, **fields)
         self.records.clock.start()
         return self.recipe.validation_metrics(found)
 

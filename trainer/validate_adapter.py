@@ -56,6 +56,9 @@ def adapter_run_problems(config: TrainConfig, model: ModelConfig) -> list[str]:
     if config.data.source == "prompts" and _absorbed(config, model):
         because = f"rollouts attend through pages, which reads the weight of {ABSORBED} and not its layer"
         refuse(f"recipe.name={config.recipe.name}", because, values("adapter.name", ["none"]))
+    if (prompts := config.recipe.answers.prompts) and _absorbed(config, model):
+        because = f"answers attend through pages, which reads the weight of {ABSORBED} and not its layer"
+        refuse(f"recipe.answers.prompts={prompts}", because, values("recipe.answers.prompts", [0]))
     if config.train.batch_invariant and _absorbed(config, model):
         because = f"attention through pages reads the weight of {ABSORBED} and not its layer"
         refuse("train.batch_invariant=true", because, values("train.batch_invariant", [False]))

@@ -17,7 +17,7 @@ from plotly.offline import get_plotlyjs
 from launch.run_report import charts
 from launch.run_report.record import RunRecord
 
-MAX_EVENTS = 500
+MAX_EVENTS, MAX_SAMPLES = 500, 20
 """Shown of a run: the newest."""
 OVER_STEPS: tuple[charts.Chart, ...] = (
     charts.loss,
@@ -217,11 +217,13 @@ def _traced(run: RunRecord) -> str:
 
 
 def _samples(run: RunRecord) -> str:
-    shown = [event for event in run.events if event.get("kind") == "sample" and "sample" in event]
-    blocks = [
-        f"<p class='note'>step {_text(event.get('step', '?'))}</p><pre>{_text(event['sample'])}</pre>"
-        for event in shown
-    ]
+    shown = [event for event in run.events if event.get("kind") in ("sample", "answers") and "sample" in event]
+    blocks = []
+    for event in shown[-MAX_SAMPLES:]:
+        asked, expected = event.get("prompt"), event.get("expected")
+        note = f"step {event.get('step', '?')}" + ("" if expected is None else f"; its row has: {expected}")
+        asked = "" if asked is None else f"<pre>{_text(asked)}</pre>"
+        blocks.append(f"<p class='note'>{_text(note)}</p>{asked}<pre>{_text(event['sample'])}</pre>")
     return _section(f"Samples of {run.name}", "".join(blocks))
 
 

@@ -42,6 +42,8 @@ def run_folder(folder: Path, *, experts: bool = True, **settings: Any) -> Path:
     (folder / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 13, "lo']))
     events = [{"time": "t", "kind": "start", "text": HOSTILE}, {"time": "t", "kind": "resume", "step": 6, "text": "on"}]
     events += [{"time": "t", "kind": "sample", "step": 12, "text": "sampled", "sample": HOSTILE}]
+    answers = {"prompt": HOSTILE, "sample": f"said {HOSTILE}", "expected": HOSTILE}
+    events += [{"time": "t", "kind": "answers", "step": 6, "text": "5 of 8 held-out prompts", **answers}]
     traced = {"kind": "profile", "step": 8, "step_ms": 12.5, "kinds_ms": {"matrix_products": 7.5}, "idle_ms": 1.25}
     kernel = {"name": HOSTILE, "kind": "matrix_products", "ms_per_step": 7.5, "calls_per_step": 3}
     events += [{"time": "t", "text": "traced", **traced, "kernels": [kernel]}]
@@ -98,6 +100,7 @@ def test_the_page_has_what_the_run_has_and_asks_for_nothing(tmp_path: Path) -> N
     assert "70 (predicted 68, +2.9%)" in page.texts
     assert "12 of 12" in page.texts
     assert "matrix_products: 7.5" in page.texts
+    assert f"said {HOSTILE}" in page.texts  # an answer, beside its question and what its row has
     assert "hunter2" not in text
     addresses = [value for _, attributes in page.tags for name, value in attributes.items() if name in ("src", "href")]
     assert addresses == []
@@ -107,7 +110,8 @@ def test_no_text_of_a_run_becomes_markup(tmp_path: Path) -> None:
     page = Tags(written(run_folder(tmp_path / "run")))
     assert all(tag != "img" and "onerror" not in attributes for tag, attributes in page.tags)
     shown = sum(HOSTILE in text for text in page.texts)
-    assert shown >= 6  # as it is, of an event, a sample, the device, a setting, a command, a kernel
+    # As it is, of an event, a sample, an answer with its question and row, the device, a setting, a command, a kernel.
+    assert shown >= 9
 
 
 LINK = "<a href='https://elsewhere.example/'>loss</a>"

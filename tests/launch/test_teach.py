@@ -54,9 +54,10 @@ def test_a_command_line_writes_a_cache_and_refuses_to_write_into_another(ranks: 
     ]
     (line,) = ranks.run(1, _teach, arguments)[0]
     assert line.startswith("data.shuffle=true with recipe.teacher_cache=")
-    arguments.append("data.shuffle=false")
+    arguments += ["data.shuffle=false", "recipe.teacher_offload=true"]
     assert ranks.run(2, _teach, arguments) == [[], []]
-    assert TeacherCache(tmp_path / "words").made.k == 3
+    made = TeacherCache(tmp_path / "words").made
+    assert (made.k, made.splits, made.too_long, made.left_out) == (3, ["train"], None, 0)
     (line,) = ranks.run(1, _teach, [*arguments, "teach.top_k=4"])[0]
     assert "k was 3 and is 4; give another folder" in line
     (line,) = ranks.run(1, _teach, [*arguments, f"recipe.teacher_cache={tmp_path}"])[0]

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -14,11 +15,13 @@ from safetensors.torch import load_file, save_file
 
 from data.config import DataConfig
 from data.teacher import TeacherCache
+from data.tokenizer import load_tokenizer
 from tests.data.conversing import chat_config, chat_folder
 from tests.parity.harness import Outcome, changed, gradient_deviation, loss_deviation, run_on, text_corpus, tiny_config
 from tests.parity.test_preferences import LAYOUTS, tiny_llama
 from tests.pool import RankPool
 from trainer.config import ConfigError, RecipeConfig, TrainConfig
+from trainer.recipes import distill
 from trainer.teach import Written, write_teacher_cache
 from trainer.validate import finalize, find_problems
 
@@ -192,12 +195,14 @@ def _refused(config: TrainConfig) -> list[str]:
     from trainer.recipes.distill import Distillation
     from trainer.trainer import DataError, configuration_errors
 
+    splits = ["train"] + ["validation"] * (config.train.eval_interval > 0)
     try:
         with configuration_errors(DataError):
-            data = Distillation().open_data(
-                finalize(config, world_size=1), split="train", rank=0, world_size=1, device_type="cpu"
-            )
-            data.next_step()
+            recipe, resolved = Distillation(), finalize(config, world_size=1)
+            for split in splits:
+                data = recipe.open_data(resolved, split=split, rank=0, world_size=1, device_type="cpu")
+                for _ in data.batches(None):  # all that it holds
+                    pass
     except ConfigError as error:
         return error.problems
     return []
@@ -237,6 +242,73 @@ def test_rows_of_something_else_are_refused(
     change(config, folder)
     (line,) = _refused(config)
     assert message in line
+
+
+LENGTHS = [{"messages": [*said(n), *said(n + 1)[: 2 * (n % 3 == 0)]]} for n in range(17)]
+WRITTEN: dict[str, dict[str, Any]] = {
+    "training alone": {"train__eval_interval": 0},
+    "skipping": {"too_long": "skip"},
+    "all": {},
+    "nothing held out": {"train__eval_interval": 0, "validation_fraction": 0.0},
+}
+READ: dict[tuple[str, str], tuple[dict[str, Any], str]] = {
+    ("training alone", "validated"): ({}, "train.eval_interval was 0, so that held-out rows were left out"),
+    ("training alone", "more"): (
+        {"train__eval_interval": 0, "validation_fraction": 0.1},
+        "data.validation_fraction was 0.3, of which no rows were written, and is 0.1",
+    ),
+    ("training alone", "less"): ({"train__eval_interval": 0, "validation_fraction": 0.5}, ""),
+    ("skipping", "cut"): ({}, "data.conversations.too_long was skip, which left out 11 examples, and is truncate"),
+    ("skipping", "skipped"): ({"too_long": "skip", "validation_fraction": 0.1}, ""),
+    ("all", "skipped"): ({"too_long": "skip"}, ""),
+    ("all", "shorter"): ({"train__seq_len": 40, "validation_fraction": 0.5}, ""),
+    ("nothing held out", "validated"): ({}, ""),
+}
+
+
+def reading(folder: Path, data: DataConfig, name: str, written: str, changes: dict[str, Any]) -> TrainConfig:
+    changes = {"train__seq_len": 44, "train__eval_interval": 6} | changes
+    config = teaching(folder, data, name, **{key: value for key, value in changes.items() if "__" in key})
+    config.data.validation_fraction = changes.get("validation_fraction", 0.3)
+    config.data.conversations.too_long = changes.get("too_long", "truncate")
+    return cached(config, folder / f"of {written}")
+
+
+@pytest.fixture(scope="module")
+def conversations(ranks: RankPool, folder: Path) -> DataConfig:
+    """Of which some are too long, with a folder for each of WRITTEN."""
+    data = chat_config(folder / "lengths", LENGTHS)
+    data.num_workers, data.mask_documents = 0, True
+    for written, changes in WRITTEN.items():
+        ranks.run(1, write, reading(folder, data, written, written, changes), 3)
+    texts = [
+        "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in row["messages"]) for row in LENGTHS
+    ]
+    assert sum(len(ids) > 44 for ids in load_tokenizer(data).encode_batch(texts)) == 11
+    return data
+
+
+@pytest.mark.parametrize("case", READ, ids=" ".join)
+def test_a_run_that_would_meet_a_token_without_a_row_is_refused_before_it(
+    folder: Path, conversations: DataConfig, case: tuple[str, str]
+) -> None:
+    """A run that ends at such a token after hours; control: without the check it does, and only then."""
+    changes, message = READ[case]
+    config = reading(folder, conversations, "-".join(case), case[0], changes)
+    with mock.patch.object(distill, "check_cache"):
+        unchecked = _refused(config)
+    checked = _refused(config)
+    assert [message in line for line in checked] == [True] * bool(message), checked
+    assert [("has no rows for" in line) for line in unchecked] == [True] * bool(message)
+
+
+def test_a_teacher_that_is_not_loaded_is_not_kept_anywhere(folder: Path, few: Outcome, sources: Any) -> None:
+    config = cached(teaching(folder, sources["conversations"], "offloaded"), folder / "few")
+    config.recipe.teacher_offload = True
+    (line,) = _refused(config)
+    assert line.startswith("recipe.teacher_offload=true has no effect with recipe.teacher_cache=")
+    config.recipe.teacher_cache = None
+    assert find_problems(config, world_size=1) == []
 
 
 def test_data_without_places_and_damaged_files_are_refused(

@@ -15,6 +15,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -40,9 +41,10 @@ from trainer.frozen import Beside, FrozenModel, load_frozen, problems_beside, re
 from trainer.loss import Objective, count_valid, token_loss_sum, vocabulary_shard
 from trainer.recipes.pretrain import Pretrain, StepReport
 from trainer.rl.config import WEIGHTS, RLConfig
+from trainer.rl.held_out import HeldOutAnswers, answers_problems, held_out_answers
 from trainer.rl.problems import layout_problems
 from trainer.rl.rollouts import answers
-from trainer.rl.serving import start_sampler
+from trainer.rl.serving import Room, start_sampler
 from trainer.rl.student import StudentAnswers
 from trainer.step import TrainState, evaluate
 
@@ -95,6 +97,7 @@ class Distillation(Pretrain):
         "teacher_offload",
         "on_policy",
         "rl",
+        "answers",
         "divergence",
         "temperature",
         "nll_weight",
@@ -104,6 +107,7 @@ class Distillation(Pretrain):
         self.teacher: FrozenModel | None = None
         self.cache: TeacherCache | None = None
         self.student: StudentAnswers | None = None  # with recipe.on_policy
+        self.answers: HeldOutAnswers | None = None  # with recipe.answers
         self._samples: dict[str, PromptSamples] = {}  # by split
         self._report = StepReport()
         self.wanted: DistillationObjective | None = None
@@ -141,7 +145,9 @@ class Distillation(Pretrain):
         if (kind := config.model.speculator.kind) != "none":
             why = f"model.speculator.kind={kind} with recipe.name=distill: heads that draft learn from text"
             found.append(Problem(why, values("model.speculator.kind", ["none"])))
-        if not recipe.on_policy and recipe.rl != RLConfig():
+        if not recipe.on_policy and recipe.answers.prompts:
+            found += answers_problems(config)
+        elif not recipe.on_policy and recipe.rl != RLConfig():
             found.append("recipe.rl is set and has no effect with recipe.on_policy=0; leave it out")
         if recipe.teacher_cache is not None and not recipe.on_policy:
             found += cache_problems(config)
@@ -151,8 +157,16 @@ class Distillation(Pretrain):
         if config.recipe.on_policy:
             return self._open_prompts(config, split=split, rank=rank, world_size=world_size, device_type=device_type)
         if config.recipe.teacher_cache is None:
-            return super().open_data(config, split=split, rank=rank, world_size=world_size, device_type=device_type)
+            data = super().open_data(config, split=split, rank=rank, world_size=world_size, device_type=device_type)
+        else:
+            data = self._open_cached(config, split=split, rank=rank, world_size=world_size, device_type=device_type)
+        if split == "validation":
+            self.answers = held_out_answers(config, data.tokenizer)
+        return data
+
+    def _open_cached(self, config: TrainConfig, *, split: str, rank: int, world_size: int, device_type: str) -> Loader:
         train = config.train
+        assert config.recipe.teacher_cache is not None
         self.cache = self.cache or TeacherCache(Path(config.recipe.teacher_cache).expanduser())
         data = build_loader(
             config.data,
@@ -202,8 +216,10 @@ class Distillation(Pretrain):
                 self.teacher = load_frozen(beside.model, config, mesh, state.device, offload=beside.offload)
         if config.recipe.on_policy:
             assert self._tokenizer is not None
-            sampler, weights = start_sampler(config, state, mesh, self._tokenizer)
+            sampler, weights = start_sampler(config, state, mesh, self._tokenizer, Room.of_rollouts(config, mesh))
             self.student = StudentAnswers(config, sampler, weights, mesh.samples.get_group())
+        if self.answers is not None:
+            self.answers.start(config, state, mesh)
 
     def collect(self, data: Loader) -> list[Batch]:
         batches = super().collect(data)
@@ -236,7 +252,8 @@ class Distillation(Pretrain):
     def validate(self, state: TrainState, steps: Iterable[list[Batch]]) -> dict[str, float]:
         """On-policy: of the student's greedy answers, and how many of them are the row's `answer`, if it has one."""
         if self.student is None:
-            return super().validate(state, steps)
+            found = super().validate(state, steps)
+            return found if self.answers is None else found | self.answers.validate()
         right: list[bool] = []
         found = evaluate(state, (self._answered(step, right, state.device) for step in steps))
         exact = torch.tensor([sum(right), len(right)], device=state.device, dtype=torch.float64)
@@ -254,6 +271,9 @@ class Distillation(Pretrain):
             if "answer" in (row := samples[rollout.number].row):
                 right.append(answers(rollout, self._tokenizer, str(row["answer"])))
         return self.prepare([batch.to(device) for batch in self.student.batches(rollouts)])
+
+    def validation_events(self) -> list[tuple[str, str, dict[str, Any]]]:
+        return [] if self.answers is None else self.answers.events()
 
     def validation_metrics(self, found: Mapping[str, float]) -> dict[str, float]:
         return {f"validation_{name}": value for name, value in found.items()}
@@ -287,6 +307,9 @@ def on_policy_problems(config: TrainConfig) -> list[str]:
     elif recipe.on_policy == 1 and completion is not None:
         why = f"data.prompts.completion={completion} has no effect with {share}: the student answers all prompts"
         found.append(Problem(why, values("recipe.on_policy", [0.5]), values("data.prompts.completion", [None])))
+    if prompts := recipe.answers.prompts:
+        why = f"recipe.answers.prompts={prompts} has no effect with {share}: a validation answers prompts by itself"
+        found.append(Problem(why, values("recipe.answers.prompts", [0])))
     if recipe.teacher_cache is not None:
         why = f"recipe.teacher_cache={recipe.teacher_cache} with {share}: no cache has what the student will say"
         found.append(Problem(why, values("recipe.teacher_cache", [None])))
@@ -311,8 +334,11 @@ def on_policy_problems(config: TrainConfig) -> list[str]:
 
 
 def cache_problems(config: TrainConfig) -> list[str]:
-    """Why no teacher's words can be kept of this configuration's data, one line each."""
+    """Why no teacher's words can be kept of this configuration's data, or be learned from, one line each."""
     cache = f"recipe.teacher_cache={config.recipe.teacher_cache}"
+    if config.recipe.teacher_offload:
+        why = f"recipe.teacher_offload=true has no effect with {cache}: no teacher is loaded"
+        return [Problem(why, values("recipe.teacher_offload", [False]))]
     if (field := cacheable(config.data)) is None:
         return []
     why = f"{field} with {cache}: what stands before a token would be something else than when its row was written"
@@ -337,6 +363,7 @@ def check_cache(cache: TeacherCache, config: TrainConfig, data: Loader) -> None:
     ]
     if config.train.seq_len > made.seq_len:
         different.append(f"train.seq_len was {made.seq_len} and is {config.train.seq_len}")
+    different += made.without_rows(config.data, validates=config.train.eval_interval > 0)
     if recipe.teacher_path is not None:
         teacher = fingerprint(Path(recipe.teacher_path).expanduser())
         if teacher != made.teacher:

@@ -33,7 +33,7 @@ from trainer.rl.problems import data_problems, layout_problems
 from trainer.rl.reward_models import RewardModels
 from trainer.rl.rewards import Rewards, check_rewards, import_path
 from trainer.rl.rollouts import Rollout, answers
-from trainer.rl.serving import start_sampler
+from trainer.rl.serving import Room, start_sampler
 from trainer.step import TrainState
 
 
@@ -95,7 +95,8 @@ class GroupPolicyOptimization(Pretrain):
         assert self._tokenizer is not None
         self._config, self._state, self._group = config, state, mesh.samples.get_group()
         environment = None if rl.environment is None else import_path(rl.environment)
-        sampler, weights = start_sampler(config, state, mesh, self._tokenizer, environment=environment)
+        room = Room.of_rollouts(config, mesh)
+        sampler, weights = start_sampler(config, state, mesh, self._tokenizer, room, environment=environment)
         self._engine = sampler.engine
         tp = groups_in_layers(mesh, config.parallel).tp
         rewards = Rewards(rl)

@@ -138,6 +138,10 @@ class Pretrain:
             "validation_perplexity": math.exp(loss) if loss < 700 else math.inf,
         }
 
+    def validation_events(self) -> list[tuple[str, str, dict[str, Any]]]:
+        """Kind, text and fields of what the last `validate` has to say, for events.jsonl; of rank 0."""
+        return []
+
     def describe_data(self, data: Loader) -> str:
         """What the run should say of its data when it begins; empty: nothing."""
         return ""

@@ -7,6 +7,7 @@ separators, percentages, a/b, \frac{a}{b}, scientific notation), or else compare
 from __future__ import annotations
 
 import re
+import unicodedata
 from fractions import Fraction
 
 _NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:\s*/\s*\d+)?%?")
@@ -73,6 +74,11 @@ def _decimal(text: str) -> Fraction | None:
     sign, whole, part, power = found.groups()
     value = Fraction(int((whole or "0") + (part or "")), 10 ** len(part or ""))
     return (-value if sign == "-" else value) * Fraction(10) ** int(power or 0)
+
+
+def plain(text: str) -> str:
+    """A text with one blank where it has any, and none at its ends; composed characters (NFC)."""
+    return " ".join(unicodedata.normalize("NFC", text).split())
 
 
 def _normalized(text: str) -> str:

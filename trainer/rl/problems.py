@@ -65,14 +65,17 @@ def data_problems(config: TrainConfig, held_by: tuple[str, float]) -> list[str]:
     return found
 
 
-def layout_problems(config: TrainConfig) -> list[str]:
-    """What an engine cannot serve while it is trained."""
+def layout_problems(config: TrainConfig, *, asks: tuple[str, int] | None = None) -> list[str]:
+    """What an engine cannot serve while it is trained. asks: a field, and its value, that wants one and may be 0; None:
+    the recipe does."""
     found: list[str] = []
     parallel, rl, model, train = config.parallel, config.recipe.rl, config.model, config.train
-    name = f"recipe.name={config.recipe.name}"
+    name = f"recipe.name={config.recipe.name}" if asks is None else f"{asks[0]}={asks[1]}"
+    without = [] if asks is None else [values(asks[0], [0])]
 
     def refuse(field: str, value: object, why: str, instead: object) -> None:
-        found.append(Problem(f"{field}={value} does not work with {name}: {why}", values(field, [instead])))
+        why = f"{field}={value} does not work with {name}: {why}"
+        found.append(Problem(why, values(field, [instead]), *without))
 
     if parallel.pp > 1:
         refuse("parallel.pp", parallel.pp, "the engine serves whole models, not stages of a pipeline", 1)

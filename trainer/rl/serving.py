@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
 
 from data.tokenizer import Tokenizer
 from inference.config import EngineConfig
@@ -17,16 +17,32 @@ from trainer.rl.weights import ServedWeights
 from trainer.step import TrainState
 
 
+@dataclass(frozen=True)
+class Room:
+    """What is sampled at a time. Filled by whoever starts a sampler."""
+
+    num_sequences: int  # of this rank
+    max_len: int  # tokens of a prompt and its completion
+    max_tokens: int | None  # of a completion
+    ends: Collection[int] = ()  # tokens that end it, besides the tokenizer's eos
+
+    @classmethod
+    def of_rollouts(cls, config: TrainConfig, mesh: Meshes) -> Room:
+        """For this rank's share of train.global_batch_size completions."""
+        share = config.train.global_batch_size // mesh.samples.size()
+        return cls(share, config.train.seq_len, config.recipe.rl.max_tokens)
+
+
 def start_sampler(
     config: TrainConfig,
     state: TrainState,
     mesh: Meshes,
     tokenizer: Tokenizer,
+    room: Room,
     *,
     environment: Callable[[], Environment] | None = None,
 ) -> tuple[Sampler, ServedWeights]:
-    """A sampler as recipe.rl says, for this rank's share of train.global_batch_size completions, and what has to be
-    done around its use. Collective."""
+    """A sampler as recipe.rl says, and what has to be done around its use. Collective."""
     rl, model = config.recipe.rl, state.model
     assert isinstance(model, Decoder)
     mode = rl.weights
@@ -36,9 +52,9 @@ def start_sampler(
     with weights.whole():
         engine = Engine(
             model,
-            engine_config(config, num_sequences=config.train.global_batch_size // mesh.samples.size()),
+            engine_config(config, room),
             tokenizer=tokenizer,
-            eos_ids=[tokenizer.eos_id],
+            eos_ids=[tokenizer.eos_id, *room.ends],
         )
     if mode == "stream":
         engine.runner.fused = False  # fused launches read a block's weights without its forward
@@ -47,8 +63,8 @@ def start_sampler(
         engine,
         tokenizer,
         seed=config.train.seed,
-        max_len=config.train.seq_len,
-        max_tokens=rl.max_tokens,
+        max_len=room.max_len,
+        max_tokens=room.max_tokens,
         lockstep=weights.lockstep,
         environment=environment,
         max_turns=rl.max_turns,
@@ -57,15 +73,15 @@ def start_sampler(
     return sampler, weights
 
 
-def engine_config(config: TrainConfig, *, num_sequences: int) -> EngineConfig:
-    """recipe.rl.engine with what is left open: a cache for this rank's num_sequences rollouts, not for the whole
-    device, which training needs as well."""
+def engine_config(config: TrainConfig, room: Room) -> EngineConfig:
+    """recipe.rl.engine with what is left open: a cache for this rank's sequences, not for the whole device, which
+    training needs as well."""
     engine = config.recipe.rl.engine
-    sequences = min(engine.max_sequences, num_sequences)
-    blocks = sequences * -(-config.train.seq_len // engine.block_size)
+    sequences = min(engine.max_sequences, room.num_sequences)
+    blocks = sequences * -(-room.max_len // engine.block_size)
     return replace(
         engine,
-        max_seq_len=config.train.seq_len,
+        max_seq_len=room.max_len,
         max_sequences=sequences,
         max_batch_tokens=max(engine.max_batch_tokens, sequences),
         num_blocks=engine.num_blocks or blocks,
