@@ -1,6 +1,6 @@
 """What rollouts beside updates save (recipe.rl.overlap): one run of GRPO in three ways, by the trainer itself.
 
-    python benchmarks/rollouts.py --gpus 1 --out benchmarks/results/rollouts_llama3_1b_h200.json model=llama3_1b precision=bf16
+    python benchmarks/rollouts.py --gpus 1 --out rollouts.json model=llama3_1b precision=bf16
 
     in_turn   rollouts, then the update that learns from them
     ahead     recipe.rl.rollout_lag=1: rollouts of the next batch, then the update

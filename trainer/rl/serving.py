@@ -35,15 +35,15 @@ def start_sampler(
     model: by whose weights; None: those that are trained. stream: the CUDA stream that its engine works on; None: the
     current one.
     """
-    rl, model = config.recipe.rl, state.model if model is None else model
-    assert isinstance(model, Decoder)
+    rl, served = config.recipe.rl, state.model if model is None else model
+    assert isinstance(served, Decoder)
     mode = rl.weights
     if mode == "auto":
         mode = "gather" if config.parallel.zero_stage == 3 else "in_place"
-    weights = ServedWeights(model, mode=mode, group=mesh.tokens.get_group(), device=state.device, stream=stream)
+    weights = ServedWeights(served, mode=mode, group=mesh.tokens.get_group(), device=state.device, stream=stream)
     with weights.whole(), on_stream(stream):
         engine = Engine(
-            model,
+            served,
             engine_config(config, num_sequences=config.train.global_batch_size // mesh.samples.size()),
             tokenizer=tokenizer,
             eos_ids=[tokenizer.eos_id],

@@ -250,12 +250,12 @@ def slow(answer: Answer) -> float:
 
 
 def _interrupted(config: TrainConfig, *, by: str) -> tuple[str, float, list[str]]:
-    """A run whose third step, beside which rollouts are made, ends it; how, in what time, and what is left of it."""
+    """A run that its second step, the first beside which rollouts are made, ends; how, in what time, what is left."""
     trainer = Trainer(finalize(config, world_size=1))
     began = [0.0]
 
     def update(state: Any, *args: Any, **kwargs: Any) -> Any:
-        if state.step == 2:
+        if state.step == 1:
             began[0] = time.monotonic()
             if by == "failure":
                 raise OSError("no space left")
