@@ -27,6 +27,7 @@ from inference.sampling import Sampled, log_probabilities, sample, settings_of
 from inference.scheduler import Chunk, Step
 from inference.sequence import PENDING, Sequence
 from inference.tables import BlockTables
+from inference.weights import receive_weights
 from kernels.attention.alibi import slopes
 from kernels.paged_attention import implementation
 from models.config import ModelConfig
@@ -182,16 +183,9 @@ class ModelRunner:
         return self._on_its_way(Launched(chunks, sampling, sampled, of_prompts, None))
 
     def receive_weights(self) -> None:
-        """Let what follows wait for weights that are still on their way into the model.
-
-        A trainer's updates may be gathered while other things happen, and hooks before each module's forward wait for
-        them (parallel/zero.py). A captured graph runs no hooks. Those of fully_shard, which take keyword
-        arguments, gather for a forward and not for an update: whoever serves its shards has gathered them.
-        """
-        for module in self.model.modules():
-            for number, hook in module._forward_pre_hooks.items():
-                if number not in module._forward_pre_hooks_with_kwargs:
-                    hook(module, ())
+        """Let what follows wait for weights that are still on their way into the model: a captured graph runs no
+        hooks."""
+        receive_weights(self.model)
 
     def results(self, launched: Launched) -> list[Result]:
         """Wait for a step; what it found out about each of its chunks."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.decoder import Decoder
 from parallel.regions import local_region, local_tensor
@@ -38,6 +38,19 @@ def load_in_place(model: Decoder, state: Mapping[str, Tensor]) -> None:
         raise ValueError(f"the weights do not fit the model that is served: {'; '.join(found)}")
     for name, located in own.items():
         local_tensor(located).copy_(state[name][local_region(located)], non_blocking=True)
+
+
+def receive_weights(model: nn.Module) -> None:
+    """Let what follows on this thread's stream wait for weights that are still on their way into a model.
+
+    A trainer's updates may be gathered while other things happen, and hooks before each module's forward wait for them
+    (parallel/zero.py). Those of fully_shard, which take keyword arguments, gather for a forward and not for an update:
+    whoever serves its shards has gathered them.
+    """
+    for module in model.modules():
+        for number, hook in module._forward_pre_hooks.items():
+            if number not in module._forward_pre_hooks_with_kwargs:
+                hook(module, ())
 
 
 def _listing(names: list[str]) -> str:

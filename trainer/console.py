@@ -145,7 +145,8 @@ def line_parts(record: Record) -> list[str]:
         if value is not None:
             parts.append(show(value))
     if seconds := record.get("step_seconds"):
-        rollout = record.get("rollout_seconds") or 0.0
+        # Beside an update they take no time but what is waited for.
+        rollout = record.get("rollout_wait_seconds", record.get("rollout_seconds")) or 0.0
         wait = (record.get("data_wait_seconds") or 0.0) - rollout  # sampling is work, and shown as such
         shares = {"rollout": rollout / seconds, "data wait": wait / seconds}
         parts += [f"{name} {share:.0%}" for name, share in shares.items() if share > 0.05]
@@ -222,6 +223,7 @@ _NOT_SHOWN = {
     "sampling_rounds",
     "rollout_seconds",
     "rollout_gather_seconds",
+    "rollout_wait_seconds",
     "clipped_below",
     "clipped_above",
     "ratio",

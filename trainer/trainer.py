@@ -481,8 +481,8 @@ class Trainer:
             "step": self.state.step,
             "tokens": self.tokens,
             **self.records.state_dict(),
+            "recipe": self.recipe.state_dict(),  # before the data, of which it may draw more to be complete
             "data": self.train_data.state_dict(self._all_gather),
-            "recipe": self.recipe.state_dict(),
             "model": model_identity(self.config.model),
             "tokenizer": self.train_data.tokenizer.fingerprint() if self.train_data.tokenizer is not None else None,
             "seed": self.config.train.seed,
@@ -549,6 +549,7 @@ class Trainer:
 
         A checkpoint under way is finished, unless a rank has failed: writing takes all of them.
         """
+        self.recipe.close()
         self.guard.close()
         self.train_data.close()
         if self.validation_data is not None:

@@ -43,6 +43,8 @@ HUNG_EXIT_CODE = os.EX_SOFTWARE
 """70, in sysexits.h."""
 NOTICED_AFTER = 0.8
 """Of the time that a phase may take; the rest is for the stacks, and keeps us ahead of the collectives' own timeout."""
+ROLLOUTS = "rollouts"
+"""Name of a thread that is in no collective (trainer/rl/overlap.py), and that the main one may come to wait for."""
 _ROOT = str(Path(__file__).resolve().parent.parent)
 _STDERR = 2
 
@@ -74,7 +76,7 @@ class Standing:
     phase: str = ""
     seconds: float = 0.0  # since its last progress
     collective: str | None = None  # the oldest one it had begun and not finished; None: it was in none
-    at: str = ""  # the innermost line of this project's on the main thread
+    at: str = ""  # the innermost line of this project's on the main thread, and on that of rollouts
     stacks: dict[str, list[str]] = field(default_factory=dict)  # by name of the thread
 
 
@@ -155,9 +157,10 @@ def standing(rank: int, phase: Phase) -> Standing:
     """Where this process stands now."""
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     frames = sys._current_frames()
-    main = frames.get(threading.main_thread().ident or 0)
-    ours = [frame for frame in traceback.extract_stack(main) if _is_ours(frame.filename)] if main else []
-    last = ours[-1] if ours else None
+    at = _innermost(frames.get(threading.main_thread().ident or 0))
+    for ident in [ident for ident in frames if names.get(ident) == ROLLOUTS]:
+        at += f", beside {ROLLOUTS} at {_innermost(frames[ident])}"
+    callers = {ident: frame for ident, frame in frames.items() if names.get(ident) != ROLLOUTS}
     return Standing(
         rank=rank,
         host=socket.gethostname(),
@@ -165,13 +168,19 @@ def standing(rank: int, phase: Phase) -> Standing:
         step=phase.step,
         phase=phase.name,
         seconds=time.monotonic() - phase.since,
-        collective=pending_collective(inside=_is_inside_torch(frames)),
-        at=f"{os.path.relpath(last.filename, _ROOT)}:{last.lineno} {last.name}" if last else "",
+        collective=pending_collective(inside=_is_inside_torch(callers)),
+        at=at,
         stacks={
             f"{names.get(ident, 'thread')} {ident}": [line.rstrip() for line in traceback.format_stack(frame)]
             for ident, frame in frames.items()
         },
     )
+
+
+def _innermost(frame: FrameType | None) -> str:
+    """The innermost line of this project's on a thread."""
+    ours = [one for one in traceback.extract_stack(frame) if _is_ours(one.filename)] if frame else []
+    return f"{os.path.relpath(ours[-1].filename, _ROOT)}:{ours[-1].lineno} {ours[-1].name}" if ours else ""
 
 
 def _is_inside_torch(frames: Mapping[int, FrameType]) -> bool:

@@ -10,6 +10,7 @@ into.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -25,9 +26,10 @@ from trainer.config import TrainConfig
 from trainer.loss import Objective, vocabulary_shard
 from trainer.recipes.pretrain import Pretrain, StepReport
 from trainer.reference import Reference, load_reference
-from trainer.rl.collect import Collector, all_gather
+from trainer.rl.collect import Collector, Round, all_gather
 from trainer.rl.config import rl_problems
 from trainer.rl.objective import PolicyObjective
+from trainer.rl.overlap import Beside, RolloutError, WeightCopy
 from trainer.rl.packing import Packed, empty_batch, of_rollouts, optional_columns, rollout_batches
 from trainer.rl.problems import data_problems, layout_problems
 from trainer.rl.reward_models import RewardModels
@@ -56,6 +58,9 @@ class GroupPolicyOptimization(Pretrain):
         self._buffer: list[list[Rollout]] = []  # of updates that are still to be made, this rank's rollouts
         self._ahead: RolledOut | None = None  # with recipe.rl.rollout_lag, the batch that comes after them
         self._restored: Mapping[str, Any] = {}  # what a checkpoint has of both, of all ranks
+        self._beside: Beside[Round] | None = None  # with recipe.rl.overlap, who makes that batch
+        self._copies: list[WeightCopy] = []  # by whose weights
+        self._used = False  # a batch has been made ahead by this process
         self._report = StepReport()
         self._reference: Reference | None = None
 
@@ -96,7 +101,21 @@ class GroupPolicyOptimization(Pretrain):
         self._config, self._state, self._group = config, state, mesh.samples.get_group()
         environment = None if rl.environment is None else import_path(rl.environment)
         room = Room.of_rollouts(config, mesh)
-        sampler, weights = start_sampler(config, state, mesh, self._tokenizer, room, environment=environment)
+        assert isinstance(state.model, Decoder)
+        self._sampled_by = state.model
+        if rl.overlap:
+            self._beside = Beside(state.device)
+            self._sampled_by = self._copy_of(state.model)
+        sampler, weights = start_sampler(
+            config,
+            state,
+            mesh,
+            self._tokenizer,
+            room,
+            environment=environment,
+            model=self._sampled_by,
+            stream=self._beside and self._beside.stream,
+        )
         self._engine = sampler.engine
         tp = groups_in_layers(mesh, config.parallel).tp
         rewards = Rewards(rl)
@@ -123,6 +142,13 @@ class GroupPolicyOptimization(Pretrain):
             self._buffer = shared_out(self._restored["rollouts"], rank, size)
             if ahead := self._restored.get("ahead"):
                 self._ahead = RolledOut(shared_out(ahead["rollouts"], rank, size), ahead["metrics"], ahead["events"])
+
+    def _copy_of(self, model: Decoder) -> Decoder:
+        """What `_take_weights` brings up to date, while the model itself is trained."""
+        copy = WeightCopy(model, self._config)
+        copy.take()
+        self._copies.append(copy)
+        return copy.model
 
     def needs_reference(self, config: TrainConfig) -> bool:
         return config.recipe.rl.kl_weight > 0
@@ -158,21 +184,65 @@ class GroupPolicyOptimization(Pretrain):
 
     def _next(self, data: Loader) -> RolledOut:
         """The batch of rollouts to learn from."""
+        self._settle()
         now = self._ahead or self._roll_out(data)  # one that is there is learned from, also without a lag from now on
-        self._ahead = self._roll_out(data) if self._config.recipe.rl.rollout_lag else None
+        self._ahead = None
+        # What is compiled at its first use, by rollouts or by an update, is so with nothing beside it.
+        if self._beside is not None and self._used:
+            self._begin_roll_out(data, self._beside)
+        elif self._config.recipe.rl.rollout_lag:
+            self._ahead, self._used = self._roll_out(data), True
         return now
 
     def _roll_out(self, data: Loader) -> RolledOut:
         """A batch by the current weights."""
-        rl = self._config.recipe.rl
+        self._take_weights()
+        return self._rolled_out(data)
+
+    def _take_weights(self) -> None:
+        """Let the engine sample by the weights of now."""
+        for copy in self._copies:
+            copy.take()
         self._engine.weights_changed()
-        batches = self._collector.collect(data, self._samples["train"])
+
+    def _begin_roll_out(self, data: Loader, beside: Beside[Round]) -> None:
+        """Begin with a batch by the current weights, which `_settle` completes."""
+        self._data = data
+        tasks = self._collector.draw(data, self._samples["train"])
+        self._take_weights()
+        beside.start(lambda check: self._collector.sample(tasks, check=check))
+
+    def _settle(self) -> None:
+        """Wait for the batch that is being made, if there is one, and complete it. Collective.
+
+        Raises on all ranks what went wrong on any.
+        """
+        if self._beside is None or not self._beside.busy:
+            return
+        begin, failure = time.perf_counter(), None
+        try:
+            made = self._beside.wait()
+        except Exception as error:
+            failure = error
+        waited = time.perf_counter() - begin
+        # A rank whose rollouts failed would not come to the next collective, where others wait.
+        of_ranks = self._collector.all_gather(None if failure is None else f"{type(failure).__name__}: {failure}")
+        if failure is not None:
+            raise failure
+        if failed := [(rank, text) for rank, text in enumerate(of_ranks) if text is not None]:
+            raise RolloutError("rollouts failed on data-parallel rank {}: {}".format(*failed[0]))
+        self._ahead = self._rolled_out(self._data, made, waited)
+
+    def _rolled_out(self, data: Loader, first: Round | None = None, waited: float = 0.0) -> RolledOut:
+        """A batch by the weights that were taken last. first, waited: of `Collector.collect`."""
+        rl = self._config.recipe.rl
+        batches = self._collector.collect(data, self._samples["train"], first=first, waited=waited)
         metrics = self._collector.metrics | self._complete(batches)
         events, self._collector.events = self._collector.events, []
         return RolledOut([list(batch) for _ in range(rl.epochs) for batch in batches], metrics, events)
 
     def _complete(self, batches: list[list[Rollout]]) -> dict[str, float]:
-        """Give this rank's rollouts what the models of now say of them; what there is to report. Collective."""
+        """Give rollouts what the models of when they were made say of them; what there is to report. Collective."""
         for batch in batches if self._config.recipe.rl.keeps_old else ():
             packed = self._packed(batch)
             found = self._policy_logprobs([one.batch.to(self._state.device) for one in packed])
@@ -185,10 +255,9 @@ class GroupPolicyOptimization(Pretrain):
                 rollout.old = numbers
 
     def _policy_logprobs(self, microbatches: list[Batch]) -> list[torch.Tensor]:
-        """[B, T] of the labels of each, by the trainer and its weights of now."""
-        state, temperature = self._state, self._config.recipe.rl.temperature
-        assert isinstance(state.model, Decoder)
-        return state.passes.token_logprobs(state.model, microbatches, temperature=temperature)
+        """[B, T] of the labels of each, as the trainer computes them, by the weights that rollouts were made by."""
+        temperature = self._config.recipe.rl.temperature
+        return self._state.passes.token_logprobs(self._sampled_by, microbatches, temperature=temperature)
 
     def _reference_logprobs(self, microbatches: list[Batch]) -> list[torch.Tensor]:
         assert self._reference is not None
@@ -214,6 +283,7 @@ class GroupPolicyOptimization(Pretrain):
 
     def state_dict(self) -> dict[str, Any]:
         """Rollouts of updates that are still to be made: the weights they were sampled by are gone."""
+        self._settle()
         ahead = None
         if self._ahead is not None:
             made = self._ahead
@@ -230,11 +300,16 @@ class GroupPolicyOptimization(Pretrain):
             "ahead": ahead and ahead | {"rollouts": _restored(ahead["rollouts"])},
         }
 
+    def close(self) -> None:
+        if self._beside is not None:
+            self._beside.close()
+
     # ---- validation
 
     def validate(self, state: TrainState, steps: Iterable[list[Batch]]) -> dict[str, float]:
         """Greedy completions of held-out prompts: their mean reward, and how many give the row's answer."""
-        self._engine.weights_changed()
+        self._settle()
+        self._take_weights()
         samples = self._samples["validation"]
         assert self._tokenizer is not None
         right = known = count = reward = failures = 0.0

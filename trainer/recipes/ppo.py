@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from models.decoder import Decoder
+from parallel.mesh import Meshes
 from parallel.problem import Problem, values
 from trainer.config import TrainConfig
 from trainer.frozen import FrozenModel, problems_beside
@@ -72,6 +73,12 @@ class ProximalPolicyOptimization(GroupPolicyOptimization):
             check_tokenizer(config.recipe.ppo.value_path, self._tokenizer)
         start_values(state.beside[VALUE], seed=config.train.seed)
 
+    def start(self, config: TrainConfig, state: TrainState, mesh: Meshes) -> None:
+        super().start(config, state, mesh)
+        value = state.beside[VALUE].model
+        assert isinstance(value, Decoder)
+        self._valued_by = self._copy_of(value) if config.recipe.rl.overlap else value
+
     # ---- a batch of rollouts
 
     def _complete(self, batches: list[list[Rollout]]) -> dict[str, float]:
@@ -110,11 +117,10 @@ class ProximalPolicyOptimization(GroupPolicyOptimization):
     def _estimate(self, batch: list[Rollout], coefficient: float) -> list[float]:
         """Give rollouts values, returns and advantages; the divergence of each from the reference, in nats."""
         rl, settings, value = self._config.recipe.rl, self._config.recipe.ppo, self._state.beside[VALUE]
-        assert isinstance(value.model, Decoder)
         packed = self._packed(batch)
         microbatches = [one.batch.to(self._state.device) for one in packed]
         # Read without a backward that would free what is gathered: as one that is frozen.
-        found = FrozenModel(value.model, value.passes).per_token(microbatches, scores_head)
+        found = FrozenModel(self._valued_by, value.passes).per_token(microbatches, scores_head)
         penalties = [torch.zeros_like(each) for each in found]
         if rl.keeps_old or coefficient:
             logprobs = self._policy_logprobs(microbatches)

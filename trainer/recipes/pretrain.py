@@ -126,6 +126,9 @@ class Pretrain:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Called before `start`, where a run goes on from a checkpoint."""
 
+    def close(self) -> None:
+        """Called when the run ends, however: stops what is under way in the background."""
+
     def validate(self, state: TrainState, steps: Iterable[list[Batch]]) -> dict[str, float]:
         """What `validation_metrics` gets, over these lists of micro-batches of the held-out data. Collective."""
         return evaluate(state, steps)

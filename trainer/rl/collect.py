@@ -8,9 +8,9 @@ are.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
@@ -73,6 +73,16 @@ class Totals:
         }
 
 
+class Round(NamedTuple):
+    """Completions of a batch of prompts. Filled by `Collector.sample`, without the other ranks."""
+
+    size: int  # completions of each prompt, which follow one another
+    sampled: Sampled
+    scores: list[Scored] | None  # None: other ranks have a part in them
+    seconds: float  # that it took
+    gather_seconds: float
+
+
 class Collector:
     """Makes the rollouts of one rank, together with all others."""
 
@@ -98,18 +108,37 @@ class Collector:
         self.metrics: dict[str, float] = {}  # of the last `collect`
         self.events: list[tuple[str, str]] = []
 
-    def collect(self, data: Loader, samples: PromptSamples) -> list[list[Rollout]]:
+    def draw(self, data: Loader, samples: PromptSamples) -> list[Task]:
+        """This rank's completions to be sampled, of the batch of prompts that the data has next. Raises DataError."""
+        numbers = [number for batch in data.next_step() for number in batch.samples.tolist()]
+        return self._tasks(numbers, samples, self._config.group_size)
+
+    def sample(self, tasks: Sequence[Task], *, check: Callable[[], None] | None = None) -> Round:
+        """These completions, rewarded by functions unless there are reward models. Raises FloatingPointError.
+
+        Without tp and ZeRO-3 no collective: another thread may call it while this one trains. check: called now and
+        then; what it raises ends it.
+        """
+        config = self._config
+        return self._round(tasks, size=config.group_size, temperature=config.temperature, check=check)
+
+    def collect(
+        self, data: Loader, samples: PromptSamples, *, first: Round | None = None, waited: float = 0.0
+    ) -> list[list[Rollout]]:
         """This rank's rollouts for each of recipe.rl.minibatches updates. Collective over all ranks.
 
+        first: what `sample` has made of what `draw` gave next; None: it is yet to be drawn. waited: seconds for it.
         Raises RewardError on all ranks as recipe.rl.bad_reward says, DataError, FloatingPointError.
         """
         begin, config = time.perf_counter(), self._config
+        before = 0.0 if first is None else first.seconds
         totals, kept, rounds, wanted, gathering = Totals(), list[Group](), 0, 0, 0.0
         informative: dict[int, bool] = {}  # of all ranks' groups, by number
         while rounds < config.sampling_rounds:
-            numbers = [number for batch in data.next_step() for number in batch.samples.tolist()]
-            groups, mine = self.groups(numbers, samples, size=config.group_size, temperature=config.temperature)
-            gathering += self._weights.gather_seconds
+            one = self.sample(self.draw(data, samples)) if first is None else first
+            first = None
+            groups, mine = self._rewarded(one)
+            gathering += one.gather_seconds
             of_ranks = self.all_gather((mine, {group.number: not is_constant(group.rewards) for group in groups}))
             for others, informs in of_ranks:
                 totals.add(others)
@@ -127,14 +156,19 @@ class Collector:
         for group in kept:
             if group.number in place:
                 batches[place[group.number] % config.minibatches] += self._trained(group)
-        seconds = time.perf_counter() - begin
-        self.metrics = totals.metrics() | {
-            "groups_trained": len(place),
-            "sampling_rounds": rounds,
-            "rollout_seconds": seconds,
-            "rollout_gather_seconds": gathering,
-            "rollout_tokens_per_second": totals.tokens / seconds,
-        }
+        here = time.perf_counter() - begin
+        seconds = before + here
+        self.metrics = (
+            totals.metrics()
+            | {
+                "groups_trained": len(place),
+                "sampling_rounds": rounds,
+                "rollout_seconds": seconds,
+                "rollout_gather_seconds": gathering,
+                "rollout_tokens_per_second": totals.tokens / seconds,
+            }
+            | ({"rollout_wait_seconds": waited + here} if config.overlap else {})
+        )
         if totals.errors:
             count = totals.completions - totals.rewarded
             self.events.append(("reward_failed", f"{count} completions are left out; for example: {totals.errors[0]}"))
@@ -155,14 +189,29 @@ class Collector:
         self, numbers: Sequence[int], samples: PromptSamples, *, size: int, temperature: float = 1.0
     ) -> tuple[list[Group], Totals]:
         """Rewarded completions of the prompts with these numbers, `size` of each, with advantages. Collective."""
-        tasks = [Task(samples[number], number, sample) for number in numbers for sample in range(size)]
+        return self._rewarded(self._round(self._tasks(numbers, samples, size), size=size, temperature=temperature))
+
+    def _tasks(self, numbers: Sequence[int], samples: PromptSamples, size: int) -> list[Task]:
+        return [Task(samples[number], number, sample) for number in numbers for sample in range(size)]
+
+    def _round(
+        self, tasks: Sequence[Task], *, size: int, temperature: float, check: Callable[[], None] | None = None
+    ) -> Round:
+        begin = time.perf_counter()
         with self._weights.serving():
-            sampled = self._sampler.rollouts(tasks, temperature=temperature)
-        scores = self._scores(sampled)
-        for rollout, scored in zip(sampled.rollouts, scores, strict=True):
+            sampled = self._sampler.rollouts(tasks, temperature=temperature, check=check)
+        alone = self._tp_group is None and not self._rewards.models
+        scores = self._rewards.of(sampled.answers, check=check) if alone else None
+        return Round(size, sampled, scores, time.perf_counter() - begin, self._weights.gather_seconds)
+
+    def _rewarded(self, one: Round) -> tuple[list[Group], Totals]:
+        """With rewards and advantages, by prompt. Collective."""
+        scores = self._scores(one.sampled) if one.scores is None else one.scores
+        rollouts, size = one.sampled.rollouts, one.size
+        for rollout, scored in zip(rollouts, scores, strict=True):
             rollout.reward, rollout.rewards = scored.total, scored.each
-        rollouts = sampled.rollouts
-        groups = [Group(number, rollouts[i * size : (i + 1) * size]) for i, number in enumerate(numbers)]
+        firsts = range(0, len(rollouts), size)
+        groups = [Group(rollouts[i].number, rollouts[i : i + size]) for i in firsts]
         for group in groups:
             rewarded = [rollout for rollout in group.rollouts if rollout.reward is not None]
             advantages = group_advantages(group.rewards, kind=self._config.advantage)

@@ -65,6 +65,9 @@ class RLConfig:
     # 1: rollouts are made a batch ahead, by the weights before the updates of the batch before them, and ratios are
     # against those weights
     rollout_lag: int = 0  # 0 or 1
+    # With rollout_lag=1: they are sampled, and rewarded by functions, while the updates of the batch before them are
+    # made, by a copy of the weights of then. The same numbers to the bit (trainer/rl/overlap.py)
+    overlap: bool = False
     # Truncated importance sampling: a token's loss times min(pi_trainer / pi_sampler, this), for what the engine's
     # arithmetic differs from the trainer's. 0: none.
     importance_cap: float = 2.0
@@ -125,6 +128,9 @@ def rl_problems(config: RLConfig, *, smallest_group: int = 2) -> list[str]:
     if config.rollout_lag not in (0, 1):
         why = f"recipe.rl.rollout_lag={config.rollout_lag} is neither 0 nor 1 batch"
         found.append(Problem(why, values("recipe.rl.rollout_lag", [1, 0])))
+    if config.overlap and not config.rollout_lag:
+        why = "recipe.rl.overlap=true with recipe.rl.rollout_lag=0: an update waits for the rollouts it learns from"
+        found.append(Problem(why, values("recipe.rl.rollout_lag", [1]), values("recipe.rl.overlap", [False])))
     if not 0 < config.temperature < math.inf:
         why = (
             f"recipe.rl.temperature={config.temperature} must be positive and finite: greedy completions teach nothing"

@@ -121,6 +121,24 @@ def layout_problems(config: TrainConfig, *, asks: tuple[str, int] | None = None)
                 values("recipe.rl.weights", ["in_place"]),
             )
         )
+    if rl.overlap and parallel.tp > 1:
+        found.append(
+            Problem(
+                f"recipe.rl.overlap=true with parallel.tp={parallel.tp}: each token that is sampled is a collective "
+                "over tp, and would meet those of the update",
+                values("recipe.rl.overlap", [False]),
+                values("parallel.tp", [1]),
+            )
+        )
+    if rl.overlap and parallel.zero_stage == 3:
+        found.append(
+            Problem(
+                "recipe.rl.overlap=true with parallel.zero_stage=3: no rank has whole weights that it could copy, and "
+                "gathering them would meet the collectives of the update",
+                values("recipe.rl.overlap", [False]),
+                values("parallel.zero_stage", [2, 1, 0]),
+            )
+        )
     if rl.engine.cuda_graphs and parallel.zero_stage == 3:
         found.append(
             Problem(

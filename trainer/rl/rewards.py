@@ -161,15 +161,25 @@ class Rewards:
             self._parts.append((name, one.weight, partial(function, **one.arguments)))
         self._threads = config.reward_threads
 
-    def of(self, answers: Sequence[Answer], by_models: Mapping[str, Sequence[float]] = NO_MODELS) -> list[Scored]:
-        """Rewards of all answers, in their order. by_models: what each of `models` gives them."""
+    def of(
+        self,
+        answers: Sequence[Answer],
+        by_models: Mapping[str, Sequence[float]] = NO_MODELS,
+        *,
+        check: Callable[[], None] | None = None,
+    ) -> list[Scored]:
+        """Rewards of all answers, in their order. by_models: what each of `models` gives them. check: called before
+        each answer is looked at; what it raises ends it."""
         given = [{name: values[place] for name, values in by_models.items()} for place in range(len(answers))]
+        score = partial(self._score, check=check)
         if self._threads == 1 or len(answers) < 2:
-            return list(map(self._score, answers, given))
+            return list(map(score, answers, given))
         with ThreadPoolExecutor(self._threads) as pool:
-            return list(pool.map(self._score, answers, given))
+            return list(pool.map(score, answers, given))
 
-    def _score(self, answer: Answer, given: Mapping[str, float]) -> Scored:
+    def _score(self, answer: Answer, given: Mapping[str, float], *, check: Callable[[], None] | None) -> Scored:
+        if check is not None:
+            check()
         if answer.failure:
             return Scored(None, error=f"{answer.failure}, after the completion {_shown(answer)}")
         each: dict[str, float] = {}

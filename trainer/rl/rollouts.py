@@ -115,10 +115,13 @@ class Sampler:
         self._max_turns = max_turns
         self._tp_group = tp_group
 
-    def rollouts(self, tasks: Sequence[Task], *, temperature: float) -> Sampled:
+    def rollouts(
+        self, tasks: Sequence[Task], *, temperature: float, check: Callable[[], None] | None = None
+    ) -> Sampled:
         """A completion for each task. temperature: 0 is greedy. All ranks of tp call it with the same tasks.
 
-        Raises FloatingPointError where the model gives NaN.
+        check: called before each step of the engine; what it raises ends it. Raises FloatingPointError where the model
+        gives NaN.
         """
         episodes: dict[int, _Episode] = {}
         answers: list[Answer | None] = [None] * len(tasks)
@@ -130,6 +133,8 @@ class Sampler:
                 continue
             rollouts[place], answers[place] = episode.rollout, self._answer(task, episode)
         while self._lockstep.any_busy(self.engine.num_unfinished > 0):
+            if check is not None:
+                check()
             for delta in self.engine.step() if self.engine.num_unfinished else self._lockstep.idle():
                 if delta.completion is None:
                     continue

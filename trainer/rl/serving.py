@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
+from typing import Any
 
 from data.tokenizer import Tokenizer
 from inference.config import EngineConfig
@@ -12,6 +13,7 @@ from models.decoder import Decoder
 from parallel.mesh import Meshes, groups_in_layers
 from trainer.config import TrainConfig
 from trainer.rl.environment import Environment
+from trainer.rl.overlap import on_stream
 from trainer.rl.rollouts import Sampler
 from trainer.rl.weights import ServedWeights
 from trainer.step import TrainState
@@ -41,17 +43,23 @@ def start_sampler(
     room: Room,
     *,
     environment: Callable[[], Environment] | None = None,
+    model: Decoder | None = None,
+    stream: Any = None,
 ) -> tuple[Sampler, ServedWeights]:
-    """A sampler as recipe.rl says, and what has to be done around its use. Collective."""
-    rl, model = config.recipe.rl, state.model
-    assert isinstance(model, Decoder)
+    """A sampler as recipe.rl says, and what has to be done around its use. Collective.
+
+    model: by whose weights; None: those that are trained. stream: the CUDA stream that its engine works on; None: the
+    current one.
+    """
+    rl, served = config.recipe.rl, state.model if model is None else model
+    assert isinstance(served, Decoder)
     mode = rl.weights
     if mode == "auto":
         mode = "gather" if config.parallel.zero_stage == 3 else "in_place"
-    weights = ServedWeights(model, mode=mode, group=mesh.tokens.get_group(), device=state.device)
-    with weights.whole():
+    weights = ServedWeights(served, mode=mode, group=mesh.tokens.get_group(), device=state.device, stream=stream)
+    with weights.whole(), on_stream(stream):
         engine = Engine(
-            model,
+            served,
             engine_config(config, room),
             tokenizer=tokenizer,
             eos_ids=[tokenizer.eos_id, *room.ends],
@@ -86,4 +94,6 @@ def engine_config(config: TrainConfig, room: Room) -> EngineConfig:
         max_batch_tokens=max(engine.max_batch_tokens, sequences),
         num_blocks=engine.num_blocks or blocks,
         deterministic=config.train.batch_invariant,
+        # Not while an update is given to the device: capturing waits for all of it.
+        warmup=engine.warmup or (config.recipe.rl.overlap and engine.cuda_graphs),
     )

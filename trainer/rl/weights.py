@@ -6,7 +6,8 @@
     stream     ZeRO-3: fully_shard gathers each block when it runs, in every step of the engine, and frees it: the
                memory of a block. All ranks take their steps together; one that has nothing left to do computes a token
 
-`rollout_seconds` and `rollout_gather_seconds` of a run's metrics say what they cost.
+`rollout_seconds` and `rollout_gather_seconds` of a run's metrics say what they cost. With recipe.rl.overlap alone the
+engine has a copy (trainer/rl/overlap.py).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
 from models.decoder import Decoder
+from trainer.rl.overlap import on_stream
 from trainer.step import in_evaluation
 
 
@@ -49,9 +51,13 @@ class Lockstep:
 class ServedWeights:
     """What an engine on a trainer's model needs done around its rollouts."""
 
-    def __init__(self, model: Decoder, *, mode: str, group: dist.ProcessGroup, device: torch.device) -> None:
-        """mode: one of trainer.rl.config.WEIGHTS but auto. group: the ranks that hold shards of it. Collective."""
+    def __init__(
+        self, model: Decoder, *, mode: str, group: dist.ProcessGroup, device: torch.device, stream: Any = None
+    ) -> None:
+        """mode: one of trainer.rl.config.WEIGHTS but auto. group: the ranks that hold shards of it. stream: the CUDA
+        stream that the engine works on; None: the current one. Collective."""
         self.mode = mode
+        self.stream = stream
         self._model = model
         self.lockstep = Lockstep(model, group if mode == "stream" else None, device)
         self._sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
@@ -84,7 +90,8 @@ class ServedWeights:
             return
         self.gather_seconds = 0.0
         try:
-            yield
+            with on_stream(self.stream):
+                yield
         finally:
             for module in self._sharded:
                 module.reshard()
