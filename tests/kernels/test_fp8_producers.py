@@ -10,9 +10,12 @@ import torch
 from torch import Tensor
 
 from kernels.backend import interpreted
-from kernels.fp8 import E4M3, E5M2, Quantized, quantize_tensorwise, transpose_quantized
+from kernels.fp8 import E4M3, E5M2, Quantized, quantize_rowwise, quantize_tensorwise, transpose_quantized
+from kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_fp8
+from kernels.rms_norm.kernel import COLUMNS
+from kernels.rms_norm.quantized import _rms_norm_columns
 from kernels.swiglu import swiglu_backward_quantized, swiglu_fused, swiglu_fused_backward, swiglu_quantized
-from tests.kernels.test_norms import CUDA, DEVICE, draw
+from tests.kernels.test_norms import CUDA, DEVICE, EPS, draw
 
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if CUDA else [])]
 """The interpreter computes wrongly in bf16."""
@@ -70,6 +73,76 @@ def test_its_backward_writes_the_bytes_of_quantizing_the_gradient(
     expected, expected_amax = quantize_tensorwise(plain, scale, dtype=format_, transpose=True)
     assert_same(ours, expected)
     assert torch.equal(amax, expected_amax)
+
+
+def normed(dtype: torch.dtype, shape: tuple[int, ...], *, by_row: bool, added: bool, transpose: bool) -> None:
+    """Checks rms_norm_fp8 of random numbers against the norm, stored and quantized."""
+    x = (2 * draw(*shape)).to(dtype)
+    residual = draw(*shape, seed=1).to(dtype) if added else None
+    weight = draw(shape[-1], seed=2).to(dtype)
+    scale = None if by_row else torch.tensor(3e-3, device=DEVICE)
+    ours = rms_norm_fp8(x, weight, EPS, scale=scale, residual=residual, transpose=transpose)
+    if residual is None:
+        plain, stream = rms_norm(x, weight, EPS), x
+    else:
+        plain, stream = add_rms_norm(x, residual, weight, EPS)
+    rows, expected_amax = plain.view(-1, shape[-1]), None
+    if scale is None:
+        expected = quantize_rowwise(rows, transpose=transpose)
+    else:
+        expected, expected_amax = quantize_tensorwise(rows, scale, transpose=transpose)
+    assert torch.equal(ours.stream, stream)
+    row_scale = ours.scale if scale is not None else ours.scale.view(-1, 1)
+    made = Quantized(ours.y.view(-1, shape[-1]), row_scale, ours.transposed, ours.transposed_scale)
+    if CUDA:  # norms of one output and another are two kernels, whose sums a GPU may add in different orders
+        torch.testing.assert_close(made.scale, expected.scale, rtol=8e-3, atol=0.0)
+        assert (made.data.view(torch.uint8) == expected.data.view(torch.uint8)).float().mean() > 0.99
+        if expected.transposed is not None and made.transposed is not None:
+            assert (made.transposed.view(torch.uint8) == expected.transposed.view(torch.uint8)).float().mean() > 0.99
+        return
+    assert_same(made, expected)
+    assert (ours.amax is None) == (expected_amax is None)
+    if ours.amax is not None and expected_amax is not None:
+        assert torch.equal(ours.amax, expected_amax)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("by_row", [False, True], ids=["tensor", "row"])
+@pytest.mark.parametrize("added", [False, True], ids=["alone", "added"])
+def test_a_norm_writes_the_bytes_of_quantizing_it(dtype: torch.dtype, by_row: bool, added: bool) -> None:
+    """No rounding before the cast; a scale of columns from some rows only, or of the unrounded norm; padding."""
+    for shape, transpose in (((5, 48), True), ((2, 35, 80), True), ((3, 33), False)):
+        normed(dtype, shape, by_row=by_row, added=added, transpose=transpose)
+
+
+def test_largest_magnitudes_of_columns_are_found_by_every_configuration(kernels_run: bool) -> None:
+    """Rows of a later tile forgotten by programs that loop."""
+    for config in COLUMNS.configs if kernels_run else ():
+        with COLUMNS.forced(config):
+            normed(torch.float32, (150, 48), by_row=True, added=False, transpose=True)
+
+
+def test_the_columns_op_is_proper() -> None:
+    """A fake result of another shape or stride than the real one."""
+    x, weight = draw(2, 9, 48), draw(48, seed=1)
+    made = rms_norm_fp8(x, weight, EPS)
+    torch.library.opcheck(_rms_norm_columns, (x, weight, made.rstd, draw(48).abs(), EPS))
+    torch.library.opcheck(_rms_norm_columns, (x, None, made.rstd, draw(48).abs(), EPS))
+
+
+def test_a_norm_of_nothing_and_of_zeros() -> None:
+    """A division by a largest magnitude of zero; a launch without programs."""
+    for by_row in (False, True):
+        scale = None if by_row else torch.tensor(0.01, device=DEVICE)
+        for rows in (0, 3):
+            made = rms_norm_fp8(torch.zeros(rows, 32, device=DEVICE), None, EPS, scale=scale, transpose=True)
+            assert made.transposed is not None
+            assert made.transposed.shape == (32, 16 if rows else 0)
+            assert not made.y.view(torch.uint8).any()
+            if by_row and rows:
+                assert made.transposed_scale is not None
+                assert (made.transposed_scale == 1).all()
+                assert (made.scale == 1).all()
 
 
 def test_a_wrong_scale_or_an_unrounded_product_would_be_seen() -> None:
