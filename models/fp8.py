@@ -117,6 +117,7 @@ class Fp8Linears:
         self.recipe = recipe
         self.names = list(names)
         self.started = False  # there are scales of earlier steps
+        self.producers = "quantized by the layers"  # what writes inputs in fp8, for run.json; models/fp8_producers.py
         self.scaling: DelayedScaling | None = None
         if recipe.kind == "tensorwise_delayed":
             self.scaling = DelayedScaling(len(names), recipe=recipe, history_length=history_length, device=device)
