@@ -298,14 +298,14 @@ def start_gradients(
     plan: Plan,
     shape: Sequence[int],
     dtype: torch.dtype,
-    gradients: Sequence[Quantized],
+    gradients: Sequence[Any],
     weights: Sequence[Tensor],
     weight_scales: Sequence[Tensor],
     x_t: Tensor,
     x_t_scale: Tensor,
 ) -> tuple[Tensor, list[Tensor]]:
-    """From quantized gradients [rows, N_i] of products with weights [N_i, K]: that of the input, of this shape and
-    dtype, on its way (take it with `arrived`), and those of the weights."""
+    """From Quantized gradients [rows, N_i], with transposed copies, of products with weights [N_i, K]: that of the
+    input, of this shape and dtype, on its way (take it with `arrived`), and those of the weights."""
     fast = _fast(plan)[1]
     d_x: Any = None
     for d_y, weight, scale in zip(gradients, weights, weight_scales, strict=True):

@@ -45,7 +45,10 @@ def apply_producers(blocks: nn.Module, linears: Fp8Linears, *, activation: str) 
     for block in blocks.modules():
         if not isinstance(block, Block):
             continue
-        branches = ((block.attention_norm, _attention_layers(block)), (block.mlp_norm, _mlp_layers(block)))
+        branches: list[tuple[Any, list[Any]]] = [
+            (block.attention_norm, _attention_layers(block)),
+            (block.mlp_norm, _mlp_layers(block)),
+        ]
         for norm, layers in branches:
             norm.fp8_layers = ()
             if obstacle := _norm_obstacle(norm, layers, linears, norm_first=block.norm_first):

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from parallel.problem import Problem, values
+
 # fp8: linear layers of blocks multiply in it; all else is as for bf16.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
 FP8_RECIPES = ("tensorwise_dynamic", "tensorwise_delayed", "rowwise", "block128")
@@ -56,7 +58,7 @@ class PrecisionConfig:
 
 def problems(config: PrecisionConfig) -> list[str]:
     """Every reason why these dtypes cannot be used together, one line each."""
-    found = []
+    found: list[str] = []
     if config.compute not in DTYPES:
         found.append(f"precision.compute={config.compute} is not a precision; use {', '.join(DTYPES)}")
     own = "bf16" if config.fp8 else config.compute
@@ -81,9 +83,12 @@ def problems(config: PrecisionConfig) -> list[str]:
         found.append(f"precision.fp8_gradient={config.fp8_gradient} is unknown; use {' or '.join(FP8_GRADIENTS)}")
     if config.fp8_fused and config.fp8_recipe not in FP8_FUSED_RECIPES and config.fp8_recipe in FP8_RECIPES:
         found.append(
-            f"precision.fp8_fused=true does not work with precision.fp8_recipe={config.fp8_recipe}, whose scales are "
-            f"found in what norms and SwiGLU have written; use precision.fp8_recipe={' or '.join(FP8_FUSED_RECIPES)}, "
-            "or precision.fp8_fused=false"
+            Problem(
+                f"precision.fp8_fused=true does not work with precision.fp8_recipe={config.fp8_recipe}, whose scales "
+                "are found in what norms and SwiGLU have written",
+                values("precision.fp8_recipe", FP8_FUSED_RECIPES),
+                values("precision.fp8_fused", [False]),
+            )
         )
     if not 1 <= config.fp8_amax_history <= 4096:
         nearest = min(max(config.fp8_amax_history, 1), 4096)
