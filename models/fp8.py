@@ -32,7 +32,6 @@ Over tp tensorwise_dynamic agrees on the largest magnitudes of what is cut: one 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from types import MethodType
 from typing import Any, NamedTuple
 
@@ -51,33 +50,16 @@ from kernels.fp8 import (
     fp8_matmul,
     scale_from_amax,
 )
-from kernels.fp8.linear import quantize_by_kind
-from parallel.collectives import Axis, maximum, start_all_reduce, start_reduce_scatter, wait
+from models.fp8_gradients import Plan, arrived, quantized, start_gradients
+from parallel.collectives import maximum
 from parallel.fused import is_part, name_in_every_layout
 from parallel.tensor import (
-    SEQUENCE_DIM,
     ColumnParallelLinear,
     ReplicatedLinear,
     RowParallelLinear,
     local_shard,
     whole_input,
 )
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How some layers of one input are evaluated; constants of a compiled graph."""
-
-    recipe: Recipe
-    axis: Axis | None = None  # tp
-    gathers: bool = False  # the input is this rank's slice of the tokens, and so is its gradient
-    sums: bool = False  # the input is the same on all ranks, and its gradient the sum of theirs
-    cut: tuple[bool, bool, bool] = (False, False, False)  # INPUT, WEIGHT, GRADIENT: this rank has a part of it
-    as_one: bool = False  # layers that are one in other layouts, where they have one scale
-
-    def agrees_on(self, which: int) -> bool:
-        """Whether ranks have to find a largest magnitude together."""
-        return self.cut[which] and self.recipe.kind.startswith("tensorwise")
 
 
 class Prepared(NamedTuple):
@@ -232,8 +214,8 @@ class Fp8Linears:
             assert self.knows_scales
             x_q, x_amax = x.quantized, x.amax
         else:
-            x_q, x_amax = _quantized(rows, plan, E4M3, scales[0], transpose=recorded)
-        weights_q = [_quantized(w, plan, E4M3, s, square=True) for w, s in zip(weights, scales[1:], strict=True)]
+            x_q, x_amax = quantized(rows, plan, E4M3, scales[0], transpose=recorded)
+        weights_q = [quantized(w, plan, E4M3, s, square=True) for w, s in zip(weights, scales[1:], strict=True)]
         carriers: list[Tensor | None] = [None] * num
         if scaling is not None and recorded:
             assert x_amax is not None
@@ -268,7 +250,15 @@ class _Products(torch.autograd.Function):
         transposed_scale = x_scale if x_transposed_scale is None else x_transposed_scale
         ctx.save_for_backward(x_transposed, transposed_scale, *weights, *scales, *gradient_scales)
         return tuple(
-            fp8_matmul(x_data, x_scale, w, w_scale, bias=bias, out_dtype=x.dtype, fast_accumulation=_fast(plan)[0])
+            fp8_matmul(
+                x_data,
+                x_scale,
+                w,
+                w_scale,
+                bias=bias,
+                out_dtype=x.dtype,
+                fast_accumulation=plan.recipe.fast_accumulation[0],
+            )
             for w, w_scale, bias in zip(data, scales, biases, strict=True)
         )
 
@@ -280,68 +270,18 @@ class _Products(torch.autograd.Function):
         gradient = plan.recipe.gradient
         if scales[0] is None:
             scales = _agreed_scales(grads, [plan.agrees_on(GRADIENT)] * num, gradient, plan)
-        quantized = [_quantized(d, plan, gradient, s, transpose=True) for d, s in zip(grads, scales, strict=True)]
+        d_ys = [quantized(d, plan, gradient, s, transpose=True) for d, s in zip(grads, scales, strict=True)]
         d_x, d_weights = start_gradients(
-            plan, ctx.shape, ctx.dtype, [d_y for d_y, _ in quantized], weights, weight_scales, x_t, x_t_scale
+            plan, ctx.shape, ctx.dtype, [d_y for d_y, _ in d_ys], weights, weight_scales, x_t, x_t_scale
         )
         d_biases = [
             d.sum(0, dtype=torch.float32).to(d.dtype) if b else None for d, b in zip(grads, ctx.biased, strict=True)
         ]
-        found = [amax for _, amax in quantized]
+        found = [amax for _, amax in d_ys]
         if plan.as_one and ctx.recorded[0]:
             found = [torch.stack([amax for amax in found if amax is not None]).amax(0)] * num
         amaxes = [amax if wanted else None for amax, wanted in zip(found, ctx.recorded, strict=True)]
         return arrived(d_x, plan), *[None] * 5, *d_weights, *d_biases, *amaxes, *[None] * (3 * num)
-
-
-def start_gradients(
-    plan: Plan,
-    shape: Sequence[int],
-    dtype: torch.dtype,
-    gradients: Sequence[Any],
-    weights: Sequence[Tensor],
-    weight_scales: Sequence[Tensor],
-    x_t: Tensor,
-    x_t_scale: Tensor,
-) -> tuple[Tensor, list[Tensor]]:
-    """From Quantized gradients [rows, N_i], with transposed copies, of products with weights [N_i, K]: that of the
-    input, of this shape and dtype, on its way (take it with `arrived`), and those of the weights."""
-    fast = _fast(plan)[1]
-    d_x: Any = None
-    for d_y, weight, scale in zip(gradients, weights, weight_scales, strict=True):
-        known = scale if plan.recipe.kind.startswith("tensorwise") else None
-        w, _ = _quantized(weight, plan, E4M3, known, square=True, transpose=True)
-        part = fp8_matmul(
-            d_y.data, d_y.scale, w.transposed, w.transposed_scale, out_dtype=dtype, fast_accumulation=fast
-        )
-        d_x = part if d_x is None else d_x + part
-    d_x = _start_to_ranks(d_x, shape, plan)  # travels while the weight gradients are computed
-    d_weights = [
-        fp8_matmul(d_y.transposed, d_y.transposed_scale, x_t, x_t_scale, out_dtype=weight.dtype, fast_accumulation=fast)
-        for d_y, weight in zip(gradients, weights, strict=True)
-    ]
-    return d_x, d_weights
-
-
-def arrived(d_x: Tensor, plan: Plan) -> Tensor:
-    """The gradient of an input from `start_gradients`, or once ranks have summed it."""
-    return wait(d_x) if plan.gathers or plan.sums else d_x
-
-
-def _start_to_ranks(d_x: Tensor, shape: Sequence[int], plan: Plan) -> Tensor:
-    """From the gradient [rows, K] of what was multiplied, that of the input: summed over tp where each rank has a
-    summand, and then on its way."""
-    if plan.gathers:
-        assert plan.axis is not None
-        return start_reduce_scatter(d_x.view(shape[0], -1, shape[-1]), plan.axis, dim=SEQUENCE_DIM)
-    if plan.sums:
-        assert plan.axis is not None
-        return start_all_reduce(d_x.view(shape), plan.axis)
-    return d_x.view(shape)
-
-
-def _fast(plan: Plan) -> tuple[bool, bool]:
-    return plan.recipe.fast_accumulation
 
 
 def local_parameters(
@@ -349,19 +289,6 @@ def local_parameters(
 ) -> tuple[list[Tensor], list[Tensor | None]]:
     """Weights and biases as this rank multiplies with them."""
     return [y.local(y.weight) for y in layers], [None if y.bias is None else y.local(y.bias) for y in layers]
-
-
-def _quantized(
-    tensor: Tensor,
-    plan: Plan,
-    dtype: torch.dtype,
-    scale: Tensor | None,
-    *,
-    square: bool = False,
-    transpose: bool = False,
-) -> tuple[Any, Tensor | None]:
-    recipe = plan.recipe
-    return quantize_by_kind(tensor.detach(), recipe.kind, dtype, recipe.power_of_two, transpose, square, scale)
 
 
 def _agreed_scales(

@@ -28,7 +28,8 @@ from kernels.rms_norm import rms_norm_backward, rms_norm_fp8
 from kernels.rms_norm.op import MAX_WIDTH
 from kernels.swiglu import swiglu_backward_quantized, swiglu_quantized
 from models.decoder import Block
-from models.fp8 import Fp8Linears, Plan, Prepared, arrived, local_parameters, start_gradients
+from models.fp8 import Fp8Linears, Prepared, local_parameters
+from models.fp8_gradients import Plan, arrived, start_gradients
 from models.layers.attention import Attention
 from models.layers.mlp import MLP
 from models.layers.norm import ReplicatedNorm
