@@ -54,10 +54,18 @@ class Block(nn.Module):
         """
         keys = (context.samples, context.tokens)
         if self.norm_first:
-            x = x + self.attention_dropout(self.attention(self.attention_norm(x), context), *keys)
-            return x + self.mlp_dropout(self.mlp(self.mlp_norm(x)), *keys)
+            y, x = self.begin_branch(self.attention_norm, x)
+            y = self.attention_dropout(self.attention(y, context), *keys)
+            y, x = self.begin_branch(self.mlp_norm, x, y)
+            return x + self.mlp_dropout(self.mlp(y), *keys)
         x = self.attention_norm(x + self.attention_dropout(self.attention(x, context), *keys))
         return self.mlp_norm(x + self.mlp_dropout(self.mlp(x), *keys))
+
+    def begin_branch(self, norm: nn.Module, x: Tensor, branch: Tensor | None = None) -> tuple[Any, Tensor]:
+        """Pre-norm: the input of a branch, the norm of the stream, and the stream: x, or where an earlier branch ends
+        x + branch. fp8 replaces it (models/fp8_producers.py)."""
+        x = x if branch is None else x + branch
+        return norm(x), x
 
 
 class MoEBlock(Block):
@@ -78,10 +86,10 @@ class MoEBlock(Block):
     def forward(self, x: Tensor, *, context: Context) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """x [B, T, D] to [B, T, D] and the router's report; a call of the block returns the first alone."""
         keys = (context.samples, context.tokens)
-        x = x + self.attention_dropout(self.attention(self.attention_norm(x), context), *keys)
-        y, report = self.mlp(
-            self.mlp_norm(x), samples=context.samples, indices=context.indices, aux_scale=context.aux_scale
-        )
+        y, x = self.begin_branch(self.attention_norm, x)
+        y = self.attention_dropout(self.attention(y, context), *keys)
+        y, x = self.begin_branch(self.mlp_norm, x, y)
+        y, report = self.mlp(y, samples=context.samples, indices=context.indices, aux_scale=context.aux_scale)
         return x + self.mlp_dropout(y, *keys), report
 
 

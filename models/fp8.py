@@ -32,20 +32,28 @@ Over tp tensorwise_dynamic agrees on the largest magnitudes of what is cut: one 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from types import MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from kernels.fp8 import E4M3, GRADIENT, INPUT, WEIGHT, DelayedScaling, Recipe, fp8_matmul, scale_from_amax
-from kernels.fp8.linear import quantize_by_kind
-from parallel.collectives import Axis, maximum, start_all_reduce, start_reduce_scatter, wait
+from kernels.fp8 import (
+    E4M3,
+    GRADIENT,
+    INPUT,
+    WEIGHT,
+    DelayedScaling,
+    Quantized,
+    Recipe,
+    fp8_matmul,
+    scale_from_amax,
+)
+from models.fp8_gradients import Plan, arrived, quantized, start_gradients
+from parallel.collectives import maximum
 from parallel.fused import is_part, name_in_every_layout
 from parallel.tensor import (
-    SEQUENCE_DIM,
     ColumnParallelLinear,
     ReplicatedLinear,
     RowParallelLinear,
@@ -54,20 +62,28 @@ from parallel.tensor import (
 )
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """How some layers of one input are evaluated; constants of a compiled graph."""
+class Prepared(NamedTuple):
+    """The input of layers as its producer has quantized it (models/fp8_producers.py)."""
 
-    recipe: Recipe
-    axis: Axis | None = None  # tp
-    gathers: bool = False  # the input is this rank's slice of the tokens, and so is its gradient
-    sums: bool = False  # the input is the same on all ranks, and its gradient the sum of theirs
-    cut: tuple[bool, bool, bool] = (False, False, False)  # INPUT, WEIGHT, GRADIENT: this rank has a part of it
-    as_one: bool = False  # layers that are one in other layouts, where they have one scale
+    stand_in: Tensor  # [..., K] without memory of its own, not to be read: what the gradient belongs to
+    quantized: Quantized  # of all rows
+    amax: Tensor | None  # fp32 []; None by row
 
-    def agrees_on(self, which: int) -> bool:
-        """Whether ranks have to find a largest magnitude together."""
-        return self.cut[which] and self.recipe.kind.startswith("tensorwise")
+
+class Operands(NamedTuple):
+    """Of products, quantized."""
+
+    source: Tensor  # the input, or what stands for it: its gradient belongs there
+    shape: torch.Size  # of what is multiplied, [..., K]
+    x: Quantized
+    weights: list[Quantized]
+    carriers: list[Tensor | None]  # of largest magnitudes of gradients, see DelayedScaling
+    gradient_scales: list[Tensor | None]  # None: found in backward
+
+    @property
+    def other_scale(self) -> Tensor | None:
+        """That of the transposed copy, unless both have one: a compiled graph takes no tensor twice."""
+        return None if self.x.transposed_scale is self.x.scale else self.x.transposed_scale
 
 
 class Fp8Linears:
@@ -83,6 +99,7 @@ class Fp8Linears:
         self.recipe = recipe
         self.names = list(names)
         self.started = False  # there are scales of earlier steps
+        self.producers = "quantized by the layers"  # what writes inputs in fp8, for run.json; models/fp8_producers.py
         self.scaling: DelayedScaling | None = None
         if recipe.kind == "tensorwise_delayed":
             self.scaling = DelayedScaling(len(names), recipe=recipe, history_length=history_length, device=device)
@@ -104,12 +121,20 @@ class Fp8Linears:
     # ---- the layers' product functions
 
     def _plain(self, x: Tensor, layers: Sequence[nn.Linear]) -> tuple[Tensor, ...]:
-        return self._products(x, layers, [y.weight for y in layers], [y.bias for y in layers], _Plan(self.recipe))
+        return self._products(x, layers, [y.weight for y in layers], [y.bias for y in layers], Plan(self.recipe))
 
-    def _columns(self, x: Tensor, layers: Sequence[ColumnParallelLinear], *, entered: bool = False) -> tuple[Any, ...]:
+    def _columns(
+        self, x: Tensor | Prepared, layers: Sequence[ColumnParallelLinear], *, entered: bool = False
+    ) -> tuple[Any, ...]:
+        return self._products(x, layers, *local_parameters(layers), self.plan_of(layers, entered=entered))
+
+    def plan_of(self, layers: Sequence[Any], *, entered: bool = False) -> Plan:
+        """Of the first layers of a branch; entered: their input has passed the branch's beginning already."""
         first = layers[0]
+        if not isinstance(first, ColumnParallelLinear):
+            return Plan(self.recipe)
         slices = first.sequence_parallel and not entered
-        plan = _Plan(
+        return Plan(
             self.recipe,
             first.axis,
             gathers=slices,
@@ -117,17 +142,16 @@ class Fp8Linears:
             cut=(False, True, True),
             as_one=len(layers) > 1 and all(is_part(layer) for layer in layers),
         )
-        return self._products(x, layers, *_local(layers), plan)
 
     def _replicated(self, x: Tensor, layer: ReplicatedLinear) -> Tensor:
         tokens = layer.grad == "partial"  # each rank has its own
         return self._products(
-            x, [layer], *_local([layer]), _Plan(self.recipe, layer.axis, cut=(tokens, False, tokens))
+            x, [layer], *local_parameters([layer]), Plan(self.recipe, layer.axis, cut=(tokens, False, tokens))
         )[0]
 
     def _summand(self, x: Tensor, layer: RowParallelLinear) -> Tensor:
         weight = local_shard(layer.weight, grad="sharded")
-        plan = _Plan(self.recipe, layer.axis, cut=(True, True, False))
+        plan = Plan(self.recipe, layer.axis, cut=(True, True, False))
         return self._products(x, [layer], [weight], [None], plan)[0]
 
     def together(self, x: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor, ...]:
@@ -143,33 +167,55 @@ class Fp8Linears:
 
     # ---- products
 
+    @property
+    def knows_scales(self) -> bool:
+        """Whether one pass over a tensor can quantize it: by scales of the past, or of each row."""
+        return self.recipe.kind == "rowwise" or (self.scaling is not None and self.started)
+
     def _products(
         self,
-        x: Tensor,
+        x: Tensor | Prepared,
         layers: Sequence[nn.Module],
         weights: Sequence[Tensor],
         biases: Sequence[Tensor | None],
-        plan: _Plan,
+        plan: Plan,
     ) -> tuple[Tensor, ...]:
         """y_i = x W_i^T + b_i: x [..., K], weights [N_i, K], to [..., N_i]."""
+        made = self.operands(x, layers, weights, plan)
+        ys = _Products.apply(
+            made.source, plan, made.x.data, made.x.scale, made.x.transposed, made.other_scale,
+            *weights, *biases, *made.carriers, *(w.data for w in made.weights), *(w.scale for w in made.weights),
+            *made.gradient_scales,
+        )  # fmt: skip
+        return tuple(y.view(*made.shape[:-1], y.shape[-1]) for y in ys)
+
+    def operands(
+        self, x: Tensor | Prepared, layers: Sequence[nn.Module], weights: Sequence[Tensor], plan: Plan
+    ) -> Operands:
+        """Of the products of x [..., K], or what its producer has quantized already, with weights [N_i, K]."""
         recorded = torch.is_grad_enabled()
-        whole = x.detach()
+        source = x.stand_in if isinstance(x, Prepared) else x
+        whole = source.detach()
         if plan.gathers:
             assert plan.axis is not None
             whole = whole_input(whole, plan.axis, sequence_parallel=True)
-        rows = whole.reshape(-1, whole.shape[-1])
         num, scaling = len(layers), self.scaling
         numbers: list[Any] = [layer.fp8_number for layer in layers] if scaling is not None else []
         scales: list[Tensor | None]
         gradient_scales: list[Tensor | None] = [None] * num
+        rows = whole.reshape(-1, whole.shape[-1])
         if scaling is not None and self.started:
             scales = [scaling.scale[numbers[0], INPUT], *(scaling.scale[i, WEIGHT] for i in numbers)]
             gradient_scales = [scaling.scale[i, GRADIENT] for i in numbers]
         else:
             cut = [plan.agrees_on(INPUT), *[plan.agrees_on(WEIGHT)] * num]
             scales = _agreed_scales([rows, *weights], cut, E4M3, plan)
-        x_q, x_amax = _quantized(rows, plan, E4M3, scales[0], transpose=recorded)
-        weights_q = [_quantized(w, plan, E4M3, s, square=True) for w, s in zip(weights, scales[1:], strict=True)]
+        if isinstance(x, Prepared):
+            assert self.knows_scales
+            x_q, x_amax = x.quantized, x.amax
+        else:
+            x_q, x_amax = quantized(rows, plan, E4M3, scales[0], transpose=recorded)
+        weights_q = [quantized(w, plan, E4M3, s, square=True) for w, s in zip(weights, scales[1:], strict=True)]
         carriers: list[Tensor | None] = [None] * num
         if scaling is not None and recorded:
             assert x_amax is not None
@@ -179,13 +225,7 @@ class Fp8Linears:
                 scaling.record(i, WEIGHT, amax)
             # Of layers with one scale the first one's brings the largest magnitude of all gradients.
             carriers = [None if plan.as_one and n else scaling.carriers[i] for n, i in enumerate(numbers)]
-        # A compiled graph takes no tensor twice: tensorwise, both copies have one scale.
-        other_scale = None if x_q.transposed_scale is x_q.scale else x_q.transposed_scale
-        ys = _Products.apply(
-            x, plan, x_q.data, x_q.scale, x_q.transposed, other_scale, *weights, *biases, *carriers,
-            *(q.data for q, _ in weights_q), *(q.scale for q, _ in weights_q), *gradient_scales,
-        )  # fmt: skip
-        return tuple(y.view(*whole.shape[:-1], y.shape[-1]) for y in ys)
+        return Operands(source, whole.shape, x_q, [q for q, _ in weights_q], carriers, gradient_scales)
 
 
 class _Products(torch.autograd.Function):
@@ -195,7 +235,7 @@ class _Products(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        plan: _Plan,
+        plan: Plan,
         x_data: Tensor,
         x_scale: Tensor,
         x_transposed: Tensor | None,
@@ -210,81 +250,49 @@ class _Products(torch.autograd.Function):
         transposed_scale = x_scale if x_transposed_scale is None else x_transposed_scale
         ctx.save_for_backward(x_transposed, transposed_scale, *weights, *scales, *gradient_scales)
         return tuple(
-            fp8_matmul(x_data, x_scale, w, w_scale, bias=bias, out_dtype=x.dtype, fast_accumulation=_fast(plan)[0])
+            fp8_matmul(
+                x_data,
+                x_scale,
+                w,
+                w_scale,
+                bias=bias,
+                out_dtype=x.dtype,
+                fast_accumulation=plan.recipe.fast_accumulation[0],
+            )
             for w, w_scale, bias in zip(data, scales, biases, strict=True)
         )
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        plan, num, fast = ctx.plan, len(grads), _fast(ctx.plan)[1]
+        plan, num = ctx.plan, len(grads)
         x_t, x_t_scale, *saved = ctx.saved_tensors
         weights, weight_scales, scales = (saved[i * num : (i + 1) * num] for i in range(3))
         gradient = plan.recipe.gradient
         if scales[0] is None:
             scales = _agreed_scales(grads, [plan.agrees_on(GRADIENT)] * num, gradient, plan)
-        quantized = [_quantized(d, plan, gradient, s, transpose=True) for d, s in zip(grads, scales, strict=True)]
-        d_x: Any = None
-        for (d_y, _), weight, scale in zip(quantized, weights, weight_scales, strict=True):
-            known = scale if plan.recipe.kind.startswith("tensorwise") else None
-            w, _ = _quantized(weight, plan, E4M3, known, square=True, transpose=True)
-            part = fp8_matmul(
-                d_y.data, d_y.scale, w.transposed, w.transposed_scale, out_dtype=ctx.dtype, fast_accumulation=fast
-            )
-            d_x = part if d_x is None else d_x + part
-        d_x = _start_to_ranks(d_x, ctx.shape, plan)  # travels while the weight gradients are computed
-        d_weights = [
-            fp8_matmul(
-                d_y.transposed, d_y.transposed_scale, x_t, x_t_scale, out_dtype=weight.dtype, fast_accumulation=fast
-            )
-            for (d_y, _), weight in zip(quantized, weights, strict=True)
-        ]
+        d_ys = [quantized(d, plan, gradient, s, transpose=True) for d, s in zip(grads, scales, strict=True)]
+        d_x, d_weights = start_gradients(
+            plan, ctx.shape, ctx.dtype, [d_y for d_y, _ in d_ys], weights, weight_scales, x_t, x_t_scale
+        )
         d_biases = [
             d.sum(0, dtype=torch.float32).to(d.dtype) if b else None for d, b in zip(grads, ctx.biased, strict=True)
         ]
-        found = [amax for _, amax in quantized]
+        found = [amax for _, amax in d_ys]
         if plan.as_one and ctx.recorded[0]:
             found = [torch.stack([amax for amax in found if amax is not None]).amax(0)] * num
         amaxes = [amax if wanted else None for amax, wanted in zip(found, ctx.recorded, strict=True)]
-        d_x = wait(d_x) if plan.gathers or plan.sums else d_x
-        return d_x, *[None] * 5, *d_weights, *d_biases, *amaxes, *[None] * (3 * num)
+        return arrived(d_x, plan), *[None] * 5, *d_weights, *d_biases, *amaxes, *[None] * (3 * num)
 
 
-def _start_to_ranks(d_x: Tensor, shape: Sequence[int], plan: _Plan) -> Tensor:
-    """From the gradient [rows, K] of what was multiplied, that of the input: summed over tp where each rank has a
-    summand, and then on its way."""
-    if plan.gathers:
-        assert plan.axis is not None
-        return start_reduce_scatter(d_x.view(shape[0], -1, shape[-1]), plan.axis, dim=SEQUENCE_DIM)
-    if plan.sums:
-        assert plan.axis is not None
-        return start_all_reduce(d_x.view(shape), plan.axis)
-    return d_x.view(shape)
-
-
-def _fast(plan: _Plan) -> tuple[bool, bool]:
-    return plan.recipe.fast_accumulation
-
-
-def _local(layers: Sequence[ColumnParallelLinear | ReplicatedLinear]) -> tuple[list[Tensor], list[Tensor | None]]:
+def local_parameters(
+    layers: Sequence[ColumnParallelLinear | ReplicatedLinear],
+) -> tuple[list[Tensor], list[Tensor | None]]:
     """Weights and biases as this rank multiplies with them."""
     return [y.local(y.weight) for y in layers], [None if y.bias is None else y.local(y.bias) for y in layers]
 
 
-def _quantized(
-    tensor: Tensor,
-    plan: _Plan,
-    dtype: torch.dtype,
-    scale: Tensor | None,
-    *,
-    square: bool = False,
-    transpose: bool = False,
-) -> tuple[Any, Tensor | None]:
-    recipe = plan.recipe
-    return quantize_by_kind(tensor.detach(), recipe.kind, dtype, recipe.power_of_two, transpose, square, scale)
-
-
 def _agreed_scales(
-    tensors: Sequence[Tensor], cut: Sequence[bool], dtype: torch.dtype, plan: _Plan
+    tensors: Sequence[Tensor], cut: Sequence[bool], dtype: torch.dtype, plan: Plan
 ) -> list[Tensor | None]:
     """Tensorwise scales of the tensors of which ranks have parts, found in one collective; None for the others."""
     parts = [tensor.detach() for tensor, is_cut in zip(tensors, cut, strict=True) if is_cut]

@@ -6,9 +6,12 @@ from dataclasses import dataclass, field
 
 import torch
 
+from parallel.problem import Problem, values
+
 # fp8: linear layers of blocks multiply in it; all else is as for bf16.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
 FP8_RECIPES = ("tensorwise_dynamic", "tensorwise_delayed", "rowwise", "block128")
+FP8_FUSED_RECIPES = ("tensorwise_delayed", "rowwise")  # whose scales are known before what they scale is written
 FP8_GRADIENTS = {"e5m2": torch.float8_e5m2, "e4m3": torch.float8_e4m3fn}
 
 
@@ -25,6 +28,8 @@ class PrecisionConfig:
     fp8_gradient: str = "e5m2"  # gradients of outputs: e5m2 reaches further, e4m3 rounds less
     fp8_amax_history: int = 16  # tensorwise_delayed: steps whose largest magnitude makes the scale
     fp8_skip: list[str] = field(default_factory=list)  # linear layers with one of these in their name stay in bf16
+    # tensorwise_delayed, rowwise: norms, and under tensorwise_delayed SwiGLU, write fp8 (models/fp8_producers.py)
+    fp8_fused: bool = False
     loss_scale: float = 65536.0  # fp16: first dynamic loss scale
     loss_scale_growth_interval: int = 2000  # fp16: good steps before the scale doubles
 
@@ -53,7 +58,7 @@ class PrecisionConfig:
 
 def problems(config: PrecisionConfig) -> list[str]:
     """Every reason why these dtypes cannot be used together, one line each."""
-    found = []
+    found: list[str] = []
     if config.compute not in DTYPES:
         found.append(f"precision.compute={config.compute} is not a precision; use {', '.join(DTYPES)}")
     own = "bf16" if config.fp8 else config.compute
@@ -76,6 +81,15 @@ def problems(config: PrecisionConfig) -> list[str]:
         found.append(f"precision.fp8_recipe={config.fp8_recipe} is unknown; use {', '.join(FP8_RECIPES)}")
     if config.fp8_gradient not in FP8_GRADIENTS:
         found.append(f"precision.fp8_gradient={config.fp8_gradient} is unknown; use {' or '.join(FP8_GRADIENTS)}")
+    if config.fp8_fused and config.fp8_recipe not in FP8_FUSED_RECIPES and config.fp8_recipe in FP8_RECIPES:
+        found.append(
+            Problem(
+                f"precision.fp8_fused=true does not work with precision.fp8_recipe={config.fp8_recipe}, whose scales "
+                "are found in what norms and SwiGLU have written",
+                values("precision.fp8_recipe", FP8_FUSED_RECIPES),
+                values("precision.fp8_fused", [False]),
+            )
+        )
     if not 1 <= config.fp8_amax_history <= 4096:
         nearest = min(max(config.fp8_amax_history, 1), 4096)
         found.append(

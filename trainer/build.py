@@ -12,6 +12,7 @@ from models.config import ModelConfig
 from models.decoder import Decoder
 from models.flops import num_parameters
 from models.fp8 import Fp8Linears, apply_fp8, linears_in_fp8
+from models.fp8_producers import apply_producers
 from models.invariant import make_batch_invariant
 from models.layers.attention import choose_attention
 from models.layers.mlp import GATED_KERNELS
@@ -26,7 +27,7 @@ from parallel.mesh import Meshes, groups_in_layers
 from parallel.parallelize import BlockOptions, parallelize
 from parallel.pipeline.schedules import SPLIT_BACKWARD
 from parallel.pipeline.weight_gradients import defer_weight_gradients
-from parallel.precision import FP8_GRADIENTS, PrecisionConfig
+from parallel.precision import FP8_GRADIENTS
 from trainer.activations import plan_activations
 from trainer.adapter_start import BEGUN
 from trainer.config import TrainConfig
@@ -61,7 +62,7 @@ def build_state(
             apply_adapters(model, config.adapter, config.precision.compute_dtype)
     split_backward = pipeline is not None and pipeline.schedule in SPLIT_BACKWARD
     weight_gradients = defer_weight_gradients(model.blocks, at_once=(Router,)) if split_backward else None
-    fp8 = _multiply_in_fp8(model, config.precision, device) if config.precision.fp8 else None
+    fp8 = _multiply_in_fp8(model, config, device) if config.precision.fp8 else None
     if config.train.batch_invariant:
         make_batch_invariant(model)
     checkpointing = _checkpointing(config)
@@ -149,8 +150,9 @@ def _monitor_routing(model: Decoder, config: TrainConfig, mesh: Meshes, device: 
     )
 
 
-def _multiply_in_fp8(model: Decoder, precision: PrecisionConfig, device: torch.device) -> Fp8Linears:
+def _multiply_in_fp8(model: Decoder, config: TrainConfig, device: torch.device) -> Fp8Linears:
     """Collective over all ranks."""
+    precision = config.precision
     names: list[list[str]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(names, linears_in_fp8(model.blocks, skip=precision.fp8_skip))
     fp8 = Fp8Linears(
@@ -160,6 +162,8 @@ def _multiply_in_fp8(model: Decoder, precision: PrecisionConfig, device: torch.d
         device=device,
     )
     apply_fp8(model.blocks, fp8)
+    if precision.fp8_fused:
+        fp8.producers = apply_producers(model.blocks, fp8, activation=config.model.activation)
     return fp8
 
 
@@ -247,6 +251,7 @@ def implementations(config: TrainConfig, dims: ParallelDims, state: TrainState, 
         used["linear"] = (
             f"fp8, {precision.fp8_recipe}, gradients {precision.fp8_gradient}, {len(state.fp8.names)} layers"
         )
+        used["fp8_inputs"] = state.fp8.producers
         if model.moe.num_experts:
             used["experts"] += ", bf16"
     return used

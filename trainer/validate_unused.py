@@ -34,7 +34,7 @@ _USES = (
         "optim.name",
     ),
     _Use(
-        ("precision.fp8_recipe", "precision.fp8_gradient", "precision.fp8_amax_history", "precision.fp8_skip"),
+        tuple(f"precision.fp8_{name}" for name in ("recipe", "gradient", "amax_history", "skip", "fused")),
         lambda c: c.precision.compute in ("fp32", "bf16", "fp16"),
         "precision.compute",
     ),

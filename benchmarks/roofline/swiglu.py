@@ -1,4 +1,6 @@
-"""SwiGLU on the shapes of Llama-3-8B's MLP: of two tensors, of one projection's output, and with fp8 as output."""
+"""SwiGLU on the shapes of Llama-3-8B's MLP: of two tensors, of one projection's output, and with fp8 as output; last
+between two products in fp8, where it writes both copies that they read (precision.fp8_fused), against steps of which
+one writes bf16 and the other quantizes that."""
 
 from __future__ import annotations
 
@@ -9,8 +11,16 @@ from torch import Tensor
 
 from benchmarks.roofline.peers import liger
 from benchmarks.roofline.problem import Problem, both_directions, forward_only
+from kernels.fp8 import Quantized, quantize_tensorwise
 from kernels.rms_norm.reference import quantize_reference
-from kernels.swiglu import swiglu, swiglu_fp8, swiglu_fused
+from kernels.swiglu import (
+    swiglu,
+    swiglu_backward_quantized,
+    swiglu_fp8,
+    swiglu_fused,
+    swiglu_fused_backward,
+    swiglu_quantized,
+)
 from kernels.swiglu.reference import swiglu_fused_reference, swiglu_reference
 
 TABLE = ("kernels.swiglu.kernel:BLOCKS", "kernels.swiglu.kernel:BLOCKS")
@@ -23,6 +33,42 @@ def _fp8(gate_up: Tensor, *scale: Tensor) -> tuple[Tensor, Tensor]:
 
 def _fp8_reference(gate_up: Tensor, *scale: Tensor) -> tuple[Tensor, Tensor]:
     return quantize_reference(swiglu_fused_reference(gate_up), scale[0] if scale else None)
+
+
+def _bytes(made: tuple[Quantized, Tensor]) -> tuple[Tensor, ...]:
+    quantized, amax = made
+    assert quantized.transposed is not None
+    return quantized.data, quantized.transposed, amax
+
+
+def _between_products(rows: int, width: int, device: torch.device) -> Iterator[Problem]:
+    """Of delayed scaling: the scale is known. `eager`: our kernels, of which one writes bf16 and the next quantizes it;
+    `compile`: inductor's in the place of the first, as in a block without precision.fp8_fused."""
+    gate_up = torch.randn(rows, 2 * width, device=device, dtype=torch.bfloat16)
+    d_y, scale = torch.randn(rows, width, device=device, dtype=torch.bfloat16), torch.full((), 0.02, device=device)
+    compiled = torch.compile(swiglu_fused_reference, dynamic=False)
+    compiled_backward = torch.compile(_gradient, dynamic=False)
+    forward = {
+        "lattice": lambda x, s: _bytes(swiglu_quantized(x, s, transpose=True)),
+        "eager": lambda x, s: _bytes(quantize_tensorwise(swiglu_fused(x), s, transpose=True)),
+        "compile": lambda x, s: _bytes(quantize_tensorwise(compiled(x), s, transpose=True)),
+    }
+    backward = {
+        "lattice": lambda d, x, s: _bytes(swiglu_backward_quantized(d, x, s)),
+        "eager": lambda d, x, s: _bytes(quantize_tensorwise(swiglu_fused_backward(d, x), s, transpose=True)),
+        "compile": lambda d, x, s: _bytes(quantize_tensorwise(compiled_backward(d, x), s, transpose=True)),
+    }
+    size, tables = rows * width, "kernels.swiglu.quantized_kernel"
+    name = f"fp8 and transposed {rows}x{width}"
+    yield forward_only("swiglu", name, forward, (gate_up, scale), bytes=6 * size, tuned=f"{tables}:FORWARD")
+    name, inputs = f"gradient in {name}", (d_y, gate_up, scale)
+    yield forward_only("swiglu", name, backward, inputs, bytes=10 * size, tuned=f"{tables}:BACKWARD")
+
+
+def _gradient(d_y: Tensor, gate_up: Tensor) -> Tensor:
+    gate, up = (half.float() for half in gate_up.chunk(2, dim=-1))
+    share, d = torch.sigmoid(gate), d_y.float()
+    return torch.cat((d * up * (share + gate * share * (1 - share)), d * gate * share), dim=-1).to(d_y.dtype)
 
 
 def problems(device: torch.device) -> Iterator[Problem]:
@@ -50,3 +96,4 @@ def problems(device: torch.device) -> Iterator[Problem]:
         functions = {"lattice": _fp8, "eager": _fp8_reference, "compile": torch.compile(_fp8_reference, dynamic=False)}
         for name, inputs in ((f"fp8 by tensor {shape}", (gate_up, scale)), (f"fp8 by row {shape}", (gate_up,))):
             yield forward_only("swiglu", name, functions, inputs, bytes=size * 5 // 2, tuned=TABLE[0])
+    yield from _between_products(16384, 14336, device)

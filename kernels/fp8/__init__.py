@@ -3,7 +3,13 @@
 from kernels.fp8.formats import E4M3, E5M2, Quantized, scale_from_amax
 from kernels.fp8.linear import fp8_linear
 from kernels.fp8.matmul import fp8_matmul
-from kernels.fp8.quantize import dequantize, quantize_blocks, quantize_rowwise, quantize_tensorwise
+from kernels.fp8.quantize import (
+    dequantize,
+    quantize_blocks,
+    quantize_rowwise,
+    quantize_tensorwise,
+    transpose_quantized,
+)
 from kernels.fp8.scaling import GRADIENT, INPUT, WEIGHT, DelayedScaling, Recipe
 
 __all__ = [
@@ -22,4 +28,5 @@ __all__ = [
     "quantize_rowwise",
     "quantize_tensorwise",
     "scale_from_amax",
+    "transpose_quantized",
 ]

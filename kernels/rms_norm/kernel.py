@@ -15,9 +15,10 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.backend import Tuned, num_multiprocessors
+from kernels.fp8.quantize.kernel import _inverse, _largest, _magnitude_bits, _scale_of, to_fp8
 
 PLAIN = tl.constexpr(0)  # y in the dtype of x
-TENSORWISE = tl.constexpr(1)  # y * (1 / scale) in fp8, and max |y|
+TENSORWISE = tl.constexpr(1)  # y, rounded to the dtype of x, times 1 / scale in fp8, and max |y|
 ROWWISE = tl.constexpr(2)  # the same with a scale of each row, max |row| / 448
 FP8_MAX = tl.constexpr(448.0)
 SMALLEST_SCALE = tl.constexpr(2.0**-126)
@@ -68,6 +69,11 @@ FORWARD = Tuned(
         Tiles(2048, 8, 0, again=True),
     ),
     lambda width, center, added, fp8: _forward_tiles(width, center, added, fp8),
+)
+# Programs that loop: each ends with an atomic maximum for every column.
+COLUMNS = Tuned(
+    (Tiles(4096, 16, 4), Tiles(4096, 32, 4), Tiles(4096, 16, 4, again=True), Tiles(2048, 8, 2)),
+    lambda width: Tiles(4096, 16, 4),
 )
 BACKWARD = Tuned(
     (
@@ -143,6 +149,8 @@ def _forward(
     mean_ptr,
     rstd_ptr,
     extra_ptr,
+    used_ptr,
+    column_ptr,
     num_rows,
     x_stride,
     residual_stride,
@@ -154,6 +162,7 @@ def _forward(
     OUTPUT: tl.constexpr,
     STAGES: tl.constexpr,
     AGAIN: tl.constexpr,
+    EMULATE: tl.constexpr,
 ):
     cols = tl.arange(0, BLOCK)[None, :]
     if not AGAIN and weight_ptr is not None:
@@ -162,8 +171,13 @@ def _forward(
         bias = _vector(bias_ptr, cols, D, "")
     KEEP: tl.constexpr = "evict_last" if AGAIN else ""
     if OUTPUT == TENSORWISE:
-        inverse_scale = 1.0 / tl.load(scale_ptr)
-        largest = tl.zeros([ROWS, 1], tl.float32)
+        scale = tl.load(scale_ptr)
+        inverse = _inverse(scale, EMULATE)
+        largest = tl.zeros([ROWS, 1], tl.int32)
+        if tl.program_id(0) == 0:
+            tl.store(used_ptr, scale)  # in memory of its own, aligned as cuBLASLt wants it
+    if column_ptr is not None:
+        largest_of_columns = tl.zeros([ROWS, BLOCK], tl.int32)
     for tile in tl.range(tl.program_id(0), tl.cdiv(num_rows, ROWS), tl.num_programs(0), num_stages=STAGES):
         # 64-bit: the activations of a step pass 2^31 elements.
         rows = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
@@ -191,19 +205,26 @@ def _forward(
             y *= weight
         if bias_ptr is not None:
             y += bias
-        if OUTPUT == TENSORWISE:
-            largest = tl.maximum(largest, tl.max(tl.abs(y), axis=1, keep_dims=True))
-            y *= inverse_scale
-        if OUTPUT == ROWWISE:
-            amax = tl.max(tl.abs(y), axis=1, keep_dims=True)
-            row_scale = tl.where(amax == 0.0, 1.0, tl.maximum(amax / FP8_MAX, SMALLEST_SCALE))
-            tl.store(extra_ptr + rows, row_scale, mask=rows < num_rows)
-            y *= 1.0 / row_scale
-        if OUTPUT != PLAIN:
-            y = tl.clamp(y, -FP8_MAX, FP8_MAX, propagate_nan=tl.PropagateNan.ALL)
-        tl.store(y_ptr + rows * D + cols, y.to(y_ptr.dtype.element_ty), mask=inside)
+        if OUTPUT == PLAIN:
+            y = y.to(y_ptr.dtype.element_ty)
+        else:
+            y = y.to(x_ptr.dtype.element_ty).to(tl.float32)
+            bits = _magnitude_bits(y)
+            if column_ptr is not None:
+                largest_of_columns = tl.maximum(largest_of_columns, bits)
+            if OUTPUT == TENSORWISE:
+                largest = tl.maximum(largest, tl.max(bits, axis=1, keep_dims=True))
+            else:
+                amax = tl.max(bits, axis=1, keep_dims=True).to(tl.float32, bitcast=True)
+                row_scale, inverse = _scale_of(amax, FP8_MAX, False, EMULATE)
+                tl.store(extra_ptr + rows, row_scale, mask=rows < num_rows)
+            y = to_fp8(y * inverse, y_ptr.dtype.element_ty, FP8_MAX, EMULATE)
+        tl.store(y_ptr + rows * D + cols, y, mask=inside)
     if OUTPUT == TENSORWISE:
-        tl.store(extra_ptr + tl.program_id(0), tl.max(tl.max(largest, axis=1), axis=0))
+        tl.store(extra_ptr + tl.program_id(0), _largest(tl.max(largest, axis=1), 0))
+    if column_ptr is not None:
+        found = tl.max(largest_of_columns, axis=0, keep_dims=True)
+        tl.atomic_max(column_ptr + cols, found, mask=cols < D, sem="relaxed")
 
 
 @triton.jit
@@ -306,16 +327,18 @@ def norm_forward(
     center: bool = False,
     fp8: bool = False,
     scale: Tensor | None = None,
+    used: Tensor | None = None,
+    column_amax: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """y, the stream x + residual (empty without one), mean (empty unless center), 1 / rms, and of fp8 max |y| or row
-    scales (else empty)."""
+    scales (else empty). Written to: used, with a copy of the scale, and column_amax [D], zeros before."""
     nothing = x.new_empty(0, dtype=torch.float32)
     y = torch.empty(x.shape, dtype=torch.float8_e4m3fn if fp8 else x.dtype, device=x.device)
     stream = x.new_empty(x.shape if residual is not None else 0)
     rstd = x.new_empty(x.shape[:-1], dtype=torch.float32)
     mean = torch.empty_like(rstd) if center else nothing
     num_rows, width = rstd.numel(), x.shape[-1]
-    tiles = FORWARD(width, center, residual is not None, fp8)
+    tiles = FORWARD(width, center, residual is not None, fp8) if column_amax is None else COLUMNS(width)
     programs = tiles.num_programs(num_rows, width, x.device)
     output, extra = PLAIN.value, nothing
     if fp8:
@@ -335,6 +358,8 @@ def norm_forward(
             mean if center else None,
             rstd,
             extra if fp8 else None,
+            used,
+            None if column_amax is None else column_amax.view(torch.int32),
             num_rows,
             x_rows.stride(0),
             0 if residual_rows is None else residual_rows.stride(0),
@@ -346,6 +371,7 @@ def norm_forward(
             OUTPUT=output,
             STAGES=tiles.fetched(width, x, residual),
             AGAIN=tiles.again,
+            EMULATE=not x.is_cuda,
             num_warps=tiles.num_warps(width),
         )
     if fp8 and scale is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,9 +11,7 @@ from kernels.backend import reference_gradients, refuse_dtensors, runs_triton
 from kernels.rms_norm.reference import (
     add_rms_norm_reference,
     inverse_rms,
-    quantize_reference,
     rms_norm_reference,
-    widened,
 )
 
 MAX_WIDTH = 16384  # a row is held in the registers of one program
@@ -39,34 +37,6 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float)
     """
     check_norm(x, weight=weight, residual=residual)
     return _rms_norm(x, weight, residual, eps)[:2]
-
-
-class NormFp8(NamedTuple):
-    """What a linear layer in fp8 needs of its normalised input, and what `rms_norm_backward` needs."""
-
-    y: Tensor  # [..., D], float8_e4m3fn: the normalised x is y * scale
-    scale: Tensor  # fp32: the one that was given, or [..., 1], one of each row
-    amax: Tensor | None  # fp32 []: max |normalised x|, for the scales of steps to come; None with scales by row
-    stream: Tensor  # [..., D]: what was normalised, x or x + residual
-    rstd: Tensor  # [...], fp32: 1 / sqrt(mean(stream^2) + eps)
-
-
-def rms_norm_fp8(
-    x: Tensor, weight: Tensor | None, eps: float, *, scale: Tensor | None = None, residual: Tensor | None = None
-) -> NormFp8:
-    """RMSNorm of x [..., D] (of x + residual) in fp8, without a pass of its own for the cast.
-
-    scale: fp32, one element, that of delayed scaling per tensor: y is the norm divided by it, saturated at 448. None:
-    each row has its own, max |row| / 448, or 1 if all is 0. NaN stays NaN. Nothing is rounded between norm and cast.
-
-    Not differentiable, because the gradient of an fp8 tensor would be cast to fp8: the autograd function of the layer
-    that multiplies y calls `rms_norm_backward` with the gradient of y * scale. Errors as in `rms_norm`.
-    """
-    check_norm(x, weight=weight, residual=residual)
-    check_scale(scale)
-    y, extra, stream, rstd = _rms_norm_fp8(x, weight, residual, scale, eps)
-    stream = x if residual is None else stream
-    return NormFp8(y, extra if scale is None else scale, None if scale is None else extra, stream, rstd)
 
 
 def rms_norm_backward(
@@ -141,32 +111,6 @@ def _(
     d_y: Tensor, stream: Tensor, weight: Tensor | None, rstd: Tensor, d_stream: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
     return stream.new_empty(stream.shape), rstd.new_empty(0) if weight is None else weight.new_empty(weight.shape)
-
-
-@torch.library.custom_op("lattice::rms_norm_fp8", mutates_args=())
-def _rms_norm_fp8(
-    x: Tensor, weight: Tensor | None, residual: Tensor | None, scale: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y, max |y| or the scales of the rows, the stream (empty without a residual), 1 / rms."""
-    if not runs_triton(x):
-        stream = x if residual is None else add_rms_norm_reference(x, residual, weight, eps)[1]
-        y, extra = quantize_reference(rms_norm_reference(widened(stream), weight, eps), scale)
-        kept = x.new_empty(0) if residual is None else stream.contiguous()
-        return y.contiguous(), extra.contiguous(), kept, inverse_rms(stream, eps).contiguous()
-    from kernels.rms_norm.kernel import norm_forward
-
-    y, stream, _, rstd, extra = norm_forward(x, weight, eps=eps, residual=residual, fp8=True, scale=scale)
-    return y, extra, stream, rstd
-
-
-@_rms_norm_fp8.register_fake
-def _(
-    x: Tensor, weight: Tensor | None, residual: Tensor | None, scale: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    extra = x.new_empty((*x.shape[:-1], 1) if scale is None else (), dtype=torch.float32)
-    stream = x.new_empty(0 if residual is None else x.shape)
-    y = x.new_empty(x.shape, dtype=torch.float8_e4m3fn)
-    return y, extra, stream, x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

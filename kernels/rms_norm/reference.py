@@ -6,8 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-FP8_MAX = 448.0  # the largest number of float8_e4m3fn
-SMALLEST_SCALE = 2.0**-126  # its inverse is finite in fp32
+from kernels.fp8.formats import E4M3, LARGEST, scale_from_amax
 
 
 def widened(x: Tensor) -> Tensor:
@@ -41,9 +40,8 @@ def quantize_reference(y: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]
     wide = widened(y)
     if scale is None:
         amax = wide.abs().amax(-1, keepdim=True)
-        factor = torch.where(amax == 0, 1.0, (amax / FP8_MAX).clamp(min=SMALLEST_SCALE))
-        extra = factor.float()
+        factor = extra = scale_from_amax(amax, E4M3)
     else:
         factor = scale.reshape(())
         extra = wide.abs().amax().float() if y.numel() else y.new_zeros((), dtype=torch.float32)
-    return (wide * (1.0 / factor)).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), extra
+    return (wide * (1.0 / factor)).clamp(-LARGEST[E4M3], LARGEST[E4M3]).to(E4M3), extra

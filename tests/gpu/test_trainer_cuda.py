@@ -163,6 +163,14 @@ ONE_GPU: dict[str, dict[str, Any]] = {
     "fp8-block128": {**FP8, "precision__fp8_recipe": "block128"},
     "fp8-dynamic-zero3": {**FP8, "precision__fp8_recipe": "tensorwise_dynamic", "parallel__zero_stage": 3},
     "fp8-delayed-compiled": {**FP8, "precision__fp8_recipe": "tensorwise_delayed", "train__compile": True},
+    "fp8-delayed-fused": {**FP8, "precision__fp8_recipe": "tensorwise_delayed", "precision__fp8_fused": True},
+    "fp8-rowwise-fused": {**FP8, "precision__fp8_recipe": "rowwise", "precision__fp8_fused": True},
+    "fp8-delayed-fused-compiled": {
+        **FP8,
+        "precision__fp8_recipe": "tensorwise_delayed",
+        "precision__fp8_fused": True,
+        "train__compile": True,
+    },
     "adamw-torch": {"optim__kernel": "torch"},  # auto is the kernel
     "adamw-torch-zero3": {"optim__kernel": "torch", "parallel__zero_stage": 3},
     "moments-bf16": {"optim__state_dtype": "bf16"},

@@ -37,8 +37,9 @@ def bf16(*shape: int) -> Tensor:
 
 def norm_launches() -> Launches:
     from kernels.layer_norm.op import _layer_norm, _layer_norm_backward
+    from kernels.rms_norm import rms_norm_fp8
     from kernels.rms_norm.kernel import BACKWARD
-    from kernels.rms_norm.op import _rms_norm, _rms_norm_backward, rms_norm_fp8
+    from kernels.rms_norm.op import _rms_norm, _rms_norm_backward
 
     x, weight, rstd, scale = bf16(ROWS, 4096), bf16(4096), torch.empty(ROWS), torch.empty(())
     yield "rms_norm", lambda: _rms_norm(x, weight, x, 1e-5)
@@ -46,6 +47,13 @@ def norm_launches() -> Launches:
         with BACKWARD.forced(config):
             yield f"rms_norm backward {config}", lambda: _rms_norm_backward(x, x, weight, rstd, x, 1e-5)
     yield "rms_norm fp8", lambda: (rms_norm_fp8(x, weight, 1e-5), rms_norm_fp8(x, weight, 1e-5, scale=scale))
+    yield (
+        "rms_norm fp8 transposed",
+        lambda: (
+            rms_norm_fp8(x, weight, 1e-5, residual=x, transpose=True),
+            rms_norm_fp8(x, weight, 1e-5, scale=scale, transpose=True),
+        ),
+    )
     yield "layer_norm", lambda: _layer_norm(x, weight, weight, None, 1e-5)
     yield "layer_norm backward", lambda: _layer_norm_backward(x, x, weight, weight, rstd, rstd, None, 1e-5)
 
@@ -61,15 +69,33 @@ def rope_launches() -> Launches:
 
 
 def activation_launches() -> Launches:
+    from kernels.fp8 import E4M3, E5M2
     from kernels.geglu import geglu_fused
     from kernels.softmax.op import _softmax, _softmax_backward
-    from kernels.swiglu import swiglu_fp8, swiglu_fused, swiglu_fused_backward
+    from kernels.swiglu import (
+        swiglu_backward_quantized,
+        swiglu_fp8,
+        swiglu_fused,
+        swiglu_fused_backward,
+        swiglu_quantized,
+    )
+    from kernels.swiglu.quantized_kernel import BACKWARD, FORWARD
 
     gate_up, d_y, scale = bf16(8192, 2 * 14336), bf16(8192, 14336), torch.empty(())
     few = bf16(ROWS, 2 * 14336)
     yield "swiglu", lambda: (swiglu_fused(gate_up), swiglu_fused(few))
     yield "swiglu backward", lambda: swiglu_fused_backward(d_y, gate_up)
     yield "swiglu fp8", lambda: (swiglu_fp8(gate_up), swiglu_fp8(gate_up, scale=scale))
+    for tile in FORWARD.configs:
+        with FORWARD.forced(tile):
+            yield f"swiglu quantized {tile}", lambda: swiglu_quantized(gate_up, scale, transpose=True)
+    for tile in BACKWARD.configs:
+        for dtype in (E4M3, E5M2):
+            with BACKWARD.forced(tile):
+                yield (
+                    f"swiglu backward quantized {dtype} {tile}",
+                    lambda dtype=dtype: swiglu_backward_quantized(d_y, gate_up, scale, dtype=dtype),
+                )
     yield "geglu", lambda: (geglu_fused(gate_up), geglu_fused(gate_up, "none"))
     for width in (4096, 32768, 131072):
         scores = bf16(ROWS, width)

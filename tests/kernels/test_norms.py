@@ -14,7 +14,7 @@ from kernels.backend import interpreted
 from kernels.layer_norm import add_layer_norm, layer_norm
 from kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_backward, rms_norm_fp8
 from kernels.rms_norm.kernel import Tiles
-from kernels.rms_norm.op import _rms_norm_fp8
+from kernels.rms_norm.quantized import _rms_norm_fp8
 from kernels.rms_norm.reference import quantize_reference
 
 CUDA = torch.cuda.is_available()
@@ -104,7 +104,11 @@ def test_fp8_op_is_proper_and_keeps_nan() -> None:
     """A fake result that differs; a diverged run hidden by a cast that turns NaN into a number."""
     x, weight = draw(4, 33), draw(33, seed=1)
     scale = torch.tensor(0.01, device=DEVICE)
-    for arguments in ((x, weight, None, None, EPS), (x, weight, x, scale, EPS), (x[:0], None, None, scale, EPS)):
+    for arguments in (
+        (x, weight, None, None, EPS, True),
+        (x, weight, x, scale, EPS, False),
+        (x[:0], None, None, scale, EPS, False),
+    ):
         torch.library.opcheck(_rms_norm_fp8, arguments)
     x[1, 5] = float("nan")
     for given in (scale, None):

@@ -61,6 +61,7 @@ FLAT = Tuned(
     lambda scaled: Flat(8192, 8) if scaled else Flat(4096, 8),
 )
 TILE = Tuned((Tile(64, 128, 4), Tile(128, 64, 4), Tile(128, 128, 8)), lambda rows, columns: Tile(128, 64, 4))
+BYTES = Tuned((Tile(128, 128, 8), Tile(128, 128, 4), Tile(64, 128, 4)), lambda rows, columns: Tile(128, 128, 8))
 ROWS_OF_BLOCKS = Tuned((16, 32, 64), lambda rows, columns: 32)  # of one program that writes no transposed copy
 SQUARES = Tuned(
     (
@@ -359,6 +360,29 @@ def _blocks(
             x = _load_tile(x_ptr, r, c, R, C, "evict_first")
         t = to_fp8(_in_order(x * t_inverse, STEP), y_ptr.dtype.element_ty, LARGEST, EMULATE)
         _store_rows(t_ptr, t, row_tile * ROWS + n, c, R_padded, C)
+
+
+@triton.jit
+def _transpose(x_ptr, t_ptr, R, C, R_padded, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Of bytes."""
+    row_tile, column_tile = _tile_of(C, COLUMNS)
+    r = row_tile * ROWS + tl.arange(0, ROWS)
+    c = column_tile * COLUMNS + tl.arange(0, COLUMNS)
+    inside = (r < R)[:, None] & (c < C)[None, :]
+    x = tl.load(x_ptr + r.to(tl.int64)[:, None] * C + c[None, :], mask=inside, other=0)
+    _store_transposed(t_ptr, x, r, c, R_padded, C)
+
+
+def transpose(data: Tensor) -> Tensor:
+    """[C, R padded to 16] of fp8 data [R, C], contiguous and not empty."""
+    R, C = data.shape
+    transposed = torch.empty(C, padded(R), dtype=data.dtype, device=data.device)
+    tile = BYTES(R, C)
+    _transpose[(triton.cdiv(padded(R), tile.rows) * triton.cdiv(C, tile.columns),)](
+        data.view(torch.uint8), transposed.view(torch.uint8), R, C, padded(R),
+        ROWS=tile.rows, COLUMNS=tile.columns, num_warps=tile.num_warps,
+    )  # fmt: skip
+    return transposed
 
 
 def amax_partials(x: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from kernels.fp8.quantize.reference import (
     quantize_blocks_reference,
     quantize_rowwise_reference,
     quantize_tensorwise_reference,
+    transposed_reference,
 )
 
 
@@ -64,6 +65,15 @@ def quantize_blocks(
     _check(x, dtype)
     data, scale, transposed, transposed_scale = _quantize_blocks(x.detach(), dtype, power_of_two, square, transpose)
     return Quantized(data, scale, *((transposed, transposed_scale) if transpose else ()))
+
+
+def transpose_quantized(data: Tensor) -> Tensor:
+    """Quantized.transposed of data [R, C] whose scale reaches over all of it: its bytes, [C, R padded to 16]."""
+    refuse_dtensors(data=data)
+    require_fp8(data.dtype, name="data")
+    if data.ndim != 2:
+        raise ValueError(f"data has shape {list(data.shape)}; pass [rows, columns]")
+    return _transpose(data)
 
 
 def _check(x: Tensor, dtype: torch.dtype) -> None:
@@ -130,6 +140,20 @@ def _quantize_blocks(
     from kernels.fp8.quantize.kernel import quantize_blocks
 
     return quantize_blocks(x.contiguous(), dtype, power_of_two, square, transpose)
+
+
+@torch.library.custom_op("lattice::fp8_transpose", mutates_args=())
+def _transpose(data: Tensor) -> Tensor:
+    if not runs_triton(data) or not data.numel():
+        return transposed_reference(data)
+    from kernels.fp8.quantize.kernel import transpose
+
+    return transpose(data.contiguous())
+
+
+@_transpose.register_fake
+def _(data: Tensor) -> Tensor:
+    return data.new_empty(data.shape[1], padded(data.shape[0]))
 
 
 def _or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ def amax_reference(x: Tensor) -> Tensor:
 def quantize_tensorwise_reference(x: Tensor, scale: Tensor, dtype: torch.dtype, transpose: bool) -> Quantized:
     """x [R, C] by one scale []."""
     data = saturated(x.float() * (1.0 / scale), dtype)
-    return Quantized(data, scale, *((_transposed(data), scale) if transpose else ()))
+    return Quantized(data, scale, *((transposed_reference(data), scale) if transpose else ()))
 
 
 def quantize_rowwise_reference(x: Tensor, dtype: torch.dtype, power_of_two: bool, transpose: bool) -> Quantized:
@@ -72,7 +72,7 @@ def dequantize(data: Tensor, scale: Tensor) -> Tensor:
     return data.float() * by_row.repeat_interleave(BLOCK, dim=1)[:, :columns]
 
 
-def _transposed(data: Tensor) -> Tensor:
+def transposed_reference(data: Tensor) -> Tensor:
     return _pad(data.t())
 
 
