@@ -8,8 +8,10 @@ need no new graph.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import gc
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Seq
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -111,13 +113,32 @@ class StepGraphs(GraphSizes):
         """inputs: of a step that was just asked for, which is computed here as well, to no effect but its own."""
         here = inputs.to("cuda", non_blocking=True)
         stream = self._stream = self._stream or torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self._forwards[key.decodes](here, key.sequences)  # whatever is compiled, loaded or allocated at first use
-        torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        # What other threads do meanwhile is no part of it: NCCL's watchdog asks for events, requests are page-locked.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            outputs = self._forwards[key.decodes](here, key.sequences)
+        with _nothing_collected(before=self._pool is None):
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                self._forwards[key.decodes](here, key.sequences)  # what is compiled, loaded or allocated at first use
+            torch.cuda.current_stream().wait_stream(stream)
+            # What other threads do meanwhile is no part of it: NCCL's watchdog asks for events, requests are page-locked.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                outputs = self._forwards[key.decodes](here, key.sequences)
         self._pool = graph.pool()
         self._captured[key] = _Captured(graph, here, outputs)
+
+
+@contextmanager
+def _nothing_collected(*, before: bool) -> Iterator[None]:
+    """No garbage is collected while this lasts; before: what there is, is first.
+
+    An engine that is no longer used may be garbage with graphs of its own. When one goes that had collectives in it,
+    NCCL frees what it kept for it in the next collective, and a capture in which memory is freed is invalid.
+    """
+    if before:
+        gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
