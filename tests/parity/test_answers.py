@@ -17,6 +17,7 @@ from data.config import DataError
 from models.adapter_config import AdapterConfig
 from models.config import ModelConfig
 from tests.data.conversing import MARKED, chat_config
+from tests.models.oracle import pair
 from tests.parity.harness import Outcome, run_on, tiny_config
 from tests.parity.test_preferences import tiny_llama
 from tests.pool import RankPool
@@ -282,6 +283,17 @@ def test_what_does_not_work_is_refused_in_a_line(folder: Path, changes: dict[str
     lines = find_problems(config, world_size=2 if "parallel__pp" in changes or "parallel__cp" in changes else 1)
     assert [line for line in lines if line.startswith(says)], lines
     assert len(lines) == 1
+
+
+def test_latent_attention_is_refused_where_its_matrix_is_adapted(tmp_path: Path, folder: Path) -> None:
+    """An engine that reads the weight of a layer and not its adapter."""
+    config = answering(folder, "latent")
+    pair("deepseek_v2", tmp_path / "latent")
+    config.model.path, config.adapter = str(tmp_path / "latent"), AdapterConfig(name="lora", rank=3)
+    says = "recipe.answers.prompts=13 does not work with adapter.name=lora: answers attend through pages"
+    assert any(line.startswith(says) for line in find_problems(config, world_size=1))
+    config.adapter.targets = ["o"]
+    assert not any(line.startswith(says) for line in find_problems(config, world_size=1))
 
 
 def test_students_that_answer_and_other_recipes_have_no_use_for_it(folder: Path) -> None:
