@@ -119,7 +119,7 @@ class StepGraphs(GraphSizes):
             with torch.cuda.stream(stream):
                 self._forwards[key.decodes](here, key.sequences)  # what is compiled, loaded or allocated at first use
             torch.cuda.current_stream().wait_stream(stream)
-            # What other threads do meanwhile is no part of it: NCCL's watchdog asks for events, requests are page-locked.
+            # What other threads do meanwhile is no part of it: NCCL's watchdog asks for events, requests are pinned.
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 outputs = self._forwards[key.decodes](here, key.sequences)
         self._pool = graph.pool()

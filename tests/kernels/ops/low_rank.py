@@ -37,7 +37,7 @@ CASES = [
         differentiable=(),
         checks=lambda inputs: [(_add, (detached(*inputs)[0].clone(), *inputs[1:], 0.5))],
         tuned=tuned,
-        batched=(0, 1),
+        batch_dim=None,  # of ranks that the kernel does not have the product is torch's
     )
     for name, transposed, tuned in (
         ("add_low_rank", False, "kernels.low_rank.kernel:TILES"),

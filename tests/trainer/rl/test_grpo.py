@@ -16,7 +16,7 @@ from trainer.rl.rewards import Answer
 from trainer.validate import find_problems
 
 HERE = "tests.trainer.rl.test_grpo"
-TIMES = ("seconds", "per_second", "peak_memory_gib", "goodput")
+TIMES = ("seconds", "per_second", "mfu", "peak_memory_gib", "goodput")
 
 
 def without_times(outcome: Outcome) -> list[dict[str, Any]]:
