@@ -109,6 +109,8 @@ class WholeParameters(DataParallel):
         for number, (module, names) in enumerate(units):
             needed = [b for b in self.buckets if any(slot.name in names for slot in b.layout.slots)]
             module.register_forward_pre_hook(lambda _module, _args, needed=needed: self._receive(needed))
+            if number == len(units) - 1:
+                module.register_forward_pre_hook(lambda _module, _args: self._let_last_leave())
             if number < 2:  # nothing hides the gathers of the embedding and the first block but the update of others
                 gathered = [b for b in needed if b.holders.num_shards > 1]
                 self.needed_first |= {slot.name for b in gathered for slot in b.layout.slots}
@@ -303,6 +305,12 @@ class WholeParameters(DataParallel):
         while len(self._leaving) > at_most:
             event, _ = self._leaving.popleft()
             torch.cuda.current_stream().wait_event(event)
+
+    def _let_last_leave(self) -> None:
+        """At the end of a forward, before memory is at its peak: free whole gradients of the micro-batch before, whose
+        reduction ended long ago. In a pipeline another micro-batch's may have begun just now."""
+        if not self._in_pipeline:
+            self._let_leave(at_most=0)
 
     @torch.no_grad()
     def _reduce(self, bucket: _Bucket) -> None:
