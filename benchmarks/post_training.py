@@ -102,6 +102,8 @@ def pairs(model: str, words: Path, folder: Path, steps: int, after: int) -> dict
                 *begun,
                 "data.path=" + str(words / "prompts.jsonl"),
                 "optim.lr=1e-5",
+                "recipe.rl.temperature=1.0",
+                "recipe.rl.normalization=sequence",
                 f"train.global_batch_size={COMPLETIONS}",
                 "train.micro_batch_size=128",
             ],
