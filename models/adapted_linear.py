@@ -230,8 +230,11 @@ def _forward(
     how: Adaptation | None,
     piece: Piece | None,
     product: Callable[..., Tensor],
+    *,
+    in_place: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """y, and x A^T [..., P r] where there is an adapter."""
+    """y, and x A^T [..., P r] where there is an adapter. in_place: the product with the weight may be overwritten.
+    Selective checkpointing keeps what that operation gave, and would add the adapter to it once more."""
     y = product(x, kept if piece is None else piece.dequantize(kept, x.dtype), bias)
     if how is None:
         return y, None
@@ -239,10 +242,12 @@ def _forward(
     assert b is not None
     u = product(x, a)
     spread = how.spread(b, y.shape[-1])
-    if product is F.linear:
+    if product is not F.linear:  # each operation rounds by itself, whatever number of elements it is for
+        y = y + product(u, spread) * how.scale
+    elif in_place:
         add_low_rank_(y.flatten(0, -2), u.flatten(0, -2), spread.t(), how.scale)
-    else:  # each operation rounds by itself, whatever number of elements it is for
-        y += product(u, spread) * how.scale
+    else:
+        y = torch.addmm(y.flatten(0, -2), u.flatten(0, -2), spread.t(), alpha=how.scale).view(y.shape)
     return y, u
 
 
@@ -278,7 +283,7 @@ class _Adapted(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, kept: Tensor, *others: Any) -> Tensor:
         _, a, b, ctx.how, ctx.piece, _ = others
-        y, u = _forward(x, kept, *others)
+        y, u = _forward(x, kept, *others, in_place=False)
         ctx.save_for_backward(kept, *(() if ctx.how is None else (x, a, b, u)))
         return y
 
@@ -321,7 +326,7 @@ def _compiled(
     columns: list[int],
 ) -> tuple[Tensor, Tensor]:
     how = _adaptation(adaptation, scale)
-    y, u = _forward(x, kept, bias, a, b, how, _piece(rows, columns), F.linear)
+    y, u = _forward(x, kept, bias, a, b, how, _piece(rows, columns), F.linear, in_place=True)
     return y, y.new_empty(0) if u is None else u
 
 

@@ -117,7 +117,10 @@ def adapter_identity(config: TrainConfig) -> dict[str, Any] | None:
         return None
     folder = Path(str(config.model.path))
     settings = {name: value for name, value in asdict(config.adapter).items() if name not in RUN_TIME_FIELDS}
-    return {"settings": settings, "base": {"path": str(folder), "fingerprint": fingerprint(folder)}}
+    identity: dict[str, Any] = {"settings": settings}
+    if config.adapter.quantize == "nf4" and config.model.moe.num_experts:
+        identity["quantized_experts"] = True  # they were not, once
+    return identity | {"base": {"path": str(folder), "fingerprint": fingerprint(folder)}}
 
 
 def fingerprint(folder: Path) -> str:
@@ -169,6 +172,13 @@ def check_same_adapter(path: Path, ours: dict[str, Any] | None) -> None:
     ]
     if different:
         raise ConfigError([f"checkpoint {path} is of other adapters: {', '.join(different)}; use its settings"])
+    if saved.get("quantized_experts", False) != ours.get("quantized_experts", False):
+        raise ConfigError(
+            [
+                f"checkpoint {path} was trained beside experts that were not quantized, and adapter.quantize=nf4 "
+                "quantizes them; export its adapters (launch/convert.py export) and begin a new run with them as adapter.path"
+            ]
+        )
     if saved["base"]["fingerprint"] != ours["base"]["fingerprint"]:
         raise ConfigError(
             [

@@ -55,6 +55,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "zero3_tp": (4, {"parallel__zero_stage": 3, "parallel__tp": 2}),
     "zero2_pp": (4, {"parallel__zero_stage": 2, "parallel__pp": 2}),
     "recomputed": (1, {"model__activation_checkpoint": "full"}),
+    "kept_products": (1, {"model__activation_checkpoint": "selective"}),
     "compiled": (2, {"parallel__tp": 2, "train__compile": True, "train__compile_backend": "aot_eager"}),
 }
 EXPERT_LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {

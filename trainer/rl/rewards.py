@@ -17,8 +17,8 @@ import importlib
 import inspect
 import math
 import re
+import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from numbers import Real
@@ -174,8 +174,7 @@ class Rewards:
         score = partial(self._score, check=check)
         if self._threads == 1 or len(answers) < 2:
             return list(map(score, answers, given))
-        with ThreadPoolExecutor(self._threads) as pool:
-            return list(pool.map(score, answers, given))
+        return _by_threads(score, list(zip(answers, given, strict=True)), self._threads)
 
     def _score(self, answer: Answer, given: Mapping[str, float], *, check: Callable[[], None] | None) -> Scored:
         if check is not None:
@@ -193,6 +192,33 @@ class Rewards:
             else:
                 return Scored(None, error=_complaint(name, f"returned {value!r}, no finite number", answer))
         return Scored(sum(weight * each[name] for name, weight, _ in self._parts), each)
+
+
+def _by_threads(score: Callable[..., Scored], asked: Sequence[tuple[Any, ...]], threads: int) -> list[Scored]:
+    """score(*one) of all, in their order. By threads that the process does not wait for when it ends, as it does for
+    those of concurrent.futures: a function that never returns must not keep it."""
+    scored: list[Scored | None] = [None] * len(asked)
+    numbers, taking, failures = iter(range(len(asked))), threading.Lock(), list[BaseException]()
+
+    def work() -> None:
+        while not failures:
+            with taking:
+                number = next(numbers, None)
+            if number is None:
+                return
+            try:
+                scored[number] = score(*asked[number])
+            except BaseException as error:  # raised below, where it is seen
+                failures.append(error)
+
+    workers = [threading.Thread(target=work, daemon=True) for _ in range(min(threads, len(asked)))]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    if failures:
+        raise failures[0]
+    return [one for one in scored if one is not None]
 
 
 def check_rewards(errors: Sequence[str], config: RLConfig) -> None:
