@@ -176,7 +176,7 @@ def check_same_adapter(path: Path, ours: dict[str, Any] | None) -> None:
         raise ConfigError(
             [
                 f"checkpoint {path} was trained beside experts that were not quantized, and adapter.quantize=nf4 "
-                "quantizes them; export its adapters (launch/convert.py export) and begin a new run with them as adapter.path"
+                "quantizes them; export its adapters (launch/convert.py export) and begin anew with adapter.path"
             ]
         )
     if saved["base"]["fingerprint"] != ours["base"]["fingerprint"]:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
+import threading
 import time
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -148,3 +152,45 @@ def test_a_function_that_is_not_there_is_named(name: str, says: str) -> None:
     with pytest.raises(ValueError, match="function=") as raised:
         Rewards(RLConfig(rewards=[RewardConfig(name)]))
     assert str(raised.value).startswith(says)
+
+
+ENDING = """
+import sys, threading, time
+sys.path.insert(0, sys.argv[1])
+from tests.trainer.rl.test_rewards import ask_the_endless
+threading.Thread(target=ask_the_endless, daemon=True).start()
+time.sleep(0.5)
+"""
+
+
+def endless(_: Answer) -> float:
+    threading.Event().wait()
+    return 0.0
+
+
+def ask_the_endless() -> None:
+    rewards = Rewards(RLConfig(rewards=[RewardConfig(f"{__name__}:endless")], reward_threads=4))
+    rewards.of([answer("one"), answer("two")])
+
+
+def test_a_function_that_never_returns_does_not_keep_the_process() -> None:
+    """Threads that are joined when the interpreter ends."""
+    root = Path(__file__).resolve().parents[3]
+    command = [sys.executable, "-c", ENDING, str(root)]
+    subprocess.run(command, cwd=root, timeout=60, check=True)
+
+
+def test_answers_keep_their_order_over_threads_and_failures_come_through() -> None:
+    rewards = Rewards(RLConfig(rewards=[RewardConfig(f"{__name__}:length")], reward_threads=4))
+    answers = [answer("x" * n) for n in range(20)]
+    assert [scored.total for scored in rewards.of(answers)] == list(range(20))
+
+    def stop() -> None:
+        raise KeyError("enough")
+
+    with pytest.raises(KeyError, match="enough"):
+        rewards.of(answers, check=stop)
+
+
+def length(given: Answer) -> float:
+    return float(len(given.text))
