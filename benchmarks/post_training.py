@@ -71,7 +71,7 @@ def pairs(model: str, words: Path, folder: Path, steps: int, after: int) -> dict
             steps,
             [
                 "+exp=words_sft",
-                "recipe.answers={prompts: 0, max_tokens: null, compare: text}",
+                "recipe.answers.prompts=0",
                 "train.compile=true",
                 f"model={model}",
                 *shape,

@@ -16,7 +16,7 @@ from data.tokenizer import Tokenizer
 from parallel.mesh import Meshes
 from parallel.problem import Problem, values
 from trainer.config import TrainConfig
-from trainer.rl.answers_config import COMPARISONS, AnswersConfig
+from trainer.rl.answers_config import COMPARISONS
 from trainer.rl.collect import all_gather
 from trainer.rl.config import WEIGHTS, RLConfig
 from trainer.rl.maths import final_answer, plain, same_answer
@@ -33,8 +33,6 @@ def answers_problems(config: TrainConfig) -> list[str]:
     count = f"{asks[0]}={asks[1]}"
     if chosen.prompts < 0:
         return [Problem(f"{count} must not be negative", values(asks[0], [0, 32]))]
-    if not chosen.prompts and chosen != AnswersConfig():
-        return ["recipe.answers is set and has no effect with recipe.answers.prompts=0; use 32, or leave it out"]
     if not chosen.prompts:
         return ["recipe.rl is set and has no effect with recipe.answers.prompts=0; leave it out"] * (
             recipe.rl != RLConfig()
