@@ -136,6 +136,7 @@ def test_tensor_parallel_ranks_quantize_the_numbers_of_one_process(
     assert _some_seed_agrees(runs, tmp_path, recipe, {}, run_with_fp32_activations, **layout)
 
 
+@pytest.mark.exhaustive
 def test_ranks_that_share_keys_have_the_scales_of_one_process(runs: Runs, tmp_path: Path) -> None:
     """Four ranks, two heads of keys: scales of q, k and v by themselves, where one process has one of all three; or
     three histories of delayed scaling for one. Gradients of shared keys are summands, and rounded as such: the forward
@@ -157,7 +158,7 @@ LATENT = {
 EXPERTS = {"model__moe": MoEConfig(num_experts=4, top_k=2, intermediate_size=32, num_shared=1)}
 
 
-@pytest.mark.some(1)
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("model", [LATENT, EXPERTS], ids=["latent+mtp", "experts"])
 def test_other_blocks_quantize_the_numbers_of_one_process(runs: Runs, tmp_path: Path, model: dict[str, Any]) -> None:
     """Projections that are whole on every rank and see some tokens; shared experts, whose input has been gathered."""
@@ -204,7 +205,7 @@ def test_permuted_tokens_are_more_than_other_micro_batches(runs: Runs, tmp_path:
     assert gradient_deviation(outcome, runs.one("rowwise")) > 4 * _sensitivity(runs, "rowwise")
 
 
-@pytest.mark.some(2)
+@pytest.mark.some(1)
 @pytest.mark.parametrize(
     ("recipe", "changes"),
     [
@@ -251,6 +252,7 @@ def test_layouts_train_alike_where_norms_and_swiglu_write_fp8(
     assert gradient_deviation(outcome, reference) <= 1e-5
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 def test_tensor_parallel_norms_and_swiglu_write_the_numbers_of_one_process(
     runs: Runs, tmp_path: Path, sequence_parallel: bool
@@ -261,6 +263,7 @@ def test_tensor_parallel_norms_and_swiglu_write_the_numbers_of_one_process(
     assert _some_seed_agrees(runs, tmp_path, "tensorwise_delayed", FUSED, function, **layout)
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("recipe", ["tensorwise_delayed", "rowwise"])
 def test_norms_and_swiglu_that_write_fp8_train_the_model_of_layers_that_quantize(runs: Runs, recipe: str) -> None:
     """What differs is the order of sums in norms, and which numbers that moves over an edge between two of fp8."""

@@ -358,6 +358,7 @@ def _shared_with_copy(config: TrainConfig) -> tuple[int, int, int]:
         trainer.close()
 
 
+@pytest.mark.some(1)
 @pytest.mark.thorough
 @pytest.mark.parametrize("quantize", ["none", "nf4"])
 def test_of_adapters_the_copy_has_what_is_trained_alone(ranks: RankPool, tmp_path: Path, quantize: str) -> None:
