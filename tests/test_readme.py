@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from data.tokenizer import train_bpe
 from launch.compose import compose_for, compose_one
 from launch.lab import LAB
 from launch.lab import problems as lab_problems
@@ -81,6 +82,14 @@ def test_make_train_uses_the_gpus_that_torch_will_see(
     assert f"--nproc-per-node {processes} launch/train.py +exp={experiment} " in done.stdout, done.stdout + done.stderr
 
 
+def _word_problems(folder: Path) -> None:
+    """What benchmarks/word_problems.py leaves, as far as a configuration can tell."""
+    folder.mkdir(parents=True)
+    for name in ("sft", "preferences", "prompts", "held_out"):
+        (folder / f"{name}.jsonl").write_text('{"prompt": "x"}\n')
+    train_bpe(iter(["one two three two one"]), 270).save(folder / "tokenizer")
+
+
 @pytest.mark.parametrize("command", [c for c in COMMANDS if "launch/train.py" in c])
 def test_training_commands_are_valid_configurations(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -93,6 +102,7 @@ def test_training_commands_are_valid_configurations(
     (tmp_path / "chats.jsonl").write_text("{}\n")
     (tmp_path / "pairs.jsonl").write_text("{}\n")
     (tmp_path / "prompts.jsonl").write_text("{}\n")
+    _word_problems(tmp_path / "runs" / "words")
     words = shlex.split(command)
     processes = int(words[words.index("--nproc-per-node") + 1]) if "--nproc-per-node" in words else 1
     overrides = [w for w in words[words.index("launch/train.py") + 1 :] if not w.startswith("--")]
@@ -138,6 +148,7 @@ def test_commands_of_the_inference_lab_are_valid_configurations(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "IN.jsonl").write_text('{"prompt": "x"}\n')
     (tmp_path / "TEXT.txt").write_text("x")
+    _word_problems(tmp_path / "runs" / "words")
     (tmp_path / "PEFT_DIR").mkdir()
     (tmp_path / "PEFT_DIR" / "adapter_config.json").write_text("{}")
     monkeypatch.setattr("launch.modes.eval.harness_is_there", lambda: True)  # not part of every installation
