@@ -126,7 +126,8 @@ def watch(process: subprocess.Popen, run_dir: Path) -> list[Start]:
     starts: list[Start] = []
     alive: set[int] = set()
     while process.poll() is None:
-        now = workers(process.pid)
+        # Looked at twice: who is listed while a sibling is buried may be left out, and then all would seem to be gone.
+        now = workers(process.pid) or (workers(process.pid) if alive else set())
         if now and not alive:
             starts.append(Start(began=time.time()))
         if alive and not now:
