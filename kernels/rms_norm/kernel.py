@@ -21,7 +21,6 @@ PLAIN = tl.constexpr(0)  # y in the dtype of x
 TENSORWISE = tl.constexpr(1)  # y, rounded to the dtype of x, times 1 / scale in fp8, and max |y|
 ROWWISE = tl.constexpr(2)  # the same with a scale of each row, max |row| / 448
 FP8_MAX = tl.constexpr(448.0)
-SMALLEST_SCALE = tl.constexpr(2.0**-126)
 SHARED_BYTES = 200 * 1024  # for tiles in flight, of 227 KiB on Hopper
 
 
@@ -138,6 +137,31 @@ def _sum_of_two(x_ptr, y_ptr, rows, cols, inside, x_stride, y_stride, POLICY: tl
 
 
 @triton.jit
+def _statistics(x, rows, inside, num_rows, mean_ptr, rstd_ptr, eps, D: tl.constexpr, CENTER: tl.constexpr):
+    """mean (0 unless CENTER) and 1 / rms of each row of x, which are stored, and x - mean."""
+    mean = tl.zeros([x.shape[0], 1], tl.float32)
+    if CENTER:
+        # Rounded as IEEE says: a row of equal numbers has exactly that mean, or 1 / sqrt(eps) blows the rest up.
+        mean = tl.div_rn(tl.sum(x, axis=1, keep_dims=True), tl.full([x.shape[0], 1], D, tl.float32))
+        x = tl.where(inside, x - mean, 0.0)
+        tl.store(mean_ptr + rows, mean, mask=rows < num_rows)
+    rstd = tl.rsqrt(tl.sum(x * x, axis=1, keep_dims=True) / D + eps)
+    tl.store(rstd_ptr + rows, rstd, mask=rows < num_rows)
+    return mean, rstd, x
+
+
+@triton.jit
+def _quantized(y, inverse, scale_ptr, rows, num_rows, BY_ROW: tl.constexpr, OUT: tl.constexpr, EMULATE: tl.constexpr):
+    """y * inverse in fp8, or each row by its own scale, which is stored; bits of |y|, and the largest of each row."""
+    bits = _magnitude_bits(y)
+    amax = tl.max(bits, axis=1, keep_dims=True)
+    if BY_ROW:
+        row_scale, inverse = _scale_of(amax.to(tl.float32, bitcast=True), FP8_MAX, False, EMULATE)
+        tl.store(scale_ptr + rows, row_scale, mask=rows < num_rows)
+    return to_fp8(y * inverse, OUT, FP8_MAX, EMULATE), bits, amax
+
+
+@triton.jit
 def _forward(
     x_ptr,
     residual_ptr,
@@ -170,10 +194,11 @@ def _forward(
     if not AGAIN and bias_ptr is not None:
         bias = _vector(bias_ptr, cols, D, "")
     KEEP: tl.constexpr = "evict_last" if AGAIN else ""
+    inverse = 1.0
+    largest = tl.zeros([ROWS, 1], tl.int32)
     if OUTPUT == TENSORWISE:
         scale = tl.load(scale_ptr)
         inverse = _inverse(scale, EMULATE)
-        largest = tl.zeros([ROWS, 1], tl.int32)
         if tl.program_id(0) == 0:
             tl.store(used_ptr, scale)  # in memory of its own, aligned as cuBLASLt wants it
     if column_ptr is not None:
@@ -185,13 +210,7 @@ def _forward(
         x = _sum_of_two(x_ptr, residual_ptr, rows, cols, inside, x_stride, residual_stride, KEEP)
         if residual_ptr is not None:
             tl.store(stream_ptr + rows * D + cols, x.to(stream_ptr.dtype.element_ty), mask=inside)
-        if CENTER:
-            # Rounded as IEEE says: a row of equal numbers has exactly that mean, or 1 / sqrt(eps) blows the rest up.
-            mean = tl.div_rn(tl.sum(x, axis=1, keep_dims=True), tl.full([ROWS, 1], D, tl.float32))
-            x = tl.where(inside, x - mean, 0.0)
-            tl.store(mean_ptr + rows, mean, mask=rows < num_rows)
-        rstd = tl.rsqrt(tl.sum(x * x, axis=1, keep_dims=True) / D + eps)
-        tl.store(rstd_ptr + rows, rstd, mask=rows < num_rows)
+        mean, rstd, x = _statistics(x, rows, inside, num_rows, mean_ptr, rstd_ptr, eps, D, CENTER)
         if AGAIN:
             if weight_ptr is not None:
                 weight = _vector(weight_ptr, cols, D, "evict_last")
@@ -209,16 +228,12 @@ def _forward(
             y = y.to(y_ptr.dtype.element_ty)
         else:
             y = y.to(x_ptr.dtype.element_ty).to(tl.float32)
-            bits = _magnitude_bits(y)
+            y, bits, amax = _quantized(
+                y, inverse, extra_ptr, rows, num_rows, OUTPUT == ROWWISE, y_ptr.dtype.element_ty, EMULATE
+            )
+            largest = tl.maximum(largest, amax)
             if column_ptr is not None:
                 largest_of_columns = tl.maximum(largest_of_columns, bits)
-            if OUTPUT == TENSORWISE:
-                largest = tl.maximum(largest, tl.max(bits, axis=1, keep_dims=True))
-            else:
-                amax = tl.max(bits, axis=1, keep_dims=True).to(tl.float32, bitcast=True)
-                row_scale, inverse = _scale_of(amax, FP8_MAX, False, EMULATE)
-                tl.store(extra_ptr + rows, row_scale, mask=rows < num_rows)
-            y = to_fp8(y * inverse, y_ptr.dtype.element_ty, FP8_MAX, EMULATE)
         tl.store(y_ptr + rows * D + cols, y, mask=inside)
     if OUTPUT == TENSORWISE:
         tl.store(extra_ptr + tl.program_id(0), _largest(tl.max(largest, axis=1), 0))

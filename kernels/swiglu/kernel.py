@@ -14,8 +14,10 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.backend import Tuned
-from kernels.rms_norm.kernel import FP8_MAX, PLAIN, ROWWISE, SMALLEST_SCALE, TENSORWISE, rows_of
+from kernels.fp8.formats import SMALLEST_SCALE
+from kernels.rms_norm.kernel import FP8_MAX, PLAIN, ROWWISE, TENSORWISE, rows_of
 
+SMALLEST = tl.constexpr(SMALLEST_SCALE)
 SILU = tl.constexpr(0)
 GELU_TANH = tl.constexpr(1)
 GELU = tl.constexpr(2)
@@ -82,7 +84,7 @@ def _forward(
             tl.store(extra_ptr + tl.program_id(0), amax)
             scale = tl.load(scale_ptr)
         else:
-            scale = tl.where(amax == 0.0, 1.0, tl.maximum(amax / FP8_MAX, SMALLEST_SCALE))
+            scale = tl.where(amax == 0.0, 1.0, tl.maximum(amax / FP8_MAX, SMALLEST))
             tl.store(extra_ptr + row, scale)
         y = tl.clamp(y * (1.0 / scale), -FP8_MAX, FP8_MAX, propagate_nan=tl.PropagateNan.ALL)
     tl.store(y_ptr + row * width + cols, y.to(y_ptr.dtype.element_ty), mask=inside)
