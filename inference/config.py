@@ -98,6 +98,11 @@ def longest(config: EngineConfig, model: ModelConfig) -> int:
 
 def engine_problems(config: EngineConfig, model: ModelConfig) -> list[str]:
     """Every reason why this model cannot be served like this; one line each. model is resolved."""
+    return settings_problems(config) or _length_problems(config, model)
+
+
+def settings_problems(config: EngineConfig) -> list[str]:
+    """Those that no model mends."""
     found = [
         f"engine.{name}={getattr(config, name)} must be at least {least}"
         for name, least in (
@@ -125,7 +130,7 @@ def engine_problems(config: EngineConfig, model: ModelConfig) -> list[str]:
         found.append(f"engine.preemption={config.preemption} is unknown; use {' or '.join(PREEMPTIONS)}")
     if config.preemption == "swap" and config.host_blocks == 0:
         found.append("engine.preemption=swap has nowhere to swap to; set engine.host_blocks, or use recompute")
-    return found or _length_problems(config, model)
+    return found
 
 
 def _graph_problems(config: EngineConfig) -> list[str]:

@@ -14,6 +14,7 @@ import torch
 import transformers
 
 from data.config import DataError
+from inference.config import EngineConfig
 from models.adapter_config import AdapterConfig
 from models.config import ModelConfig
 from tests.data.conversing import MARKED, chat_config
@@ -106,7 +107,9 @@ def question(row: dict[str, Any]) -> str:
 
 @cache
 def model_in(folder: Path) -> Any:
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float64, experts_implementation="eager"
+    )
 
 
 @torch.no_grad()
@@ -252,6 +255,42 @@ def test_adapters_answer_with_what_they_learned(ranks: RankPool, folder: Path, t
         assert text == tokenizer.decode(by_transformers(folder / "merged", ids, ends), skip_special_tokens=True)
 
 
+def mixture(path: Path) -> Path:
+    """Like tiny_llama, of experts."""
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(
+        vocab_size=300, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=6,
+        num_key_value_heads=2, max_position_embeddings=SEQ_LEN, initializer_range=0.2, bos_token_id=None,
+        eos_token_id=0, num_local_experts=4, num_experts_per_tok=2, sliding_window=None,
+    )  # fmt: skip
+    transformers.MixtralForCausalLM(config).save_pretrained(path)
+    return path
+
+
+def test_models_that_cannot_learn_from_rollouts_answer_as_transformers_says(ranks: RankPool, folder: Path) -> None:
+    """Dropout, or a capacity of experts, in answers; experts of ZeRO-3 that are not gathered."""
+    config = answering(folder, "mixture", train__eval_interval=20, checkpoint__at_end=True)
+    config.model.path, config.model.dropout = str(mixture(folder / "mixture-model")), 0.05
+    config.model.routing.capacity_factor = 1.5
+    (found,) = ranks.run(1, answered, config)
+    exported = folder / "mixture-exported"
+    export_checkpoint(Path(config.run.dir), exported)
+    tokenizer = theirs(exported)
+    ends = [tokenizer.convert_tokens_to_ids(name) for name in ("<|endoftext|>", "<|im_end|>")]
+    for text, one in zip(found, held_out(config), strict=False):
+        asked = one["messages"][:-1]
+        ids = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=True)["input_ids"]
+        assert text == tokenizer.decode(by_transformers(exported, ids, ends), skip_special_tokens=True)
+
+    sharded = answering(folder, "mixture-zero3", parallel__zero_stage=3)
+    sharded.model = config.model
+    run_on(ranks, 2, sharded)
+    for ours, wanted in zip(metrics_of(sharded), metrics_of(config), strict=True):
+        assert ours["validation_exact_match"] == wanted["validation_exact_match"]
+        assert ours["validation_loss"] == pytest.approx(wanted["validation_loss"], rel=1e-5)
+    assert any(line["validation_exact_match"] > 0 for line in metrics_of(config))
+
+
 def test_a_student_is_asked_as_well(ranks: RankPool, folder: Path, taught: Path, reference: Outcome) -> None:
     """recipe=distill on conversations: the same questions, before a step of any size."""
     config = going_on(folder, taught, "student", train__steps=1, optim__lr=0.0)
@@ -272,6 +311,12 @@ def test_a_student_is_asked_as_well(ranks: RankPool, folder: Path, taught: Path,
         ({"parallel__pp": 2}, "parallel.pp=2 does not work with recipe.answers.prompts=13: the engine serves whole"),
         ({"parallel__cp": 2}, "parallel.cp=2 does not work with recipe.answers.prompts=13"),
         ({"train__compile": True}, "train.compile=true does not work with recipe.answers.prompts=13"),
+        ({"rl__engine": EngineConfig(block_size=0)}, "recipe.rl.engine.block_size=0 must be at least 1"),
+        (
+            {"rl__engine": EngineConfig(preemption="swap")},
+            "recipe.rl.engine.preemption=swap has nowhere to swap to; set recipe.rl.engine.host_blocks",
+        ),
+        ({"rl__engine": EngineConfig(max_seq_len=9)}, "recipe.rl.engine.max_seq_len=9 has no effect: train.seq_len"),
         ({"rl__weights": "here"}, "recipe.rl.weights=here is unknown"),
         ({"rl__weights": "stream"}, "recipe.rl.weights=stream with parallel.zero_stage=0"),
         ({"rl__group_size": 4}, "recipe.rl.group_size is set and has no effect with recipe.name=sft"),

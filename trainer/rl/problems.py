@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from inference.config import EngineConfig, settings_problems
 from parallel.problem import Problem, multiples, values
 from trainer.config import TrainConfig
 from trainer.reference import no_effect, reference_problems
@@ -66,10 +67,18 @@ def data_problems(config: TrainConfig, held_by: tuple[str, float]) -> list[str]:
 
 
 def layout_problems(config: TrainConfig, *, asks: tuple[str, int] | None = None) -> list[str]:
-    """What an engine cannot serve while it is trained. asks: a field, and its value, that wants one and may be 0; None:
-    the recipe does."""
+    """What an engine cannot serve while it is trained. asks: a field, and its value, that wants one for validations
+    alone and may be 0; None: the recipe trains on what is sampled."""
+    found = _model_problems(config, asks)
+    if asks is None:
+        found += _update_problems(config)
+    return found + _weights_problems(config) + _engine_problems(config)
+
+
+def _model_problems(config: TrainConfig, asks: tuple[str, int] | None) -> list[str]:
+    """Models and layouts that the engine does not compute."""
     found: list[str] = []
-    parallel, rl, model, train = config.parallel, config.recipe.rl, config.model, config.train
+    parallel, train = config.parallel, config.train
     name = f"recipe.name={config.recipe.name}" if asks is None else f"{asks[0]}={asks[1]}"
     without = [] if asks is None else [values(asks[0], [0])]
 
@@ -96,6 +105,21 @@ def layout_problems(config: TrainConfig, *, asks: tuple[str, int] | None = None)
     if config.precision.fp8:
         why = "scales are those of a whole batch, which the engine has not"
         refuse("precision.compute", config.precision.compute, why, "bf16")
+    if config.model.speculator.kind != "none":
+        why = "heads are trained beside a model that stays"
+        refuse("model.speculator.kind", config.model.speculator.kind, why, "none")
+    return found
+
+
+def _update_problems(config: TrainConfig) -> list[str]:
+    """Models that are served, and cannot be trained on what they said: its probabilities would be others."""
+    found: list[str] = []
+    model = config.model
+
+    def refuse(field: str, value: object, why: str, instead: object) -> None:
+        why = f"{field}={value} does not work with recipe.name={config.recipe.name}: {why}"
+        found.append(Problem(why, values(field, [instead])))
+
     if model.moe.num_experts:
         why = "auxiliary losses are means over rows, of which a step has another number each time"
         refuse("model.moe.num_experts", model.moe.num_experts, why, 0)
@@ -104,8 +128,13 @@ def layout_problems(config: TrainConfig, *, asks: tuple[str, int] | None = None)
             refuse(f"model.{field}", value, "completions are sampled without, by other probabilities", 0.0)
     if model.mtp.depth:
         refuse("model.mtp.depth", model.mtp.depth, "its losses are those of texts", 0)
-    if model.speculator.kind != "none":
-        refuse("model.speculator.kind", model.speculator.kind, "heads are trained beside a model that stays", "none")
+    return found
+
+
+def _weights_problems(config: TrainConfig) -> list[str]:
+    """Ways in which an engine cannot have this layout's weights."""
+    found: list[str] = []
+    parallel, rl = config.parallel, config.recipe.rl
     if parallel.zero_stage == 3 and rl.weights == "in_place":
         found.append(
             Problem(
@@ -148,3 +177,19 @@ def layout_problems(config: TrainConfig, *, asks: tuple[str, int] | None = None)
             )
         )
     return found
+
+
+def _engine_problems(config: TrainConfig) -> list[str]:
+    """Settings of recipe.rl.engine that are wrong, or that the run decides."""
+    engine, default = config.recipe.rl.engine, EngineConfig()
+    decides = {"max_seq_len": "train.seq_len", "deterministic": "train.batch_invariant"}
+    found = [
+        f"recipe.rl.engine.{name}={value} has no effect: {by} decides; leave it out"
+        for name, by in decides.items()
+        if (value := getattr(engine, name)) != getattr(default, name)
+    ]
+    # Whether a sequence fits is known when there are some.
+    alone = replace(engine, deterministic=config.train.batch_invariant, max_seq_len=None)
+    return found + [
+        "recipe.rl." + problem.replace(" engine.", " recipe.rl.engine.") for problem in settings_problems(alone)
+    ]
