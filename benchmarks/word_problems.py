@@ -1,13 +1,14 @@
 """Word problems of addition and subtraction, with answers that can be checked: for recipe=sft, dpo and grpo.
 
-    python benchmarks/word_problems.py data FOLDER          sft, preferences, prompts, held_out (.jsonl), a tokenizer
+    python benchmarks/word_problems.py data FOLDER          sft, worked, preferences, prompts, held_out; a tokenizer
     python benchmarks/word_problems.py check OUT.jsonl      how many of the answers that mode=generate wrote are right
     python benchmarks/word_problems.py plot RUN_DIR OUT.png what a run's greedy answers were worth, step by step
 
 A problem tells of a person, a thing and five numbers; its answer is what is left at the end. The texts to be fine-tuned
 on answer in two ways, as texts of the world do: most say the result at once, which a small model guesses, and some
-write down one step after the other, of which each is easy. Nothing says which way is better; a reward does. No problem
-is told twice, so held-out prompts are those of no other row.
+write down one step after the other, of which each is easy. Nothing says which way is better; a reward does, and so do
+the texts of worked.jsonl, which all write it down. No problem is told twice, so held-out prompts are those of no other
+row.
 """
 
 from __future__ import annotations
@@ -58,19 +59,22 @@ def completion(row: dict[str, str], *, worked: bool, answer: str | None = None) 
     return f"{row['worked'][: -len(row['answer'])]}{result}. {result}"
 
 
-def make(folder: Path, *, num_examples: int = 12000, num_pairs: int = 2000, num_prompts: int = 8000) -> None:
-    """Write the four parts and the tokenizer."""
+def make(
+    folder: Path, *, num_examples: int = 12000, num_pairs: int = 2000, num_prompts: int = 8000, num_worked: int = 1000
+) -> None:
+    """Write the five parts and the tokenizer."""
     draw = random.Random(0)
     rows: dict[str, dict[str, str]] = {}  # by their text, each once
-    while len(rows) < num_examples + num_pairs + num_prompts + HELD_OUT:
-        row = problem(draw)
-        rows[row["prompt"]] = row
+    _tell(rows, num_examples + num_pairs + num_prompts + HELD_OUT, draw)
     different = list(rows.values())
+    _tell(rows, len(rows) + num_worked, random.Random(1))
+    written_down = list(rows.values())[len(different) :]
     examples, pairs = different[:num_examples], different[num_examples : num_examples + num_pairs]
     prompts = different[num_examples + num_pairs : -HELD_OUT]
     folder.mkdir(parents=True, exist_ok=True)
     parts = {
         "sft": [{"prompt": r["prompt"], "completion": completion(r, worked=draw.random() < WORKED)} for r in examples],
+        "worked": [{"prompt": r["prompt"], "completion": completion(r, worked=True)} for r in written_down],
         "preferences": [_pair(row, draw) for row in pairs],
         "prompts": [{"prompt": row["prompt"], "answer": row["answer"]} for row in prompts],
         "held_out": [{"prompt": row["prompt"], "answer": row["answer"]} for row in different[-HELD_OUT:]],
@@ -80,6 +84,13 @@ def make(folder: Path, *, num_examples: int = 12000, num_pairs: int = 2000, num_
     # Without digits: each stays a token of its own.
     texts = ["".join(letter for letter in row["prompt"] if not letter.isdigit()) for row in prompts]
     train_bpe(iter(texts), 384).save(folder / "tokenizer")
+
+
+def _tell(rows: dict[str, dict[str, str]], count: int, draw: random.Random) -> None:
+    """Add problems until there are so many."""
+    while len(rows) < count:
+        row = problem(draw)
+        rows[row["prompt"]] = row
 
 
 def _pair(row: dict[str, str], draw: random.Random) -> dict[str, str]:

@@ -85,7 +85,7 @@ def test_make_train_uses_the_gpus_that_torch_will_see(
 def _word_problems(folder: Path) -> None:
     """What benchmarks/word_problems.py leaves, as far as a configuration can tell."""
     folder.mkdir(parents=True)
-    for name in ("sft", "preferences", "prompts", "held_out"):
+    for name in ("sft", "worked", "preferences", "prompts", "held_out"):
         (folder / f"{name}.jsonl").write_text('{"prompt": "x"}\n')
     train_bpe(iter(["one two three two one"]), 270).save(folder / "tokenizer")
 
