@@ -45,6 +45,7 @@ from kernels.fp8 import (
     INPUT,
     WEIGHT,
     DelayedScaling,
+    LayerScaling,
     Quantized,
     Recipe,
     fp8_matmul,
@@ -77,7 +78,7 @@ class Operands(NamedTuple):
     shape: torch.Size  # of what is multiplied, [..., K]
     x: Quantized
     weights: list[Quantized]
-    carriers: list[Tensor | None]  # of largest magnitudes of gradients, see DelayedScaling
+    carriers: list[Tensor | None]  # of largest magnitudes of gradients, see LayerScaling
     gradient_scales: list[Tensor | None]  # None: found in backward
 
     @property
@@ -111,8 +112,9 @@ class Fp8Linears:
     def end_step(self) -> None:
         """After a step's last backward: the scales of the next. With delayed scaling collective over all ranks."""
         if self.scaling is not None:
-            dist.all_reduce(self.scaling.amax, op=dist.ReduceOp.MAX)
-            self.scaling.update()
+            amax = self.scaling.amax()
+            dist.all_reduce(amax, op=dist.ReduceOp.MAX)
+            self.scaling.update(amax)
 
     def state_tensors(self) -> dict[str, Tensor]:
         """What a checkpoint holds; between steps nothing else is kept. The same on every rank."""
@@ -200,13 +202,13 @@ class Fp8Linears:
             assert plan.axis is not None
             whole = whole_input(whole, plan.axis, sequence_parallel=True)
         num, scaling = len(layers), self.scaling
-        numbers: list[Any] = [layer.fp8_number for layer in layers] if scaling is not None else []
+        states: list[LayerScaling] = [] if scaling is None else [layer.fp8_scaling for layer in layers]  # type: ignore[misc]
         scales: list[Tensor | None]
         gradient_scales: list[Tensor | None] = [None] * num
         rows = whole.reshape(-1, whole.shape[-1])
         if scaling is not None and self.started:
-            scales = [scaling.scale[numbers[0], INPUT], *(scaling.scale[i, WEIGHT] for i in numbers)]
-            gradient_scales = [scaling.scale[i, GRADIENT] for i in numbers]
+            scales = [states[0].scale[INPUT], *(state.scale[WEIGHT] for state in states)]
+            gradient_scales = [state.scale[GRADIENT] for state in states]
         else:
             cut = [plan.agrees_on(INPUT), *[plan.agrees_on(WEIGHT)] * num]
             scales = _agreed_scales([rows, *weights], cut, E4M3, plan)
@@ -219,12 +221,12 @@ class Fp8Linears:
         carriers: list[Tensor | None] = [None] * num
         if scaling is not None and recorded:
             assert x_amax is not None
-            for i, (_, amax) in zip(numbers, weights_q, strict=True):
+            for state, (_, amax) in zip(states, weights_q, strict=True):
                 assert amax is not None
-                scaling.record(i, INPUT, x_amax)
-                scaling.record(i, WEIGHT, amax)
+                state.record(INPUT, x_amax)
+                state.record(WEIGHT, amax)
             # Of layers with one scale the first one's brings the largest magnitude of all gradients.
-            carriers = [None if plan.as_one and n else scaling.carriers[i] for n, i in enumerate(numbers)]
+            carriers = [None if plan.as_one and n else state.carrier for n, state in enumerate(states)]
         return Operands(source, whole.shape, x_q, [q for q, _ in weights_q], carriers, gradient_scales)
 
 
@@ -327,7 +329,8 @@ def apply_fp8(blocks: nn.Module, linears: Fp8Linears) -> None:
             layer.together = MethodType(_together, layer)
         if number is None:
             continue
-        layer.fp8_number = number
+        if linears.scaling is not None:
+            layer.fp8_scaling = linears.scaling.layers[number]
         replaced, function = next(_REPLACED[kind] for kind in _REPLACED if isinstance(module, kind))
         setattr(layer, replaced, MethodType(function, layer))
 

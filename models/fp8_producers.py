@@ -126,7 +126,7 @@ def _begin_branch(block: Any, norm: Any, x: Tensor, branch: Tensor | None = None
     weight, eps = norm.weight, norm.eps
     if isinstance(norm, ReplicatedNorm):
         weight = local_shard(weight, grad=norm.grad)
-    scale = None if linears.scaling is None else linears.scaling.scale[layers[0].fp8_number, INPUT]
+    scale = None if linears.scaling is None else layers[0].fp8_scaling.scale[INPUT]
     made = rms_norm_fp8(
         x.detach(),
         weight.detach(),
@@ -172,12 +172,10 @@ def _gated(linears: Fp8Linears, x: Tensor | Prepared, gate_up: Any, down: Any) -
         out_dtype=made.source.dtype,
         fast_accumulation=plan.recipe.fast_accumulation[0],
     )
-    assert linears.scaling is not None
-    scale = linears.scaling.scale
-    quantized, amax = swiglu_quantized(y, scale[down.fp8_number, INPUT], transpose=torch.is_grad_enabled())
+    quantized, amax = swiglu_quantized(y, down.fp8_scaling.scale[INPUT], transpose=torch.is_grad_enabled())
     stand_in = _Gated.apply(
         made.source, plan, y, made.x.transposed, made.x.scale, weight, made.carriers[0], weight_q.scale,
-        scale[gate_up.fp8_number, GRADIENT],
+        gate_up.fp8_scaling.scale[GRADIENT],
     )  # fmt: skip
     return Prepared(stand_in.view(*made.shape[:-1], stand_in.shape[-1]), quantized, amax)
 

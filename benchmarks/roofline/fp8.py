@@ -109,7 +109,7 @@ def _linears(M: int, N: int, K: int, device: torch.device) -> Iterator[Problem]:
     functions = {"eager": F.linear}
     for kind in ("tensorwise_delayed", "tensorwise_dynamic", "rowwise", "block128"):
         recipe = Recipe(kind)
-        scaling = DelayedScaling(1, recipe=recipe, device=device) if kind == "tensorwise_delayed" else None
+        scaling = DelayedScaling(1, recipe=recipe, device=device).layers[0] if kind == "tensorwise_delayed" else None
         layer = partial(fp8_linear, recipe=recipe, scaling=scaling)
         functions["lattice" if kind == "tensorwise_dynamic" else f"lattice {kind}"] = layer
     size = 2 * (M * K + N * K + M * N)

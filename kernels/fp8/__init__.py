@@ -10,7 +10,7 @@ from kernels.fp8.quantize import (
     quantize_tensorwise,
     transpose_quantized,
 )
-from kernels.fp8.scaling import GRADIENT, INPUT, WEIGHT, DelayedScaling, Recipe
+from kernels.fp8.scaling import GRADIENT, INPUT, WEIGHT, DelayedScaling, LayerScaling, Recipe
 
 __all__ = [
     "E4M3",
@@ -19,6 +19,7 @@ __all__ = [
     "INPUT",
     "WEIGHT",
     "DelayedScaling",
+    "LayerScaling",
     "Quantized",
     "Recipe",
     "dequantize",

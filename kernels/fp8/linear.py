@@ -22,7 +22,7 @@ from kernels.fp8.formats import E4M3, PAD, Quantized, scale_from_amax
 from kernels.fp8.matmul import fp8_matmul
 from kernels.fp8.matmul.op import _fp8_matmul
 from kernels.fp8.quantize import quantize_blocks, quantize_rowwise, quantize_tensorwise
-from kernels.fp8.scaling import GRADIENT, INPUT, WEIGHT, DelayedScaling, Recipe
+from kernels.fp8.scaling import GRADIENT, INPUT, WEIGHT, LayerScaling, Recipe
 
 
 def fp8_linear(
@@ -31,15 +31,14 @@ def fp8_linear(
     bias: Tensor | None = None,
     *,
     recipe: Recipe,
-    scaling: DelayedScaling | None = None,
-    index: int = 0,
+    scaling: LayerScaling | None = None,
     x_amax: Tensor | None = None,
     weight_amax: Tensor | None = None,
 ) -> Tensor:
     """x [..., K] weight [N, K]^T + bias [N] to [..., N] in x's dtype, forward and backward products in fp8.
 
     K and N are multiples of 16. On a GPU with fp8 tensor cores; on the CPU the same numbers are quantized, and
-    multiplied in fp32. tensorwise_delayed takes its scales from `scaling`, where this layer has the number `index`.
+    multiplied in fp32. tensorwise_delayed takes its scales from `scaling`, one of `DelayedScaling.layers`.
     tensorwise_dynamic finds the largest magnitudes, fp32 [], unless they are passed: a kernel before may know them, and
     ranks with parts of one tensor may have agreed on them. Raises TypeError for DTensors and for dtypes, ValueError for
     shapes and for arguments that the recipe does not take.
@@ -57,11 +56,11 @@ def fp8_linear(
         raise ValueError(f"x_amax and weight_amax are for tensorwise_dynamic; recipe.kind is {recipe.kind}")
     rows = x.reshape(-1, x.shape[-1])
     recorded = torch.is_grad_enabled()
-    x_q = _quantized(rows, recipe, INPUT, recorded and weight.requires_grad, scaling, index, x_amax)
-    weight_q = _quantized(weight, recipe, WEIGHT, recorded and x.requires_grad, scaling, index, weight_amax)
+    x_q = _quantized(rows, recipe, INPUT, recorded and weight.requires_grad, scaling, x_amax)
+    weight_q = _quantized(weight, recipe, WEIGHT, recorded and x.requires_grad, scaling, weight_amax)
     carrier = gradient_scale = None
     if scaling is not None:
-        carrier, gradient_scale = scaling.carriers[index], scaling.scale[index, GRADIENT]
+        carrier, gradient_scale = scaling.carrier, scaling.scale[GRADIENT]
     y = _linear(
         rows, weight, bias, carrier, gradient_scale,
         x_q.data, x_q.scale, x_q.transposed, x_q.transposed_scale,
@@ -76,21 +75,20 @@ def _quantized(
     recipe: Recipe,
     which: int,
     transpose: bool,
-    scaling: DelayedScaling | None,
-    index: int,
+    scaling: LayerScaling | None,
     amax: Tensor | None,
 ) -> Quantized:
     """The layer's input or weight."""
     scale = None
     if scaling is not None:
-        scale = scaling.scale[index, which]
+        scale = scaling.scale[which]
     elif amax is not None:
         scale = scale_from_amax(amax.detach(), E4M3, power_of_two=recipe.power_of_two)
     quantized, found = quantize_by_kind(
         tensor, recipe.kind, E4M3, recipe.power_of_two, transpose, which == WEIGHT, scale
     )
     if scaling is not None and found is not None:
-        scaling.record(index, which, found)
+        scaling.record(which, found)
     return quantized
 
 

@@ -36,20 +36,35 @@ class Recipe:
         require_fp8(self.gradient, name="gradient")
 
 
+class LayerScaling:
+    """What one layer reads and writes of `DelayedScaling`, in tensors of its own: compiled code takes them as inputs,
+    so that layers of one kind share it, and what it writes to lies in no memory that another input has."""
+
+    def __init__(self, scale: Tensor) -> None:
+        self.scale = scale  # fp32 [3], of INPUT, WEIGHT, GRADIENT; read only
+        self.amax = torch.zeros_like(scale)  # the largest magnitudes of this step
+        self.carrier = _carrier(self)
+
+    def record(self, which: int, amax: Tensor) -> None:
+        """A largest magnitude [] in this step, of the INPUT, WEIGHT or GRADIENT."""
+        with torch.no_grad():
+            held = self.amax[which]
+            held.copy_(torch.maximum(held, amax))
+
+
 class DelayedScaling(nn.Module):
     """Scales of num_linears layers, from the largest magnitudes of the last H steps (2209.05433, section 5).
 
-    A step: forward and backward of all micro-batches, which raise `amax`; the caller may take the maximum of `amax`
-    over ranks that share tensors, in place, one all-reduce for all layers; then, after the last backward, `update()`.
-    Nothing waits for the device. Before the first update all scales are 1, under which gradients below 2^-17 (E5M2)
-    vanish: run one step whose gradients are thrown away. Gradients are recorded by `backward()`, not by
+    A step: forward and backward of all micro-batches, which raise the `amax` of `layers`; then, after the last
+    backward, `update()`, to which a caller whose ranks share tensors passes the maximum over them, one all-reduce for
+    all layers. Nothing waits for the device. Before the first update all scales are 1, under which gradients below
+    2^-17 (E5M2) vanish: run one step whose gradients are thrown away. Gradients are recorded by `backward()`, not by
     torch.autograd.grad().
 
-    Buffers, fp32, saved with the module: `amax` [L, 3], `history` [H, L, 3], newest first, `scale` [L, 3]; the last
-    dimension is INPUT, WEIGHT, GRADIENT.
+    Buffers, fp32, saved with the module: `history` [H, L, 3], newest first, `scale` [L, 3]; the last dimension is
+    INPUT, WEIGHT, GRADIENT. A layer's scale is a view of its row.
     """
 
-    amax: Tensor
     history: Tensor
     scale: Tensor
 
@@ -62,34 +77,30 @@ class DelayedScaling(nn.Module):
         if recipe.kind != "tensorwise_delayed":
             raise ValueError(f"recipe.kind={recipe.kind}; delayed scaling is for tensorwise_delayed")
         self.recipe = recipe
-        self.register_buffer("amax", torch.zeros(num_linears, 3, device=device))
         self.register_buffer("history", torch.zeros(history_length, num_linears, 3, device=device))
         self.register_buffer("scale", torch.ones(num_linears, 3, device=device))
-        self._make_carriers()
-
-    def _make_carriers(self) -> None:
-        self.carriers = [_carrier(self, index) for index in range(self.amax.shape[0])]
+        self.layers = [LayerScaling(row) for row in self.scale]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> DelayedScaling:
-        """Moved, but always in fp32."""
+        """Moved, but always in fp32; between steps, and before layers have been handed out."""
         super()._apply(lambda tensor: fn(tensor).float(), *args, **kwargs)
-        self._make_carriers()
+        self.layers = [LayerScaling(row) for row in self.scale]
         return self
 
-    def record(self, index: int, tensor: int, amax: Tensor) -> None:
-        """A largest magnitude [] of layer `index` in this step, of its INPUT, WEIGHT or GRADIENT."""
-        with torch.no_grad():
-            held = self.amax[index, tensor]
-            held.copy_(torch.maximum(held, amax))
+    def amax(self) -> Tensor:
+        """A copy [L, 3] of the layers' largest magnitudes in this step."""
+        return torch.stack([layer.amax for layer in self.layers])
 
     @torch.no_grad()
-    def update(self) -> None:
-        """End a step: its amax enter the history, scales follow from the largest in it, amax start anew.
+    def update(self, amax: Tensor | None = None) -> None:
+        """End a step: its amax [L, 3], by default the layers', enter the history, scales follow from the largest in it,
+        the layers' start anew.
 
         Layers that saw nothing but zeros in H steps keep their scale, as do those whose only amax were inf or NaN,
         which are left out of the history: one overflow does not spoil the scales of H steps.
         """
-        seen = torch.where(self.amax.isfinite(), self.amax, 0.0)
+        amax = self.amax() if amax is None else amax
+        seen = torch.where(amax.isfinite(), amax, 0.0)
         self.history.copy_(torch.cat([seen[None], self.history[:-1]]))
         largest = self.history.amax(dim=0)
         power_of_two = self.recipe.power_of_two
@@ -98,17 +109,17 @@ class DelayedScaling(nn.Module):
             for i, dtype in enumerate((E4M3, E4M3, self.recipe.gradient))
         ]
         self.scale.copy_(torch.where(largest > 0, torch.stack(scales, dim=1), self.scale))
-        self.amax.zero_()
+        torch._foreach_zero_([layer.amax for layer in self.layers])
 
 
-def _carrier(scaling: DelayedScaling, index: int) -> Tensor:
+def _carrier(scaling: LayerScaling) -> Tensor:
     """A leaf whose gradient is the largest magnitude of the layer's output gradient: what backward may hand out without
     changing memory, which compiled graphs of several micro-batches forbid. It is recorded as soon as it is there."""
     leaf = torch.zeros((), device=scaling.amax.device, requires_grad=True)
 
     def record(leaf: Tensor) -> None:
         if leaf.grad is not None:
-            scaling.record(index, GRADIENT, leaf.grad)
+            scaling.record(GRADIENT, leaf.grad)
             leaf.grad = None
 
     leaf.register_post_accumulate_grad_hook(record)

@@ -15,6 +15,7 @@ from kernels.fp8 import (
     E4M3,
     E5M2,
     DelayedScaling,
+    LayerScaling,
     Recipe,
     dequantize,
     fp8_linear,
@@ -100,7 +101,9 @@ def test_the_compiled_fp8_layer_is_the_eager_one(kind: str) -> None:
     for device, compiled in (("cuda", False), ("cuda", True), ("cpu", False)):
         scaling = DelayedScaling(1, recipe=recipe, device=device) if kind == "tensorwise_delayed" else None
 
-        def layer(x: Tensor, w: Tensor, scaling: DelayedScaling | None = scaling) -> Tensor:
+        its_scales = None if scaling is None else scaling.layers[0]
+
+        def layer(x: Tensor, w: Tensor, scaling: LayerScaling | None = its_scales) -> Tensor:
             return fp8_linear(torch.nn.functional.silu(x), w, recipe=recipe, scaling=scaling)
 
         generator = torch.Generator().manual_seed(0)

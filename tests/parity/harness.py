@@ -165,6 +165,13 @@ def run_here(config: TrainConfig) -> Outcome | None:
     )
 
 
+def run_and_count_graphs(config: TrainConfig) -> tuple[Outcome | None, int]:
+    """What a run on this rank gave, and how many graphs torch.compile made of it."""
+    torch._dynamo.utils.counters.clear()
+    outcome = run_here(config)
+    return outcome, torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
 def union_over_ranks(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Tensors of every pipeline stage by name. Those that several ranks hold must agree, bit for bit. Collective."""
     parts: list[dict[str, torch.Tensor]] = [{} for _ in range(dist.get_world_size())]

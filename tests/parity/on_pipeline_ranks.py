@@ -9,8 +9,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest.mock import patch
 
-import torch
-import torch._dynamo
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
@@ -88,13 +86,6 @@ def run_and_answer(config: TrainConfig) -> dict[str, Any]:
         return running.run()
     finally:
         running.close()
-
-
-def run_and_count_graphs(config: TrainConfig) -> tuple[Outcome | None, int]:
-    """What a run on this rank gave, and how many graphs torch.compile made of it."""
-    torch._dynamo.utils.counters.clear()
-    outcome = run_here(config)
-    return outcome, torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
 def count_messages(config: TrainConfig) -> Counter[str]:

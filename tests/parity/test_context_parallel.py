@@ -29,6 +29,7 @@ from tests.parity.harness import (
     assert_same_model,
     changed,
     gradient_deviation,
+    run_and_count_graphs,
     run_here,
     run_on,
     text_corpus,
@@ -164,7 +165,7 @@ def test_compiled_blocks_around_attention_train_the_same_model(
     layout = {"parallel__cp": 2, "parallel__cp_method": method, "train__micro_batch_size": 4}
     layout |= {"train__compile": True, "train__compile_backend": "aot_eager"}
     outcome, graphs = ranks.run(
-        2, _run_and_count_graphs, changed(reference.config, tmp_path / "run", **layout | changes)
+        2, run_and_count_graphs, changed(reference.config, tmp_path / "run", **layout | changes)
     )[0]
     _assert_same_model(outcome, reference)
     assert graphs >= 4  # before and behind attention, with gradients and, in validation, without
@@ -176,14 +177,8 @@ def test_every_one_of_many_layers_is_compiled(ranks: RankPool, references: Refer
     config = references.of("dropout").config
     layers = {"model__num_layers": 9, "train__steps": 1, "schedule__warmup_steps": 0, "train__eval_interval": 0}
     layers |= {"parallel__cp": 2, "train__compile": True, "train__compile_backend": "eager"}
-    _, graphs = ranks.run(2, _run_and_count_graphs, changed(config, tmp_path / "run", **layers))[0]
+    _, graphs = ranks.run(2, run_and_count_graphs, changed(config, tmp_path / "run", **layers))[0]
     assert graphs >= 9 + 3  # one per layer; around attention three more that layers share
-
-
-def _run_and_count_graphs(config: TrainConfig) -> tuple[Outcome | None, int]:
-    torch._dynamo.utils.counters.clear()
-    outcome = run_here(config)
-    return outcome, torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
 @pytest.mark.some(1)

@@ -28,6 +28,7 @@ from tests.parity.harness import (
     changed,
     gradient_deviation,
     loss_deviation,
+    run_and_count_graphs,
     run_here,
     run_on,
     text_corpus,
@@ -205,25 +206,6 @@ def test_permuted_tokens_are_more_than_other_micro_batches(runs: Runs, tmp_path:
     assert gradient_deviation(outcome, runs.one("rowwise")) > 4 * _sensitivity(runs, "rowwise")
 
 
-@pytest.mark.some(1)
-@pytest.mark.parametrize(
-    ("recipe", "changes"),
-    [
-        ("tensorwise_delayed", {"model__activation_checkpoint": "full"}),
-        ("tensorwise_delayed", {"model__activation_checkpoint": "selective"}),
-        ("rowwise", {"model__activation_checkpoint": "offload"}),
-        ("tensorwise_delayed", COMPILED),
-        ("rowwise", COMPILED | {"model__activation_checkpoint": "full"}),
-    ],
-    ids=["full", "selective", "offload", "compiled", "compiled-full"],
-)
-def test_recomputed_and_compiled_blocks_train_the_same_model(runs: Runs, recipe: str, changes: dict[str, Any]) -> None:
-    """An amax that is recorded in a graph once and for all, or scales that moved before the forward is run again."""
-    reference, outcome = runs.one(recipe), runs.one(recipe, **changes)
-    assert loss_deviation(outcome, reference) <= 1e-6
-    assert gradient_deviation(outcome, reference) <= 1e-5
-
-
 def test_compiled_tensor_parallel_blocks_train_the_same_model(runs: Runs, tmp_path: Path) -> None:
     """A collective for a scale that a graph drops."""
     changes = COMPILED | _tp(sequence_parallel=True)
@@ -277,7 +259,8 @@ def test_norms_and_swiglu_that_write_fp8_train_the_model_of_layers_that_quantize
     pytest.fail("for no seed of three")
 
 
-@pytest.mark.some(2)
+@pytest.mark.some(3)
+@pytest.mark.parametrize("fused", [False, True], ids=["by layers", "by producers"])
 @pytest.mark.parametrize(
     ("recipe", "changes"),
     [
@@ -289,13 +272,28 @@ def test_norms_and_swiglu_that_write_fp8_train_the_model_of_layers_that_quantize
     ],
     ids=["full", "selective", "offload", "compiled", "compiled-full"],
 )
-def test_recomputed_and_compiled_producers_train_the_same_model(
-    runs: Runs, recipe: str, changes: dict[str, Any]
+def test_recomputed_and_compiled_blocks_train_the_same_model(
+    runs: Runs, recipe: str, changes: dict[str, Any], fused: bool
 ) -> None:
-    """A stand-in without memory that is read, or offloaded as if it had some; scales of the next step."""
-    reference, outcome = runs.one(recipe, **FUSED), runs.one(recipe, **FUSED, **changes)
+    """An amax that is recorded in a graph once and for all, or scales that moved before the forward is run again; a
+    producer's stand-in without memory that is read, or offloaded as if it had some."""
+    fused_too = FUSED if fused else {}
+    reference, outcome = runs.one(recipe, **fused_too), runs.one(recipe, **fused_too, **changes)
     assert loss_deviation(outcome, reference) <= 1e-6
     assert gradient_deviation(outcome, reference) <= 1e-5
+
+
+@pytest.mark.some(1)
+@pytest.mark.parametrize("recipe", ["tensorwise_delayed", "tensorwise_dynamic"])
+def test_layers_of_one_kind_share_their_graphs(
+    ranks: RankPool, corpus: DataConfig, tmp_path: Path, recipe: str
+) -> None:
+    """A graph for each layer, whose number or scales are constants in it: 32 layers would compile for minutes."""
+    changes = FP8 | COMPILED | FUSED | {"precision__fp8_recipe": recipe, "model__num_layers": 3}
+    changes["precision__fp8_fused"] = recipe == "tensorwise_delayed"
+    config = tiny_config(tmp_path / "run", corpus, **changes, train__steps=3, train__eval_interval=0)
+    ((_, graphs),) = ranks.run(1, run_and_count_graphs, config)
+    assert graphs == (2 if recipe == "tensorwise_delayed" else 1)  # a run's first step finds its own scales
 
 
 @pytest.mark.some(2)

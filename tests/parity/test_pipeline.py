@@ -18,6 +18,7 @@ from tests.parity.harness import (
     changed,
     gradient_deviation,
     loss_deviation,
+    run_and_count_graphs,
     run_on,
     text_corpus,
     tiny_config,
@@ -27,7 +28,6 @@ from tests.parity.on_pipeline_ranks import (
     count_gathers,
     count_messages,
     run_and_answer,
-    run_and_count_graphs,
     run_broken,
     run_with_lengths,
 )
