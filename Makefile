@@ -1,7 +1,7 @@
 # make install   the environment, in .venv            make train   train on real text, on whatever this machine has
 # make test      the tests (CPU, gloo); with ARGS=--thorough those of CI, with ARGS=--exhaustive all
 # make check     lint and types
-# make drill     a hundred random faults in one run, against a run that was left alone; an hour on two cores
+# make drill     a hundred random faults in one run, against a run that was left alone; half an hour on two cores
 # make parity    every layout against one process, two hours on two cores; writes docs/COMPOSES.md
 PYTHON ?= python3
 VENV ?= .venv

@@ -51,6 +51,7 @@ from kernels.fp8 import (
     fp8_matmul,
     scale_from_amax,
 )
+from models.fp8_gather import GatheredWeights
 from models.fp8_gradients import Plan, arrived, quantized, start_gradients
 from parallel.collectives import maximum
 from parallel.fused import is_part, name_in_every_layout
@@ -78,6 +79,7 @@ class Operands(NamedTuple):
     shape: torch.Size  # of what is multiplied, [..., K]
     x: Quantized
     weights: list[Quantized]
+    gathered: tuple[bool, ...]  # weights that came in fp8, so that backward has them as they are (models/fp8_gather.py)
     carriers: list[Tensor | None]  # of largest magnitudes of gradients, see LayerScaling
     gradient_scales: list[Tensor | None]  # None: found in backward
 
@@ -101,18 +103,32 @@ class Fp8Linears:
         self.names = list(names)
         self.started = False  # there are scales of earlier steps
         self.producers = "quantized by the layers"  # what writes inputs in fp8, for run.json; models/fp8_producers.py
+        self.gathered: GatheredWeights | None = None  # weights that ranks gather in fp8
         self.scaling: DelayedScaling | None = None
         if recipe.kind == "tensorwise_delayed":
             self.scaling = DelayedScaling(len(names), recipe=recipe, history_length=history_length, device=device)
 
     def begin_step(self, *, first: bool) -> None:
-        """first: of the run, not of this start."""
+        """first: of the run, not of this start. Collective where weights are gathered in fp8."""
         self.started = not first
+        self.begin()
+
+    def begin(self) -> None:
+        """Before forwards outside of a step as well. Collective as above, if weights have changed since."""
+        if self.gathered is not None:
+            known = self.scaling is not None and self.started
+            self.gathered.set_scales(self.scaling.scale[:, WEIGHT] if known and self.scaling is not None else None)
+
+    def weights_changed(self) -> None:
+        if self.gathered is not None:
+            self.gathered.known = False
 
     def end_step(self) -> None:
         """After a step's last backward: the scales of the next. With delayed scaling collective over all ranks."""
         if self.scaling is not None:
             amax = self.scaling.amax()
+            if self.gathered is not None:
+                amax[:, WEIGHT] = torch.maximum(amax[:, WEIGHT], self.gathered.amax)
             dist.all_reduce(amax, op=dist.ReduceOp.MAX)
             self.scaling.update(amax)
 
@@ -185,7 +201,7 @@ class Fp8Linears:
         """y_i = x W_i^T + b_i: x [..., K], weights [N_i, K], to [..., N_i]."""
         made = self.operands(x, layers, weights, plan)
         ys = _Products.apply(
-            made.source, plan, made.x.data, made.x.scale, made.x.transposed, made.other_scale,
+            made.source, plan, made.gathered, made.x.data, made.x.scale, made.x.transposed, made.other_scale,
             *weights, *biases, *made.carriers, *(w.data for w in made.weights), *(w.scale for w in made.weights),
             *made.gradient_scales,
         )  # fmt: skip
@@ -217,17 +233,22 @@ class Fp8Linears:
             x_q, x_amax = x.quantized, x.amax
         else:
             x_q, x_amax = quantized(rows, plan, E4M3, scales[0], transpose=recorded)
-        weights_q = [quantized(w, plan, E4M3, s, square=True) for w, s in zip(weights, scales[1:], strict=True)]
+        came: list[Any] = [layer.fp8_gathered for layer in layers]
+        weights_q = [
+            quantized(w, plan, E4M3, s, square=True) if own is None else (own.quantized, None)
+            for w, s, own in zip(weights, scales[1:], came, strict=True)
+        ]
         carriers: list[Tensor | None] = [None] * num
         if scaling is not None and recorded:
             assert x_amax is not None
             for state, (_, amax) in zip(states, weights_q, strict=True):
-                assert amax is not None
                 state.record(INPUT, x_amax)
-                state.record(WEIGHT, amax)
+                if amax is not None:  # else it is known of the whole weight
+                    state.record(WEIGHT, amax)
             # Of layers with one scale the first one's brings the largest magnitude of all gradients.
             carriers = [None if plan.as_one and n else state.carrier for n, state in enumerate(states)]
-        return Operands(source, whole.shape, x_q, [q for q, _ in weights_q], carriers, gradient_scales)
+        gathered = tuple(own is not None for own in came)
+        return Operands(source, whole.shape, x_q, [q for q, _ in weights_q], gathered, carriers, gradient_scales)
 
 
 class _Products(torch.autograd.Function):
@@ -238,6 +259,7 @@ class _Products(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         plan: Plan,
+        gathered: tuple[bool, ...],
         x_data: Tensor,
         x_scale: Tensor,
         x_transposed: Tensor | None,
@@ -250,7 +272,9 @@ class _Products(torch.autograd.Function):
         ctx.biased = [bias is not None for bias in biases]
         ctx.recorded = [carrier is not None for carrier in carriers]
         transposed_scale = x_scale if x_transposed_scale is None else x_transposed_scale
-        ctx.save_for_backward(x_transposed, transposed_scale, *weights, *scales, *gradient_scales)
+        ctx.weight_dtype = weights[0].dtype
+        kept = [d if is_fp8 else weight for d, weight, is_fp8 in zip(data, weights, gathered, strict=True)]
+        ctx.save_for_backward(x_transposed, transposed_scale, *kept, *scales, *gradient_scales)
         return tuple(
             fp8_matmul(
                 x_data,
@@ -274,7 +298,14 @@ class _Products(torch.autograd.Function):
             scales = _agreed_scales(grads, [plan.agrees_on(GRADIENT)] * num, gradient, plan)
         d_ys = [quantized(d, plan, gradient, s, transpose=True) for d, s in zip(grads, scales, strict=True)]
         d_x, d_weights = start_gradients(
-            plan, ctx.shape, ctx.dtype, [d_y for d_y, _ in d_ys], weights, weight_scales, x_t, x_t_scale
+            plan,
+            ctx.shape,
+            (ctx.dtype, ctx.weight_dtype),
+            [d_y for d_y, _ in d_ys],
+            weights,
+            weight_scales,
+            x_t,
+            x_t_scale,
         )
         d_biases = [
             d.sum(0, dtype=torch.float32).to(d.dtype) if b else None for d, b in zip(grads, ctx.biased, strict=True)
@@ -283,7 +314,7 @@ class _Products(torch.autograd.Function):
         if plan.as_one and ctx.recorded[0]:
             found = [torch.stack([amax for amax in found if amax is not None]).amax(0)] * num
         amaxes = [amax if wanted else None for amax, wanted in zip(found, ctx.recorded, strict=True)]
-        return arrived(d_x, plan), *[None] * 5, *d_weights, *d_biases, *amaxes, *[None] * (3 * num)
+        return arrived(d_x, plan), *[None] * 6, *d_weights, *d_biases, *amaxes, *[None] * (3 * num)
 
 
 def local_parameters(
@@ -329,6 +360,7 @@ def apply_fp8(blocks: nn.Module, linears: Fp8Linears) -> None:
             layer.together = MethodType(_together, layer)
         if number is None:
             continue
+        layer.fp8_number, layer.fp8_gathered = number, None
         if linears.scaling is not None:
             layer.fp8_scaling = linears.scaling.layers[number]
         replaced, function = next(_REPLACED[kind] for kind in _REPLACED if isinstance(module, kind))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.fp8 import E4M3, Recipe, fp8_matmul
+from kernels.fp8 import E4M3, Recipe, fp8_matmul, transpose_quantized
 from kernels.fp8.linear import quantize_by_kind
 from parallel.collectives import Axis, start_all_reduce, start_reduce_scatter, wait
 from parallel.tensor import SEQUENCE_DIM
@@ -38,28 +38,31 @@ class Plan:
 def start_gradients(
     plan: Plan,
     shape: Sequence[int],
-    dtype: torch.dtype,
+    dtypes: tuple[torch.dtype, torch.dtype],
     gradients: Sequence[Any],
     weights: Sequence[Tensor],
     weight_scales: Sequence[Tensor],
     x_t: Tensor,
     x_t_scale: Tensor,
 ) -> tuple[Tensor, list[Tensor]]:
-    """From Quantized gradients [rows, N_i], with transposed copies, of products with weights [N_i, K]: that of the
-    input, of this shape and dtype, on its way (take it with `arrived`), and those of the weights."""
+    """From Quantized gradients [rows, N_i], with transposed copies, of products with weights [N_i, K], or their
+    bytes in fp8: that of the input, of this shape, on its way (take it with `arrived`), and those of the weights.
+    dtypes: of both."""
     fast = plan.recipe.fast_accumulation[1]
     d_x: Any = None
     for d_y, weight, scale in zip(gradients, weights, weight_scales, strict=True):
-        known = scale if plan.recipe.kind.startswith("tensorwise") else None
-        w, _ = quantized(weight, plan, E4M3, known, square=True, transpose=True)
-        part = fp8_matmul(
-            d_y.data, d_y.scale, w.transposed, w.transposed_scale, out_dtype=dtype, fast_accumulation=fast
-        )
+        if weight.dtype == E4M3:
+            w_t, w_t_scale = transpose_quantized(weight), scale
+        else:
+            known = scale if plan.recipe.kind.startswith("tensorwise") else None
+            w, _ = quantized(weight, plan, E4M3, known, square=True, transpose=True)
+            w_t, w_t_scale = w.transposed, w.transposed_scale
+        part = fp8_matmul(d_y.data, d_y.scale, w_t, w_t_scale, out_dtype=dtypes[0], fast_accumulation=fast)
         d_x = part if d_x is None else d_x + part
     d_x = _start_to_ranks(d_x, shape, plan)  # travels while the weight gradients are computed
     d_weights = [
-        fp8_matmul(d_y.transposed, d_y.transposed_scale, x_t, x_t_scale, out_dtype=weight.dtype, fast_accumulation=fast)
-        for d_y, weight in zip(gradients, weights, strict=True)
+        fp8_matmul(d_y.transposed, d_y.transposed_scale, x_t, x_t_scale, out_dtype=dtypes[1], fast_accumulation=fast)
+        for d_y in gradients
     ]
     return d_x, d_weights
 

@@ -173,9 +173,10 @@ def _gated(linears: Fp8Linears, x: Tensor | Prepared, gate_up: Any, down: Any) -
         fast_accumulation=plan.recipe.fast_accumulation[0],
     )
     quantized, amax = swiglu_quantized(y, down.fp8_scaling.scale[INPUT], transpose=torch.is_grad_enabled())
+    bytes_of_weight = weight_q.data if made.gathered[0] else None
     stand_in = _Gated.apply(
-        made.source, plan, y, made.x.transposed, made.x.scale, weight, made.carriers[0], weight_q.scale,
-        gate_up.fp8_scaling.scale[GRADIENT],
+        made.source, plan, y, made.x.transposed, made.x.scale, weight, bytes_of_weight, made.carriers[0],
+        weight_q.scale, gate_up.fp8_scaling.scale[GRADIENT],
     )  # fmt: skip
     return Prepared(stand_in.view(*made.shape[:-1], stand_in.shape[-1]), quantized, amax)
 
@@ -218,10 +219,13 @@ class _Gated(torch.autograd.Function):
         x_transposed: Tensor | None,
         x_scale: Tensor,
         weight: Tensor,
+        bytes_of_weight: Tensor | None,
         carrier: Tensor | None,
         weight_scale: Tensor,
         gradient_scale: Tensor,
     ) -> Tensor:
+        ctx.weight_dtype = weight.dtype
+        weight = weight if bytes_of_weight is None else bytes_of_weight
         ctx.plan, ctx.shape, ctx.dtype, ctx.recorded = plan, x.shape, x.dtype, carrier is not None
         ctx.save_for_backward(y, x_transposed, x_scale, weight, weight_scale, gradient_scale)
         return _without_memory(y, y.shape[0], y.shape[1] // 2)
@@ -231,5 +235,8 @@ class _Gated(torch.autograd.Function):
         y, x_t, x_scale, weight, weight_scale, scale = ctx.saved_tensors
         plan: Plan = ctx.plan
         d_y, amax = swiglu_backward_quantized(d_h, y, scale, dtype=plan.recipe.gradient)
-        d_x, (d_weight,) = start_gradients(plan, ctx.shape, ctx.dtype, [d_y], [weight], [weight_scale], x_t, x_scale)
-        return arrived(d_x, plan), None, None, None, None, d_weight, amax if ctx.recorded else None, None, None
+        d_x, (d_weight,) = start_gradients(
+            plan, ctx.shape, (ctx.dtype, ctx.weight_dtype), [d_y], [weight], [weight_scale], x_t, x_scale
+        )
+        recorded = amax if ctx.recorded else None
+        return arrived(d_x, plan), None, None, None, None, d_weight, None, recorded, None, None

@@ -12,6 +12,7 @@ from parallel.problem import Problem, values
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
 FP8_RECIPES = ("tensorwise_dynamic", "tensorwise_delayed", "rowwise", "block128")
 FP8_FUSED_RECIPES = ("tensorwise_delayed", "rowwise")  # whose scales are known before what they scale is written
+FP8_GATHERED_RECIPES = ("tensorwise_dynamic", "tensorwise_delayed")  # whose bytes forward and backward share
 FP8_GRADIENTS = {"e5m2": torch.float8_e5m2, "e4m3": torch.float8_e4m3fn}
 
 
@@ -30,6 +31,8 @@ class PrecisionConfig:
     fp8_skip: list[str] = field(default_factory=list)  # linear layers with one of these in their name stay in bf16
     # tensorwise_delayed, rowwise: norms, and under tensorwise_delayed SwiGLU, write fp8 (models/fp8_producers.py)
     fp8_fused: bool = False
+    # Tensorwise recipes, parallel.zero_stage=3: ranks gather the weights of fp8 layers in fp8 (models/fp8_gather.py)
+    fp8_all_gather: bool = False
     loss_scale: float = 65536.0  # fp16: first dynamic loss scale
     loss_scale_growth_interval: int = 2000  # fp16: good steps before the scale doubles
 
@@ -88,6 +91,15 @@ def problems(config: PrecisionConfig) -> list[str]:
                 "are found in what norms and SwiGLU have written",
                 values("precision.fp8_recipe", FP8_FUSED_RECIPES),
                 values("precision.fp8_fused", [False]),
+            )
+        )
+    if config.fp8_all_gather and config.fp8_recipe in FP8_RECIPES and config.fp8_recipe not in FP8_GATHERED_RECIPES:
+        found.append(
+            Problem(
+                f"precision.fp8_all_gather=true does not work with precision.fp8_recipe={config.fp8_recipe}, by which "
+                "backward quantizes weights anew, by other scales than forward",
+                values("precision.fp8_recipe", FP8_GATHERED_RECIPES),
+                values("precision.fp8_all_gather", [False]),
             )
         )
     if not 1 <= config.fp8_amax_history <= 4096:

@@ -19,6 +19,7 @@ from planner.activations import block_bytes, layers_of, loss_bytes, most_kept
 from planner.job import Job
 from planner.shapes import Parameter, parameters_of
 from planner.state import Coordinates, RankState, rank_states
+from planner.traffic import bytes_less_in_fp8
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ class _Units:
     outside: int  # of all blocks
     head: int  # of the output layer, or the table it shares
     block: int  # of the largest
+    less: int  # bytes of its gathered weights that fp8 saves
 
 
 def _units(job: Job, pp_rank: int) -> _Units:
@@ -80,8 +82,8 @@ def _units(job: Job, pp_rank: int) -> _Units:
     outside = {p: n for p, n in parameters.items() if not p.name.startswith("blocks.")}
     tables = [elements({p: 1}) for p in outside if p.name.startswith(("head.", "embedding."))]
     first_layer = max(layers_of(job, job.stages_of(pp_rank)[-1]))
-    block = elements(_of_block(job, first_layer))
-    return _Units(elements(outside), max(tables, default=0), block)
+    block = _of_block(job, first_layer)
+    return _Units(elements(outside), max(tables, default=0), elements(block), bytes_less_in_fp8(job, block))
 
 
 def _of_block(job: Job, layer: int) -> Mapping[Parameter, int]:
@@ -111,7 +113,7 @@ def _communication(job: Job, units: _Units) -> tuple[float, float]:
         features = max(job.model.num_kv_heads / job.dims.tp, 1) * job.model.head_dim
         keys = 4.0 * job.tokens * features * compute  # of two ranks, keys and values
     if job.parallel.zero_stage == 3:
-        blocks = compute * (2 * units.block + units.block) + 2 * reduce * units.block  # gathered; gradients
+        blocks = 3 * (compute * units.block - units.less) + 2 * reduce * units.block  # gathered; gradients
         return compute * units.outside, compute * units.head + blocks + keys
     if job.parallel.zero_stage == 2 and num_shards > 1:
         cast = reduce if reduce != compute else 0

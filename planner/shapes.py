@@ -23,6 +23,7 @@ from models.lora import A, B, M, apply_adapters
 from models.quantized import NF4
 from parallel.fused import fused_parameters
 from parallel.pipeline.stages import Stage
+from parallel.precision import PrecisionConfig
 from parallel.tensor import chunk_bounds
 
 WHOLE = ("q_a", "kv_a", "project", "router", "positions")
@@ -45,6 +46,12 @@ class Parameter:
     def is_hidden_matrix(self) -> bool:
         """Whether Muon is for it (trainer/optim.py)."""
         return len(self.shape) == 2 and not self.name.startswith(TABLES)
+
+    def travels_in_fp8(self, precision: PrecisionConfig, num_shards: int) -> bool:
+        """Whether ranks gather it in fp8 (models/fp8_gather.py)."""
+        linear = self.name.startswith("blocks.") and self.name.endswith(".weight") and len(self.shape) == 2
+        skipped = any(fragment in self.name for fragment in (".router.", *precision.fp8_skip))
+        return precision.fp8 and precision.fp8_all_gather and linear and not skipped and self.shape[0] % num_shards == 0
 
     def local(self, *, tp: tuple[int, int], ep: tuple[int, int]) -> torch.Size:
         """Shape on one rank. tp, ep: number of ranks, and which of them."""

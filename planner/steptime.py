@@ -34,7 +34,7 @@ from planner.hardware import Hardware
 from planner.job import Job
 from planner.shapes import parameters_of
 from planner.state import rank_states
-from planner.traffic import Transfer, local_elements, traffic
+from planner.traffic import Transfer, bytes_less_in_fp8, local_elements, traffic
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,10 @@ def _elementwise(job: Job, hardware: Hardware, layers: list[int], sizes: _Sizes)
         of_heads = sizes.heads * (sizes.head_dim + sizes.value_dim) + 2 * sizes.kv_heads * sizes.head_dim
         forward += 3 * (job.tokens * ((2 * model.hidden_size + sizes.heads * sizes.value_dim) * len(layers) + features))
         backward += 3 * job.tokens * ((model.hidden_size * 2 + of_heads) * len(layers) + 2 * features)
-        forward += 5 * len(layers) * model.hidden_size * (of_heads + 3 * features / len(layers))
+        # Of a weight: read and written in forward, the other way round in backward; gathered in fp8, by each rank for
+        # its shard, and what backward turns round are bytes.
+        each = 2 + 5 / (job.dims.dp_shard * job.dims.cp) if job.precision.fp8_all_gather else 5
+        forward += each * len(layers) * model.hidden_size * (of_heads + 3 * features / len(layers))
     return _operator("element-wise", 0, 0, times * forward, times * backward, 1, 1, hardware)
 
 
@@ -327,8 +330,10 @@ def _copies(job: Job, hardware: Hardware, pp_rank: int) -> float:
     compute, reduce = job.precision.compute_dtype.itemsize, job.precision.reduce_dtype.itemsize
     cast = compute + reduce
     moved = {0: cast + reduce, 1: cast + reduce, 2: cast if compute != reduce else 0, 3: 4 * compute + cast}
-    elements = sum(local_elements(job, pp_rank))
-    return len(job.sequences) * elements * moved[job.parallel.zero_stage] / hardware.elementwise
+    total = sum(local_elements(job, pp_rank)) * moved[job.parallel.zero_stage]
+    # Each gather reads and writes.
+    total -= 4 * bytes_less_in_fp8(job, parameters_of(job.model, job.stages_of(pp_rank), tp=job.dims.tp))
+    return len(job.sequences) * total / hardware.elementwise
 
 
 def _optimizer(job: Job, hardware: Hardware) -> float:

@@ -4,7 +4,8 @@ Of a buffer of n bytes over N ranks an all-gather, reduce-scatter or all-to-all 
 that (ring algorithms; NCCL's "bus bandwidth" is these bytes over time). With M micro-batches:
 
     shard       stage 1: gradients reduce-scattered and parameters gathered once; 2: gradients in every micro-batch;
-                3: parameters gathered in forward and backward of every micro-batch, gradients in each
+                3: parameters of blocks gathered in forward and backward of every micro-batch, others once; gradients
+                in each
     replicas    what is left of gradients all-reduced once; stage 0: whole gradients
     tp          of a block, two sums of the residual stream in forward and two in backward: all-reduces, or with
                 sequence parallelism gathers and scatters, of which backward gathers what forward scattered
@@ -15,11 +16,12 @@ that (ring algorithms; NCCL's "bus bandwidth" is these bytes over time). With M 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from planner.activations import layers_of
 from planner.job import Job
-from planner.shapes import parameters_of
+from planner.shapes import Parameter, parameters_of
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,16 @@ def local_elements(job: Job, pp_rank: int) -> tuple[int, int]:
     return plain, spread
 
 
+def bytes_less_in_fp8(job: Job, parameters: Mapping[Parameter, int]) -> int:
+    """What one gather of these parameters does not move, because they travel in fp8."""
+    num_shards, compute = job.dims.dp_shard * job.dims.cp, job.precision.compute_dtype.itemsize
+    return sum(
+        count * parameter.shape.numel() * (compute - 1)
+        for parameter, count in parameters.items()
+        if parameter.travels_in_fp8(job.precision, num_shards)
+    )
+
+
 def _data_parallel(job: Job, pp_rank: int) -> list[Transfer]:
     dims, stage = job.dims, job.parallel.zero_stage
     compute, reduce = job.precision.compute_dtype.itemsize, job.precision.reduce_dtype.itemsize
@@ -75,9 +87,19 @@ def _data_parallel(job: Job, pp_rank: int) -> list[Transfer]:
             continue
         scatters = len(job.sequences) if stage >= 2 else 1
         gathers = 2 * len(job.sequences) if stage == 3 else 1
+        gathered = gathers * elements * compute
+        if stage == 3 and not suffix:
+            parameters = parameters_of(job.model, job.stages_of(pp_rank), tp=dims.tp)
+            outside = sum(
+                count * parameter.local(tp=(dims.tp, 0), ep=(dims.ep, 0)).numel()
+                for parameter, count in parameters.items()
+                if not parameter.name.startswith("blocks.")
+            )
+            # What is outside of blocks stays from forward to backward.
+            gathered -= len(job.sequences) * outside * compute + gathers * bytes_less_in_fp8(job, parameters)
         axis = f"shard{suffix}"
         found.append(Transfer(axis, "reduce_scatter", scatters * _sent(elements * reduce, num_shards), scatters))
-        found.append(Transfer(axis, "all_gather", gathers * _sent(elements * compute, num_shards), gathers))
+        found.append(Transfer(axis, "all_gather", _sent(gathered, num_shards), gathers))
         replicas = 2 * _sent(elements / num_shards * reduce, dims.dp_replicate)
         found.append(Transfer(f"replicas{suffix}", "all_reduce", replicas, 1))
     return found

@@ -12,6 +12,7 @@ from models.config import ModelConfig
 from models.decoder import Decoder
 from models.flops import num_parameters
 from models.fp8 import Fp8Linears, apply_fp8, linears_in_fp8
+from models.fp8_gather import gather_in_fp8
 from models.fp8_producers import apply_producers
 from models.invariant import make_batch_invariant
 from models.layers.attention import choose_attention
@@ -80,6 +81,14 @@ def build_state(
         ),
         device=device,
     )
+    if fp8 is not None and config.precision.fp8_all_gather:
+        fp8.gathered = gather_in_fp8(
+            model.blocks,
+            num_layers=len(fp8.names),
+            dtype=config.precision.compute_dtype,
+            power_of_two=fp8.recipe.power_of_two,
+            device=device,
+        )
     model.train()
     passes: Passes = PlainPasses()
     if pipeline is not None:
@@ -252,6 +261,8 @@ def implementations(config: TrainConfig, dims: ParallelDims, state: TrainState, 
             f"fp8, {precision.fp8_recipe}, gradients {precision.fp8_gradient}, {len(state.fp8.names)} layers"
         )
         used["fp8_inputs"] = state.fp8.producers
+        if (gathered := state.fp8.gathered) is not None:
+            used["fp8_weights"] = f"{len(gathered.weights)} of {gathered.of} gathered in fp8"
         if model.moe.num_experts:
             used["experts"] += ", bf16"
     return used

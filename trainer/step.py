@@ -293,6 +293,8 @@ def train_step(state: TrainState, microbatches: list[Batch], *, lr: float) -> St
     publish = partial(state.data_parallel.publish, written=state.optimizer.written)
     with record_function("update"):
         state.optimizer.step(lr=lr, grad_scale=coefficient, skip=skipped, updated=publish)
+    if state.fp8 is not None:
+        state.fp8.weights_changed()
     extra = dict(zip(state.objective.names, further, strict=True))
     if state.routing is not None and report is not None:
         extra |= state.routing.finish(report, skipped)
@@ -322,6 +324,8 @@ def evaluate(state: TrainState, steps: Iterable[list[Batch]]) -> dict[str, float
     """
     sums = torch.zeros((), dtype=torch.float64, device=state.device)
     counts = torch.zeros((), dtype=torch.int64, device=state.device)
+    if state.fp8 is not None:
+        state.fp8.begin()
     state.model.eval()
     for step in steps:
         on_device = [batch.to(state.device) for batch in step]

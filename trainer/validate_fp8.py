@@ -36,6 +36,7 @@ def fp8_problems(config: TrainConfig, model: ModelConfig) -> list[str]:
                 values("precision.compute", ["bf16"]),
             )
         )
+    found += _gather_problems(config)
     if model.activation_checkpoint == "budget":
         found.append(
             Problem(
@@ -60,6 +61,29 @@ def fp8_problems(config: TrainConfig, model: ModelConfig) -> list[str]:
             f"precision.fp8_skip={precision.fp8_skip} leaves no layer in fp8; skip less, or use precision.compute=bf16"
         )
     return [*found, *_size_problems(_shapes(whole, names), model, parallel.tp)]
+
+
+def _gather_problems(config: TrainConfig) -> list[str]:
+    """Of precision.fp8_all_gather: layouts that gather no weights, or others than this rank's rows."""
+    parallel = config.parallel
+    if not config.precision.fp8_all_gather:
+        return []
+    found: list[str] = []
+    for name, value, good, instead, why in (
+        ("zero_stage", parallel.zero_stage, parallel.zero_stage == 3, 3, "ranks have whole weights"),
+        ("tp", parallel.tp, parallel.tp == 1, 1, "shards of some of tp's shards are columns"),
+        ("cpu_offload", parallel.cpu_offload, not parallel.cpu_offload, False, "shards come from the host as they are"),
+    ):
+        if not good:
+            shown = str(value).lower()
+            found.append(
+                Problem(
+                    f"precision.fp8_all_gather=true does not work with parallel.{name}={shown}: {why}",
+                    values(f"parallel.{name}", [instead]),
+                    values("precision.fp8_all_gather", [False]),
+                )
+            )
+    return found
 
 
 def _shapes(model: nn.Module, names: Sequence[str]) -> Iterator[tuple[str, str, int, int]]:

@@ -34,7 +34,9 @@ _USES = (
         "optim.name",
     ),
     _Use(
-        tuple(f"precision.fp8_{name}" for name in ("recipe", "gradient", "amax_history", "skip", "fused")),
+        tuple(
+            f"precision.fp8_{name}" for name in ("recipe", "gradient", "amax_history", "skip", "fused", "all_gather")
+        ),
         lambda c: c.precision.compute in ("fp32", "bf16", "fp16"),
         "precision.compute",
     ),

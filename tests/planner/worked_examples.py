@@ -66,7 +66,7 @@ so {n:,} x 16 / 8 = {_state(rank):,} bytes with the optimizer's count of updates
 ({plan["layout"]["activation_checkpoint"]} checkpointing) add {rank["activations_bytes"] / GIB:.1f} GiB, gathered parameters
 and gradients under way {rank["communication_bytes"] / GIB:.1f} GiB; the peak is {rank["peak_bytes"] / GIB:.1f} GiB.
 
-A micro-batch gathers the weights twice in bf16 and scatters gradients once in fp32: 8 bytes a parameter, of which a rank
+A micro-batch gathers the weights twice in bf16 and scatters gradients once in fp32: 8 bytes a parameter (6 of those outside of blocks, which stay gathered from forward to backward), of which a rank
 sends 7/8. In {plan["layout"]["micro_batches"]} micro-batches that is {sent / 1e9:.1f} GB,
 {sent / plan["plain_ddp_bytes_per_step"]:.1f} times what plain DDP sends. {_time(plan)}
 

@@ -1,0 +1,162 @@
+"""precision.fp8_all_gather: weights that ranks gather in fp8 are the weights that each would quantize, to the bit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import models.fp8
+import models.fp8_gather
+import trainer.step
+import trainer.trainer
+from data.config import DataConfig
+from planner.traffic import traffic
+from tests.parity.harness import Outcome, changed, run_here, run_on, text_corpus, tiny_config
+from tests.parity.test_fp8 import COMPILED, FP8
+from tests.pool import RankPool
+from trainer.config import TrainConfig
+from trainer.predicted import job_of
+from trainer.validate import finalize, find_problems
+
+GATHERED = {"precision__fp8_all_gather": True}
+DELAYED = {"precision__fp8_recipe": "tensorwise_delayed"}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
+    return text_corpus(tmp_path_factory.mktemp("fp8-gather"))
+
+
+def sharded(corpus: DataConfig, folder: Path, **changes: Any) -> TrainConfig:
+    """Four steps of ZeRO-3, validated twice."""
+    defaults = FP8 | {"parallel__zero_stage": 3, "train__steps": 4, "train__eval_interval": 2}
+    return tiny_config(folder, corpus, **(defaults | changes))
+
+
+def assert_same_bits(ours: Outcome, theirs: Outcome) -> None:
+    assert ours.losses == theirs.losses
+    for found, expected in ((ours.first_gradients, theirs.first_gradients), (ours.weights, theirs.weights)):
+        assert found.keys() == expected.keys()
+        assert [name for name in found if not torch.equal(found[name], expected[name])] == []
+    validations = [[line.get("validation_loss") for line in run.metrics] for run in (ours, theirs)]
+    assert validations[0] == validations[1]
+
+
+@pytest.mark.some(4)
+@pytest.mark.parametrize(
+    ("world_size", "changes"),
+    [
+        (2, {}),
+        (2, DELAYED),
+        (4, DELAYED | {"parallel__dp_replicate": 2}),
+        (2, DELAYED | {"model__activation_checkpoint": "full"}),
+        (2, DELAYED | COMPILED),
+        (2, COMPILED | {"model__activation_checkpoint": "selective"}),
+        (2, DELAYED | {"precision__fp8_fused": True}),
+        (4, DELAYED | {"parallel__pp": 2, "parallel__pp_schedule": "1f1b"}),
+    ],
+    ids=["dynamic", "delayed", "replicas", "recomputed", "compiled", "compiled dynamic", "fused", "pipeline"],
+)
+def test_the_bits_are_those_of_weights_gathered_whole(
+    ranks: RankPool, corpus: DataConfig, tmp_path: Path, world_size: int, changes: dict[str, Any]
+) -> None:
+    """A scale of one rank's shard, or of the weights before an update; a largest magnitude that is not recorded; bytes
+    of another layer."""
+    whole = sharded(corpus, tmp_path / "whole", **changes)
+    theirs = run_on(ranks, world_size, whole)
+    ours = run_on(ranks, world_size, changed(whole, tmp_path / "fp8", **GATHERED))
+    assert_same_bits(ours, theirs)
+
+
+def gathered_bytes(config: TrainConfig) -> tuple[Outcome | None, int]:
+    """What a run gave on this rank, and the bytes that it gave to all-gathers of its last step."""
+    sent: list[int] = []
+    name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"  # torch 2.13, 2.11
+    gather = getattr(dist, name)
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        tensors = [tensor for tensor in (*args, *kwargs.values()) if isinstance(tensor, Tensor)]
+        sent.append(min(tensor.nbytes for tensor in tensors))  # input and output
+        return gather(*args, **kwargs)
+
+    step = trainer.step.train_step
+
+    def last(*args: Any, **kwargs: Any) -> Any:
+        sent.clear()
+        return step(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, name, counting)
+        patch.setattr(trainer.trainer, "train_step", last)
+        outcome = run_here(config)
+    return outcome, sum(sent)
+
+
+def test_half_the_bytes_travel_as_the_plan_says(ranks: RankPool, corpus: DataConfig, tmp_path: Path) -> None:
+    """Weights that are gathered in bf16 after all."""
+    found = []
+    for changes in ({}, GATHERED):
+        config = sharded(corpus, tmp_path / f"run{len(found)}", **changes, model__num_layers=6, train__eval_interval=0)
+        ((_, sent), _) = ranks.run(2, gathered_bytes, config)
+        job = job_of(finalize(config, world_size=2), world_size=2)
+        (planned,) = (t.bytes for t in traffic(job) if (t.axis, t.collective) == ("shard", "all_gather"))
+        assert sent == pytest.approx(planned, rel=0.02)
+        found.append(sent)
+    assert found[1] < 0.75 * found[0]
+
+
+def run_with_scales_of_shards(config: TrainConfig) -> Outcome | None:
+    """Each rank quantizes its rows by their own largest magnitude."""
+    with pytest.MonkeyPatch.context() as patch:
+        alone = SimpleNamespace(all_reduce=lambda *args, **kwargs: None, ReduceOp=dist.ReduceOp)
+        patch.setattr(models.fp8_gather, "dist", alone)
+        return run_here(config)
+
+
+def run_with_scales_of_the_beginning(config: TrainConfig) -> Outcome | None:
+    """Nobody looks at the weights again after an update."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(models.fp8.Fp8Linears, "weights_changed", lambda self: None)
+        return run_here(config)
+
+
+@pytest.mark.parametrize("broken", [run_with_scales_of_shards, run_with_scales_of_the_beginning])
+def test_other_scales_are_other_bits(ranks: RankPool, corpus: DataConfig, tmp_path: Path, broken: Any) -> None:
+    """Negative control."""
+    whole = sharded(corpus, tmp_path / "whole", optim__lr=0.1)
+    theirs = run_on(ranks, 2, whole)
+    gathered = changed(whole, tmp_path / "fp8", **GATHERED)
+    assert_same_bits(run_on(ranks, 2, gathered), theirs)
+    ours = ranks.run(2, broken, changed(gathered, tmp_path / "broken"))[0]
+    assert ours.losses != theirs.losses
+
+
+def test_the_run_says_which_weights_are_gathered_in_fp8(ranks: RankPool, corpus: DataConfig, tmp_path: Path) -> None:
+    """Shards of unequal size go in bf16: of three ranks all but 192 rows, gate and up of both layers."""
+    changes = GATHERED | {"model__intermediate_size": 96, "train__eval_interval": 0, "train__global_batch_size": 6}
+    config = sharded(corpus, tmp_path / "run", **changes)
+    run_on(ranks, 3, config)
+    used = json.loads((Path(config.run.dir) / "run.json").read_text())["kernels"]
+    assert used["fp8_weights"] == "2 of 8 gathered in fp8"
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"parallel__zero_stage": 1}, "precision.fp8_all_gather=true does not work with parallel.zero_stage=1: ranks"),
+        ({"parallel__tp": 2}, "precision.fp8_all_gather=true does not work with parallel.tp=2"),
+        ({"parallel__cpu_offload": True}, "precision.fp8_all_gather=true does not work with parallel.cpu_offload=true"),
+        ({"precision__fp8_recipe": "rowwise"}, "precision.fp8_all_gather=true does not work with precision.fp8_recipe"),
+        ({"precision__compute": "bf16"}, "precision.fp8_all_gather=true has no effect with precision.compute=bf16"),
+    ],
+)
+def test_what_does_not_work_is_refused(corpus: DataConfig, tmp_path: Path, changes: dict[str, Any], says: str) -> None:
+    lines = find_problems(sharded(corpus, tmp_path / "run", **(GATHERED | changes)), world_size=4)
+    assert [line for line in lines if line.startswith(says)], lines
