@@ -214,7 +214,7 @@ def test_what_is_no_run_or_is_damaged_is_one_error(tmp_path: Path, capsys: pytes
     assert "line 2" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome here")
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome here; `apt-get install chromium` brings one")
 def test_a_browser_draws_every_chart_and_runs_nothing_else(tmp_path: Path) -> None:
     """A chart that stays empty, an error in the page's script, a text that became one."""
     folder = run_folder(tmp_path / "run")
