@@ -173,7 +173,7 @@ class RankPool:
     """Runs functions on n gloo ranks that stay alive between calls.
 
     Between calls they are stopped: gloo wakes the threads of each process group a hundred times a second, and those of
-    ranks that wait for a test took a seventh of two cores.
+    ranks that wait for a test took up to two thirds of two cores.
     """
 
     def __init__(self) -> None:
