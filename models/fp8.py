@@ -114,14 +114,15 @@ class Fp8Linears:
         self.begin()
 
     def begin(self) -> None:
-        """Before forwards outside of a step as well. Collective as above, if weights have changed since."""
+        """Before forwards outside of a step. Collective as above, if weights have changed since."""
         if self.gathered is not None:
             known = self.scaling is not None and self.started
             self.gathered.set_scales(self.scaling.scale[:, WEIGHT] if known and self.scaling is not None else None)
 
     def weights_changed(self) -> None:
+        """After an update or a load; forwards then need `begin`."""
         if self.gathered is not None:
-            self.gathered.known = False
+            self.gathered.changed()
 
     def end_step(self) -> None:
         """After a step's last backward: the scales of the next. With delayed scaling collective over all ranks."""

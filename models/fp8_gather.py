@@ -33,6 +33,7 @@ class Fp8Weight:
         self.shard, self.number, self.dtype = shard, number, dtype
         self.scale = torch.ones((), device=shard.device)  # in memory of its own, aligned as cuBLASLt wants it
         self.data: Tensor | None = None  # [N, K] in fp8 while it is gathered, the same tensor each time
+        self.is_scaled = False  # `scale` is for the weight as it is now; set by GatheredWeights
         shard.fsdp_pre_all_gather = self._pre_all_gather  # type: ignore[attr-defined]
         shard.fsdp_post_all_gather = self._post_all_gather  # type: ignore[attr-defined]
 
@@ -45,6 +46,10 @@ class Fp8Weight:
     def _pre_all_gather(
         self, mesh: DeviceMesh, size: torch.Size, stride: Any, module: nn.Module, policy: MixedPrecisionPolicy
     ) -> tuple[tuple[Tensor, ...], None]:
+        if not self.is_scaled:
+            raise RuntimeError(
+                "fp8 weights are gathered before they have scales: call Fp8Linears.begin before this forward"
+            )
         made, _ = quantize_tensorwise(self.shard.to(self.dtype), self.scale)
         return (made.data,), None
 
@@ -83,13 +88,23 @@ class GatheredWeights:
 
     @torch.no_grad()
     def set_scales(self, scales: Tensor | None = None) -> None:
-        """Before something is gathered: scales [num_layers] that are known, or those of the weights themselves, which
-        are collective over all ranks if weights have changed."""
+        """Before something is gathered: scales [num_layers] that are known, or those of the weights themselves.
+        Collective over all ranks if weights have changed."""
         self.find_amax()
         if scales is None:
             scales = scale_from_amax(self.amax, E4M3, power_of_two=self.power_of_two)
         if self.weights:
             torch._foreach_copy_([weight.scale for weight in self.weights], list(scales[self.numbers].unbind()))
+        self._mark(scaled=True)
+
+    def changed(self) -> None:
+        """The weights are others: nothing is to be gathered before `set_scales`."""
+        self.known = False
+        self._mark(scaled=False)
+
+    def _mark(self, *, scaled: bool) -> None:
+        for weight in self.weights:
+            weight.is_scaled = scaled
 
     @torch.no_grad()
     def find_amax(self) -> None:

@@ -262,7 +262,8 @@ def implementations(config: TrainConfig, dims: ParallelDims, state: TrainState, 
         )
         used["fp8_inputs"] = state.fp8.producers
         if (gathered := state.fp8.gathered) is not None:
-            used["fp8_weights"] = f"{len(gathered.weights)} of {gathered.of} gathered in fp8"
+            of_rank = " of rank 0" if dims.pp > 1 else ""
+            used["fp8_weights"] = f"{len(gathered.weights)} of {gathered.of}{of_rank} gathered in fp8"
         if model.moe.num_experts:
             used["experts"] += ", bf16"
     return used

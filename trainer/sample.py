@@ -45,8 +45,7 @@ def sample_text(
     The window has a fixed length (padded on the right, which causal attention never looks at), so compiled blocks see
     one shape.
     """
-    if state.fp8 is not None:
-        state.fp8.begin()
+    state.begin_forwards()
     state.model.eval()
     ids = _prompt_ids(tokenizer, prompt)
     for i in range(num_tokens):

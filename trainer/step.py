@@ -120,10 +120,19 @@ class TrainState:
         """Give models the weights that `state_tensors` were filled with. Collective."""
         for state in (self, *self.beside.values()):
             state.data_parallel.publish()
+            if state.fp8 is not None:
+                state.fp8.weights_changed()
+
+    def begin_forwards(self) -> None:
+        """Before forwards outside of `train_step`. Collective."""
+        if self.fp8 is not None:
+            self.fp8.begin()
 
     def set_step(self, step: int) -> None:
         for state in (self, *self.beside.values()):
             state.step = step
+            if state.fp8 is not None:
+                state.fp8.started = step > 0
 
 
 @dataclass
@@ -324,8 +333,7 @@ def evaluate(state: TrainState, steps: Iterable[list[Batch]]) -> dict[str, float
     """
     sums = torch.zeros((), dtype=torch.float64, device=state.device)
     counts = torch.zeros((), dtype=torch.int64, device=state.device)
-    if state.fp8 is not None:
-        state.fp8.begin()
+    state.begin_forwards()
     state.model.eval()
     for step in steps:
         on_device = [batch.to(state.device) for batch in step]

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import transformers
 from torch import Tensor
 
 import models.fp8
@@ -19,7 +20,9 @@ import trainer.trainer
 from data.config import DataConfig
 from planner.traffic import traffic
 from tests.parity.harness import Outcome, changed, run_here, run_on, text_corpus, tiny_config
+from tests.parity.interrupted import run_part_on
 from tests.parity.test_fp8 import COMPILED, FP8
+from tests.parity.test_kto import judging
 from tests.pool import RankPool
 from trainer.config import TrainConfig
 from trainer.predicted import job_of
@@ -112,6 +115,49 @@ def test_half_the_bytes_travel_as_the_plan_says(ranks: RankPool, corpus: DataCon
     assert found[1] < 0.75 * found[0]
 
 
+@pytest.fixture(scope="module")
+def policies(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights of a policy and its reference, of sizes that fp8 takes."""
+    path = tmp_path_factory.mktemp("policies")
+    for seed, name in enumerate(("policy", "reference")):
+        torch.manual_seed(seed)
+        config = transformers.LlamaConfig(
+            vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.2, bos_token_id=None, eos_token_id=0,
+        )  # fmt: skip
+        transformers.LlamaForCausalLM(config).save_pretrained(path / name)
+    return path
+
+
+def judged(policies: Path, name: str, **changes: Any) -> TrainConfig:
+    defaults = {"precision__compute": "fp8", "parallel__zero_stage": 3, "train__steps": 4, "train__eval_interval": 0}
+    config = judging(policies, name, **(defaults | {"checkpoint__interval": 2} | changes))
+    config.train.global_batch_size, config.train.micro_batch_size = 12, 6
+    return config
+
+
+@pytest.mark.some(1)
+@pytest.mark.parametrize("recipe", ["tensorwise_delayed", "tensorwise_dynamic"])
+def test_forwards_before_a_step_have_its_scales(ranks: RankPool, policies: Path, recipe: str) -> None:
+    """KTO asks the policy before a step: scales of 1, or of the weights before; after a restart as well."""
+    changes = {"precision__fp8_recipe": recipe}
+    theirs = run_on(ranks, 2, judged(policies, f"{recipe}-whole", **changes))
+    gathered = judged(policies, f"{recipe}-fp8", **changes, **GATHERED)
+    assert_same_bits(run_on(ranks, 2, gathered), theirs)
+    stopped = changed(gathered, Path(gathered.run.dir).with_name("stopped"))
+    run_part_on(ranks, 2, stopped, crash_before=4)
+    continued = run_part_on(ranks, 2, stopped)
+    assert continued.resumed_from == "step_2"
+    assert continued.of("loss") == theirs.losses
+
+
+def test_a_gather_without_scales_is_an_error() -> None:
+    """A forward that nobody has announced."""
+    weight = models.fp8_gather.Fp8Weight(torch.randn(4, 16), 0, torch.bfloat16)
+    with pytest.raises(RuntimeError, match=r"call Fp8Linears.begin before this forward"):
+        weight.shard.fsdp_pre_all_gather(None, weight.shard.shape, (16, 1), None, None)  # type: ignore[attr-defined]
+
+
 def run_with_scales_of_shards(config: TrainConfig) -> Outcome | None:
     """Each rank quantizes its rows by their own largest magnitude."""
     with pytest.MonkeyPatch.context() as patch:
@@ -123,7 +169,7 @@ def run_with_scales_of_shards(config: TrainConfig) -> Outcome | None:
 def run_with_scales_of_the_beginning(config: TrainConfig) -> Outcome | None:
     """Nobody looks at the weights again after an update."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(models.fp8.Fp8Linears, "weights_changed", lambda self: None)
+        patch.setattr(models.fp8_gather.GatheredWeights, "changed", lambda self: None)
         return run_here(config)
 
 

@@ -111,6 +111,7 @@ class KahnemanTverskyOptimization(Preferences):
         self.reference = load_reference(config, state, mesh)
 
     def prepare(self, microbatches: list[Batch]) -> list[Batch]:
+        self.state.begin_forwards()
         frozen = self.reference.token_logprobs(microbatches)
         assert isinstance(self.state.model, Decoder)
         policy = self.state.passes.token_logprobs(self.state.model, microbatches)
