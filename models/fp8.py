@@ -51,7 +51,7 @@ from kernels.fp8 import (
     fp8_matmul,
     scale_from_amax,
 )
-from models.fp8_gather import GatheredWeights
+from models.fp8_gather import GatheredWeights, gather_in_fp8
 from models.fp8_gradients import Plan, arrived, quantized, start_gradients
 from parallel.collectives import maximum
 from parallel.fused import is_part, name_in_every_layout
@@ -107,6 +107,13 @@ class Fp8Linears:
         self.scaling: DelayedScaling | None = None
         if recipe.kind == "tensorwise_delayed":
             self.scaling = DelayedScaling(len(names), recipe=recipe, history_length=history_length, device=device)
+
+    def gather(self, blocks: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+        """Let fully_shard gather weights of these layers in fp8. Once their memory is there. dtype: of compute."""
+        power_of_two, num_layers = self.recipe.power_of_two, len(self.names)
+        self.gathered = gather_in_fp8(
+            blocks, num_layers=num_layers, dtype=dtype, power_of_two=power_of_two, device=device
+        )
 
     def begin_step(self, *, first: bool) -> None:
         """first: of the run, not of this start. Collective where weights are gathered in fp8."""

@@ -12,7 +12,6 @@ from models.config import ModelConfig
 from models.decoder import Decoder
 from models.flops import num_parameters
 from models.fp8 import Fp8Linears, apply_fp8, linears_in_fp8
-from models.fp8_gather import gather_in_fp8
 from models.fp8_producers import apply_producers
 from models.invariant import make_batch_invariant
 from models.layers.attention import choose_attention
@@ -82,13 +81,7 @@ def build_state(
         device=device,
     )
     if fp8 is not None and config.precision.fp8_all_gather:
-        fp8.gathered = gather_in_fp8(
-            model.blocks,
-            num_layers=len(fp8.names),
-            dtype=config.precision.compute_dtype,
-            power_of_two=fp8.recipe.power_of_two,
-            device=device,
-        )
+        fp8.gather(model.blocks, config.precision.compute_dtype, device)
     model.train()
     passes: Passes = PlainPasses()
     if pipeline is not None:
