@@ -8,8 +8,8 @@ Projections of attention and MLPs (shared experts and those of multi-token predi
 weights, activations and the residual stream, norms, attention itself, embedding, head, routers and the stacked experts
 of a mixture stay what they are. Projections of one input (q, k, v; gate, up) are one layer, whose weight has one scale;
 where ranks of tp share key/value heads they are layers that have one scale all the same. Layers of one input quantize
-it once. Backward keeps x^T in fp8 and the weight as it came: fully_shard frees that one and gathers it anew, and
-quantizing it twice costs less than keeping both.
+it once. Backward keeps x^T in fp8 and the weight as it came, in bf16 or fp8 (models/fp8_gather.py): fully_shard
+frees that one and gathers it anew, and quantizing it twice costs less than keeping both.
 
 **What the numbers depend on.** A scale reaches over some of a tensor, and a tensor is what one rank has of one
 micro-batch. Parameters and their scales are the same on every rank of dp and cp and in every stage of a pipeline. Then

@@ -72,7 +72,7 @@ def _rank_main(rank: int, world_size: int, listener: socket.socket, pipe: Connec
             reply = (False, f"rank {rank} of {world_size}:\n{traceback.format_exc()}")
         try:
             payload = pickle.dumps(reply)
-        except Exception:
+        except Exception:  # whatever an object's own __reduce__ raises: the test is told, and this rank lives on
             payload = pickle.dumps((False, f"rank {rank}: the result cannot be pickled\n{traceback.format_exc()}"))
         sys.stdout.flush()
         pipe.send_bytes(payload)

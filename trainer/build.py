@@ -21,12 +21,14 @@ from models.lora import apply_adapters, learning_rates
 from models.registry import build_model
 from parallel.activation_budget import describe as describe_plan
 from parallel.activation_checkpoint import ActivationCheckpoint
+from parallel.data import DataParallel
 from parallel.dims import ParallelDims
 from parallel.fused import fused_parameters
 from parallel.mesh import Meshes, groups_in_layers
 from parallel.parallelize import BlockOptions, parallelize
+from parallel.pipeline.layout import PipelineLayout
 from parallel.pipeline.schedules import SPLIT_BACKWARD
-from parallel.pipeline.weight_gradients import defer_weight_gradients
+from parallel.pipeline.weight_gradients import WeightGradients, defer_weight_gradients
 from parallel.precision import FP8_GRADIENTS
 from trainer.activations import plan_activations
 from trainer.adapter_start import BEGUN
@@ -85,17 +87,7 @@ def build_state(
     model.train()
     passes: Passes = PlainPasses()
     if pipeline is not None:
-        passes = PipelinedPasses(
-            pipeline,
-            mesh=mesh,
-            data_parallel=data_parallel,
-            weight_gradients=weight_gradients,
-            model=config.model,
-            dtype=config.precision.compute_dtype,
-            device=device,
-            sequence_slices=dims.tp if config.parallel.sequence_parallel else 1,
-            trace=config.parallel.pp_trace,
-        )
+        passes = _pipelined(pipeline, config, mesh, data_parallel, weight_gradients, device)
     fused, begun = fused_parameters(model), dict[str, torch.Tensor]()
     if config.adapter.init == "pissa":
         begun = {f"{name}{BEGUN}": torch.empty_like(master) for name, master in data_parallel.masters.items()}
@@ -125,6 +117,27 @@ def build_state(
         copies=passes.copies if isinstance(passes, PipelinedPasses) else frozenset(),
         activation_plan=plan,
         begun=begun,
+    )
+
+
+def _pipelined(
+    pipeline: PipelineLayout,
+    config: TrainConfig,
+    mesh: Meshes,
+    data_parallel: DataParallel,
+    weight_gradients: WeightGradients | None,
+    device: torch.device,
+) -> PipelinedPasses:
+    return PipelinedPasses(
+        pipeline,
+        mesh=mesh,
+        data_parallel=data_parallel,
+        weight_gradients=weight_gradients,
+        model=config.model,
+        dtype=config.precision.compute_dtype,
+        device=device,
+        sequence_slices=mesh.state["tp"].size() if config.parallel.sequence_parallel else 1,
+        trace=config.parallel.pp_trace,
     )
 
 

@@ -143,7 +143,7 @@ def resolve(config: TrainConfig, world_size: int) -> tuple[TrainConfig, list[str
     found += tensor_parallel_problems(config, model, world_size)
     found += chunk_problems(config)
     if not (model_problems(model, seq_len=config.train.seq_len) or dims_problems(config.parallel, world_size)):
-        found += fp8_problems(config, model)
+        found += fp8_problems(config, model, world_size)
     found += invariant_problems(config, model)
     found += speculator_run_problems(config, model)
     if not model_problems(model, seq_len=config.train.seq_len):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,16 +12,18 @@ from kernels.fp8.formats import PAD
 from models.config import WITHOUT_BUDGET, ModelConfig
 from models.fp8 import linears_in_fp8
 from models.registry import build_model
+from parallel.dims import ParallelDims
 from parallel.pipeline.schedules import SCHEDULES, SPLIT_BACKWARD
 from parallel.problem import Problem, values
 from trainer.config import TrainConfig
 from trainer.validate_tensor import CUT_BY_INPUT, WHOLE
 
 
-def fp8_problems(config: TrainConfig, model: ModelConfig) -> list[str]:
+def fp8_problems(config: TrainConfig, model: ModelConfig, world_size: int) -> list[str]:
     """Every reason why this run cannot multiply in fp8, one line each.
 
-    None of sizes while parallel.tp is illegal. model: legal, resolved if that was possible.
+    None of sizes while parallel.tp is illegal. model: legal, resolved if that was possible. world_size: for which
+    parallel is legal.
     """
     precision, parallel = config.precision, config.parallel
     if not precision.fp8 or model.num_kv_heads is None:
@@ -36,7 +38,6 @@ def fp8_problems(config: TrainConfig, model: ModelConfig) -> list[str]:
                 values("precision.compute", ["bf16"]),
             )
         )
-    found += _gather_problems(config)
     if model.activation_checkpoint == "budget":
         found.append(
             Problem(
@@ -60,11 +61,15 @@ def fp8_problems(config: TrainConfig, model: ModelConfig) -> list[str]:
         found.append(
             f"precision.fp8_skip={precision.fp8_skip} leaves no layer in fp8; skip less, or use precision.compute=bf16"
         )
+    dims = ParallelDims.resolve(parallel, world_size)
+    rows = {whole.get_parameter(f"{name}.weight").shape[0] for name in names}
+    found += _gather_problems(config, rows, dims.dp_shard * dims.cp)
     return [*found, *_size_problems(_shapes(whole, names), model, parallel.tp)]
 
 
-def _gather_problems(config: TrainConfig) -> list[str]:
-    """Of precision.fp8_all_gather: layouts that gather no weights, or others than this rank's rows."""
+def _gather_problems(config: TrainConfig, rows: Collection[int], num_shards: int) -> list[str]:
+    """Of precision.fp8_all_gather: layouts that gather no weights, or others than this rank's rows. rows: of
+    the layers' weights. num_shards: that each is cut into."""
     parallel = config.parallel
     if not config.precision.fp8_all_gather:
         return []
@@ -83,6 +88,14 @@ def _gather_problems(config: TrainConfig) -> list[str]:
                     values("precision.fp8_all_gather", [False]),
                 )
             )
+    if not found and rows and all(n % num_shards for n in rows):
+        found.append(
+            Problem(
+                f"precision.fp8_all_gather=true has no weight to gather in fp8: none of {sorted(rows)} rows divides "
+                f"into {num_shards} equal shards",
+                values("precision.fp8_all_gather", [False]),
+            )
+        )
     return found
 
 

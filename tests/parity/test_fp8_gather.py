@@ -206,3 +206,12 @@ def test_the_run_says_which_weights_are_gathered_in_fp8(ranks: RankPool, corpus:
 def test_what_does_not_work_is_refused(corpus: DataConfig, tmp_path: Path, changes: dict[str, Any], says: str) -> None:
     lines = find_problems(sharded(corpus, tmp_path / "run", **(GATHERED | changes)), world_size=4)
     assert [line for line in lines if line.startswith(says)], lines
+
+
+def test_a_layout_of_which_every_shard_is_uneven_is_refused(corpus: DataConfig, tmp_path: Path) -> None:
+    """Three ranks: everything would go in bf16."""
+    config = sharded(corpus, tmp_path / "run", **GATHERED, train__global_batch_size=6)
+    (line,) = find_problems(config, world_size=3)
+    assert line.startswith(
+        "precision.fp8_all_gather=true has no weight to gather in fp8: none of [32, 128] rows divides"
+    )
