@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -70,6 +70,30 @@ class Batch:
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory (called by torch's DataLoader)."""
         return self._map(lambda t: t.pin_memory())
+
+    @property
+    def shapes(self) -> tuple[tuple[str, torch.Size], ...]:
+        """Of all tensors, by name."""
+        return tuple((name, tensor.shape) for name, tensor in self._tensors())
+
+    def clone(self) -> Batch:
+        """In memory of its own."""
+        return self._map(torch.clone)
+
+    def copy_(self, other: Batch) -> None:
+        """Take the numbers of a batch of the same shapes."""
+        mine, theirs = (list(batch._tensors()) for batch in (self, other))
+        for (name, target), (its_name, source) in zip(mine, theirs, strict=True):
+            assert name == its_name
+            target.copy_(source)
+
+    def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for name in ("tokens", "labels", "positions", "documents", "samples", "indices"):
+            if (tensor := getattr(self, name)) is not None:
+                yield name, tensor
+        for k, pair in enumerate(self.ahead):
+            yield from ((f"ahead.{k}.{name}", tensor) for name, tensor in zip(("tokens", "labels"), pair, strict=True))
+        yield from ((f"columns.{name}", self.columns[name]) for name in sorted(self.columns))
 
     def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
         return Batch(

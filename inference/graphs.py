@@ -114,7 +114,7 @@ class StepGraphs(GraphSizes):
         here = inputs.to("cuda", non_blocking=True)
         stream = self._stream = self._stream or torch.cuda.Stream()
         graph = torch.cuda.CUDAGraph()
-        with _nothing_collected(before=self._pool is None):
+        with nothing_collected(before=self._pool is None):
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 self._forwards[key.decodes](here, key.sequences)  # what is compiled, loaded or allocated at first use
@@ -127,7 +127,7 @@ class StepGraphs(GraphSizes):
 
 
 @contextmanager
-def _nothing_collected(*, before: bool) -> Iterator[None]:
+def nothing_collected(*, before: bool) -> Iterator[None]:
     """No garbage is collected while this lasts; before: what there is, is first.
 
     An engine that is no longer used may be garbage with graphs of its own. When one goes that had collectives in it,

@@ -33,6 +33,7 @@ from parallel.precision import FP8_GRADIENTS
 from trainer.activations import plan_activations
 from trainer.adapter_start import BEGUN
 from trainer.config import TrainConfig
+from trainer.graphed import GraphedPasses
 from trainer.loss import Objective
 from trainer.loss_scale import LossScale
 from trainer.optim import build_optimizer
@@ -85,7 +86,7 @@ def build_state(
     if fp8 is not None and config.precision.fp8_all_gather:
         fp8.gather(model.blocks, config.precision.compute_dtype, device)
     model.train()
-    passes: Passes = PlainPasses()
+    passes: Passes = GraphedPasses() if config.train.cuda_graphs else PlainPasses()
     if pipeline is not None:
         passes = _pipelined(pipeline, config, mesh, data_parallel, weight_gradients, device)
     fused, begun = fused_parameters(model), dict[str, torch.Tensor]()
@@ -182,6 +183,12 @@ def _multiply_in_fp8(model: Decoder, config: TrainConfig, device: torch.device) 
     return fp8
 
 
+def check_graphs_run(config: TrainConfig, device: torch.device) -> None:
+    """Raises ValueError where train.cuda_graphs asks for a GPU that is not there."""
+    if config.train.cuda_graphs and device.type != "cuda":
+        raise ValueError(f"train.cuda_graphs=true needs CUDA, and this runs on {device}; use train.cuda_graphs=false")
+
+
 def check_fp8_runs(config: TrainConfig, device: torch.device) -> None:
     """Raises ValueError where precision.compute=fp8 asks for tensor cores that a GPU does not have."""
     if config.precision.fp8 and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
@@ -237,6 +244,7 @@ def implementations(config: TrainConfig, dims: ParallelDims, state: TrainState, 
         "gated_mlp": _gated(model, device, compiled=train.compile),
         "products": "batch-invariant" if state.model.batch_invariant else "torch",
         "blocks": f"torch.compile({train.compile_backend})" if train.compile else "eager",
+        "passes": "CUDA graphs" if train.cuda_graphs else "eager",
         "activation_checkpoint": model.activation_checkpoint
         + (f": {describe_plan(list(state.activation_plan.values()))}" if state.activation_plan else ""),
         **describe_optimizer(state.optimizer, config.optim),

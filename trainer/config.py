@@ -46,6 +46,7 @@ class LoopConfig:
         False  # torch.compile each block, and with inductor what lies between the matrix products of the loss
     )
     compile_backend: str = "inductor"
+    cuda_graphs: bool = False  # CUDA, stages 0 and 1: a micro-batch is one launch (trainer/graphed.py)
     device: str = "auto"  # auto (cuda where there is one), cuda, cpu
     nonfinite: str = "skip"  # loss or gradient not finite: skip the step, or stop the run
     max_skipped_steps: int = 100  # this many non-finite steps in a row end the run

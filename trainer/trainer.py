@@ -27,7 +27,7 @@ from parallel.mesh import build_mesh, init_distributed, pick_device
 from trainer.adapters import adapter_identity, check_same_adapter, load_base, start_adapters
 from trainer.agreement import check_same_on_all_ranks
 from trainer.breakdown import profile_of, sentence, trace_path
-from trainer.build import attention_used, build_state, check_fp8_runs, implementations
+from trainer.build import attention_used, build_state, check_fp8_runs, check_graphs_run, implementations
 from trainer.checkpoint import CheckpointError, CheckpointManager, read_extra
 from trainer.config import ConfigError, TrainConfig, configuration_errors
 from trainer.corruption import StateCorrupted
@@ -85,6 +85,7 @@ class Trainer:
             self.device = pick_device(config.train.device)
             attention_used(config, self.device)
             check_fp8_runs(config, self.device)
+            check_graphs_run(config, self.device)
         self.device_name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
         make_deterministic(config.train.deterministic, self.device)
         record_collectives()

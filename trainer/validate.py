@@ -45,6 +45,7 @@ from trainer.validate_chunks import chunk_problems
 from trainer.validate_data import data_problems
 from trainer.validate_experts import expert_problems
 from trainer.validate_fp8 import fp8_problems
+from trainer.validate_graphs import graph_problems
 from trainer.validate_invariant import invariant_problems
 from trainer.validate_optim import optimizer_problems
 from trainer.validate_speculator import speculator_run_problems
@@ -145,6 +146,7 @@ def resolve(config: TrainConfig, world_size: int) -> tuple[TrainConfig, list[str
     if not (model_problems(model, seq_len=config.train.seq_len) or dims_problems(config.parallel, world_size)):
         found += fp8_problems(config, model, world_size)
     found += invariant_problems(config, model)
+    found += graph_problems(config)
     found += speculator_run_problems(config, model)
     if not model_problems(model, seq_len=config.train.seq_len):
         found += adapter_run_problems(config, model)
