@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
+
+from kernels.constants import from_host
 
 
 def slopes(num_heads: int, device: torch.device) -> Tensor:
@@ -17,5 +20,5 @@ def slopes(num_heads: int, device: torch.device) -> Tensor:
     lower = 2 ** math.floor(math.log2(num_heads))
     values = [2.0 ** (-8.0 * (i + 1) / lower) for i in range(lower)]
     values += [2.0 ** (-8.0 * (2 * i + 1) / (2 * lower)) for i in range(num_heads - lower)]
-    # A blocking copy would wait for the device's queue.
-    return torch.tensor(values, dtype=torch.float32, device="cpu").to(device, non_blocking=True)
+    make = partial(torch.tensor, values, dtype=torch.float32, device="cpu")
+    return from_host(("alibi", num_heads), make, device)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import astuple
 
 import torch
 from torch import Tensor
 
+from kernels.constants import from_host
 from kernels.rows import each_row_off_gpu
 from models.config import RopeConfig
 
@@ -45,12 +47,18 @@ def tables(
     known: `frequencies`, where somebody has kept them on the device. batch_invariant: a position's bits do not depend
     on the others (models/invariant.py).
     """
-    inverse, factor = frequencies(rope, head_dim, seq_len) if known is None else known
-    inverse = inverse.to(positions.device, non_blocking=True)  # a blocking copy would wait for the device's queue
+    inverse, factor = _on_device(rope, head_dim, seq_len, positions.device) if known is None else known
     angles = positions.to(torch.float32)[..., None, None] * inverse
     if batch_invariant:
         return each_row_off_gpu(torch.cos, angles) * factor, each_row_off_gpu(torch.sin, angles) * factor
     return angles.cos() * factor, angles.sin() * factor
+
+
+def _on_device(rope: RopeConfig, head_dim: int, seq_len: int, device: torch.device) -> tuple[Tensor, float]:
+    length = seq_len if rope.scaling == "ntk" else None
+    key = ("rope", *astuple(rope), head_dim, length)
+    inverse = from_host(key, lambda: frequencies(rope, head_dim, seq_len)[0], device)
+    return inverse, _yarn_attention_factor(rope) if rope.scaling == "yarn" else 1.0
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
