@@ -102,6 +102,15 @@ class GraphedPasses(PlainPasses):
         return _Captured(own, own_scales, found, replay)
 
 
+def leave_default_stream(device: torch.device) -> None:
+    """Let this thread's work go to a stream of its own, before there are parameters.
+
+    Autograd hands a parameter's gradient over on the stream of the time when somebody first asked for it. A graph may
+    be captured on that stream too, unless it is CUDA's default one, which is never captured nor waited for in a capture.
+    """
+    torch.cuda.set_stream(torch.cuda.Stream(device))
+
+
 class CudaGraphs:
     """Captures of one process, whose graphs share their memory: one runs at a time."""
 
@@ -109,9 +118,10 @@ class CudaGraphs:
         self._pool: Any = None
 
     def __call__(self, compute: Callable[[], Found]) -> tuple[Found, Callable[[], None]]:
-        graph = torch.cuda.CUDAGraph()
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        assert stream != torch.cuda.default_stream(), "leave_default_stream was not called before there were parameters"
         # What other threads do meanwhile is no part of it: NCCL's watchdog asks for events, batches are pinned.
-        captures = torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local")
+        captures = torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local")
         with nothing_collected(before=self._pool is None), captures:
             found = compute()
         self._pool = graph.pool()

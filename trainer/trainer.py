@@ -33,6 +33,7 @@ from trainer.config import ConfigError, TrainConfig, configuration_errors
 from trainer.corruption import StateCorrupted
 from trainer.determinism import make_deterministic
 from trainer.goodput import Goodput
+from trainer.graphed import leave_default_stream
 from trainer.health import Health
 from trainer.identity import (
     changed_settings,
@@ -87,6 +88,8 @@ class Trainer:
             check_fp8_runs(config, self.device)
             check_graphs_run(config, self.device)
         self.device_name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
+        if config.train.cuda_graphs:
+            leave_default_stream(self.device)
         make_deterministic(config.train.deterministic, self.device)
         record_collectives()
         init_distributed(self.device, config.train.timeout_seconds)
