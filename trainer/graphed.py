@@ -106,7 +106,7 @@ def leave_default_stream(device: torch.device) -> None:
     """Let this thread's work go to a stream of its own, before there are parameters.
 
     Autograd hands a parameter's gradient over on the stream of the time when somebody first asked for it. A graph may
-    be captured on that stream too, unless it is CUDA's default one, which is never captured nor waited for in a capture.
+    be captured on that stream too, unless it is the default one: no capture may depend on that.
     """
     torch.cuda.set_stream(torch.cuda.Stream(device))
 
