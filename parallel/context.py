@@ -25,15 +25,16 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kernels.attention.blockwise import Run
 from parallel.collectives import all_gather_rows, all_to_all_rows, reduce_scatter_rows
-from parallel.cut import Cut, Run, zigzag
+from parallel.cut import Cut, zigzag
 
 
 def to_sequence(parts: Tensor, *, dim: int, cut: Cut | None = None) -> Tensor:
@@ -152,11 +153,16 @@ def repeat_kv_heads(x: Tensor, size: int) -> Tensor:
 
 
 class BlockAttention(Protocol):
-    """Attention between two runs of a sequence; kernels.attention.blockwise says what each method does."""
+    """Attention between runs of a sequence; kernels.attention.blockwise says what each method does."""
+
+    @property
+    def takes_many_runs(self) -> bool: ...
 
     def sees(self, first_query: int, first_key: int, *, queries: int, keys: int) -> bool: ...
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, first_query: int, first_key: int) -> tuple[Tensor, Tensor]: ...
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, queries: Sequence[Run], keys: Sequence[Run]
+    ) -> tuple[Tensor, Tensor]: ...
 
     def delta(self, grad: Tensor, output: Tensor) -> Tensor: ...
 
@@ -169,8 +175,8 @@ class BlockAttention(Protocol):
         *,
         lse: Tensor,
         delta: Tensor,
-        first_query: int,
-        first_key: int,
+        queries: Sequence[Run],
+        keys: Sequence[Run],
     ) -> tuple[Tensor, Tensor, Tensor]: ...
 
     def merge_(self, output: Tensor, lse: Tensor, block_output: Tensor, block_lse: Tensor) -> None: ...
@@ -195,9 +201,18 @@ class _Hop:
         return self.received
 
 
-def pairs(rank: int, source: int, *, cut: Cut, blocks: BlockAttention) -> list[tuple[slice, slice, int, int]]:
-    """What rank computes with the keys of `source`: for each pair of runs that see each other, where the queries and
-    the keys lie in their part, and the index of their first tokens in the sequence.
+class Piece(NamedTuple):
+    """What a rank computes at once with keys of another: where the queries and the keys lie in their parts, and which
+    runs of the sequence they are."""
+
+    own: slice
+    other: slice
+    queries: tuple[Run, ...]
+    keys: tuple[Run, ...]
+
+
+def pairs(rank: int, source: int, *, cut: Cut, blocks: BlockAttention) -> list[Piece]:
+    """Each pair of runs that see each other.
 
     A run comes with itself first, so that a query has seen a key (itself) before anything is merged.
     """
@@ -207,14 +222,73 @@ def pairs(rank: int, source: int, *, cut: Cut, blocks: BlockAttention) -> list[t
             (first_query, queries), (first_key, keys) = run, other_run
             hidden = first_key + keys <= cut.first_key(run)  # by documents
             if not hidden and blocks.sees(first_query, first_key, queries=queries, keys=keys):
-                found.append((own, other, first_query, first_key))
+                found.append(Piece(own, other, (run,), (other_run,)))
     return found
+
+
+def pieces(rank: int, source: int, *, cut: Cut, blocks: BlockAttention) -> list[Piece]:
+    """What rank computes with the keys of `source`, in order.
+
+    One piece, from the first to the last runs that see each other, where blocks take many runs; else the pairs. In a
+    zigzag cut that is all queries and the first half of the keys of an earlier rank, or the second half of the queries
+    and all keys of a later one: every query sees every key.
+    """
+    found = pairs(rank, source, cut=cut, blocks=blocks)
+    if not found or not blocks.takes_many_runs:
+        return found
+    own = slice(min(pair.own.start for pair in found), max(pair.own.stop for pair in found))
+    other = slice(min(pair.other.start for pair in found), max(pair.other.stop for pair in found))
+    queries, keys = (
+        tuple(run for run, place in _places(cut.runs[of]) if there.start <= place.start < there.stop)
+        for of, there in ((rank, own), (source, other))
+    )
+    return [Piece(own, other, queries, keys)]
+
+
+def at_once(runs: Sequence[Run], blocks: BlockAttention) -> list[Sequence[Run]]:
+    """Runs of queries that blocks take in one call: all of them, or each by itself."""
+    return [runs] if blocks.takes_many_runs else [[run] for run in runs]
 
 
 def _places(runs: Sequence[Run]) -> list[tuple[Run, slice]]:
     """Each run of a rank with where its tokens lie in the rank's part."""
     ends = list(itertools.accumulate(length for _, length in runs))
     return [(run, slice(end - run[1], end)) for run, end in zip(runs, ends, strict=True)]
+
+
+def _joined(k: Tensor, v: Tensor) -> Tensor:
+    """[B, T, G, K + V]: one message instead of two."""
+    return torch.cat((k, v), dim=-1)
+
+
+def _merged(
+    so_far: tuple[Tensor, Tensor] | None,
+    block: tuple[Tensor, Tensor],
+    where: slice,
+    length: int,
+    blocks: BlockAttention,
+) -> tuple[Tensor, Tensor]:
+    """Output [B, length, H, V] and log-sum-exp [B, H, length] with more keys of those tokens; None: none so far."""
+    if so_far is None and where == slice(0, length):
+        return block
+    if so_far is None:
+        output, lse = block
+        so_far = (
+            output.new_zeros(output.shape[0], length, *output.shape[2:]),
+            lse.new_full((*lse.shape[:2], length), -math.inf),
+        )
+    blocks.merge_(so_far[0][:, where], so_far[1][..., where], *block)
+    return so_far
+
+
+def _added(total: Tensor | None, part: Tensor, where: slice, length: int) -> Tensor:
+    """total [B, length, ...] with `part` added to those tokens; None: nothing has been found yet."""
+    if total is None and where == slice(0, length):
+        return part
+    if total is None:
+        total = part.new_zeros(part.shape[0], length, *part.shape[2:])
+    total[:, where] += part
+    return total
 
 
 class _RingAttention(torch.autograd.Function):
@@ -232,21 +306,19 @@ class _RingAttention(torch.autograd.Function):
         blocks: BlockAttention,
     ) -> Tensor:
         rank, size = group.rank(), group.size()
-        wide = _wide(q.dtype)
-        output = torch.zeros(*q.shape[:3], v.shape[3], dtype=wide, device=q.device)
-        lse = torch.full((q.shape[0], q.shape[2], q.shape[1]), -math.inf, dtype=wide, device=q.device)
-        kv = torch.cat((k, v), dim=-1)  # one message instead of two
+        features, found = (k.shape[3], v.shape[3]), None
+        kv = _joined(k, v)
         for step in range(size):
             hop = _Hop(kv, group) if step < size - 1 else None
-            source = (rank - step) % size
-            for own, other, *starts in pairs(rank, source, cut=cut, blocks=blocks):
-                keys, values = kv[:, other].split((k.shape[3], v.shape[3]), dim=-1)
-                block_output, block_lse = blocks.forward(q[:, own], keys, values, *starts)
-                blocks.merge_(output[:, own], lse[..., own], block_output, block_lse)
+            for own, other, *runs in pieces(rank, (rank - step) % size, cut=cut, blocks=blocks):
+                block = blocks.forward(q[:, own], *kv[:, other].split(features, dim=-1), *runs)
+                found = _merged(found, block, own, q.shape[1], blocks)
             if hop is not None:
                 kv = hop.wait()
+        assert found is not None  # a rank sees itself
+        output, lse = found
         if sinks is not None:  # one more key, which every query sees and whose value is 0
-            total = torch.logaddexp(lse, sinks.to(wide)[:, None])
+            total = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
             output *= torch.exp(lse - total).transpose(1, 2)[..., None]
             lse = total
         output = output.to(q.dtype)
@@ -261,35 +333,35 @@ class _RingAttention(torch.autograd.Function):
         group, cut, blocks = ctx.group, ctx.cut, ctx.blocks
         rank, size = group.rank(), group.size()
         delta = blocks.delta(grad, output)  # [B, H, T]
-        grad_q = torch.zeros(q.shape, dtype=lse.dtype, device=q.device)
+        grad_q = None
         features = (k.shape[3], v.shape[3])
-        kv = torch.cat((k, v), dim=-1)
+        kv = _joined(k, v)
         kv_hop: _Hop | None = None
         grad_hop: _Hop | None = None
         for step in range(size):
             kv_hop = _Hop(kv, group) if step < size - 1 else None
-            source = (rank - step) % size
-            grad_kv = torch.zeros(kv.shape, dtype=lse.dtype, device=q.device)
-            for own, other, first_query, first_key in pairs(rank, source, cut=cut, blocks=blocks):
-                keys, values = kv[:, other].split(features, dim=-1)
+            grad_kv = None
+            for own, other, queries, keys in pieces(rank, (rank - step) % size, cut=cut, blocks=blocks):
                 dq, dk, dv = blocks.backward(
                     grad[:, own],
                     q[:, own],
-                    keys,
-                    values,
+                    *kv[:, other].split(features, dim=-1),
                     lse=lse[..., own],
                     delta=delta[..., own],
-                    first_query=first_query,
-                    first_key=first_key,
+                    queries=queries,
+                    keys=keys,
                 )
-                grad_q[:, own] += dq
-                grad_kv[:, other] += torch.cat((dk, dv), dim=-1)
+                grad_q = _added(grad_q, dq, own, q.shape[1])
+                grad_kv = _added(grad_kv, _joined(dk, dv), other, k.shape[1])
+            if grad_kv is None:
+                grad_kv = torch.zeros(kv.shape, dtype=lse.dtype, device=q.device)
             if grad_hop is not None:
                 grad_kv += grad_hop.wait()  # what the ranks before this one found for the same keys
             grad_hop = _Hop(grad_kv, group)  # after the last step: home, to the rank whose keys they are
             if kv_hop is not None:
                 kv = kv_hop.wait()
         assert grad_hop is not None
+        assert grad_q is not None  # a rank sees itself
         grad_k, grad_v = grad_hop.wait().split(features, dim=-1)
         grad_sinks = None
         if sinks is not None:  # dscore = P (dP - delta) of a key with dP = 0

@@ -21,8 +21,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-Run = tuple[int, int]
-"""Index in the sequence of the first token, and number of tokens."""
+from kernels.attention.blockwise import Run
 
 MIN_CHUNK = 128
 """Tokens of a chunk, at least, below which attention's blocks of queries and keys stay partly empty."""

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from kernels.attention import fused
-from kernels.attention.blockwise import BlockAttention
-from kernels.attention.mask import Mask, run_mask
+from kernels.attention.blockwise import BlockAttention, Run, indices
+from kernels.attention.mask import Mask, piece_mask, run_mask
 from kernels.backend import runs_triton
+
+
+class KeptMasks:
+    """Masks between runs met so far in a forward pass: its layers and its backward meet the same ones again.
+
+    Deliberately opaque, like parallel.cut.Cut: compiled graphs hand it on without looking inside.
+    """
+
+    def __init__(self) -> None:
+        self.by_runs: dict[Hashable, Mask] = {}
 
 
 @dataclass(frozen=True)
@@ -19,18 +30,22 @@ class FusedBlockAttention(BlockAttention):
     CPU tensors run what it inherits. Raises ValueError for dropout, whose probabilities the kernels never form.
     """
 
-    # Masks of the pairs of runs met so far, by first query and key and their numbers: backward meets the same.
-    masks: dict[tuple[int, int, int, int], Mask] = field(default_factory=dict)
+    masks: KeptMasks = field(default_factory=KeptMasks)  # of the same documents
 
     def __post_init__(self) -> None:
         if self.dropout is not None:
             raise ValueError("attention dropout needs probabilities, which the kernels never form; use the reference")
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, first_query: int, first_key: int) -> tuple[Tensor, Tensor]:
+    @property
+    def takes_many_runs(self) -> bool:
+        return self.slopes is None  # distances between queries and keys are one number plus those of their places
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, queries: Sequence[Run], keys: Sequence[Run]
+    ) -> tuple[Tensor, Tensor]:
         if not runs_triton(q):
-            return super().forward(q, k, v, first_query, first_key)
-        mask = self._mask(q, k, first_query, first_key)
-        return fused.attention(q, k, v, mask, slopes=self.slopes, wide=True)
+            return super().forward(q, k, v, queries, keys)
+        return fused.attention(q, k, v, self._mask(q, queries, keys), slopes=self.slopes, wide=True)
 
     @staticmethod
     def merge_(output: Tensor, lse: Tensor, block_output: Tensor, block_lse: Tensor) -> None:
@@ -50,29 +65,52 @@ class FusedBlockAttention(BlockAttention):
         *,
         lse: Tensor,
         delta: Tensor,
-        first_query: int,
-        first_key: int,
+        queries: Sequence[Run],
+        keys: Sequence[Run],
     ) -> tuple[Tensor, Tensor, Tensor]:
         if not runs_triton(q):
-            starts = {"first_query": first_query, "first_key": first_key}
-            return super().backward(grad, q, k, v, lse=lse, delta=delta, **starts)
-        mask = self._mask(q, k, first_query, first_key)
+            return super().backward(grad, q, k, v, lse=lse, delta=delta, queries=queries, keys=keys)
+        mask = self._mask(q, queries, keys)
         return fused.partial_gradients(grad, q, k, v, mask, lse=lse, delta=delta, slopes=self.slopes)
 
-    def _mask(self, q: Tensor, k: Tensor, first_query: int, first_key: int) -> Mask:
-        key = (first_query, first_key, q.shape[1], k.shape[1])
-        if key not in self.masks:
-            self.masks[key] = run_mask(
-                q.shape[1],
-                k.shape[1],
+    def _mask(self, q: Tensor, queries: Sequence[Run], keys: Sequence[Run]) -> Mask:
+        found = (self.window, tuple(queries), tuple(keys))
+        if found not in self.masks.by_runs:
+            self.masks.by_runs[found] = self._new_mask(q, queries, keys)
+        return self.masks.by_runs[found]
+
+    def _new_mask(self, q: Tensor, queries: Sequence[Run], keys: Sequence[Run]) -> Mask:
+        of_queries, of_keys = (self._documents(runs) for runs in (queries, keys))
+        if len(queries) == len(keys) == 1:
+            ((first_query, num_queries),), ((first_key, num_keys),) = queries, keys
+            return run_mask(
+                num_queries,
+                num_keys,
                 q.device,
                 window=self.window,
                 first_query=first_query,
                 first_key=first_key,
-                query_documents=self._documents(first_query, q.shape[1]),
-                key_documents=self._documents(first_key, k.shape[1]),
+                query_documents=of_queries,
+                key_documents=of_keys,
             )
-        return self.masks[key]
+        if self.window is None and self.documents is None:  # the steps of a zigzag ring: no mask in memory
+            if tuple(queries) == tuple(keys):
+                return Mask(causal=True, offset=0)
+            if sum(keys[-1]) <= queries[0][0]:
+                return Mask(causal=False, offset=None)
+        return piece_mask(
+            indices(queries, q.device),
+            indices(keys, q.device),
+            window=self.window,
+            query_documents=of_queries,
+            key_documents=of_keys,
+        )
 
-    def _documents(self, first: int, length: int) -> Tensor | None:
-        return None if self.documents is None else self.documents[:, first : first + length]
+    def _documents(self, runs: Sequence[Run]) -> Tensor | None:
+        """[B, T] of these tokens."""
+        if self.documents is None:
+            return None
+        first, length = runs[0]
+        if len(runs) == 1:
+            return self.documents[:, first : first + length]
+        return self.documents[:, indices(runs, self.documents.device)]

@@ -16,7 +16,7 @@ from torch.distributed.tensor import Shard
 from kernels.attention import flex, fused, reference, sdpa
 from kernels.attention.alibi import slopes as alibi_slopes
 from kernels.attention.blockwise import BlockAttention
-from kernels.attention.fused_blockwise import FusedBlockAttention
+from kernels.attention.fused_blockwise import FusedBlockAttention, KeptMasks
 from kernels.attention.sinks import with_sinks
 from models.config import ModelConfig
 from models.layers import rope
@@ -48,6 +48,7 @@ class Context(NamedTuple):
     tokens: Tensor | None = None  # [T of the residual stream] int64, their index in the sequence; None: 0, 1, ...
     aux_scale: Tensor | None = None  # 0-d, gradient of the training loss by auxiliary losses; filled by Decoder.forward
     cache: PagedCache | None = None  # in serving: keys and values of earlier tokens; None: those of this pass are all
+    block_masks: KeptMasks | None = None  # of the triton implementation between parts of a sequence
     runs: Runs | None = None  # without a cache, of a batch-invariant model: attend as with one (models/invariant.py)
 
 
@@ -200,6 +201,7 @@ def build_context(
         cut=cut,
         tokens=_residual_tokens(seq_len, indices, device, groups),
         cache=cache,
+        block_masks=KeptMasks() if in_blocks and implementation == "triton" else None,
         runs=runs,
     )
 
@@ -312,13 +314,12 @@ class Attention(nn.Module):
     def _attend_in_blocks(self, q: Tensor, k: Tensor, v: Tensor, context: Context, first_head: int) -> Tensor:
         """`_attend` with the keys of other ranks."""
         assert self.across is not None
-        kind = FusedBlockAttention if context.implementation == "triton" else BlockAttention
-        blocks = kind(
-            window=self.window,
-            documents=context.documents,
-            slopes=context.slopes,
-            dropout=self._dropout(context, first_head),
-        )
+        masked: dict[str, Any] = {"window": self.window, "documents": context.documents, "slopes": context.slopes}
+        masked["dropout"] = self._dropout(context, first_head)
+        if context.block_masks is None:
+            blocks = BlockAttention(**masked)
+        else:
+            blocks = FusedBlockAttention(**masked, masks=context.block_masks)
         return self.across.by_tokens(q, k, v, blocks, self._sinks_of(first_head, q.shape[2]), context.cut)
 
     def _sinks_of(self, first_head: int, num_heads: int) -> Tensor | None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from kernels.attention.blockwise import BlockAttention
 from kernels.attention.sinks import with_sinks
 from parallel.context import (
+    at_once,
     gather_heads,
     gather_sequence,
     repeat_kv_heads,
@@ -92,11 +93,12 @@ class ContextAttention:
             return ring_attention(q, k, v, group=group, cut=cut, blocks=blocks, sinks=sinks)
         features = (k.shape[3], v.shape[3])
         k, v = gather_sequence(torch.cat((k, v), dim=-1), group, cut).split(features, dim=-1)
-        runs = cut.runs[self.ring.get_local_rank()]
-        outputs = []
-        for queries, run in zip(q.split([length for _, length in runs], dim=1), runs, strict=True):
-            first, last = blocks.keys_of(*run)
-            first = max(first, cut.first_key(run))
-            output, lse = blocks.forward(queries, k[:, first:last], v[:, first:last], run[0], first)
+        outputs, begin = [], 0
+        for runs in at_once(cut.runs[self.ring.get_local_rank()], blocks):
+            queries = q[:, begin : (begin := begin + sum(length for _, length in runs))]
+            first = min(max(blocks.keys_of(*run)[0], cut.first_key(run)) for run in runs)
+            last = blocks.keys_of(*runs[-1])[1]
+            keys = [(first, last - first)]
+            output, lse = blocks.forward(queries, k[:, first:last], v[:, first:last], runs, keys)
             outputs.append(output if sinks is None else with_sinks(output, lse, sinks))
         return torch.cat(outputs, dim=1).to(q.dtype)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
+from kernels.attention.blockwise import Run, indices
 from kernels.philox import uniform
 
 
@@ -47,25 +50,25 @@ class Dropout(nn.Module):
         p: Tensor,
         samples: Tensor | None,
         *,
-        first_query: int = 0,
-        first_key: int = 0,
+        queries: Sequence[Run] | None = None,
+        keys: Sequence[Run] | None = None,
         first_head: int = 0,
         num_heads: int | None = None,
     ) -> Tensor:
         """The same for attention probabilities p [B, H, T, S], keyed by (sample, head, query, key).
 
-        p is of queries first_query and on, keys first_key and on, and heads first_head and on of num_heads (None: H).
+        p is of these runs of queries and keys (None: of the first T or S tokens), and of heads first_head and on of
+        num_heads (None: H).
         """
         if not self.active:
             return p
         _, H, T, S = p.shape
-        firsts = (first_head, first_query, first_key)
-        heads, queries, keys = (
-            torch.arange(first, first + n, device=p.device) for first, n in zip(firsts, (H, T, S), strict=True)
-        )
-        rows = self._samples(samples, max(first_query + T, first_key + S))[:, None] * (num_heads or H) + heads  # [B, H]
-        rows = rows[..., None] * self.max_seq_len + queries  # [B, H, T]
-        return self._drop(p, rows[..., None] * self.max_seq_len + keys)
+        queries, keys = queries or [(0, T)], keys or [(0, S)]
+        heads = torch.arange(first_head, first_head + H, device=p.device)
+        end = max(sum(queries[-1]), sum(keys[-1]))
+        rows = self._samples(samples, end)[:, None] * (num_heads or H) + heads  # [B, H]
+        rows = rows[..., None] * self.max_seq_len + indices(queries, p.device)  # [B, H, T]
+        return self._drop(p, rows[..., None] * self.max_seq_len + indices(keys, p.device))
 
     def _samples(self, samples: Tensor | None, seq_len: int) -> Tensor:
         if samples is None:

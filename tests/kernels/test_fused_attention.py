@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.attention import fused
-from kernels.attention.blockwise import BlockAttention
+from kernels.attention.blockwise import BlockAttention, Run
 from kernels.attention.fused_blockwise import FusedBlockAttention
 from kernels.attention.mask import Mask, piece_mask, run_mask
 from kernels.backend import Tuned, interpreted
@@ -325,22 +325,34 @@ def test_two_sets_of_keys_merge_into_one_with_gradients() -> None:
     assert deviation(found, [expected[0], *expected[2:]]) < FP32
 
 
-@pytest.mark.parametrize("starts", [(0, 0), (24, 0), (24, 24), (0, 24), (24, 18)])
-@pytest.mark.parametrize("name", ["causal", "window", "all"])
-def test_blocks_of_a_ring_are_those_of_the_reference(name: str, starts: tuple[int, int]) -> None:
+RUNS: list[tuple[list[Run], list[Run]]] = [
+    *(([(query, 24)], [(key, 24)]) for query, key in [(0, 0), (24, 0), (24, 24), (0, 24), (24, 18)]),
+    ([(4, 10), (24, 14)], [(4, 10), (24, 14)]),  # as a rank sees itself
+    ([(24, 12), (36, 12)], [(0, 24)]),
+    ([(24, 24)], [(0, 12), (12, 12)]),
+    ([(0, 12), (36, 12)], [(12, 20), (44, 4)]),
+]
+
+
+@pytest.mark.parametrize("runs", RUNS)
+@pytest.mark.parametrize("name", ["causal", "window", "documents", "all"])
+def test_blocks_of_a_ring_are_those_of_the_reference(name: str, runs: tuple[list[Run], list[Run]]) -> None:
     """A block whose masks, log-sum-exp, delta or gradients a ring could not put together."""
     documents = torch.tensor([[0] * 7 + [1] * 21 + [2] * 20, [0] * 47 + [1]], dtype=torch.int32, device=DEVICE)
     slopes = torch.tensor([0.5, 0.2], device=DEVICE)
     options: dict[str, dict[str, Any]] = {
         "causal": {},
         "window": {"window": 9},
+        "documents": {"window": 20, "documents": documents},
         "all": {"window": 20, "documents": documents, "slopes": slopes},
     }
+    if not FusedBlockAttention(**options[name]).takes_many_runs and len(runs[0]) + len(runs[1]) > 2:
+        pytest.skip("distances need pairs of runs")
     problem = Problem(run(0, 24), run(0, 24), features=(10, 6), batch=2, heads=(2, 1))
     (q, k, v), grad, _ = tensors(problem)
     plain, ours = BlockAttention(**options[name]), FusedBlockAttention(**options[name])
-    expected = [x.double() for x in plain.forward(q.double(), k.double(), v.double(), *starts)]
-    found = list(ours.forward(q, k, v, *starts))
+    expected = [x.double() for x in plain.forward(q.double(), k.double(), v.double(), *runs)]
+    found = list(ours.forward(q, k, v, *runs))
     assert {x.dtype for x in found} == {torch.float32}
     assert deviation(found, expected) < FP32
     # Into a part of a tensor, after keys that every query has seen.
@@ -353,7 +365,7 @@ def test_blocks_of_a_ring_are_those_of_the_reference(name: str, starts: tuple[in
     lse, output = expected[1].clamp(min=-1.0) + 0.5, torch.randn_like(grad)
     delta = plain.delta(grad.double(), output.double())
     torch.testing.assert_close(ours.delta(grad, output).double(), delta, rtol=1e-5, atol=1e-5)
-    where = {"first_query": starts[0], "first_key": starts[1]}
+    where = {"queries": runs[0], "keys": runs[1]}
     truth = plain.backward(*(x.double() for x in (grad, q, k, v)), lse=lse, delta=delta, **where)
     mine = ours.backward(grad, q, k, v, lse=lse.float(), delta=delta.float(), **where)
     assert deviation(list(mine), list(truth)) < FP32

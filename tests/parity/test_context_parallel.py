@@ -207,7 +207,9 @@ def test_a_checkpoint_moves_between_splits_and_a_sample_is_the_same(
 
 
 def _mask_of_the_chunk_before(true: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    return lambda self, q, k, first_query, first_key: true(self, q, k, first_query, first_key - q.shape[1])
+    return lambda self, q, k, queries, keys: true(
+        self, q, k, queries, [(first - length, length) for first, length in keys]
+    )
 
 
 def _keys_turned_round(true: Callable[..., Tensor]) -> Callable[..., Tensor]:
