@@ -68,6 +68,10 @@ class SamplingConfig:
     choice: list[str] = field(default_factory=list)  # one of these
     grammar: str | None = None  # what a grammar in Lark's syntax derives from `start`
 
+    @property
+    def has_penalties(self) -> bool:
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
+
 
 class ConstraintText(NamedTuple):
     """What a continuation has to be."""

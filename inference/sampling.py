@@ -77,10 +77,11 @@ def settings_of(sequences: Seq[Sequence], *, vocab_size: int, device: torch.devi
         return made.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else made
 
     penalties = None
-    if any((s.repetition_penalty, s.presence_penalty, s.frequency_penalty) != (1.0, 0.0, 0.0) for s in each):
+    if any(s.has_penalties for s in each):
         tokens = np.full((len(each), max(len(s.tokens) for s in sequences)), vocab_size)
         for row, sequence in zip(tokens, sequences, strict=True):
-            row[: len(sequence.tokens)] = sequence.tokens
+            if sequence.sampling.has_penalties:  # of the others, some may be PENDING
+                row[: len(sequence.tokens)] = sequence.tokens
         penalties = Penalties(
             repetition=tensor([s.repetition_penalty for s in each], torch.float32),
             presence=tensor([s.presence_penalty for s in each], torch.float32),

@@ -80,12 +80,7 @@ class Sequence:
     @property
     def samples_by_tokens(self) -> bool:
         """Whether its next token depends on its earlier ones by more than the model."""
-        s = self.sampling
-        return self.constraint is not None or (s.repetition_penalty, s.presence_penalty, s.frequency_penalty) != (
-            1.0,
-            0.0,
-            0.0,
-        )
+        return self.constraint is not None or self.sampling.has_penalties
 
     @property
     def wants_prompt_logprobs(self) -> bool:

@@ -240,6 +240,18 @@ def test_a_step_that_was_launched_early_changes_nothing(model: Decoder) -> None:
         assert seen.blocks.num_free == seen.blocks.num_blocks
 
 
+def test_penalties_of_a_request_that_joins_others_whose_tokens_are_not_known_yet(model: Decoder) -> None:
+    """Tokens of the others, still being computed, counted as if they were words: an index outside of the vocabulary."""
+    penalties = SamplingConfig(temperature=0, max_tokens=6, repetition_penalty=1.3, frequency_penalty=0.2)
+    expected = [Engine(model, SMALL).generate([[1, 2, 3]], sampling)[0] for sampling in (GREEDY, penalties)]
+    engine = Engine(model, replace(SMALL, overlap=True))
+    engine.add([1, 2, 3], GREEDY)
+    engine.step()
+    engine.add([1, 2, 3], penalties)
+    done = {d.request: d.completion for _ in range(30) for d in engine.step() if d.completion is not None}
+    assert [done[request].token_ids for request in (0, 1)] == [completion.token_ids for completion in expected]
+
+
 def test_results_are_read_one_step_later(model: Decoder) -> None:
     """An engine that waits for each step all the same."""
     engine = Engine(model, replace(SMALL, overlap=True))
