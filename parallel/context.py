@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.attention.blockwise import Run
-from parallel.collectives import all_gather_rows, all_to_all_rows, reduce_scatter_rows
+from parallel.collectives import all_gather_rows, all_to_all_rows, pass_on, reduce_scatter_rows
 from parallel.cut import Cut, zigzag
 
 
@@ -156,6 +156,9 @@ class BlockAttention(Protocol):
     """Attention between runs of a sequence; kernels.attention.blockwise says what each method does."""
 
     @property
+    def window(self) -> int | None: ...
+
+    @property
     def takes_many_runs(self) -> bool: ...
 
     def sees(self, first_query: int, first_key: int, *, queries: int, keys: int) -> bool: ...
@@ -186,18 +189,11 @@ class _Hop:
     """A tensor on its way to the next rank while the one of the rank before arrives. One message each way."""
 
     def __init__(self, send: Tensor, group: dist.ProcessGroup) -> None:
-        rank, size = group.rank(), group.size()
-        self.sent, self.received = send, torch.empty_like(send)  # kept alive until both are done
-        self.works = dist.batch_isend_irecv(
-            [
-                dist.P2POp(dist.isend, self.sent, group=group, group_peer=(rank + 1) % size),
-                dist.P2POp(dist.irecv, self.received, group=group, group_peer=(rank - 1) % size),
-            ]
-        )
+        self.sent = send  # kept alive until it has left
+        self.received, self.work = pass_on(send, group=group)
 
     def wait(self) -> Tensor:
-        for work in self.works:
-            work.wait()
+        self.work.wait()
         return self.received
 
 
@@ -233,6 +229,13 @@ def pieces(rank: int, source: int, *, cut: Cut, blocks: BlockAttention) -> list[
     zigzag cut that is all queries and the first half of the keys of an earlier rank, or the second half of the queries
     and all keys of a later one: every query sees every key.
     """
+    key = (rank, source, blocks.window, blocks.takes_many_runs)
+    if key not in cut.pieces:  # every layer asks again
+        cut.pieces[key] = _pieces(rank, source, cut, blocks)
+    return cut.pieces[key]
+
+
+def _pieces(rank: int, source: int, cut: Cut, blocks: BlockAttention) -> list[Piece]:
     found = pairs(rank, source, cut=cut, blocks=blocks)
     if not found or not blocks.takes_many_runs:
         return found

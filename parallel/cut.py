@@ -16,7 +16,9 @@ S tokens of the sequence, B sequences.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,6 +45,7 @@ class Cut:
         """
         self.runs = tuple(tuple(of_rank) for of_rank in runs)
         self.first_keys = dict(first_keys or {})
+        self.pieces: dict[Hashable, Any] = {}  # kept by parallel.context
 
     def indices(self, rank: int) -> Tensor:
         """Index in the sequence of each token of a rank, int64 [S / n], ascending. On the CPU."""
@@ -53,6 +56,7 @@ class Cut:
         return self.first_keys.get(run, 0)
 
 
+@lru_cache(maxsize=256)
 def zigzag(seq_len: int, size: int) -> Cut:
     """Chunks r and 2 * size - 1 - r for rank r. Raises ValueError unless 2 * size divides seq_len."""
     if seq_len % (2 * size):

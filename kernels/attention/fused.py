@@ -208,6 +208,18 @@ def _attention_backward(
     return d_q, d_k, d_v, lse.new_empty(0) if sinks is None else _sink_gradient(sinks, lse, delta)
 
 
+def partial_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask, *, slopes: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`attention`, wide, without gradient and outside of compiled graphs. On a device that runs kernels."""
+    from kernels.attention.kernel import attention_forward
+
+    _check(q, k, v, mask, slopes, None)
+    q_, k_, v_ = (_rows(x, q.dtype) for x in (q, k, v))
+    scale = q.shape[3] ** -0.5
+    return attention_forward(q_, k_, v_, mask, scale=scale, slopes=slopes, sinks=None, dtype=_wide(q))
+
+
 def merge_(output: Tensor, lse: Tensor, block_output: Tensor, block_lse: Tensor) -> None:
     """blockwise.BlockAttention.merge_ of fp32 tensors in one pass. On a device that runs kernels."""
     from kernels.attention.kernel import attention_merge

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
+import torch
 from torch import Tensor
 
 from kernels.attention import fused
@@ -45,7 +47,9 @@ class FusedBlockAttention(BlockAttention):
     ) -> tuple[Tensor, Tensor]:
         if not runs_triton(q):
             return super().forward(q, k, v, queries, keys)
-        return fused.attention(q, k, v, self._mask(q, queries, keys), slopes=self.slopes, wide=True)
+        # A ring has a gradient of its own, and needs no op around the kernel, which costs the host as much again.
+        run = partial(fused.attention, wide=True) if torch.is_grad_enabled() else fused.partial_attention
+        return run(q, k, v, self._mask(q, queries, keys), slopes=self.slopes)
 
     @staticmethod
     def merge_(output: Tensor, lse: Tensor, block_output: Tensor, block_lse: Tensor) -> None:
