@@ -52,7 +52,7 @@ def start_gradients(
     d_x: Any = None
     for d_y, weight, scale in zip(gradients, weights, weight_scales, strict=True):
         if weight.dtype == E4M3:
-            w_t, w_t_scale = transpose_quantized(weight), scale
+            w_t, w_t_scale = transpose_quantized(weight, after=d_y.data), scale
         else:
             known = scale if plan.recipe.kind.startswith("tensorwise") else None
             w, _ = quantized(weight, plan, E4M3, known, square=True, transpose=True)

@@ -115,6 +115,37 @@ def test_half_the_bytes_travel_as_the_plan_says(ranks: RankPool, corpus: DataCon
     assert found[1] < 0.75 * found[0]
 
 
+def kept_in_fp8(config: TrainConfig) -> set[tuple[int, ...]]:
+    """Shapes of what the last forward keeps in fp8 for its backward."""
+    kept: set[tuple[int, ...]] = set()
+    forward = trainer.step.forward_loss_sum
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.dtype == torch.float8_e4m3fn:
+            kept.add(tuple(tensor.shape))
+        return tensor
+
+    def watched(*args: Any, **kwargs: Any) -> Tensor:
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            return forward(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer.step, "forward_loss_sum", watched)
+        run_here(config)
+    return kept
+
+
+def test_compiled_blocks_do_not_keep_transposed_weights(ranks: RankPool, corpus: DataConfig, tmp_path: Path) -> None:
+    """A whole model in fp8 on each rank: what depends on no gradient is computed in the forward graph, and kept."""
+    changes = DELAYED | COMPILED | GATHERED | {"model__num_layers": 2, "train__eval_interval": 0}
+    config = sharded(corpus, tmp_path / "run", **changes)
+    model = finalize(config, world_size=2).model
+    for kept in ranks.run(2, kept_in_fp8, config):
+        assert (2 * model.intermediate_size, model.hidden_size) in kept  # as it was gathered, freed with the block
+        assert (model.hidden_size, 2 * model.intermediate_size) not in kept
+
+
 @pytest.fixture(scope="module")
 def policies(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Weights of a policy and its reference, of sizes that fp8 takes."""

@@ -67,13 +67,17 @@ def quantize_blocks(
     return Quantized(data, scale, *((transposed, transposed_scale) if transpose else ()))
 
 
-def transpose_quantized(data: Tensor) -> Tensor:
-    """Quantized.transposed of data [R, C] whose scale reaches over all of it: its bytes, [C, R padded to 16]."""
+def transpose_quantized(data: Tensor, *, after: Tensor | None = None) -> Tensor:
+    """Quantized.transposed of data [R, C] whose scale reaches over all of it: its bytes, [C, R padded to 16].
+
+    after: not read. A compiled graph computes what depends on no gradient in the forward pass and keeps it; with a
+    gradient here the copy is made in backward.
+    """
     refuse_dtensors(data=data)
     require_fp8(data.dtype, name="data")
     if data.ndim != 2:
         raise ValueError(f"data has shape {list(data.shape)}; pass [rows, columns]")
-    return _transpose(data)
+    return _transpose(data, after)
 
 
 def _check(x: Tensor, dtype: torch.dtype) -> None:
@@ -143,7 +147,7 @@ def _quantize_blocks(
 
 
 @torch.library.custom_op("lattice::fp8_transpose", mutates_args=())
-def _transpose(data: Tensor) -> Tensor:
+def _transpose(data: Tensor, after: Tensor | None) -> Tensor:
     if not runs_triton(data) or not data.numel():
         return transposed_reference(data)
     from kernels.fp8.quantize.kernel import transpose
@@ -152,7 +156,7 @@ def _transpose(data: Tensor) -> Tensor:
 
 
 @_transpose.register_fake
-def _(data: Tensor) -> Tensor:
+def _(data: Tensor, after: Tensor | None) -> Tensor:
     return data.new_empty(data.shape[1], padded(data.shape[0]))
 
 
