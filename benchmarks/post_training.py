@@ -173,14 +173,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             record["trl"] = task.result()
             ours, theirs = (record[who].get("step_seconds_median") for who in ("ours", "trl"))
             record["ratio"] = theirs / ours if ours and theirs else None
-        _write(found, args.out)
+            _write(found, args.out)
     print(json.dumps(found, indent=2))
     return 0
 
 
 def _ours(recipe: str, pair: Pair, work: Path, overrides: Sequence[str], limit: float) -> dict[str, Any]:
     common = ["precision=bf16", f"train.steps={pair.steps}", "logging.console=false"]
-    common += [f"checkpoint.interval={pair.steps}", f"run.dir={work / recipe}"]
+    # Nothing goes on with a later run than sft.
+    saved = (
+        [f"checkpoint.interval={pair.steps}"]
+        if recipe == "sft"
+        else ["checkpoint.interval=0", "checkpoint.at_end=false"]
+    )
+    common += [*saved, f"run.dir={work / recipe}"]
     common += [f"train.eval_interval={pair.steps // 6}", f"schedule.warmup_steps={pair.steps // 8}"]
     command = torchrun(1, "launch/train.py", *pair.changes, *common, *overrides)
     error = launch(command, work / f"{recipe}.log", limit=limit, environment={"CUDA_VISIBLE_DEVICES": "0"})

@@ -5,16 +5,22 @@ tests/gpu/test_graphed_cuda.py has real ones.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import trainer.build
 from data.batch import Batch
 from data.config import DataConfig
+from kernels.attention import alibi
+from models.layers import rope
+from tests.models.small import random_decoder, tiny
 from tests.parity.harness import Outcome, changed, run_here, run_on, text_corpus, tiny_config
 from tests.parity.test_fp8 import COMPILED, FP8
 from tests.pool import RankPool
@@ -99,6 +105,44 @@ def test_another_batch_would_be_seen(ranks: RankPool, corpus: DataConfig, tmp_pa
     theirs = run_on(ranks, 2, config)
     ours = ranks.run(2, run_with_the_first_batch, changed(config, tmp_path / "broken"))[0]
     assert ours.losses != theirs.losses
+
+
+class _Crossings(TorchDispatchMode):
+    """Operations on the device `meta` that take numbers from the host, but for single ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given, made = ([x for x in tree_leaves(t) if isinstance(x, Tensor)] for t in ((args, kwargs), result))
+        if any(x.is_meta for x in given + made) and any(x.is_cpu and x.ndim for x in given):
+            self.found.append(str(func))
+        return result
+
+
+@pytest.mark.parametrize(
+    ("changes", "constants"),
+    [({}, 1), ({"positions": "alibi"}, 1), ({"positions": "learned", "dropout": 0.1}, 0), ({"sliding_window": 8}, 1)],
+)
+def test_only_kept_constants_come_from_the_host(changes: dict[str, Any], constants: int) -> None:
+    """A copy that a capture refuses, or that a graph would repeat from memory that is somebody else's by then."""
+    model = random_decoder(tiny(**changes)).to("meta").train()
+    tokens = torch.zeros(2, 16, dtype=torch.int64, device="meta")
+    batch = {"documents": tokens.int(), "samples": tokens[:, 0]}
+    asked = []
+
+    def kept(key: Hashable, make: Callable[[], Tensor], device: torch.device) -> Tensor:
+        asked.append(key)
+        return torch.empty(make().shape, device=device)
+
+    with _Crossings() as crossings, pytest.MonkeyPatch.context() as patch:
+        for module in (rope, alibi):
+            patch.setattr(module, "from_host", kept)
+        model(tokens, **batch).float().sum().backward()
+    assert crossings.found == []
+    assert len(asked) == constants
 
 
 @pytest.mark.parametrize(
