@@ -108,7 +108,7 @@ def _attention_problems(rows: list[list[float]]) -> list[str]:
     for row in rows:
         if len(row) == 3:
             found.append(f"hardware.attention_tflops has {row} without the length that it was measured at; list {form}")
-        elif len(row) != 4 or not min(row) > 0:
+        elif len(row) != 4 or not all(value > 0 for value in row):
             found.append(f"hardware.attention_tflops has {row}, which is not four positive numbers; list {form}")
     twice = [key for key, count in Counter(tuple(row[:2]) for row in rows).items() if count > 1]
     if not found and twice:
