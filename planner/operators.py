@@ -140,7 +140,8 @@ def _elementwise(job: Job, hardware: Hardware, layers: list[int], sizes: _Sizes)
         # its shard, and what backward turns round are bytes.
         each = 2 + 5 / (job.dims.dp_shard * job.dims.cp) if job.precision.fp8_all_gather else 5
         moved[0] += each * len(layers) * model.hidden_size * (of_heads + 3 * features / len(layers))
-    return _operator("element-wise", 0, 0, *moved, 1, 1, hardware.elementwise if job.compiled else hardware.eager)
+    bandwidth = hardware.elementwise if job.compiled else hardware.eager
+    return _operator("element-wise", 0, 0, moved[0], moved[1], 1, 1, bandwidth)
 
 
 def _kinds(job: Job, layers: list[int]) -> Counter[int]:

@@ -10,14 +10,24 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from functorch.compile import make_boxed_func
+from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 from kernels.linear_cross_entropy.op import _chunk_loss_and_gradient
-from launch.compose import compose_one
+from launch.compose import compose_for, compose_one
+from launch.plan import PLAN
 from models.config import ModelConfig
+from models.decoder import Decoder
+from models.layers.attention import build_context
 from models.layers.rope import rotate
+from models.registry import resolve_model
+from parallel.activation_checkpoint import ActivationCheckpoint, apply_activation_checkpoint
+from parallel.groups import NO_GROUPS
+from parallel.parallelize import compile_block
 from planner import eager
 from planner.hardware import Hardware, problems
 from planner.hardware_files import read_hardware
@@ -178,6 +188,71 @@ def _operators(*overrides: str, gpus: int = 1) -> tuple[dict[str, Operator], flo
     job = job_of(finalize(compose_one([*common, *overrides]), world_size=gpus), world_size=gpus)
     time = step_time(job, H200)
     return {o.name: o for o in operators_of_stage(job, H200, job.stages[0])}, time.step, time.recompute
+
+
+TINY = ["+exp=llama3_1b", "model.hidden_size=64", "model.intermediate_size=160", "model.num_layers=1",
+        "model.num_heads=4", "model.num_kv_heads=2", "model.max_seq_len=32"]  # fmt: skip
+TINY_DOWN = 2 * 32 * 64 * 160
+"""FLOPs of the last product of its block, of 32 tokens."""
+
+
+def _block(mode: str, *overrides: str) -> tuple[nn.Module, Callable[[], Tensor]]:
+    """A block that recomputes, and its forward of 32 tokens."""
+    config = resolve_model(compose_for(PLAN, [*TINY, *overrides]).model)
+    block = Decoder(config).to_empty(device="cpu").blocks[0]
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    apply_activation_checkpoint(block, ActivationCheckpoint(mode))
+    x = torch.randn(1, 32, 64, requires_grad=True)
+    context = build_context(
+        config, seq_len=32, device=x.device, dtype=x.dtype, positions=None, documents=None,
+        samples=torch.zeros(1, dtype=torch.int64), groups=NO_GROUPS,
+    )  # fmt: skip
+    return block, lambda: block(x, context=context)
+
+
+def _flops_of_block(mode: str, *overrides: str) -> tuple[int, int]:
+    """Forward and backward of its products, as torch counts them."""
+    _, run = _block(mode, *overrides)
+    with FlopCounterMode(display=False) as forward:
+        y = run()
+    with FlopCounterMode(display=False) as backward:
+        y.sum().backward()
+    return forward.get_total_flops(), backward.get_total_flops()
+
+
+def test_torch_leaves_out_the_last_product_of_a_block() -> None:
+    """What `_not_again` of planner/steptime.py says, by torch's own count of what is computed again."""
+    forward, backward = _flops_of_block("none")
+    _, with_recomputation = _flops_of_block("full")
+    assert with_recomputation - backward == forward - TINY_DOWN
+
+
+def test_compiled_graphs_leave_out_the_last_product_too() -> None:
+    """Of qkv, o, gate_up and down backward makes three again, beside two gradients of each."""
+    products: list[int] = []
+
+    def count(graph: torch.fx.GraphModule, _: object) -> Any:
+        products.append(sum("aten.mm" in str(node.target) for node in graph.graph.nodes))
+        return make_boxed_func(graph.forward)
+
+    block, run = _block("full")
+    compile_block(block, backend=aot_autograd(fw_compiler=count, bw_compiler=count))
+    run().sum().backward()
+    assert products == [4, 8 + 3]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [["model.norm_first=false"], ["model.dropout=0.1"],
+     ["model.moe.num_experts=4", "model.moe.top_k=2", "model.moe.intermediate_size=80"]],
+    ids=["norm behind", "dropout", "experts"],
+)  # fmt: skip
+def test_torch_computes_again_what_something_behind_needs(overrides: list[str]) -> None:
+    """Where `_not_again` is nothing."""
+    forward, backward = _flops_of_block("none", *overrides)
+    _, with_recomputation = _flops_of_block("full", *overrides)
+    assert with_recomputation - backward == forward
 
 
 @pytest.mark.parametrize("compiled", [True, False])
