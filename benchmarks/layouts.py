@@ -84,11 +84,7 @@ def measure(kind: str, runs: Mapping[str, Run], args: argparse.Namespace, overri
     with tempfile.TemporaryDirectory() as folder:
         tokens = Path(folder) / "tokens.npy"
         np.save(tokens, (np.random.default_rng(0).zipf(1.3, 8_000_000) % 32000).astype(np.int32))
-        common = [f"+exp={args.experiment}", "data=tokens", f"data.path={tokens}", "data.validation_fraction=0"]
-        common += [f"train.steps={args.steps}", "train.eval_interval=0", "train.sample_tokens=0"]
-        # Losses of the same model differ by rounding alone while the learning rate is small.
-        common += [f"schedule.warmup_steps={args.steps}"]
-        common += ["checkpoint.at_end=false", "logging.console=false", *overrides]
+        common = [*common_overrides(args.experiment, tokens, steps=args.steps), *overrides]
         for name, run in runs.items():
             run_dir = Path(folder) / name
             command = torchrun(run.gpus, "launch/train.py", *common, *run.changes, f"run.dir={run_dir}")
@@ -100,6 +96,14 @@ def measure(kind: str, runs: Mapping[str, Run], args: argparse.Namespace, overri
                 args.out.parent.mkdir(parents=True, exist_ok=True)
                 args.out.write_text(json.dumps(result, indent=2) + "\n")
     return result
+
+
+def common_overrides(experiment: str, tokens: Path, *, steps: int) -> list[str]:
+    """Of every run, before those of all runs that the command line has and those of the run itself."""
+    common = [f"+exp={experiment}", "data=tokens", f"data.path={tokens}", "data.validation_fraction=0"]
+    common += [f"train.steps={steps}", "train.eval_interval=0", "train.sample_tokens=0"]
+    # Losses of the same model differ by rounding alone while the learning rate is small.
+    return [*common, f"schedule.warmup_steps={steps}", "checkpoint.at_end=false", "logging.console=false"]
 
 
 def _measured(run_dir: Path) -> dict[str, Any]:

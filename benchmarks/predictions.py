@@ -2,27 +2,39 @@
 
     python benchmarks/predictions.py --gpus 1 --out ONE.json       every configuration of one GPU
     python benchmarks/predictions.py --gpus 4 --out FOUR.json      every one of four (2 and 8 as well)
-    python benchmarks/predictions.py --table ONE.json FOUR.json --out benchmarks/results/predictions_h200.json
+    python benchmarks/predictions.py --table benchmarks/results/predictions_h200.json ONE.json FOUR.json \\
+        --out benchmarks/results/predictions_h200.json
 
 Each is a launch of the trainer, as in benchmarks/layouts.py; further arguments are overrides of all of them. --part 1/2
-measures every second one, so that two GPUs share the work. Prints one JSON object. --table puts such objects together:
-for each configuration predicted / measured - 1 of both, and how many are within 10% (time) and 3% (memory).
+measures every second one, so that two GPUs share the work. Prints one JSON object. --table puts such objects together,
+and tables of before, of which it keeps what was measured (of a configuration that several have, the last): it plans
+each anew, on any machine, with the rates that configs/hardware has for its device; for each configuration predicted /
+measured - 1 of both, and how many are within 10% (time) and 3% (memory).
 """
 
 from __future__ import annotations
 
 import json
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a clone, installed or not
 
-from benchmarks.layouts import Run, arguments, measure
+from benchmarks.layouts import Run, arguments, common_overrides, measure
+from launch.compose import compose_one
+from planner.hardware_files import hardware_of
+from trainer.predicted import job_of, predict
+from trainer.validate import finalize
 
-TIME, MEMORY = 0.10, 0.03
+ALLOWED = {"step_seconds": 0.10, "peak_memory_gib": 0.03}
 """What predictions are held to, as a share of what was measured."""
+EXPERIMENT = "llama3_1b"
+STEPS = 8
 SHAPE_3B = ["model.hidden_size=3072", "model.intermediate_size=8192", "model.num_layers=28", "model.num_heads=24"]
 NARROW = ["model.hidden_size=1024", "model.intermediate_size=4096", "model.num_layers=24", "model.num_heads=16"]
 LARGE = ["model=llama3_8b"]
@@ -87,7 +99,7 @@ def together(gpus: int) -> dict[str, list[str]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = arguments(__doc__, "llama3_1b")
+    parser = arguments(__doc__, EXPERIMENT)
     parser.add_argument("--gpus", type=int, choices=(1, 2, 4, 8), default=1)
     parser.add_argument("--only", nargs="*", default=[], help="names of configurations")
     parser.add_argument("--part", default="1/1", help="K/N: of the configurations every Nth, from the Kth")
@@ -112,23 +124,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def table(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Results of `measure`, put together: each configuration beside its prediction, and how many are close enough."""
-    rows: dict[str, dict[str, Any]] = {}
-    for name, run in (item for result in results for item in result["configurations"].items()):
-        row = {"gpus": run["gpus"], "changes": run["changes"]}
-        if "error" in run:
-            rows[f"{run['gpus']}x {name}"] = row | {"error": run["error"]}
-            continue
-        predicted = run["predicted"]
-        for what, ours, theirs in (
-            ("step_seconds", predicted.get("step_seconds"), run["step_seconds_median"]),
-            ("peak_memory_gib", predicted.get("peak_memory_gib"), run["peak_memory_gib"]),
-        ):
-            row |= {f"{what}_predicted": ours, f"{what}_measured": theirs}
-            row[f"{what}_error"] = None if ours is None else ours / theirs - 1
-        rows[f"{run['gpus']}x {name}"] = row | {key: run[key] for key in ("device", "versions")}
+    """Results of `measure` and earlier tables, put together: each configuration beside its prediction of today (None
+    where no hardware file is of its device), and how many are close enough. Errors stay as they are."""
+    measured: dict[str, dict[str, Any]] = {}
+    for result in results:
+        measured |= _measured(result)
+    rows = {}
+    with tempfile.TemporaryDirectory() as folder:
+        tokens = Path(folder) / "tokens.npy"
+        np.save(tokens, np.zeros(10**6, dtype=np.int32))
+        for name, row in measured.items():
+            rows[name] = row if "error" in row else _beside_prediction(row, tokens)
     held = {}
-    for what, allowed in (("step_seconds", TIME), ("peak_memory_gib", MEMORY)):
+    for what, allowed in ALLOWED.items():
         errors = [abs(row[f"{what}_error"]) for row in rows.values() if row.get(f"{what}_error") is not None]
         held[what] = {
             "configurations": len(errors),
@@ -137,6 +145,39 @@ def table(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
             "largest": max(errors, default=None),
         }
     return {"held": held, "configurations": rows}
+
+
+def _measured(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What was measured, or an error, by name of the row."""
+    if "held" in result:  # a table
+        names = ("gpus", "changes", "error", *(f"{what}_measured" for what in ALLOWED), "device", "versions")
+        return {name: {key: row[key] for key in names if key in row} for name, row in result["configurations"].items()}
+    rows = {}
+    for name, run in result["configurations"].items():
+        row = {"gpus": run["gpus"], "changes": [*result["overrides"], *run["changes"]]}
+        if "error" in run:
+            row["error"] = run["error"]
+        else:
+            row |= {"step_seconds_measured": run["step_seconds_median"]}
+            row |= {"peak_memory_gib_measured": run["peak_memory_gib"]} | {
+                key: run[key] for key in ("device", "versions")
+            }
+        rows[f"{run['gpus']}x {name}"] = row
+    return rows
+
+
+def _beside_prediction(row: dict[str, Any], tokens: Path) -> dict[str, Any]:
+    hardware, predicted = hardware_of(row["device"]), {}
+    if hardware is not None:
+        overrides = [*common_overrides(EXPERIMENT, tokens, steps=STEPS), *row["changes"]]
+        config = finalize(compose_one(overrides), world_size=row["gpus"])
+        predicted = predict(job_of(config, world_size=row["gpus"]), hardware)
+    found = {"gpus": row["gpus"], "changes": row["changes"]}
+    for what in ALLOWED:
+        ours, theirs = predicted.get(what), row[f"{what}_measured"]
+        found |= {f"{what}_predicted": ours, f"{what}_measured": theirs}
+        found[f"{what}_error"] = None if ours is None else ours / theirs - 1
+    return found | {"device": row["device"], "versions": row["versions"]}
 
 
 if __name__ == "__main__":

@@ -10,12 +10,15 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import product
 from statistics import median
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from torch import Tensor
+
+from kernels.attention.sdpa import attention
+from models.layers.rope import rotate
+from planner.eager import ROPE_BYTES
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MIB = 2**20
@@ -28,7 +31,8 @@ class Sizes:
     """What is measured: the last of each list gives the rate that plans compute with."""
 
     products: Sequence[int]  # rows, columns and depth of a square one
-    attention: tuple[int, int, int]  # sequences, heads, tokens
+    attention: tuple[int, int]  # heads, tokens of all sequences, as many as the longest has
+    lengths: Sequence[int]  # of a sequence
     head_dims: Sequence[int]
     experts: tuple[int, int, int]  # number, rows of each, features in and out
     bytes: int  # that are copied
@@ -41,9 +45,10 @@ class Sizes:
         if device.type == "cuda":
             messages = [MIB, 8 * MIB, 32 * MIB, 128 * MIB, 512 * MIB]
             products = (1024, 2048, 4096, 8192)
-            return cls(products, (4, 16, 4096), (64, 128), (8, 4096, 4096), 2**30, 2**27, messages, 32 * MIB)
+            lengths, experts = (2048, 4096, 8192, 32768), (8, 4096, 4096)
+            return cls(products, (16, 32768), lengths, (64, 128), experts, 2**30, 2**27, messages, 32 * MIB)
         messages = [MIB // 4, MIB]
-        return cls((64, 256), (1, 2, 128), (32, 64), (4, 64, 64), 8 * MIB, 2**18, messages, MIB // 4)
+        return cls((64, 256), (2, 256), (128, 256), (32, 64), (4, 64, 64), 8 * MIB, 2**18, messages, MIB // 4)
 
 
 @dataclass
@@ -62,6 +67,7 @@ def measure(device: torch.device, *, local_world_size: int, sizes: Sizes | None 
     with torch.no_grad():
         _products(found, device, sizes)
         _memory(found, device, sizes)
+    _eager(found, device, sizes)
     _attention(found, device, sizes)
     _optimizer(found, device, sizes)
     _links(found, device, sizes, local_world_size)
@@ -144,30 +150,58 @@ def _memory(found: Measured, device: torch.device, sizes: Sizes) -> None:
     found.rates["host_us"] = (time.perf_counter() - started) * 1e3  # 1000 of them
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+        found.rates["kernel_us"] = _seconds_of_tiny_kernel(device) * 1e6
+
+
+QUEUED = 500
+"""Kernels that fit into the queue to a GPU (1024)."""
+WAIT_CYCLES = 100_000_000
+"""Of the GPU, some 50 ms: longer than the host takes to queue those."""
+
+
+def _seconds_of_tiny_kernel(device: torch.device) -> float:
+    """Of a GPU that always has the next one: they are queued behind a wait."""
+    one = torch.ones(1, device=device)
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda._sleep(WAIT_CYCLES)
+    start.record()
+    for _ in range(QUEUED):
+        one.add_(1)
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3 / QUEUED
+
+
+def _eager(found: Measured, device: torch.device, sizes: Sizes) -> None:
+    """Of copy_tbps, what torch's own operations reach: those of rope, by the bytes that planner/eager.py counts."""
+    heads, tokens = sizes.attention
+    width = sizes.head_dims[0]
+    x = torch.randn(1, tokens, heads, width, device=device).bfloat16().requires_grad_()
+    angles = torch.rand(1, tokens, 1, width // 2, device=device)
+    cos, sin = angles.cos(), angles.sin()
+    output = rotate(x, cos, sin)
+    gradient = torch.randn_like(output)
+    taken = seconds_of(lambda: rotate(x, cos, sin), device)
+    taken += seconds_of(lambda: torch.autograd.grad(output, x, gradient, retain_graph=True), device)
+    copy = found.rates["copy_tbps"]
+    assert isinstance(copy, float)
+    found.rates["eager_share"] = min(1.0, sum(ROPE_BYTES) * x.numel() / taken / 1e12 / copy)
 
 
 def _attention(found: Measured, device: torch.device, sizes: Sizes) -> None:
-    """TFLOP/s of causal attention, forward and backward, counted over the pairs that the mask leaves."""
+    """TFLOP/s of causal attention by width and length, forward and backward, over the pairs that the mask leaves."""
+    heads, tokens = sizes.attention
     rows = []
-    batch, heads, tokens = sizes.attention
-    for width in sizes.head_dims:
-        shape = (batch, heads, tokens, width)
+    for width, length in product(sizes.head_dims, sizes.lengths):
+        shape = (max(1, tokens // length), length, heads, width)
         q, k, v = (torch.randn(shape, device=device).bfloat16().requires_grad_() for _ in range(3))
-        flops = 4 * width * batch * heads * tokens * (tokens + 1) / 2
-
-        def forward(q: Tensor = q, k: Tensor = k, v: Tensor = v) -> Tensor:
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-
-        output = forward()
+        flops = 4 * width * shape[0] * heads * length * (length + 1) / 2
+        output = attention(q, k, v, None)
         gradient = torch.randn_like(output)
-
-        def backward(
-            output: Tensor = output, gradient: Tensor = gradient, of: tuple[Tensor, ...] = (q, k, v)
-        ) -> object:
-            return torch.autograd.grad(output, of, gradient, retain_graph=True)
-
-        rates = flops / seconds_of(forward, device) / 1e12, 2.5 * flops / seconds_of(backward, device) / 1e12
-        rows.append([float(width), *rates])
+        # The kernel that trains: torch's own order of kernels may be another.
+        forward = seconds_of(partial(attention, q, k, v, None), device)
+        backward = seconds_of(partial(torch.autograd.grad, output, (q, k, v), gradient, retain_graph=True), device)
+        rows.append([float(width), float(length), flops / forward / 1e12, 2.5 * flops / backward / 1e12])
     found.rates["attention_tflops"] = rows
 
 

@@ -21,7 +21,7 @@ def limits(job: Job, hardware: Hardware) -> list[str]:
     if job.parallel.cpu_offload:
         found.append("transfers to host memory, and the update there")
     if not job.compiled:
-        found.append("kernels of blocks that are not compiled, beyond an estimate")
+        found.append("what kernels that are not compiled reach one by one: all have hardware.eager_share")
     if job.model.activation_checkpoint == "budget":
         found.append("what a budget of activations picks: it is spread evenly over the layers")
     return found

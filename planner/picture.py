@@ -67,7 +67,12 @@ def _roofline(axes: Axes, plan: dict[str, Any], job: Job, hardware: Hardware) ->
     without = [(n, o) for n, o in operators.items() if n not in shown]
     for name, o in without:
         seconds = o["forward_seconds"] + o["backward_seconds"]
-        axes.plot([], [], " ", label=f"{name}: {seconds * 1e3:.2f} ms, memory alone")
+        axes.plot(
+            [],
+            [],
+            " ",
+            label=f"{name}: {seconds * 1e3:.2f} ms, {'memory' if o['binds'] == 'memory' else 'latency'} alone",
+        )
     axes.set(
         xlabel="FLOP / byte", ylabel="TFLOP/s of a GPU", title="Roofline of measured rates, a micro-batch of a stage"
     )

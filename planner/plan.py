@@ -12,9 +12,10 @@ from planner.hardware import Hardware
 from planner.job import Job
 from planner.limits import limits
 from planner.memory import RankMemory, memory_of_ranks
+from planner.operators import operators_of_stage
 from planner.shapes import parameters_of
 from planner.state import count_parameters
-from planner.steptime import StepTime, operators_of_stage, step_time
+from planner.steptime import StepTime, step_time
 from planner.traffic import Transfer, plain_ddp_bytes, traffic
 
 RESERVED_GIB = 2.0

@@ -1,16 +1,10 @@
 """Time of a step: a model that adds up what each operator takes at its measured rate. Not exact; held to measurements.
 
-An operator takes max(FLOPs / rate, bytes / bandwidth): its roof is whichever binds. Of a token in a block (forward;
-backward has twice the products, 2.5 times attention's, and the element-wise passes below):
+Operators take what planner/operators.py says. Blocks that are computed again add their forward: full, without a dense
+MLP's last product, whose result no gradient needs, unless compiled graphs are made again as a whole (over tp and cp,
+and with split backward: parallel/parallelize.py); selective, its element-wise part. Without compilation a block takes
+at least what the host needs to launch it.
 
-    products          2 FLOPs for each weight that multiplies it, at hardware.matmul_tflops (experts: grouped_tflops)
-    attention         4 H K for each pair that a causal mask (and window) leaves, at attention_tflops
-    element-wise      bytes over elementwise_share of copy_tbps: norms with their residual sums 8 D each way, rope and
-                      its copies 2 (H + 2 G) K each way, activation 3 F forward and 5 F backward
-    loss              its products, 8 bytes a logit, and for 4096 tokens a pass over the fp32 gradient of the head
-
-Blocks that are computed again add their forward (selective: its element-wise part). Eager blocks move three times the
-element-wise bytes; in fp8, inputs, gradients and weights of products are read once more and written in one byte.
 Communication inside of layers is waited for, at layer_gbps in a node. Data parallelism's travels
 beside computation: what is longer than that is waited for, and overlap_cost of what is hidden; its copies (gradients
 into buffers and to the dtype of the sum, gathered parameters into place) move memory in every micro-batch. The
@@ -21,7 +15,7 @@ stages (parallel/pipeline/simulate.py), and computation waits for what it says.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from parallel.pipeline.actions import Action, Kind
@@ -29,32 +23,13 @@ from parallel.pipeline.schedules import SPLIT_BACKWARD
 from parallel.pipeline.simulate import Costs, Timeline, simulate
 from parallel.pipeline.stages import Stage
 from planner.activations import layers_of, schedule_of
-from planner.flops import operator_of, used_elements
+from planner.eager import KERNELS, ROUTER_KERNELS
 from planner.hardware import Hardware
 from planner.job import Job
+from planner.operators import Operator, operators_of_stage
 from planner.shapes import parameters_of
 from planner.state import rank_states
 from planner.traffic import Transfer, bytes_less_in_fp8, local_elements, traffic
-
-
-@dataclass(frozen=True)
-class Operator:
-    """One kind of work on all tokens of a micro-batch in a stage, on one rank."""
-
-    name: str
-    forward_flops: float
-    backward_flops: float
-    forward_bytes: float
-    backward_bytes: float
-    forward_seconds: float
-    backward_seconds: float
-    binds: str  # compute or memory
-
-    @property
-    def intensity(self) -> float:
-        """FLOPs per byte, forward and backward."""
-        moved = self.forward_bytes + self.backward_bytes
-        return (self.forward_flops + self.backward_flops) / moved if moved else 0.0
 
 
 @dataclass(frozen=True)
@@ -72,118 +47,6 @@ class StepTime:
     timeline: Timeline | None
 
 
-class _Sizes:
-    """Numbers that every operator needs."""
-
-    def __init__(self, job: Job) -> None:
-        model = job.model
-        assert model.head_dim is not None  # resolved
-        assert model.value_dim is not None
-        assert model.num_kv_heads is not None
-        self.tp = job.dims.tp
-        self.heads = model.num_heads / self.tp
-        self.kv_heads = max(model.num_kv_heads / self.tp, 1)
-        self.head_dim, self.value_dim = model.head_dim, model.value_dim
-        self.itemsize = job.precision.compute_dtype.itemsize
-
-
-def operators_of_stage(job: Job, hardware: Hardware, stage: Stage) -> list[Operator]:
-    """All work of a stage on a whole micro-batch."""
-    sizes, model, T = _Sizes(job), job.model, job.tokens
-    layers = list(layers_of(job, stage))
-    products: dict[str, list[float]] = {}  # operator to FLOPs forward and bytes
-    for parameter, count in parameters_of(model, [stage], tp=sizes.tp).items():
-        operator = operator_of(parameter, model)
-        tied = operator is None and model.tie_embeddings and stage.is_last and parameter.name.startswith("embedding")
-        operator = "head" if tied else operator
-        if operator in (None, "norms and biases") or len(parameter.shape) < 2:
-            continue
-        assert operator is not None
-        share = sizes.tp if parameter.tp_dim is not None else 1
-        uses = 1 + model.mtp.depth if operator == "head" else 1
-        *_, n, k = parameter.shape
-        elements = count * used_elements(parameter, model) / share * uses
-        weights = count * parameter.shape.numel() / share / (job.dims.ep if parameter.is_expert else 1)
-        rows = T * (model.moe.top_k if parameter.is_expert else 1) * count * uses
-        cut = parameter.tp_dim is not None
-        outer = rows * ((n / sizes.tp if cut else n) + k)
-        found = products.setdefault(operator, [0.0, 0.0])
-        found[0] += 2 * T * elements
-        found[1] += sizes.itemsize * (weights + outer)
-    found_operators = [_product(job, hardware, name, *cost) for name, cost in products.items()]
-    found_operators.append(_attention(job, hardware, layers, sizes))
-    found_operators.append(_elementwise(job, hardware, layers, sizes))
-    if stage.is_last:
-        found_operators.append(_loss(job, hardware, sizes))
-    return found_operators
-
-
-def _product(job: Job, hardware: Hardware, name: str, flops: float, moved: float) -> Operator:
-    fp8 = job.precision.fp8 and name in ("attention projections", "mlp")
-    rate = hardware.matmul(job.precision.compute if fp8 or not job.precision.fp8 else "bf16")
-    rate = hardware.grouped_tflops * 1e12 * min(1.0, rate / hardware.matmul("bf16")) if name == "experts" else rate
-    return _operator(name, flops, 2 * flops, moved, 2 * moved, rate, rate, hardware)
-
-
-def _attention(job: Job, hardware: Hardware, layers: list[int], sizes: _Sizes) -> Operator:
-    model, S = job.model, job.seq_len
-    windows = [min(S, model.window_of(layer) or S) for layer in layers]
-    seen = sum(w - w * (w - 1) / (2 * S) for w in windows)  # keys that a token sees, over layers
-    flops = 2 * job.tokens * seen * sizes.heads * (sizes.head_dim + sizes.value_dim)
-    q_and_output = sizes.heads * (sizes.head_dim + sizes.value_dim)
-    moved = job.tokens * len(layers) * sizes.itemsize * (q_and_output + 2 * sizes.kv_heads * sizes.head_dim)
-    forward, backward = hardware.attention(sizes.head_dim)
-    if job.precision.compute_dtype.itemsize == 4:
-        forward = backward = hardware.matmul("fp32")
-    return _operator("attention", flops, 2.5 * flops, moved, 2.5 * moved, forward, backward, hardware)
-
-
-def _elementwise(job: Job, hardware: Hardware, layers: list[int], sizes: _Sizes) -> Operator:
-    model = job.model
-    stream = 8 * model.hidden_size * job.stream_tokens * len(layers)
-    turned = (sizes.heads * sizes.head_dim + sizes.kv_heads * (sizes.head_dim + sizes.value_dim)) * 2
-    features = sum(_mlp_rows(job, layer) for layer in layers) / sizes.tp
-    routed = sum(model.moe.in_layer(layer) for layer in layers) * model.moe.top_k * model.hidden_size * 4
-    forward = sizes.itemsize * (stream + job.tokens * (turned * len(layers) + 3 * features + routed))
-    backward = sizes.itemsize * (stream + job.tokens * (turned * len(layers) + 5 * features + routed))
-    times = 1 if job.compiled else 3
-    if job.precision.fp8:  # what products read is read once more and written in one byte: inputs, gradients, weights
-        of_heads = sizes.heads * (sizes.head_dim + sizes.value_dim) + 2 * sizes.kv_heads * sizes.head_dim
-        forward += 3 * (job.tokens * ((2 * model.hidden_size + sizes.heads * sizes.value_dim) * len(layers) + features))
-        backward += 3 * job.tokens * ((model.hidden_size * 2 + of_heads) * len(layers) + 2 * features)
-        # Of a weight: read and written in forward, the other way round in backward; gathered in fp8, by each rank for
-        # its shard, and what backward turns round are bytes.
-        each = 2 + 5 / (job.dims.dp_shard * job.dims.cp) if job.precision.fp8_all_gather else 5
-        forward += each * len(layers) * model.hidden_size * (of_heads + 3 * features / len(layers))
-    return _operator("element-wise", 0, 0, times * forward, times * backward, 1, 1, hardware)
-
-
-def _mlp_rows(job: Job, layer: int) -> float:
-    """Features between the matrices of an MLP, or of all experts that a token is sent to."""
-    moe = job.model.moe
-    if not moe.in_layer(layer):
-        return job.model.intermediate_size
-    return (moe.top_k + moe.num_shared) * moe.intermediate_size
-
-
-def _loss(job: Job, hardware: Hardware, sizes: _Sizes) -> Operator:
-    words = job.model.vocab_size / sizes.tp
-    per_logit = 8 if job.compiled else 24
-    moved = job.tokens * words * per_logit + job.tokens / 4096 * words * job.model.hidden_size * 8
-    return _operator("loss", 0, 0, moved * (1 + job.model.mtp.depth), 0, 1, 1, hardware)
-
-
-def _operator(
-    name: str, flops: float, backward_flops: float, moved: float, backward_moved: float,
-    rate: float, backward_rate: float, hardware: Hardware,
-) -> Operator:  # fmt: skip
-    computing, moving = flops / rate, moved / hardware.elementwise
-    forward = max(computing, moving)
-    backward = max(backward_flops / backward_rate, backward_moved / hardware.elementwise)
-    binds = "compute" if computing >= moving else "memory"
-    return Operator(name, flops, backward_flops, moved, backward_moved, forward, backward, binds)
-
-
 @dataclass(frozen=True)
 class _StageTime:
     forward: float
@@ -196,18 +59,41 @@ def _stage_time(job: Job, hardware: Hardware, stage: Stage) -> _StageTime:
     forward = sum(operator.forward_seconds for operator in operators)
     backward = sum(operator.backward_seconds for operator in operators)
     of_blocks = [operator for operator in operators if operator.name not in ("head", "loss")]
+    full = sum(operator.forward_seconds for operator in of_blocks) - _not_again(job, of_blocks)
     again = {
         "none": 0.0,
-        "full": sum(operator.forward_seconds for operator in of_blocks),
-        "offload": sum(operator.forward_seconds for operator in of_blocks),
+        "full": full,
+        "offload": full,
         "selective": sum(operator.forward_seconds for operator in of_blocks if operator.name == "element-wise"),
-        "budget": 0.5 * sum(operator.forward_seconds for operator in of_blocks),
+        "budget": 0.5 * full,
     }[job.model.activation_checkpoint]
-    if not job.compiled:  # the host launches every operation: about 40 of a block and pass
-        layers = len(layers_of(job, stage))
-        forward = max(forward, 40 * layers * hardware.host_us * 1e-6)
-        backward = max(backward, 80 * layers * hardware.host_us * 1e-6)
+    if not job.compiled:  # the host launches every operation
+        layers = list(layers_of(job, stage))
+        routers = sum(job.model.moe.in_layer(layer) for layer in layers)
+        least = [
+            (len(layers) * of_block + routers * of_router) * hardware.host_us * 1e-6
+            for of_block, of_router in zip(KERNELS, ROUTER_KERNELS, strict=True)
+        ]
+        forward, backward = max(forward, least[0]), max(backward, least[1])
     return _StageTime(forward, backward + again, again)
+
+
+def _not_again(job: Job, operators: Sequence[Operator]) -> float:
+    """Seconds of products at the end of a block that are left out where it is computed again in backward.
+
+    Their inputs are the last that backward needs (torch stops there, and compiled graphs have no dead code). A norm or
+    dropout behind a product needs its result, and so do the weights of experts.
+    """
+    if any(job.model.moe.in_layer(layer) for layer in range(job.model.num_layers)):
+        return 0.0  # few of its layers are dense
+    whole_graphs = job.dims.tp > 1 or job.dims.cp > 1 or _splits_backward(job)
+    if (job.compiled and whole_graphs) or not job.model.norm_first or job.model.dropout:
+        return 0.0
+    return sum(o.forward_seconds for o in operators if o.name == "mlp") / (3 if job.model.gated_mlp else 2)
+
+
+def _splits_backward(job: Job) -> bool:
+    return job.pipeline is not None and job.pipeline.schedule in SPLIT_BACKWARD
 
 
 def _stage_times(job: Job, hardware: Hardware) -> list[_StageTime]:
@@ -234,8 +120,7 @@ def _least_passes(job: Job, stages: list[_StageTime], busy: list[float]) -> Iter
     smallest = min(job.sequences) / max(job.sequences)
     for rank, seconds in enumerate(busy):
         before = stages[: job.stages_of(rank)[0].index]
-        split = job.pipeline.schedule in SPLIT_BACKWARD
-        through = sum(stage.forward + (0.0 if split else stage.backward) for stage in before)
+        through = sum(stage.forward + (0.0 if _splits_backward(job) else stage.backward) for stage in before)
         yield seconds + smallest * through
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from models.adapter_config import AdapterConfig
 from parallel.dims import ParallelDims
+from planner.hardware import Hardware
 from planner.hardware_files import hardware_of, read_hardware
 from planner.job import Job
 from planner.limits import limits
@@ -104,6 +105,12 @@ def only_state(config: TrainConfig) -> list[str]:
     return found
 
 
+def predict(job: Job, hardware: Hardware) -> dict[str, float]:
+    """step_seconds, and peak_memory_gib of rank 0, which is of the first stage: no other of it holds more."""
+    peak = memory_of_ranks(job, largest=True)[0].peak
+    return {"step_seconds": step_time(job, hardware).step, "peak_memory_gib": peak / 2**30}
+
+
 def compare(
     config: TrainConfig, *, world_size: int, device_name: str, seconds: Sequence[float], peak_gib: float | None
 ) -> tuple[str, dict[str, Any]]:
@@ -125,9 +132,8 @@ def compare(
     if unknown := not_planned(config):
         return f"no prediction of memory and time: {unknown[0]}", {}
     job = job_of(config, world_size=world_size)
-    time = step_time(job, hardware).step
-    first = memory_of_ranks(job, largest=True)[0]  # rank 0 is of the first stage, and no other of it holds more
-    fields: dict[str, Any] = {"hardware": hardware.name, "step_seconds": time, "peak_memory_gib": first.peak / 2**30}
+    fields: dict[str, Any] = {"hardware": hardware.name, **predict(job, hardware)}
+    time = fields["step_seconds"]
     said = []
     timed = seconds[WARM_UP:]
     if len(timed) >= FEWEST:

@@ -54,6 +54,19 @@ def runs() -> Iterator[Run]:
             yield _run(f"llama3_8b zero2, micro-batch 2, {kind}", overrides, 4, run["result"])
 
 
+def predictions() -> list[Held]:
+    """Those of benchmarks/predictions.py, as its table has them (tests/planner/test_predictions.py plans them anew)."""
+    return [
+        Held(
+            Run(name, row["changes"], row["gpus"], row["peak_memory_gib_measured"], row["step_seconds_measured"]),
+            row["peak_memory_gib_predicted"],
+            row["step_seconds_predicted"],
+        )
+        for name, row in _read("predictions_h200")["configurations"].items()
+        if "error" not in row
+    ]
+
+
 def held() -> list[Held]:
     """Every run beside its prediction, each name once."""
     found: dict[str, Held] = {}

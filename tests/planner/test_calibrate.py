@@ -11,7 +11,7 @@ from planner.calibrate import Measured, Sizes, measure
 from planner.hardware_files import as_yaml, hardware_of, read_hardware
 from tests.pool import RankPool
 
-TINY = Sizes((16, 32), (1, 1, 16), (16, 32), (2, 8, 16), 2**16, 2**10, [2**12, 2**14], 2**12)
+TINY = Sizes((16, 32), (1, 32), (16, 32), (16, 32), (2, 8, 16), 2**16, 2**10, [2**12, 2**14], 2**12)
 
 
 def _measure() -> Measured:
@@ -35,6 +35,9 @@ def test_a_measured_file_is_complete_and_says_what_was_not_measured(ranks: RankP
     assert "network_gbps: 40.0 # of h200, not measured: there is one node" in text
     assert mine.node_gbps != like.node_gbps
     assert [size for size, _ in mine.tables["all_reduce_node_gbps"]] == [2**12, 2**14]
+    assert [row[:2] for row in mine.attention_tflops] == [[16, 16], [16, 32], [32, 16], [32, 32]]
+    assert 0 < mine.eager_share <= 1
+    assert "kernel_us: 5.0 # of h200, not measured" in text
     assert mine.matmul_tflops["bf16"] == mine.tables["matmul_bf16"][-1][1]
 
 

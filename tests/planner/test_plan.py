@@ -19,12 +19,12 @@ from planner.cache import cache_bytes
 from planner.flops import flops_by_operator
 from planner.report import as_text
 from tests.parity.adapting import adapter_config
-from tests.planner.measured import held, table
+from tests.planner.measured import held, predictions, table
 from trainer.config import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = sorted(path.stem for path in (Path(CONFIG_DIR) / "model").glob("*.yaml") if path.stem != "hf")
-PEAK_WITHIN, SECONDS_WITHIN = 0.03, 0.12
+PEAK_WITHIN, SECONDS_WITHIN = 0.03, 0.10
 EXPECTED_SLOWER = {"llama3_1b tp4+sp": 0.25}
 """Small products and collectives, which the rates of large ones flatter."""
 
@@ -60,7 +60,9 @@ def test_predictions_are_near_what_was_measured() -> None:
         if row.run.peak_gib is not None:
             assert row.peak_gib == pytest.approx(row.run.peak_gib, rel=PEAK_WITHIN), row
         assert row.seconds == pytest.approx(row.run.seconds, rel=EXPECTED_SLOWER.get(row.run.name, SECONDS_WITHIN)), row
-    assert table(rows) in (ROOT / "docs" / "PLANNER.md").read_text()
+    docs = (ROOT / "docs" / "PLANNER.md").read_text()
+    assert table(rows) in docs
+    assert table(predictions()) in docs
 
 
 def test_13b_with_zero3_on_8() -> None:
