@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from kernels.nf4.pieces import Piece, Rows
 from models.layers.moe import IN_FEATURES, OUT_FEATURES, GroupedLinear
 from parallel.fused import Parts
-from parallel.regions import local_region, local_tensor
+from parallel.regions import Located, cuts_dim, local_region, local_tensor
 from parallel.tensor import ColumnParallelLinear, RowParallelLinear, chunk_bounds, empty_parameter
 
 NF4 = "nf4"
@@ -109,8 +109,12 @@ def quantized_layers(model: nn.Module) -> Iterator[tuple[nn.Module, list[str]]]:
 
 
 @torch.no_grad()
-def fill_quantized(model: nn.Module, read: Callable[[str, tuple[int, ...]], Tensor]) -> None:
-    """Quantize every layer in NF4 from whole weights, read(name, shape), on the device of the layer, one at a time."""
+def fill_quantized(model: nn.Module, read: Callable[[str, Located], None]) -> None:
+    """Quantize every layer in NF4 on its device, one at a time.
+
+    read(name, tensor): fill a tensor in host memory with a weight: a whole one, or a DTensor of the experts that this
+    rank has of a stack.
+    """
     for module, names in quantized_layers(model):
         layer: Any = module
         piece: Piece = layer.piece
@@ -118,9 +122,12 @@ def fill_quantized(model: nn.Module, read: Callable[[str, tuple[int, ...]], Tens
         if isinstance(module, GroupedLinear):
             _fill_experts(layer, names[0], read)
             continue
-        shapes = [(rows.of, piece.of_columns) for rows in piece.rows]
         device, dtype = stored.device, stored.dtype
-        weights = [read(name, shape).to(device, dtype) for name, shape in zip(names, shapes, strict=True)]
+        weights = []
+        for name, rows in zip(names, piece.rows, strict=True):
+            weight = torch.empty(rows.of, piece.of_columns, dtype=dtype)
+            read(name, weight)
+            weights.append(weight.to(device))
         # Over data-parallel ranks the bytes of this rank of tp are cut once more.
         packed = piece.quantize(weights).view(dtype)
         region = local_region(layer.nf4)[0]
@@ -128,12 +135,22 @@ def fill_quantized(model: nn.Module, read: Callable[[str, tuple[int, ...]], Tens
         stored.copy_(packed[first : first + stored.numel()])
 
 
-def _fill_experts(layer: Any, name: str, read: Callable[[str, tuple[int, ...]], Tensor]) -> None:
+def _fill_experts(layer: Any, name: str, read: Callable[[str, Located], None]) -> None:
     piece: Piece = layer.piece
     stored, (experts, elements) = local_tensor(layer.nf4), local_region(layer.nf4)
     size = piece.num_bytes // stored.dtype.itemsize
-    stack = read(name, (layer.nf4.shape[0], piece.rows[0].of, piece.of_columns))[experts]
+    stack = torch.empty(experts.stop - experts.start, piece.rows[0].of, piece.of_columns, dtype=stored.dtype)
+    read(name, _placed_by_experts(stack, layer.nf4))
     first = elements.start % size  # of this rank of tp, whose bytes may be cut once more
     for row, weight in zip(stored, stack, strict=True):
-        packed = piece.quantize([weight.to(stored.device, stored.dtype)]).view(stored.dtype)
+        packed = piece.quantize([weight.to(stored.device)]).view(stored.dtype)
         row.copy_(packed[first : first + len(row)])
+
+
+def _placed_by_experts(stack: Tensor, like: Tensor) -> Tensor:
+    """stack [experts here, rows, columns] as a part of that of all experts, as those of `like` lie on ranks."""
+    if not isinstance(like, DTensor):
+        return stack
+    placements = [cut if cuts_dim(cut, 0) else Replicate() for cut in like.placements]
+    shape = torch.Size([like.shape[0], *stack.shape[1:]])
+    return DTensor.from_local(stack, like.device_mesh, placements, run_check=False, shape=shape, stride=stack.stride())

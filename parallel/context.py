@@ -197,7 +197,7 @@ class _Hop:
         return self.received
 
 
-class Piece(NamedTuple):
+class Rectangle(NamedTuple):
     """What a rank computes at once with keys of another: where the queries and the keys lie in their parts, and which
     runs of the sequence they are."""
 
@@ -207,7 +207,7 @@ class Piece(NamedTuple):
     keys: tuple[Run, ...]
 
 
-def pairs(rank: int, source: int, *, cut: Cut, blocks: BlockAttention) -> list[Piece]:
+def pairs(rank: int, source: int, *, cut: Cut, blocks: BlockAttention) -> list[Rectangle]:
     """Each pair of runs that see each other.
 
     A run comes with itself first, so that a query has seen a key (itself) before anything is merged.
@@ -218,24 +218,24 @@ def pairs(rank: int, source: int, *, cut: Cut, blocks: BlockAttention) -> list[P
             (first_query, queries), (first_key, keys) = run, other_run
             hidden = first_key + keys <= cut.first_key(run)  # by documents
             if not hidden and blocks.sees(first_query, first_key, queries=queries, keys=keys):
-                found.append(Piece(own, other, (run,), (other_run,)))
+                found.append(Rectangle(own, other, (run,), (other_run,)))
     return found
 
 
-def pieces(rank: int, source: int, *, cut: Cut, blocks: BlockAttention) -> list[Piece]:
+def rectangles(rank: int, source: int, *, cut: Cut, blocks: BlockAttention) -> list[Rectangle]:
     """What rank computes with the keys of `source`, in order.
 
-    One piece, from the first to the last runs that see each other, where blocks take many runs; else the pairs. In a
-    zigzag cut that is all queries and the first half of the keys of an earlier rank, or the second half of the queries
-    and all keys of a later one: every query sees every key.
+    One rectangle, from the first to the last runs that see each other, where blocks take many runs; else the pairs. Of
+    a zigzag cut that is all queries and the first half of the keys of an earlier rank, or the second half of the
+    queries and all keys of a later one: every query sees every key.
     """
     key = (rank, source, blocks.window, blocks.takes_many_runs)
-    if key not in cut.pieces:  # every layer asks again
-        cut.pieces[key] = _pieces(rank, source, cut, blocks)
-    return cut.pieces[key]
+    if key not in cut.rectangles:  # every layer asks again
+        cut.rectangles[key] = _rectangles(rank, source, cut, blocks)
+    return cut.rectangles[key]
 
 
-def _pieces(rank: int, source: int, cut: Cut, blocks: BlockAttention) -> list[Piece]:
+def _rectangles(rank: int, source: int, cut: Cut, blocks: BlockAttention) -> list[Rectangle]:
     found = pairs(rank, source, cut=cut, blocks=blocks)
     if not found or not blocks.takes_many_runs:
         return found
@@ -245,7 +245,7 @@ def _pieces(rank: int, source: int, cut: Cut, blocks: BlockAttention) -> list[Pi
         tuple(run for run, place in _places(cut.runs[of]) if there.start <= place.start < there.stop)
         for of, there in ((rank, own), (source, other))
     )
-    return [Piece(own, other, queries, keys)]
+    return [Rectangle(own, other, queries, keys)]
 
 
 def at_once(runs: Sequence[Run], blocks: BlockAttention) -> list[Sequence[Run]]:
@@ -313,7 +313,7 @@ class _RingAttention(torch.autograd.Function):
         kv = _joined(k, v)
         for step in range(size):
             hop = _Hop(kv, group) if step < size - 1 else None
-            for own, other, *runs in pieces(rank, (rank - step) % size, cut=cut, blocks=blocks):
+            for own, other, *runs in rectangles(rank, (rank - step) % size, cut=cut, blocks=blocks):
                 block = blocks.forward(q[:, own], *kv[:, other].split(features, dim=-1), *runs)
                 found = _merged(found, block, own, q.shape[1], blocks)
             if hop is not None:
@@ -344,7 +344,7 @@ class _RingAttention(torch.autograd.Function):
         for step in range(size):
             kv_hop = _Hop(kv, group) if step < size - 1 else None
             grad_kv = None
-            for own, other, queries, keys in pieces(rank, (rank - step) % size, cut=cut, blocks=blocks):
+            for own, other, queries, keys in rectangles(rank, (rank - step) % size, cut=cut, blocks=blocks):
                 dq, dk, dv = blocks.backward(
                     grad[:, own],
                     q[:, own],

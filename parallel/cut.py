@@ -45,7 +45,7 @@ class Cut:
         """
         self.runs = tuple(tuple(of_rank) for of_rank in runs)
         self.first_keys = dict(first_keys or {})
-        self.pieces: dict[Hashable, Any] = {}  # kept by parallel.context
+        self.rectangles: dict[Hashable, Any] = {}  # kept by parallel.context
 
     def indices(self, rank: int) -> Tensor:
         """Index in the sequence of each token of a rank, int64 [S / n], ascending. On the CPU."""

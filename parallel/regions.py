@@ -69,7 +69,7 @@ def local_region(tensor: Located) -> tuple[slice, ...]:
     for dim, size in enumerate(tensor.shape):
         first, last = 0, size
         for axis, placement in cuts:
-            if _cuts_dim(placement, dim):
+            if cuts_dim(placement, dim):
                 step = -(-(last - first) // tensor.device_mesh.size(axis))
                 first = min(first + coordinate[axis] * step, last)
                 last = min(first + step, last)
@@ -83,10 +83,10 @@ def largest_piece(tensor: Tensor, dim: int) -> int:
     if not isinstance(tensor, DTensor):
         return piece
     for axis, placement in enumerate(tensor.placements):
-        if _cuts_dim(placement, dim):
+        if cuts_dim(placement, dim):
             piece = -(-piece // tensor.device_mesh.size(axis))  # in whatever order
     return piece
 
 
-def _cuts_dim(placement: Placement, dim: int) -> bool:
+def cuts_dim(placement: Placement, dim: int) -> bool:
     return isinstance(placement, (Shard, _StridedShard)) and placement.dim == dim

@@ -84,9 +84,9 @@ def principal_adapters_of(checkpoint: Path, adapter: AdapterConfig, model: Model
     return {layer: LowRank(read(layer, A), read(layer, B), adapter.scale) for layer in layers}
 
 
-def residual(weight: Tensor, begun: LowRank) -> Tensor:
-    """W - s B_0 A_0, in the dtype of W, rounded once."""
-    return (weight.float() - begun.delta().to(weight.device)).to(weight.dtype)
+def residual(weight: Tensor, begun: LowRank, region: tuple[slice, ...] = ()) -> Tensor:
+    """W - s B_0 A_0, in the dtype of W, rounded once. region: of the whole, that weight is."""
+    return (weight.float() - begun.delta()[region].to(weight.device)).to(weight.dtype)
 
 
 @torch.no_grad()

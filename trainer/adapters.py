@@ -30,7 +30,7 @@ from models.merge import Merged
 from models.peft import LowRank, load_peft
 from models.quantized import NF4, fill_quantized
 from parallel.fused import separate
-from parallel.regions import local_region, local_tensor
+from parallel.regions import Located, local_region, local_tensor
 from trainer.adapter_start import BEGUN, fill, principal_adapters, principal_adapters_of, residual
 from trainer.agreement import CheckpointError, Ranks
 from trainer.checkpoint import read_extra
@@ -66,12 +66,14 @@ def load_base(state: TrainState, config: TrainConfig, checkpoint: Path | None) -
         Merged(weights, taken, keep=False)
     done = 0
 
-    def read(name: str, shape: Sequence[int]) -> Tensor:
+    def read(name: str, weight: Located) -> None:
         nonlocal done
         done += 1
         progress.update(f"{done} matrices quantized")
-        weight, one = _read(config, name, shape), begun.get(name.removesuffix(".weight"))
-        return weight if one is None else residual(weight, one)
+        load_hf_weights(path, {name: weight}, config.model, whole_model=False)
+        if one := begun.get(name.removesuffix(".weight")):
+            here = local_tensor(weight)
+            here.copy_(residual(here, one, local_region(weight)))
 
     fill_quantized(state.model, read)
     progress.finish()

@@ -77,7 +77,7 @@ def kept_for_backward(adapter: AdapterConfig, *, full: bool) -> tuple[int, list[
         for name, parameter in model.named_parameters():
             if not name.endswith("nf4"):
                 parameter.copy_(drawn(name, parameter.shape))
-        fill_quantized(model, drawn)
+        fill_quantized(model, lambda name, weight: weight.copy_(drawn(name, weight.shape)))
     if full:
         for block in model.blocks.children():
             apply_activation_checkpoint(block, ActivationCheckpoint("full"))
@@ -213,7 +213,7 @@ def test_quantized_weights_are_those_of_bitsandbytes(family: str, tmp_path: Path
         apply_adapters(model, adapter, torch.bfloat16)
     model.to(torch.bfloat16).to_empty(device="cpu")
     weights = plain.state_dict()
-    fill_quantized(model, lambda name, shape: weights[name].view(shape))
+    fill_quantized(model, lambda name, weight: weight.copy_(weights[name].view(weight.shape)))
     count = 0
     for module, names in quantized_layers(model):
         found = module.piece.dequantize(module.nf4, torch.bfloat16)

@@ -19,7 +19,7 @@ from kernels.attention.fused_blockwise import FusedBlockAttention
 from kernels.backend import interpreted
 from models.layers.context_attention import ContextAttention
 from parallel import context
-from parallel.context import pairs, pieces, repeat_kv_heads, to_parts, to_sequence
+from parallel.context import pairs, rectangles, repeat_kv_heads, to_parts, to_sequence
 from parallel.cut import Cut, balanced, zigzag, zigzag_indices
 from parallel.dims import ParallelDims
 from parallel.groups import ModelParallel
@@ -419,7 +419,7 @@ def test_a_step_of_a_zigzag_ring_is_one_product_without_a_mask(size: int) -> Non
     cut, whole, lengths = zigzag(8 * size, size), slice(0, 8), {"earlier": (8, 4), "later": (4, 8)}
     for rank in range(size):
         for source in range(size):
-            (piece,) = pieces(rank, source, cut=cut, blocks=BlockAttention())
+            (piece,) = rectangles(rank, source, cut=cut, blocks=BlockAttention())
             if rank == source:
                 assert (piece.own, piece.other, piece.queries, piece.keys) == (whole, whole, *[cut.runs[rank]] * 2)
                 continue

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import Tensor
 
+import models.hf
 from data.config import DataConfig
 from tests.parity.adapting import adapter_config, run_adapted, token_data
-from tests.parity.harness import Outcome, changed, gradient_deviation, loss_deviation, norm_deviation
+from tests.parity.harness import Outcome, changed, gradient_deviation, loss_deviation, norm_deviation, run_here
 from tests.pool import RankPool
 from trainer.config import TrainConfig
 
@@ -174,3 +176,33 @@ def test_layouts_train_beside_the_same_experts_of_4_bits(
     size, changes = (EXPERT_LAYOUTS | QUANTIZED_LAYOUTS)[layout]
     config = quantizing(folder, corpus, "mixtral_of_blocks")
     same(run_adapted(ranks, size, changed(config, folder / f"nf4-experts-{layout}", **changes)), quantized_experts)
+
+
+def experts_read(config: TrainConfig) -> int:
+    """Elements of experts' matrices that this rank reads from the folder of the base model."""
+    found = 0
+    read = models.hf._read
+
+    def counting(folder: Any, name: str, *where: Any) -> Tensor:
+        nonlocal found
+        tensor = read(folder, name, *where)
+        found += tensor.numel() if ".experts." in name else 0
+        return tensor
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(models.hf, "_read", counting)
+        run_here(config)
+    return found
+
+
+@pytest.mark.parametrize("changes", [{"parallel__ep": 2}, {"parallel__zero_stage": 3}], ids=["ep", "zero3"])
+def test_a_rank_reads_the_experts_that_it_has(
+    ranks: RankPool, folder: Path, corpus: DataConfig, changes: dict[str, Any]
+) -> None:
+    """All of them on every rank: a folder of 90 GB as often as there are GPUs."""
+    config = quantizing(folder, corpus, "mixtral_of_blocks")
+    name = "-".join(changes)
+    (whole,) = ranks.run(1, experts_read, changed(config, folder / f"read-{name}-1", train__steps=1))
+    parts = ranks.run(2, experts_read, changed(config, folder / f"read-{name}-2", train__steps=1, **changes))
+    assert sum(parts) == whole
+    assert whole > 0
