@@ -172,13 +172,18 @@ SAMPLINGS = [
 ]
 
 
-@pytest.mark.parametrize("layout", [ServingLayout(tp=2), ServingLayout(tp=4)], ids=["tp2", "tp4"])
-def test_ranks_follow_the_first_one(ranks: RankPool, layout: ServingLayout) -> None:
-    """A request, its settings, its seed, its end or its being dropped that only rank 0 knows of."""
-    prompts = prompts_of(LENGTHS, shared=SHARED)
-    alone = Engine(random_decoder(even()).double(), SWAPPING)
+@pytest.mark.parametrize(
+    ("layout", "overlap"),
+    [(ServingLayout(tp=2), False), (ServingLayout(tp=2), True), (ServingLayout(tp=4), False)],
+    ids=["tp2", "tp2-overlap", "tp4"],
+)
+def test_ranks_follow_the_first_one(ranks: RankPool, layout: ServingLayout, overlap: bool) -> None:
+    """A request, its settings, its seed, its end or its being dropped that only rank 0 knows of; tokens that a rank
+    does not know yet."""
+    prompts, settings = prompts_of(LENGTHS, shared=SHARED), replace(SWAPPING, overlap=overlap)
+    alone = Engine(random_decoder(even()).double(), settings)
     done = on_ranks.ask(alone, prompts, SAMPLINGS)
-    leader, *others = ranks.run(layout.tp, on_ranks.led, even(), layout, SWAPPING, prompts, SAMPLINGS)
+    leader, *others = ranks.run(layout.tp, on_ranks.led, even(), layout, settings, prompts, SAMPLINGS)
     assert leader.keys() == done.keys()
     for request, completion in leader.items():
         assert completion.token_ids == done[request].token_ids
