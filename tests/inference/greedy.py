@@ -33,16 +33,25 @@ def by_the_whole_model(model: Decoder, prompt: list[int], num_tokens: int) -> tu
 
 
 def run_preempting(
-    engine: Engine, prompts: list[list[int]], sampling: SamplingConfig, *, seed: int = 0, late: int = 0
+    engine: Engine,
+    prompts: list[list[int]],
+    sampling: SamplingConfig | list[SamplingConfig],
+    *,
+    seed: int = 0,
+    late: int = 0,
 ) -> list[Completion]:
-    """All prompts, the last `late` of them added as others run; before each step a random sequence may be preempted."""
+    """All prompts, the last `late` of them added as others run; before each step a random sequence may be preempted.
+
+    sampling: of all, or of each.
+    """
     chance = random.Random(seed)
-    waiting = list(prompts)
+    each = sampling if isinstance(sampling, list) else [sampling] * len(prompts)
+    waiting = list(zip(prompts, each, strict=True))
     requests: list[int] = []
     completions: dict[int, Completion] = {}
     while waiting or engine.num_unfinished:
         while waiting and (len(waiting) > late or chance.random() < 0.4 or not engine.num_unfinished):
-            requests.append(engine.add(waiting.pop(0), sampling))
+            requests.append(engine.add(*waiting.pop(0)))
         running = engine.scheduler.running
         if running and chance.random() < 0.5:
             engine.preempt(chance.choice(running))

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from data.tokenizer import train_bpe
 from inference.batch import pack, unpack
-from inference.config import EngineConfig
+from inference.config import EngineConfig, SamplingConfig
 from inference.engine import Engine
 from inference.graphs import StepGraphs
 from inference.runner import ModelRunner
@@ -76,6 +77,40 @@ def test_features_do_not_change_the_tokens(seed: int) -> None:
     completions = run_preempting(engine, prompts_of(LENGTHS, shared=SHARED), GREEDY, seed=seed, late=3)
     assert [completion.token_ids for completion in completions] == expected(name)
     assert engine.blocks.num_free == engine.blocks.num_blocks
+
+
+def sampling_of(number: int) -> SamplingConfig:
+    """Of a request: any settings, and a seed of its own."""
+    chance = random.Random(number)
+    return SamplingConfig(
+        temperature=chance.choice([0.0, 0.7, 1.3]),
+        top_k=chance.choice([0, 0, 7]),
+        top_p=chance.choice([1.0, 0.9]),
+        min_p=chance.choice([0.0, 0.02]),
+        repetition_penalty=chance.choice([1.0, 1.0, 1.3]),
+        frequency_penalty=chance.choice([0.0, 0.0, 0.3]),
+        seed=number,
+        max_tokens=chance.randint(1, 7),
+        top_logprobs=chance.choice([0, 2]),
+        stop_token_ids=chance.choice([[], list(range(9))]),
+        choice=chance.choice([[], [], ["one two", "three"]]),
+    )
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_requests_with_settings_of_their_own_do_not_disturb_each_other(seed: int) -> None:
+    """A token that is not known yet counted in another's penalties, or the random number of the row beside."""
+    tokenizer = train_bpe(iter(["one two three two one " * 9]), 280)
+    prompts = prompts_of(LENGTHS, shared=SHARED)
+    samplings = [sampling_of(100 * seed + number) for number in range(len(prompts))]
+    model = random_decoder(tiny(vocab_size=tokenizer.vocab_size)).double()
+    alone = [
+        Engine(model, EngineConfig(block_size=4), tokenizer=tokenizer).generate([prompt], sampling)[0]
+        for prompt, sampling in zip(prompts, samplings, strict=True)
+    ]
+    engine = Engine(model, combination(seed), tokenizer=tokenizer)
+    together = run_preempting(engine, prompts, samplings, seed=seed, late=3)
+    assert [(c.token_ids, c.finish_reason) for c in together] == [(c.token_ids, c.finish_reason) for c in alone]
 
 
 def test_a_cache_with_one_wrong_value_changes_the_tokens() -> None:
