@@ -79,21 +79,22 @@ def test_features_do_not_change_the_tokens(seed: int) -> None:
     assert engine.blocks.num_free == engine.blocks.num_blocks
 
 
-def sampling_of(number: int) -> SamplingConfig:
-    """Of a request: any settings, and a seed of its own."""
+def sampling_of(number: int, *, by_tokens: bool) -> SamplingConfig:
+    """Of a request: any settings, and a seed of its own. by_tokens: some by which its tokens so far matter."""
     chance = random.Random(number)
+    matter: dict[str, Any] = chance.choice(
+        [{"repetition_penalty": 1.3}, {"frequency_penalty": 0.3}, {"choice": ["one two", "three"]}]
+    )
     return SamplingConfig(
         temperature=chance.choice([0.0, 0.7, 1.3]),
         top_k=chance.choice([0, 0, 7]),
         top_p=chance.choice([1.0, 0.9]),
         min_p=chance.choice([0.0, 0.02]),
-        repetition_penalty=chance.choice([1.0, 1.0, 1.3]),
-        frequency_penalty=chance.choice([0.0, 0.0, 0.3]),
         seed=number,
-        max_tokens=chance.randint(1, 7),
+        max_tokens=chance.randint(1, 7) if by_tokens else 12,
         top_logprobs=chance.choice([0, 2]),
         stop_token_ids=chance.choice([[], list(range(9))]),
-        choice=chance.choice([[], [], ["one two", "three"]]),
+        **(matter if by_tokens else {}),
     )
 
 
@@ -102,13 +103,14 @@ def test_requests_with_settings_of_their_own_do_not_disturb_each_other(seed: int
     """A token that is not known yet counted in another's penalties, or the random number of the row beside."""
     tokenizer = train_bpe(iter(["one two three two one " * 9]), 280)
     prompts = prompts_of(LENGTHS, shared=SHARED)
-    samplings = [sampling_of(100 * seed + number) for number in range(len(prompts))]
+    # Those that come late, to others whose last tokens are not known yet.
+    samplings = [sampling_of(100 * seed + number, by_tokens=number > 3) for number in range(len(prompts))]
     model = random_decoder(tiny(vocab_size=tokenizer.vocab_size)).double()
     alone = [
         Engine(model, EngineConfig(block_size=4), tokenizer=tokenizer).generate([prompt], sampling)[0]
         for prompt, sampling in zip(prompts, samplings, strict=True)
     ]
-    engine = Engine(model, combination(seed), tokenizer=tokenizer)
+    engine = Engine(model, replace(combination(seed), overlap=seed % 4 > 0), tokenizer=tokenizer)
     together = run_preempting(engine, prompts, samplings, seed=seed, late=3)
     assert [(c.token_ids, c.finish_reason) for c in together] == [(c.token_ids, c.finish_reason) for c in alone]
 
