@@ -32,9 +32,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.attention.blockwise import Run
 from parallel.collectives import all_gather_rows, all_to_all_rows, pass_on, reduce_scatter_rows
-from parallel.cut import Cut, zigzag
+from parallel.cut import Cut, Run, zigzag
 
 
 def to_sequence(parts: Tensor, *, dim: int, cut: Cut | None = None) -> Tensor:

@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.attention.blockwise import Run
+Run = tuple[int, int]
+"""Index in the sequence of the first token, and number of tokens."""
 
 MIN_CHUNK = 128
 """Tokens of a chunk, at least, below which attention's blocks of queries and keys stay partly empty."""

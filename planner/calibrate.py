@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
@@ -15,8 +16,10 @@ from statistics import median
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kernels.attention.sdpa import attention
 from models.layers.rope import rotate
 from planner.eager import ROPE_BYTES
 
@@ -188,6 +191,17 @@ def _eager(found: Measured, device: torch.device, sizes: Sizes) -> None:
     found.rates["eager_share"] = min(1.0, sum(ROPE_BYTES) * x.numel() / taken / 1e12 / copy)
 
 
+KERNELS_OF_ATTENTION = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+"""The first that can, as in training (kernels/attention/sdpa.py); torch's own order may be another."""
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal, of [B, T, H, K] each."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    with sdpa_kernel(KERNELS_OF_ATTENTION, set_priority=True) if q.is_cuda else nullcontext():
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+
+
 def _attention(found: Measured, device: torch.device, sizes: Sizes) -> None:
     """TFLOP/s of causal attention by width and length, forward and backward, over the pairs that the mask leaves."""
     heads, tokens = sizes.attention
@@ -196,10 +210,9 @@ def _attention(found: Measured, device: torch.device, sizes: Sizes) -> None:
         shape = (max(1, tokens // length), length, heads, width)
         q, k, v = (torch.randn(shape, device=device).bfloat16().requires_grad_() for _ in range(3))
         flops = 4 * width * shape[0] * heads * length * (length + 1) / 2
-        output = attention(q, k, v, None)
+        output = _attend(q, k, v)
         gradient = torch.randn_like(output)
-        # The kernel that trains: torch's own order of kernels may be another.
-        forward = seconds_of(partial(attention, q, k, v, None), device)
+        forward = seconds_of(partial(_attend, q, k, v), device)
         backward = seconds_of(partial(torch.autograd.grad, output, (q, k, v), gradient, retain_graph=True), device)
         rows.append([float(width), float(length), flops / forward / 1e12, 2.5 * flops / backward / 1e12])
     found.rates["attention_tflops"] = rows
