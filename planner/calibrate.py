@@ -115,7 +115,11 @@ def _products(found: Measured, device: torch.device, sizes: Sizes) -> None:
     try:
         found.tables["matmul_fp8"] = [[float(n), _fp8_product(n, device)] for n in sizes.products]
         rates["fp8"] = found.tables["matmul_fp8"][-1][1]
-    except (RuntimeError, ValueError, NotImplementedError) as error:  # as the device or torch says it
+    except (
+        RuntimeError,
+        ValueError,
+        NotImplementedError,
+    ) as error:  # no fp8 on this device or in this torch: told in `why`
         rates["fp8"] = rates["bf16"]
         found.why["matmul_tflops"] = f"fp8 was not measured and has bf16's rate: {_line(error)}"
     found.rates["matmul_tflops"] = rates
@@ -126,7 +130,7 @@ def _products(found: Measured, device: torch.device, sizes: Sizes) -> None:
     try:
         taken = seconds_of(lambda: torch._grouped_mm(x, weights, offs=ends), device)
         found.rates["grouped_tflops"] = 2 * experts * rows * features**2 / taken / 1e12
-    except (RuntimeError, ValueError, NotImplementedError) as error:
+    except (RuntimeError, ValueError, NotImplementedError) as error:  # likewise no grouped product
         found.rates["grouped_tflops"] = rates["bf16"]
         found.why["grouped_tflops"] = f"not measured, and has bf16's rate: {_line(error)}"
 

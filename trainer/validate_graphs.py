@@ -5,7 +5,7 @@ from __future__ import annotations
 from parallel.problem import Problem, values
 from trainer.config import TrainConfig
 
-RECIPES_WITH_GRAPHS = ("pretrain", "sft", "dpo")
+RECIPES_WITH_GRAPHS = ("pretrain", "sft")
 
 
 def graph_problems(config: TrainConfig) -> list[str]:
@@ -34,7 +34,9 @@ def graph_problems(config: TrainConfig) -> list[str]:
         why = "its heads are trained by passes of their own"
         refuse("model.speculator.kind", model.speculator.kind, why, ["none"])
     if recipe.name not in RECIPES_WITH_GRAPHS:
-        why = "its passes are of other shapes each time, or its loss is one over all ranks"
+        why = (
+            "its passes are of other shapes each time, its loss is one over all ranks, or nobody has shown that it does"
+        )
         refuse("recipe.name", recipe.name, why, list(RECIPES_WITH_GRAPHS))
     if config.train.device == "cpu":
         refuse("train.device", "cpu", "there are none", ["cuda"])

@@ -47,7 +47,8 @@ class FusedBlockAttention(BlockAttention):
     ) -> tuple[Tensor, Tensor]:
         if not runs_triton(q):
             return super().forward(q, k, v, queries, keys)
-        # A ring has a gradient of its own, and needs no op around the kernel, which costs the host as much again.
+        # A ring has a gradient of its own, and needs no op around the kernel, which costs the host as much again. So
+        # selective checkpointing does not see it, and computes it again: what a ring merges in place cannot be kept.
         run = partial(fused.attention, wide=True) if torch.is_grad_enabled() else fused.partial_attention
         return run(q, k, v, self._mask(q, queries, keys), slopes=self.slopes)
 

@@ -269,9 +269,11 @@ def _ring() -> Any:
 def test_blocks_by_the_triton_kernels_are_those_of_the_reference(ranks: RankPool, method: str, mask: str) -> None:
     """What runs on CUDA: a log-sum-exp, a delta or a gradient that does not fit the merging. In the interpreter."""
     for ours, theirs in ranks.run(2, on_kernels, method, ON_KERNELS[mask]):
-        for x, truth in zip(ours, theirs, strict=True):
+        for x, truth, bound in zip(
+            ours, theirs, (1e-5, 1e-5, 1e-5, 1e-5, 3e-5), strict=True
+        ):  # sinks: a sum that cancels
             assert x.dtype == torch.float32
-            assert (x - truth).abs().max() < 3e-5 * truth.abs().max()  # of sinks: a sum that cancels
+            assert (x - truth).abs().max() < bound * truth.abs().max()
 
 
 def _a_chunk_off(scores: Any) -> Any:

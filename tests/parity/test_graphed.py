@@ -23,6 +23,7 @@ from models.layers import rope
 from tests.models.small import random_decoder, tiny
 from tests.parity.harness import Outcome, changed, run_here, run_on, text_corpus, tiny_config
 from tests.parity.test_fp8 import COMPILED, FP8
+from tests.parity.test_sft import tuning
 from tests.pool import RankPool
 from trainer.config import TrainConfig
 from trainer.graphed import Found, GraphedPasses
@@ -94,6 +95,14 @@ def config_of(corpus: DataConfig, folder: Path, **changes: Any) -> TrainConfig:
 def test_graphs_have_the_bits_of_eager_passes(ranks: RankPool, corpus: DataConfig, tmp_path: Path, layout: str) -> None:
     """Gradients of the micro-batch before, or that are summed twice; a shape that another one's graph computes."""
     config = config_of(corpus, tmp_path / "plain", **LAYOUTS[layout])
+    theirs = run_on(ranks, 2, config)
+    ours = ranks.run(2, run_graphed, changed(config, tmp_path / "graphed"))[0]
+    assert_same_bits(ours, theirs)
+
+
+def test_graphs_have_the_bits_of_eager_passes_in_fine_tuning(ranks: RankPool, tmp_path: Path) -> None:
+    """Labels of the answers of another conversation."""
+    config = tuning(tmp_path, train__micro_batch_size=1, parallel__zero_stage=1)
     theirs = run_on(ranks, 2, config)
     ours = ranks.run(2, run_graphed, changed(config, tmp_path / "graphed"))[0]
     assert_same_bits(ours, theirs)
