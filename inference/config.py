@@ -32,7 +32,8 @@ class EngineConfig:
     prefix_cache: bool = True  # blocks of equal beginnings are computed once
     preemption: str = "recompute"  # of a sequence that has to give way, one of PREEMPTIONS; swap needs host_blocks
     overlap: bool | None = None  # a step is launched before the results of the one before are read; None: on CUDA
-    cuda_graphs: bool = True  # CUDA: steps that decode, and small ones with prompts, are one launch each
+    # CUDA: steps that decode, and small ones with prompts, are one launch each; None: where weights stay in their place
+    cuda_graphs: bool | None = None
     # Numbers of sequences that decoding is captured for: a step pads to the next, and one with more has no graph. Each
     # keeps the logits of as many rows. Empty: 1, 2, 4, 8, then so close that at most an eighth pads
     graph_sizes: list[int] = field(default_factory=list)
@@ -145,7 +146,7 @@ def _graph_problems(config: EngineConfig) -> list[str]:
             f"engine.graph_sizes={config.graph_sizes} has {outside[0]}, and steps have 1 to engine.max_sequences="
             f"{config.max_sequences} sequences; use {nearest}"
         ]
-    if not config.cuda_graphs and config.graph_sizes:
+    if config.cuda_graphs is False and config.graph_sizes:
         return [
             f"engine.graph_sizes={config.graph_sizes} has no effect with engine.cuda_graphs=false; use [], or "
             "cuda_graphs=true"

@@ -379,7 +379,7 @@ tests/gpu/test_engine_tp_cuda.py has run with graphs, and a capture that is inva
 
 def has_graphs(device: torch.device, dtype: torch.dtype, config: EngineConfig, ranks: int) -> bool:
     """Whether small steps are captured. The reference of attention waits for the device, and cannot be."""
-    if not config.cuda_graphs or ranks > MOST_RANKS_WITH_GRAPHS:
+    if config.cuda_graphs is False or ranks > MOST_RANKS_WITH_GRAPHS:
         return False
     return device.type == "cuda" and implementation(device, dtype) == "triton"
 

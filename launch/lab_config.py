@@ -185,6 +185,7 @@ def doubts(engine: Engine) -> list[str]:
             f"engine.max_seq_len={engine.runner.max_seq_len} is beyond the {model.max_seq_len} tokens that the model "
             "was made for"
         )
-    if engine.config.cuda_graphs and engine.runner.device.type == "cuda" and num_ranks(engine.runner.model) > 1:
+    graphs = engine.config.cuda_graphs is not False and engine.runner.device.type == "cuda"
+    if graphs and num_ranks(engine.runner.model) > 1:
         found.append("over several ranks steps are launched operation by operation: CUDA graphs are of one process")
     return found

@@ -84,7 +84,7 @@ class RLConfig:
     # How the engine has the weights. in_place: the trainer's own, as they lie (tp, ZeRO 0 to 2); of ZeRO-3's shards:
     # gather: whole for as long as rollouts take; stream: block by block, in every step of the engine
     weights: str = "auto"  # one of WEIGHTS; auto: in_place, or gather with ZeRO-3
-    engine: EngineConfig = field(default_factory=lambda: EngineConfig(cuda_graphs=False))
+    engine: EngineConfig = field(default_factory=EngineConfig)
 
     @property
     def updates(self) -> int:

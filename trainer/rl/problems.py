@@ -173,7 +173,7 @@ def _weights_problems(config: TrainConfig) -> list[str]:
             Problem(
                 "recipe.rl.engine.cuda_graphs=true with parallel.zero_stage=3: gathered weights lie elsewhere "
                 "each time",
-                values("recipe.rl.engine.cuda_graphs", [False]),
+                values("recipe.rl.engine.cuda_graphs", [None, False]),
             )
         )
     return found

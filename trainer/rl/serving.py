@@ -58,12 +58,8 @@ def start_sampler(
         mode = "gather" if config.parallel.zero_stage == 3 else "in_place"
     weights = ServedWeights(served, mode=mode, group=mesh.tokens.get_group(), device=state.device, stream=stream)
     with weights.whole(), on_stream(stream):
-        engine = Engine(
-            served,
-            engine_config(config, room),
-            tokenizer=tokenizer,
-            eos_ids=[tokenizer.eos_id, *room.ends],
-        )
+        # Without a tokenizer: nobody reads an answer before its end, and text of each token takes longer than its step.
+        engine = Engine(served, engine_config(config, room), eos_ids=[tokenizer.eos_id, *room.ends])
     if mode == "stream":
         engine.runner.fused = False  # fused launches read a block's weights without its forward
     tp = groups_in_layers(mesh, config.parallel).tp
@@ -86,6 +82,9 @@ def engine_config(config: TrainConfig, room: Room) -> EngineConfig:
     training needs as well."""
     engine = config.recipe.rl.engine
     sequences = min(engine.max_sequences, room.num_sequences)
+    graphs = engine.cuda_graphs
+    if graphs is None:
+        graphs = config.parallel.zero_stage < 3  # gathered weights lie elsewhere each time
     blocks = sequences * -(-room.max_len // engine.block_size)
     return replace(
         engine,
@@ -94,6 +93,7 @@ def engine_config(config: TrainConfig, room: Room) -> EngineConfig:
         max_batch_tokens=max(engine.max_batch_tokens, sequences),
         num_blocks=engine.num_blocks or blocks,
         deterministic=config.train.batch_invariant,
+        cuda_graphs=graphs,
         # Not while an update is given to the device: capturing waits for all of it.
-        warmup=engine.warmup or (config.recipe.rl.overlap and engine.cuda_graphs),
+        warmup=engine.warmup or (config.recipe.rl.overlap and graphs),
     )
