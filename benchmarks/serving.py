@@ -158,13 +158,19 @@ def _profile(engine: Engine, name: str, steps: int) -> None:
     for request in list(engine._sequences):
         engine.abort(request)
     kernels: dict[str, list[float]] = {}
+    spans = []
     for event in profile.events():
         if event.device_type == torch.autograd.DeviceType.CUDA:
             kernels.setdefault(event.name, []).append(event.device_time)
+            spans.append((event.time_range.start, event.time_range.end))
+    busy, end = 0.0, 0.0
+    for begin, until in sorted(spans):
+        busy, end = busy + max(until - max(begin, end), 0.0), max(end, until)
     print(f"{name}: {seconds / steps * 1e3:.3f} ms a step with the profiler; GPU, us a step, number:", file=sys.stderr)
     for kernel, times in sorted(kernels.items(), key=lambda item: -sum(item[1]))[:22]:
         print(f"  {sum(times) / steps:9.1f} {len(times) / steps:7.1f}  {kernel[:110]}", file=sys.stderr)
-    print(f"  {sum(map(sum, kernels.values())) / steps:9.1f} in all", file=sys.stderr)
+    print(f"  {sum(map(sum, kernels.values())) / steps:9.1f} in all, {busy / steps:.1f} busy", file=sys.stderr)
+    print(f"  {(end - min(spans)[0]) / steps:9.1f} from the first to the last", file=sys.stderr)
 
 
 def _settings(max_seq_len: int, max_sequences: int) -> EngineConfig:

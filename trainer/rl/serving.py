@@ -9,6 +9,7 @@ from typing import Any
 from data.tokenizer import Tokenizer
 from inference.config import EngineConfig
 from inference.engine import Engine
+from inference.runner import is_fused
 from models.decoder import Decoder
 from parallel.mesh import Meshes, groups_in_layers
 from trainer.config import TrainConfig
@@ -59,7 +60,7 @@ def start_sampler(
     weights = ServedWeights(served, mode=mode, group=mesh.tokens.get_group(), device=state.device, stream=stream)
     with weights.whole(), on_stream(stream):
         # Without a tokenizer: nobody reads an answer before its end, and text of each token takes longer than its step.
-        engine = Engine(served, engine_config(config, room), eos_ids=[tokenizer.eos_id, *room.ends])
+        engine = Engine(served, engine_config(config, room, served), eos_ids=[tokenizer.eos_id, *room.ends])
     if mode == "stream":
         engine.runner.fused = False  # fused launches read a block's weights without its forward
     tp = groups_in_layers(mesh, config.parallel).tp
@@ -77,14 +78,14 @@ def start_sampler(
     return sampler, weights
 
 
-def engine_config(config: TrainConfig, room: Room) -> EngineConfig:
+def engine_config(config: TrainConfig, room: Room, model: Decoder) -> EngineConfig:
     """recipe.rl.engine with what is left open: a cache for this rank's sequences, not for the whole device, which
-    training needs as well."""
+    training needs as well, and graphs of a model that stays where it is and is served by fused launches."""
     engine = config.recipe.rl.engine
     sequences = min(engine.max_sequences, room.num_sequences)
     graphs = engine.cuda_graphs
-    if graphs is None:
-        graphs = config.parallel.zero_stage < 3  # gathered weights lie elsewhere each time
+    if graphs is None:  # gathered weights lie elsewhere each time, and a trainer's own layers may ask the device
+        graphs = config.parallel.zero_stage < 3 and is_fused(model)
     blocks = sequences * -(-room.max_len // engine.block_size)
     return replace(
         engine,

@@ -6,13 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from inference.config import EngineConfig
+from models.lora import apply_adapters
+from models.registry import build_model
 from tests.parity.harness import Outcome, changed, run_on
 from tests.pool import RankPool
-from tests.trainer.rl.rolling import EVEN, ROWS, rolling
+from tests.trainer.rl.rolling import EVEN, ROWS, SEQ_LEN, rolling
 from trainer.config import TrainConfig
 from trainer.rl.config import RewardConfig
 from trainer.rl.rewards import Answer
+from trainer.rl.serving import Room, engine_config
 from trainer.validate import find_problems
 
 HERE = "tests.trainer.rl.test_grpo"
@@ -258,3 +263,34 @@ def test_rollouts_made_a_batch_ahead_are_learned_from_once_and_saved(ranks: Rank
     assert without_times(run_on(ranks, 1, config)) == without_times(whole)
     assert [abs(line["ratio"] - 1) > 1e-5 for line in whole.metrics] == [False, True, True, True]
     assert len({line["reward"] for line in whole.metrics}) == 4
+
+
+@pytest.mark.parametrize(
+    ("asked", "stage", "adapter", "graphs"),
+    [
+        (None, 1, "none", True),
+        (None, 3, "none", False),
+        (None, 1, "lora", False),
+        (False, 1, "none", False),
+        (True, 1, "lora", True),
+    ],
+)
+def test_rollouts_replay_graphs_where_weights_stay_and_launches_are_fused(
+    tmp_path: Path, asked: bool | None, stage: int, adapter: str, graphs: bool
+) -> None:
+    changes = {"parallel__zero_stage": stage, "rl__overlap": stage < 3, "rl__rollout_lag": int(stage < 3)}
+    config = rolling(tmp_path, rl__engine=EngineConfig(cuda_graphs=asked), **changes)
+    config.adapter.name = adapter
+    model = build_model(config.model, seed=0)
+    if adapter != "none":
+        apply_adapters(model, config.adapter, torch.float32)
+    found = engine_config(config, Room(16, SEQ_LEN, 8), model)
+    assert found.cuda_graphs is graphs
+    assert found.warmup == (graphs and stage < 3)  # nothing is captured beside an update
+
+
+@pytest.mark.parametrize("asked", [None, False, True])
+def test_graphs_of_gathered_weights_are_refused(tmp_path: Path, asked: bool | None) -> None:
+    config = rolling(tmp_path, parallel__zero_stage=3, rl__engine=EngineConfig(cuda_graphs=asked))
+    found = "".join(find_problems(config, world_size=2))
+    assert ("recipe.rl.engine.cuda_graphs=true with parallel.zero_stage=3" in found) == (asked is True)
