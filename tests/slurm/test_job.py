@@ -113,7 +113,9 @@ def hanging(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
     folder.mkdir()
     srun = (
         'for word in "$@"; do case $word in --logs=*) logs=${word#--logs=};; esac; done\n'
-        f'echo start >> {tmp_path}/starts; echo 70 > "$logs/n1.code"; echo 1 > "$logs/n2.code"; exit 70\n'
+        f"echo start >> {tmp_path}/starts\n"
+        'echo 70 > "$logs/n1.part"; mv "$logs/n1.part" "$logs/n1.code"\n'
+        'echo 1 > "$logs/n2.part"; mv "$logs/n2.part" "$logs/n2.code"; exit 70\n'
     )
     scripts = {"srun": srun, "squeue": "echo RUNNING\n", "scontrol": f'echo "$@" >> {tmp_path}/scontrol\n'}
     for name, text in {**scripts, "sinfo": "echo n1 idle; echo n2 idle\n", "scancel": "exit 0\n"}.items():

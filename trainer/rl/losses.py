@@ -77,7 +77,8 @@ def value_losses(values: Tensor, old: Tensor, returns: Tensor, *, clip: float) -
     squares = (values - returns).square()
     if not clip:
         return ValueLosses(squares / 2, torch.zeros_like(squares, requires_grad=False))
-    of_clipped = (old + (values - old).clamp(-clip, clip) - returns).square()
+    # Not old + (values - old).clamp: rounding would make that larger than values, or not, where nothing is clipped.
+    of_clipped = (values.clamp(old - clip, old + clip) - returns).square()
     return ValueLosses(torch.maximum(squares, of_clipped) / 2, _float(of_clipped > squares))
 
 

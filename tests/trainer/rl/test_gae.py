@@ -109,6 +109,16 @@ def test_a_values_loss_is_the_larger_of_clipped_and_not() -> None:
     assert not free.clipped.any()
 
 
+def test_values_that_moved_by_less_are_not_clipped() -> None:
+    """In fp32, where some of them would be by rounding alone."""
+    generator = torch.Generator().manual_seed(3)
+    old, values = (0.1 * (2 * torch.rand(5000, generator=generator) - 1) for _ in range(2))
+    returns = torch.randn(5000, generator=generator)
+    assert not value_losses(values, old, returns, clip=0.2).clipped.any()
+    by_rounding = (old + (values - old).clamp(-0.2, 0.2) - returns).square() > (values - returns).square()
+    assert 10 < by_rounding.sum()
+
+
 def test_the_coefficient_follows_the_divergence() -> None:
     """1909.08593, section 2.2: the error is clipped at 0.2 on both sides."""
     kind: dict[str, float] = {"target": 6.0, "gain": 0.1}
