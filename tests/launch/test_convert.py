@@ -411,6 +411,7 @@ def test_every_wrong_input_is_one_readable_line(
     assert before == after
 
 
+@pytest.mark.thorough
 def test_the_command_runs_under_torchrun(runs: dict[str, Run], exported: dict[str, Path], tmp_path: Path) -> None:
     """A script that works only where the tests put it: its own process group, started from another folder."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

@@ -145,6 +145,7 @@ def test_under_torchrun_one_rank_writes_what_one_process_would(
     assert done.stderr.count("attention over the cache") == 1
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(importlib.util.find_spec("uvicorn") is None, reason="mode=serve needs uvicorn")
 def test_a_server_over_ranks_that_is_told_to_end_lets_requests_end(tmp_path: Path) -> None:
     """A launcher sends SIGTERM to all ranks; one that died of it took every unfinished request with it."""

@@ -145,6 +145,7 @@ def assert_continues(reference: Path, folder: Path, small: list[str], run_dir: P
     assert mine == whole[:steps]
 
 
+@pytest.mark.thorough
 def test_a_run_that_is_preempted_and_then_loses_a_rank_continues(
     reference: Path, small: list[str], tmp_path: Path
 ) -> None:
@@ -184,6 +185,7 @@ def test_one_process_that_is_preempted_says_so_by_its_exit_code(small: list[str]
     assert "Traceback" not in errors
 
 
+@pytest.mark.thorough
 def test_a_sweep_trains_each_point_in_its_own_folder_and_a_configuration_can_be_printed(
     small: list[str], tmp_path: Path
 ) -> None:

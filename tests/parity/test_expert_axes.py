@@ -197,6 +197,7 @@ def test_the_comparison_notices_each_axis_fault(
         assert_same(outcome, reference)
 
 
+@pytest.mark.thorough
 def test_a_checkpoint_moves_between_expert_layouts(ranks: RankPool, one_process: References, tmp_path: Path) -> None:
     """Experts, their moments or biases of routers that land on the wrong rank, or in the wrong rows."""
     config, _, _ = one_process.of("sigmoid")

@@ -107,6 +107,7 @@ def test_the_comparison_notices_a_resume_that_forgets_something(
             assert_same_bits(continued, reference)
 
 
+@pytest.mark.thorough
 def test_two_crashes_in_a_row_and_one_before_the_first_checkpoint(
     ranks: RankPool, corpus: DataConfig, tmp_path: Path
 ) -> None:

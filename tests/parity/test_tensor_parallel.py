@@ -149,6 +149,7 @@ def test_every_layout_trains_the_same_model(
     _assert_same_model(outcome, reference)
 
 
+@pytest.mark.thorough
 @pytest.mark.some(1)
 @pytest.mark.parametrize(
     ("variant", "changes"),

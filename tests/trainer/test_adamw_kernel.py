@@ -520,6 +520,7 @@ def test_a_run_that_crashed_continues_bitwise(
         assert reference.state_at_end["optim/step"] == 10 - reference.lines[-1]["skipped_steps"]
 
 
+@pytest.mark.thorough
 def test_8_bit_moments_move_to_other_layouts_exactly(ranks: RankPool, corpus: DataConfig, tmp_path: Path) -> None:
     """tp, pp and HSDP: scales of another rank's blocks; a loss that is not that of one process."""
     settings: dict[str, Any] = {"optim__state_dtype": "int8", "checkpoint__interval": 2, "train__grad_clip": 1.0}

@@ -442,6 +442,7 @@ metrics.close()
 """
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(shutil.which("ps") is None, reason="needs ps")
 def test_training_survives_the_death_of_the_wandb_process(tmp_path: Path) -> None:
     """Catches a hang or an error after a signal to the whole job (or the out-of-memory killer) ended wandb."""
