@@ -32,8 +32,8 @@ class EngineConfig:
     prefix_cache: bool = True  # blocks of equal beginnings are computed once
     preemption: str = "recompute"  # of a sequence that has to give way, one of PREEMPTIONS; swap needs host_blocks
     overlap: bool | None = None  # a step is launched before the results of the one before are read; None: on CUDA
-    # CUDA: steps that decode, and small ones with prompts, are one launch each. None: yes; of a policy that is trained,
-    # where its weights stay in their place and it has no adapters (trainer/rl/serving.py)
+    # CUDA: steps that decode, and small ones with prompts, are one launch each. None: yes; but of a policy in training
+    # only where its weights stay in their place and its launches are fused (trainer/rl/serving.py)
     cuda_graphs: bool | None = None
     # Numbers of sequences that decoding is captured for: a step pads to the next, and one with more has no graph. Each
     # keeps the logits of as many rows. Empty: 1, 2, 4, 8, then so close that at most an eighth pads
