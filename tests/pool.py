@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import faulthandler
 import gc
 import glob
 import multiprocessing as mp
@@ -42,6 +43,7 @@ class RankError(AssertionError):
 
 def _rank_main(rank: int, world_size: int, listener: socket.socket, pipe: Connection) -> None:
     torch.set_num_threads(1)
+    faulthandler.enable(file=2)  # a rank that dies of a signal says where, and to whom a test's output goes
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world_size)
     )
