@@ -23,7 +23,7 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch._dynamo
@@ -35,15 +35,21 @@ STARVED = 10
 """How many times as long as its patience `RankPool.run` waits at most for ranks that wait for a CPU or compute."""
 MAX_THREADS = 80
 """Of a rank; three per process group, and those of torch."""
+LAST_WORDS = 10_000
+"""Bytes that are shown of what faulthandler wrote when a rank died."""
 
 
 class RankError(AssertionError):
     """A function failed on a rank; the message holds that rank's traceback."""
 
 
-def _rank_main(rank: int, world_size: int, listener: socket.socket, pipe: Connection) -> None:
+class RankDied(RankError):
+    """A rank ended without an error in Python; the message says where, if a signal ended it."""
+
+
+def _rank_main(rank: int, world_size: int, listener: socket.socket, pipe: Connection, last_words: int) -> None:
     torch.set_num_threads(1)
-    faulthandler.enable(file=2)  # a rank that dies of a signal says where, and to whom a test's output goes
+    faulthandler.enable(file=last_words)
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world_size)
     )
@@ -138,6 +144,7 @@ def _rank_body(
     world_size: int,
     listener: socket.socket,
     pipe: Connection,
+    last_words: int,
     control: socket.socket,
     siblings: tuple[Connection, ...],
 ) -> None:
@@ -145,11 +152,11 @@ def _rank_body(
     control.close()
     for sibling in siblings:  # a rank that keeps its siblings' pipes open would hide their death
         sibling.close()
-    _rank_main(rank, world_size, listener, pipe)
+    _rank_main(rank, world_size, listener, pipe, last_words)
 
 
 def _nursery_main(control: socket.socket) -> None:
-    """Fork a group of ranks for each request, a world size; answer with pids, pass their pipes along."""
+    """Fork a group of ranks for each request, a world size; answer with pids, pass their pipes and last words along."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     gc.freeze()  # what was imported lives on: a full collection in a rank, half a second, need not look at it
     while True:
@@ -159,16 +166,27 @@ def _nursery_main(control: socket.socket) -> None:
         world_size = pickle.loads(request)
         listener = socket.create_server(("127.0.0.1", 0), backlog=128)
         pids, ours = [], []
+        last_words = [os.memfd_create(f"rank {rank}") for rank in range(world_size)]
         for rank in range(world_size):
             parent_end, child_end = mp.Pipe()
-
-            pids.append(_fork(_rank_body, rank, world_size, listener, child_end, control, (*ours, parent_end)))
+            private = (child_end, last_words[rank], control, (*ours, parent_end))
+            pids.append(_fork(_rank_body, rank, world_size, listener, *private))
             child_end.close()
             ours.append(parent_end)
         listener.close()
-        socket.send_fds(control, [pickle.dumps(pids)], [pipe.fileno() for pipe in ours])
+        socket.send_fds(control, [pickle.dumps(pids)], [*(pipe.fileno() for pipe in ours), *last_words])
         for pipe in ours:
             pipe.close()
+        for file in last_words:
+            os.close(file)
+
+
+class _Group(NamedTuple):
+    """The ranks of a world size."""
+
+    pids: list[int]
+    pipes: list[Connection]
+    last_words: list[int]  # descriptors of files, into which faulthandler writes
 
 
 class RankPool:
@@ -188,30 +206,34 @@ class RankPool:
         self._nursery = _fork(body)
         theirs.close()
         self._control = ours
-        self._groups: dict[int, tuple[list[int], list[Connection]]] = {}
+        self._groups: dict[int, _Group] = {}
 
-    def _group(self, world_size: int) -> tuple[list[int], list[Connection]]:
+    def _group(self, world_size: int) -> _Group:
         if world_size not in self._groups:
             self._control.send(pickle.dumps(world_size))
-            message, fds, _, _ = socket.recv_fds(self._control, 4096, world_size)
-            self._groups[world_size] = (pickle.loads(message), [Connection(fd) for fd in fds])
+            message, fds, _, _ = socket.recv_fds(self._control, 4096, 2 * world_size)
+            pipes = [Connection(fd) for fd in fds[:world_size]]
+            self._groups[world_size] = _Group(pickle.loads(message), pipes, list(fds[world_size:]))
         return self._groups[world_size]
 
     def _signal(self, world_size: int, number: signal.Signals) -> None:
-        for pid in self._groups[world_size][0]:
+        for pid in self._groups[world_size].pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
 
     def _discard_crowded(self) -> None:
         """Make ranks anew that hold many process groups, each with threads that wake up while the ranks run."""
-        for world_size, (pids, _) in list(self._groups.items()):
-            if _num_threads(pids[0]) > MAX_THREADS:
+        for world_size, group in list(self._groups.items()):
+            if _num_threads(group.pids[0]) > MAX_THREADS:
                 self._discard(world_size)
 
     def _discard(self, world_size: int) -> None:
         self._signal(world_size, signal.SIGKILL)
-        for pipe in self._groups.pop(world_size)[1]:
+        group = self._groups.pop(world_size)
+        for pipe in group.pipes:
             pipe.close()
+        for file in group.last_words:
+            os.close(file)
 
     def run(
         self, world_size: int, fn: Callable[..., Any], *args: Any, timeout: float = 120, **kwargs: Any
@@ -219,16 +241,18 @@ class RankPool:
         """fn(*args, **kwargs) on every rank of a gloo group of world_size; the results in rank order.
 
         timeout: seconds without an answer, not counting those in which ranks computed or waited for a CPU. Raises
-        RankError with the tracebacks of the ranks that failed, or died, or hung (the group is then made anew).
+        RankError with the tracebacks of the ranks that failed, or died, or hung (the group is then made anew); it is a
+        RankDied if one died.
         """
         self._discard_crowded()
-        pids, pipes = self._group(world_size)
+        pids, pipes, last_words = self._group(world_size)
         self._signal(world_size, signal.SIGCONT)
         message = pickle.dumps((fn, args, kwargs))
         for pipe in pipes:
             pipe.send_bytes(message)
         replies: dict[int, tuple[bool, Any]] = {}
         dead: list[str] = []
+        error: type[RankError] = RankError
         while len(replies) < world_size and not dead:
             pending = {pipes[rank]: rank for rank in range(world_size) if rank not in replies}
             # Once one rank has failed, the others may be waiting for it in a collective: do not wait long for them.
@@ -241,14 +265,16 @@ class RankPool:
                 try:
                     replies[rank] = pickle.loads(pipes[rank].recv_bytes())
                 except (EOFError, ConnectionError):
-                    dead.append(f"rank {rank} died")
+                    error = RankDied
+                    words = os.pread(last_words[rank], LAST_WORDS, 0).decode(errors="replace")
+                    dead.append("\n".join(filter(None, (f"rank {rank} died", words.strip()))))
         failures = [value for ok, value in replies.values() if not ok]
         if dead:
             self._discard(world_size)
         else:
             self._signal(world_size, signal.SIGSTOP)
         if dead or failures:
-            raise RankError("\n".join(failures + dead))
+            raise error("\n".join(dead + failures))  # those that failed may have done so for want of those that died
         return [replies[rank][1] for rank in range(world_size)]
 
     def close(self) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.pool import RankError, RankPool
+from tests.pool import RankDied, RankError, RankPool
 
 
 def _sum_of_ranks() -> float:
@@ -29,6 +29,10 @@ def _die_on_last() -> None:
     if dist.get_rank() == dist.get_world_size() - 1:
         os._exit(9)
     dist.barrier()
+
+
+def _abort() -> None:
+    os.abort()
 
 
 def _hang_on_last() -> None:
@@ -59,6 +63,13 @@ def test_a_dead_rank_is_reported_and_replaced(ranks: RankPool) -> None:
     with pytest.raises(RankError, match=r"died|Connection"):
         ranks.run(2, _die_on_last)
     assert ranks.run(2, _sum_of_ranks) == [1.0, 1.0]
+
+
+def test_a_rank_that_a_signal_ends_says_where_it_was(ranks: RankPool) -> None:
+    """Heap corruption ends a process with a line that names nothing."""
+    with pytest.raises(RankDied, match=r"rank 0 died\nFatal Python error: Aborted[^$]*in _abort"):
+        ranks.run(1, _abort)
+    assert ranks.run(1, _sum_of_ranks) == [0.0]
 
 
 def test_ranks_that_wait_for_each_other_are_given_up(ranks: RankPool) -> None:
