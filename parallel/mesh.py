@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from parallel.collectives import all_to_all_rows
 from parallel.dims import ParallelConfig, ParallelDims
+from parallel.gloo import give_gloo_groups_one_thread
 from parallel.groups import ModelParallel
 
 BATCH_AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
@@ -61,6 +62,7 @@ def init_distributed(device: torch.device, timeout_seconds: float) -> bool:
         torch.cuda.set_device(device)
     # torch 2.13's own FSDP and checkpoint code calls collectives by names that 2.13 deprecates.
     warnings.filterwarnings("ignore", message=r".*is deprecated. Please use .*_single", category=FutureWarning)
+    give_gloo_groups_one_thread()
     if dist.is_initialized():
         return False
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"

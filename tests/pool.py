@@ -29,6 +29,8 @@ import torch
 import torch._dynamo
 import torch.distributed as dist
 
+from parallel.gloo import give_gloo_groups_one_thread
+
 LONGEST_WAIT = timedelta(hours=1)
 """Of a collective. Not what finds a rank that hangs: `RankPool.run` does, and a rank may wait for one that compiles."""
 STARVED = 10
@@ -40,11 +42,7 @@ LAST_WORDS = 10_000
 
 
 class RankError(AssertionError):
-    """A function failed on a rank; the message holds that rank's traceback."""
-
-
-class RankDied(RankError):
-    """A rank ended without an error in Python; the message says where, if a signal ended it."""
+    """A function failed on a rank; the message holds that rank's traceback, also where a signal ended it."""
 
 
 def _rank_main(rank: int, world_size: int, listener: socket.socket, pipe: Connection, last_words: int) -> None:
@@ -67,6 +65,7 @@ def _rank_main(rank: int, world_size: int, listener: socket.socket, pipe: Connec
         master_listen_fd=None if rank else fd,
         wait_for_workers=False,
     )
+    give_gloo_groups_one_thread()
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=LONGEST_WAIT)
     while True:
         try:
@@ -241,8 +240,7 @@ class RankPool:
         """fn(*args, **kwargs) on every rank of a gloo group of world_size; the results in rank order.
 
         timeout: seconds without an answer, not counting those in which ranks computed or waited for a CPU. Raises
-        RankError with the tracebacks of the ranks that failed, or died, or hung (the group is then made anew); it is a
-        RankDied if one died.
+        RankError with the tracebacks of the ranks that failed, or died, or hung (the group is then made anew).
         """
         self._discard_crowded()
         pids, pipes, last_words = self._group(world_size)
@@ -252,7 +250,6 @@ class RankPool:
             pipe.send_bytes(message)
         replies: dict[int, tuple[bool, Any]] = {}
         dead: list[str] = []
-        error: type[RankError] = RankError
         while len(replies) < world_size and not dead:
             pending = {pipes[rank]: rank for rank in range(world_size) if rank not in replies}
             # Once one rank has failed, the others may be waiting for it in a collective: do not wait long for them.
@@ -265,16 +262,15 @@ class RankPool:
                 try:
                     replies[rank] = pickle.loads(pipes[rank].recv_bytes())
                 except (EOFError, ConnectionError):
-                    error = RankDied
                     words = os.pread(last_words[rank], LAST_WORDS, 0).decode(errors="replace")
-                    dead.append("\n".join(filter(None, (f"rank {rank} died", words.strip()))))
+                    dead += [*words.splitlines(), f"rank {rank} died"]
         failures = [value for ok, value in replies.values() if not ok]
         if dead:
             self._discard(world_size)
         else:
             self._signal(world_size, signal.SIGSTOP)
         if dead or failures:
-            raise error("\n".join(dead + failures))  # those that failed may have done so for want of those that died
+            raise RankError("\n".join(failures + dead))
         return [replies[rank][1] for rank in range(world_size)]
 
     def close(self) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from data.config import DataConfig
 from tests.parity.harness import (
@@ -54,12 +53,9 @@ class Deviation:
 class Comparison:
     """Trains layouts and, once per model, one process."""
 
-    def __init__(
-        self, ranks: RankPool, corpus: DataConfig, folder: Path, *, timeout: float = 120.0, again: bool = True
-    ) -> None:
-        """timeout: seconds that a layout may take. again: whether it is trained again when a rank died."""
-        self.ranks, self.folder = ranks, folder
-        self.options: dict[str, Any] = {"timeout": timeout, "again": again}
+    def __init__(self, ranks: RankPool, corpus: DataConfig, folder: Path, *, timeout: float = 120.0) -> None:
+        """timeout: seconds that a layout may take."""
+        self.ranks, self.folder, self.timeout = ranks, folder, timeout
         variants = {_name(model): _changes(model) for model in models()}
         self._references = References(ranks, corpus, folder, variants, splits=(3, 1), feature_parts=(2, 3, 4, 5, 8))
         self._runs = 0
@@ -69,7 +65,7 @@ class Comparison:
         reference = self._references.of(_name(model_of(layout)))
         self._runs += 1
         config = config_of(layout, reference.config, self.folder / f"run{self._runs}")
-        return Deviation.of(run_on(self.ranks, WORLD_SIZE, config, **self.options), reference)
+        return Deviation.of(run_on(self.ranks, WORLD_SIZE, config, timeout=self.timeout), reference)
 
 
 def _name(model: Layout) -> str:

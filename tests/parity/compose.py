@@ -36,7 +36,7 @@ from tests.parity.harness import text_corpus
 from tests.parity.lattice import Layout, cpu_seconds, model_of, models, name_of, refused_pairs, some_legality
 from tests.parity.measurements import ROOT, PartFile, Record, load, load_made_with, made_here, merge, save
 from tests.parity.page import PAGE, page
-from tests.pool import RankDied, RankError, RankPool
+from tests.pool import RankError, RankPool
 
 SIDE_BY_SIDE = 2
 """Layouts in training at a time: the ranks of one spend half of their time waiting for each other."""
@@ -69,8 +69,7 @@ def measure(layouts: list[Layout], keep: Callable[[Record], None], *, side_by_si
         corpus = text_corpus(Path(name))
         folders = [Path(name) / str(i) for i in range(side_by_side)]
         comparisons = [
-            Comparison(ranks, corpus, folder, timeout=PATIENCE, again=False)
-            for ranks, folder in zip(pools, folders, strict=True)
+            Comparison(ranks, corpus, folder, timeout=PATIENCE) for ranks, folder in zip(pools, folders, strict=True)
         ]
         for done in [threads.submit(work, comparison) for comparison in comparisons]:
             done.result()
@@ -79,16 +78,12 @@ def measure(layouts: list[Layout], keep: Callable[[Record], None], *, side_by_si
 
 
 def _measure_one(comparison: Comparison, layout: Layout) -> Record:
-    record: Record = {"layout": layout}
-    while True:
-        try:
-            deviation = comparison.deviation(layout)
-            return record | asdict(deviation) | {"problems": deviation.problems()}
-        except RankError as error:
-            if not isinstance(error, RankDied) or "died" in record:
-                return record | {"problems": [str(error).strip().splitlines()[-1]]}
-            print(error, flush=True)
-            record["died"] = str(error).splitlines()[0]  # of no error that Python saw: once more, and the page says so
+    try:
+        deviation = comparison.deviation(layout)
+    except RankError as error:
+        print(error, flush=True)
+        return {"layout": layout, "problems": [str(error).strip().splitlines()[-1]]}
+    return {"layout": layout} | asdict(deviation) | {"problems": deviation.problems()}
 
 
 def part_of(layouts: list[Layout], number: int, num_parts: int) -> list[Layout]:

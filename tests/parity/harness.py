@@ -20,8 +20,6 @@ from __future__ import annotations
 
 import copy
 import math
-import shutil
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -43,7 +41,7 @@ from models.layers import moe
 from parallel.dims import ParallelConfig
 from parallel.fused import separate
 from parallel.regions import Located, Piece, local_region, local_tensor
-from tests.pool import RankDied, RankPool
+from tests.pool import RankPool
 from trainer.config import (
     CheckpointConfig,
     LoggingConfig,
@@ -185,31 +183,11 @@ def union_over_ranks(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
     return union
 
 
-def run_on(ranks: RankPool, world_size: int, config: TrainConfig, *, again: bool = True, **kwargs: Any) -> Outcome:
-    """Train on world_size pool ranks. again: as `train_on` does."""
-    run = train_on if again else RankPool.run
-    outcome = run(ranks, world_size, run_here, config, **kwargs)[0]
+def run_on(ranks: RankPool, world_size: int, config: TrainConfig, **kwargs: Any) -> Outcome:
+    """Train on world_size pool ranks."""
+    outcome = ranks.run(world_size, run_here, config, **kwargs)[0]
     assert outcome is not None
     return outcome
-
-
-def train_on(
-    ranks: RankPool, world_size: int, fn: Callable[[TrainConfig], Any], config: TrainConfig, **kwargs: Any
-) -> list[Any]:
-    """fn(config) on world_size pool ranks; once more, with a warning, if one dies that has compiled layers.
-
-    One in about a thousand such ranks finds its heap corrupted (docs/LOG.md), which is not what a test is about.
-    """
-    folder = Path(config.run.dir)
-    again = config.train.compile and not folder.exists()
-    try:
-        return ranks.run(world_size, fn, config, **kwargs)
-    except RankDied as error:
-        if not again:
-            raise
-        warnings.warn(f"{folder}: trained again, as {error}", stacklevel=2)
-        shutil.rmtree(folder, ignore_errors=True)
-        return ranks.run(world_size, fn, config, **kwargs)
 
 
 def largest(deviations: Iterable[float]) -> float:

@@ -20,8 +20,7 @@ SOURCES = ("data", "kernels", "models", "parallel", "trainer", *(f"tests/parity/
 """What decides a measurement."""
 
 Record = dict[str, Any]
-"""`layout`; its deviations, unless it failed; `died`, where a process did and the layout was trained again; `problems`,
-which is empty for a layout that composes."""
+"""`layout`; its deviations, unless it failed; `problems`, which is empty for a layout that composes."""
 
 
 def save(records: list[Record], made_with: list[dict[str, str]]) -> None:

@@ -76,7 +76,6 @@ def page(
 ) -> str:
     """docs/COMPOSES.md."""
     good = [r for r in records if not r["problems"]]
-    died = sum("died" in r for r in records)
     lines = [
         "# What composes",
         "",
@@ -90,8 +89,7 @@ def page(
         f"other features take turns in them. Of these {len(records)} were trained, and **{len(good)} of {len(records)} "
         "train the same model**" + (f"; largest deviations: {_largest(good)}." if good else "."),
         "",
-        f"Of the {len(records)}, {_how_many(records)}."
-        + (f" In {died} a process died, and the layout was trained again." if died else ""),
+        f"Of the {len(records)}, {_how_many(records)}.",
         "",
         "Measured with " + "; ".join(f"torch {m['torch']} at commit {m['commit']}" for m in made_with) + ".",
         "",

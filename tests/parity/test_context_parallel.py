@@ -33,7 +33,6 @@ from tests.parity.harness import (
     run_here,
     run_on,
     text_corpus,
-    train_on,
 )
 from tests.pool import RankPool
 from trainer.config import TrainConfig
@@ -165,8 +164,8 @@ def test_compiled_blocks_around_attention_train_the_same_model(
     reference = references.of(variant)
     layout = {"parallel__cp": 2, "parallel__cp_method": method, "train__micro_batch_size": 4}
     layout |= {"train__compile": True, "train__compile_backend": "aot_eager"}
-    outcome, graphs = train_on(
-        ranks, 2, run_and_count_graphs, changed(reference.config, tmp_path / "run", **layout | changes)
+    outcome, graphs = ranks.run(
+        2, run_and_count_graphs, changed(reference.config, tmp_path / "run", **layout | changes)
     )[0]
     _assert_same_model(outcome, reference)
     assert graphs >= 4  # before and behind attention, with gradients and, in validation, without
@@ -178,7 +177,7 @@ def test_every_one_of_many_layers_is_compiled(ranks: RankPool, references: Refer
     config = references.of("dropout").config
     layers = {"model__num_layers": 9, "train__steps": 1, "schedule__warmup_steps": 0, "train__eval_interval": 0}
     layers |= {"parallel__cp": 2, "train__compile": True, "train__compile_backend": "eager"}
-    _, graphs = train_on(ranks, 2, run_and_count_graphs, changed(config, tmp_path / "run", **layers))[0]
+    _, graphs = ranks.run(2, run_and_count_graphs, changed(config, tmp_path / "run", **layers))[0]
     assert graphs >= 9 + 3  # one per layer; around attention three more that layers share
 
 

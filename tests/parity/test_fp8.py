@@ -33,7 +33,6 @@ from tests.parity.harness import (
     run_on,
     text_corpus,
     tiny_config,
-    train_on,
 )
 from tests.parity.interrupted import run_part_on
 from tests.parity.on_fp8_ranks import (
@@ -293,7 +292,7 @@ def test_layers_of_one_kind_share_their_graphs(
     changes = FP8 | COMPILED | FUSED | {"precision__fp8_recipe": recipe, "model__num_layers": 3}
     changes["precision__fp8_fused"] = recipe == "tensorwise_delayed"
     config = tiny_config(tmp_path / "run", corpus, **changes, train__steps=3, train__eval_interval=0)
-    ((_, graphs),) = train_on(ranks, 1, run_and_count_graphs, config)
+    ((_, graphs),) = ranks.run(1, run_and_count_graphs, config)
     assert graphs == (2 if recipe == "tensorwise_delayed" else 1)  # a run's first step finds its own scales
 
 

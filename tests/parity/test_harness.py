@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -24,11 +23,8 @@ from tests.parity.harness import (
     norm_deviation,
     relative_difference,
     tiny_config,
-    train_on,
     weight_deviation,
 )
-from tests.pool import RankDied, RankError, RankPool
-from trainer.config import TrainConfig
 
 
 def outcome() -> Outcome:
@@ -98,31 +94,3 @@ def test_a_tensor_that_is_missing_or_too_many_is_noticed() -> None:
         for one, other in ((good, replace(good, **{field: fewer})), (replace(good, **{field: fewer}), good)):
             with pytest.raises(AssertionError):
                 deviation(one, other)
-
-
-def _end_first_run(config: TrainConfig) -> str:
-    folder = Path(config.run.dir)
-    dead = folder.with_suffix(".died")
-    assert not folder.exists(), "what the first run has left"
-    folder.mkdir()
-    if not dead.exists():
-        dead.touch()
-        os.abort()
-    return "trained"
-
-
-def _fail(config: TrainConfig) -> None:
-    Path(config.run.dir).mkdir()
-    raise ValueError("planted")
-
-
-def test_what_a_signal_ended_is_trained_once_more(ranks: RankPool, tmp_path: Path) -> None:
-    """Heap corruption under compiled layers, which fails thousands of tests; an error of ours that is not told."""
-    compiled = tiny_config(tmp_path / "compiled", DataConfig(), train__compile=True)
-    with pytest.warns(UserWarning, match="compiled: trained again, as rank 0 died\nFatal Python error: Aborted"):
-        assert train_on(ranks, 1, _end_first_run, compiled) == ["trained"]
-    with pytest.raises(RankDied):
-        train_on(ranks, 1, _end_first_run, tiny_config(tmp_path / "eager", DataConfig()))
-    with pytest.raises(RankError, match="planted") as error:
-        train_on(ranks, 1, _fail, tiny_config(tmp_path / "wrong", DataConfig(), train__compile=True))
-    assert not isinstance(error.value, RankDied)

@@ -22,7 +22,6 @@ from tests.parity.harness import (
     run_on,
     text_corpus,
     tiny_config,
-    train_on,
 )
 from tests.parity.on_pipeline_ranks import (
     FAULTS,
@@ -191,9 +190,7 @@ def test_what_lies_between_put_off_layers_is_compiled(
     """A weight gradient that a graph swallows or writes over before W needs it; blocks that quietly run eagerly."""
     changes = {"train__compile": True, "train__compile_backend": "aot_eager", "parallel__zero_stage": 1} | changes
     changes |= {"parallel__pp": 2, "parallel__pp_schedule": schedule, "train__micro_batch_size": 4}
-    answers = train_on(
-        ranks, world_size, run_and_count_graphs, changed(plain_reference.config, tmp_path / "run", **changes)
-    )
+    answers = ranks.run(world_size, run_and_count_graphs, changed(plain_reference.config, tmp_path / "run", **changes))
     _assert_same_model(answers[0][0], plain_reference)
     # Before attention's projections, between these and its output, behind that, between the MLP's two: whatever else.
     assert all(graphs >= 4 for _, graphs in answers)
