@@ -30,7 +30,7 @@ def _make_with_one_thread(
         return
     gloo = dist.ProcessGroupGloo
     interfaces = os.environ.get("GLOO_SOCKET_IFNAME", "")
-    options = gloo._Options()
+    options = gloo._Options()  # type: ignore[attr-defined]
     options._timeout, options._threads = timeout, 1
     options._devices = [gloo.create_device(interface=name) for name in interfaces.split(",") if name]
     options._devices = options._devices or [gloo.create_default_device()]
