@@ -35,8 +35,8 @@ LONGEST_WAIT = timedelta(hours=1)
 """Of a collective. Not what finds a rank that hangs: `RankPool.run` does, and a rank may wait for one that compiles."""
 STARVED = 10
 """How many times as long as its patience `RankPool.run` waits at most for ranks that wait for a CPU or compute."""
-MAX_THREADS = 80
-"""Of a rank; three per process group, and those of torch."""
+MAX_THREADS = 54
+"""Of a rank; two per process group, and those of torch."""
 LAST_WORDS = 10_000
 """Bytes that are shown of what faulthandler wrote when a rank died."""
 
