@@ -418,8 +418,8 @@ class Trainer:
         batches = self.recipe.collect(self.train_data)
         report = self.recipe.report()
         microbatches = [self._part(self._targets(batch, training=True)).to(self.device) for batch in batches]
-        microbatches = self.recipe.prepare(microbatches)
         data_wait = time.perf_counter() - started
+        microbatches = self.recipe.prepare(microbatches)
         lr = learning_rate(
             self.config.schedule, base_lr=self.config.optim.lr, step=step, total_steps=self.config.train.steps
         )

@@ -6,7 +6,9 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -276,3 +278,31 @@ def test_a_prompt_longer_than_the_window_and_an_empty_one_are_continued(
         assert sample is not None
         assert sample.startswith(prompt)
         assert len(sample) > len(prompt)
+
+
+def _waits_of(config: TrainConfig) -> list[float]:
+    """data_wait_seconds by a clock that batches move on by a second, and what a recipe computes of them by ten."""
+    trainer = Trainer(finalize(config, world_size=1))
+    clock = [0.0]
+
+    def after(seconds: float, call: Callable[..., Any]) -> Callable[..., Any]:
+        def called(*args: Any) -> Any:
+            clock[0] += seconds
+            return call(*args)
+
+        return called
+
+    trainer.recipe.collect = after(1.0, trainer.recipe.collect)  # type: ignore[method-assign]
+    trainer.recipe.prepare = after(10.0, trainer.recipe.prepare)  # type: ignore[method-assign]
+    with mock.patch("trainer.trainer.time", SimpleNamespace(perf_counter=lambda: clock[0])):
+        trainer.run()
+    trainer.close()
+    lines = (Path(config.run.dir) / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["data_wait_seconds"] for line in lines]
+
+
+def test_what_a_recipe_computes_of_its_batches_is_no_wait_for_data(
+    ranks: RankPool, corpus: DataConfig, tmp_path: Path
+) -> None:
+    """The forward of a reference model, by which a third of a step seemed to wait for data."""
+    assert ranks.run(1, _waits_of, short(tmp_path, corpus, train__steps=3))[0] == [1.0] * 3
