@@ -11,8 +11,8 @@ import os
 import torch, torch.distributed as dist
 from parallel.mesh import init_distributed
 init_distributed(torch.device("cpu"), 60.0)
-for _ in range(2):
-    dist.new_group([0], backend="gloo")
+for group in (dist.group.WORLD, dist.new_group([0], backend="gloo"), dist.new_group([0], backend="gloo")):
+    dist.all_reduce(torch.zeros(1), group=group)  # its thread has a name by then
 names = [open(f"/proc/self/task/{thread}/comm").read().strip() for thread in os.listdir("/proc/self/task")]
 timeout = dist.group.WORLD._get_backend(torch.device("cpu")).options._timeout
 print(names.count("pt_gloo_runloop"), dist.get_backend(), timeout)
