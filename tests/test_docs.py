@@ -1,4 +1,4 @@
-"""The README is checked against the program: every command in it composes, and names files and targets that exist."""
+"""README and docs/ are checked against the program: commands in them compose, files and numbers in them exist."""
 
 from __future__ import annotations
 
@@ -24,19 +24,26 @@ from trainer.config import ConfigError
 from trainer.validate import finalize
 
 ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text()
-COMMANDS = [
-    line.partition("#")[0].strip()
-    for block in re.findall(r"```bash\n(.*?)```", README, re.S)
-    for line in block.splitlines()
-    if line.strip()
-]
+PAGES = {  # the log tells what was, and keeps names that are gone
+    path: path.read_text() for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))] if path.stem != "LOG"
+}
+README = PAGES[ROOT / "README.md"]
+MEASURED = PAGES[ROOT / "docs" / "MEASURED.md"]
 
 
-def test_the_readme_has_the_commands_this_file_checks() -> None:
+def _commands(page: str) -> list[str]:
+    fenced = re.findall(r"```bash\n(.*?)```", page, re.S)
+    return [line.partition("#")[0].strip() for block in fenced for line in block.splitlines() if line.strip()]
+
+
+COMMANDS = list(dict.fromkeys(command for page in PAGES.values() for command in _commands(page)))
+
+
+def test_the_pages_have_the_commands_this_file_checks() -> None:
     """A changed fence would leave nothing to check."""
-    assert len(COMMANDS) >= 9
-    assert {c.split()[0] for c in COMMANDS} == {"make", "torchrun", "python", "sbatch"}
+    assert {c.split()[0] for c in _commands(README)} == {"make", "torchrun", "python", "sbatch"}
+    with_commands = {path.stem for path, page in PAGES.items() if _commands(page)}
+    assert with_commands >= {"README", "TRAINING", "POST_TRAINING", "SERVING", "PLANNER", "SLURM"}
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("make")])
@@ -160,15 +167,10 @@ def test_commands_of_the_planner_plan_something_that_runs(command: str) -> None:
     assert plan_of(compose_for(PLAN, words[words.index("launch/plan.py") + 1 :]))["step_seconds"] > 0
 
 
-def test_the_readme_shows_the_inference_lab() -> None:
-    """Nothing left to check."""
-    assert len(LAB_COMMANDS) >= 6
-
-
 RESULTS = [json.loads(path.read_text()) for path in sorted((ROOT / "benchmarks" / "results").glob("*.json"))]
 
 
-def test_speeds_in_the_readme_are_in_the_results() -> None:
+def test_measured_numbers_are_in_the_results() -> None:
     """A table that was not written anew when a measurement was, or a number that nobody measured."""
 
     def values(found: object, key: str) -> Iterator[float]:
@@ -177,7 +179,7 @@ def test_speeds_in_the_readme_are_in_the_results() -> None:
         for value in found.values() if isinstance(found, dict) else found if isinstance(found, list) else []:
             yield from values(value, key)
 
-    measured = README.partition("## Measured")[2].partition("## Read it")[0]
+    measured = README.partition("## Measured")[2].partition("## Read it")[0] + MEASURED
     rows = [line for line in measured.splitlines() if line.startswith("|")]
     speeds = {
         f"{x:,.0f}"
@@ -188,7 +190,7 @@ def test_speeds_in_the_readme_are_in_the_results() -> None:
     utilization = {f"{100 * x:.1f}" for x in values(RESULTS, "mfu")}
     ratios = {f"{x:.2f}" for x in values(RESULTS, "ratio")}
     for known, pattern in (
-        (speeds, r"\| (\d+,\d{3}) \|"),
+        (speeds, r"(?:\| |: )(\d+,\d{3})(?: \||,)"),
         (memory, r"([\d.]+) GiB \|"),
         (utilization, r"([\d.]+)% \|"),
         (ratios, r"\b([0-2]\.\d\d)\b"),
@@ -206,15 +208,27 @@ def test_llama3_8b_runs_as_it_is_and_as_its_file_says_for_smaller_gpus(
     monkeypatch.chdir(tmp_path)
     comment = (ROOT / "configs" / "exp" / "llama3_8b.yaml").read_text().partition("defaults:")[0]
     smaller = re.findall(r"[a-z_]+\.[a-z_]+=\w+", comment)
-    assert " ".join(smaller) in README
+    assert " ".join(smaller) in MEASURED
     assert len(smaller) == 3
     for overrides in ([], smaller):
         finalize(compose_one(["+exp=llama3_8b", *overrides]), world_size=processes)
 
 
-def test_links_and_files_named_in_the_readme_exist() -> None:
-    """A page or module that was moved."""
-    named = re.findall(r"\]\(([^)#]+)\)", README)
-    named += re.findall(r"`((?:launch|trainer|models|parallel|inference)/[\w/]+\.py)`", README)
-    assert named
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_and_files_that_a_page_names_exist(page: Path) -> None:
+    """A page, a heading or a module that was moved."""
+    for link in re.findall(r"\]\(([^)]+)\)", PAGES[page]):
+        name, _, heading = link.partition("#")
+        target = (page.parent / name).resolve() if name else page
+        assert target.exists(), link
+        headings = re.findall(r"^#+ (.+)$", PAGES[target], re.M) if heading else []
+        slugs = [re.sub(r"[^\w -]", "", text.lower()).replace(" ", "-") for text in headings]
+        assert not heading or heading in slugs, link
+    folders = "launch|trainer|models|parallel|inference|kernels|planner|data|benchmarks|tests|configs|recipes"
+    named = re.findall(rf"`((?:{folders})/[\w/]+\.(?:py|yaml|json))`", PAGES[page])
     assert [path for path in named if not (ROOT / path).exists()] == []
+
+
+def test_every_page_is_reached_from_the_readme() -> None:
+    """A page that nobody finds."""
+    assert [path.name for path in PAGES if path.stem != "README" and f"docs/{path.name}" not in README] == []
