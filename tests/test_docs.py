@@ -193,7 +193,7 @@ def test_measured_numbers_are_in_the_results() -> None:
         (speeds, r"(?:\| |: )(\d+,\d{3})(?: \||,)"),
         (memory, r"([\d.]+) GiB \|"),
         (utilization, r"([\d.]+)% \|"),
-        (ratios, r"\b([0-2]\.\d\d)\b"),
+        (ratios, r"(?:\| |to |\*)([0-3]\.\d\d)\b"),
     ):
         shown = {number for row in rows for number in re.findall(pattern, row)}
         assert shown
@@ -227,6 +227,16 @@ def test_links_and_files_that_a_page_names_exist(page: Path) -> None:
     folders = "launch|trainer|models|parallel|inference|kernels|planner|data|benchmarks|tests|configs|recipes"
     named = re.findall(rf"`((?:{folders})/[\w/]+\.(?:py|yaml|json))`", PAGES[page])
     assert [path for path in named if not (ROOT / path).exists()] == []
+
+
+def test_every_kind_of_event_is_defined() -> None:
+    """An event that a reader of events.jsonl finds nowhere, or one that is no longer written."""
+    page = PAGES[ROOT / "docs" / "METRICS.md"].partition("## events.jsonl")[2].partition("## run.json")[0]
+    defined = {kind for row in re.findall(r"^\| (`.+?) \|", page, re.M) for kind in re.findall(r"`(\w+)`", row)}
+    called = re.compile(r'\bevents?(?:\.append)?\(\(?\s*"(\w+)"(?:\s+if .*?\selse\s+"(\w+)")?')
+    sources = "\n".join(path.read_text() for path in sorted((ROOT / "trainer").rglob("*.py")))
+    written = {kind for found in called.findall(sources) for kind in found if kind}
+    assert defined - {"kind"} == written | {"answers"}  # its kind stands in the tuple that a recipe returns
 
 
 def test_every_page_is_reached_from_the_readme() -> None:

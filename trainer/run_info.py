@@ -32,7 +32,7 @@ class RunInfo:
     flops_per_token: float  # forward and backward of one token, recomputation not counted
     flops_per_token_causal: float  # the same, where attention counts what a token may see
     peak_flops: float | None  # FLOP/s per device that MFU is against
-    pipeline: Mapping[str, Any] | None = None  # trainer.pipelined.describe_plan; None: there is no pipeline
+    pipeline: Mapping[str, Any] | None = None  # trainer.pipelined.PlanOfStep.fields; None: there is no pipeline
     resume_step: int = 0  # steps already done before this start
     argv: Sequence[str] = field(default_factory=lambda: tuple(sys.argv))
 
