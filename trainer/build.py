@@ -38,13 +38,14 @@ from trainer.loss import Objective
 from trainer.loss_scale import LossScale
 from trainer.optim import build_optimizer
 from trainer.optim import describe as describe_optimizer
+from trainer.passes import PlainPasses
 from trainer.pipelined import PipelinedPasses, pipeline_layout
 from trainer.recipes import RECIPES
 from trainer.recipes.pretrain import Pretrain
 from trainer.routing import RoutingMonitor
 from trainer.sequence import context_parallelism
 from trainer.speculator import build_speculator_state
-from trainer.step import Passes, PlainPasses, TrainState
+from trainer.step import Passes, TrainState
 
 
 def build_state(

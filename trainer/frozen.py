@@ -31,9 +31,11 @@ from parallel.pipeline.layout import problems as pipeline_problems
 from parallel.precision import DTYPES, PrecisionConfig
 from parallel.problem import without_advice
 from trainer.config import TrainConfig
+from trainer.heads import logprobs_head
+from trainer.passes import PlainPasses
 from trainer.pipelined import PipelinedPasses, pipeline_layout
 from trainer.sequence import problems as sequence_problems
-from trainer.step import Passes, PlainPasses, logprobs_head
+from trainer.step import Passes
 from trainer.validate_tensor import problems_of_model
 
 

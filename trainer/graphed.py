@@ -21,7 +21,8 @@ from data.batch import Batch
 from inference.graphs import nothing_collected
 from parallel.zero import WholeParameters
 from trainer.config import ConfigError
-from trainer.step import PlainPasses, TrainState, forward_loss_sum
+from trainer.passes import PlainPasses, forward_loss_sum
+from trainer.step import TrainState
 
 FIRST = 2
 """Micro-batches of a shape that run before it is captured: compiled blocks run differently the second time."""

@@ -30,7 +30,9 @@ from parallel.pipeline.timeline import draw
 from parallel.pipeline.trace import chrome_trace
 from parallel.pipeline.weight_gradients import WeightGradients
 from trainer.gradients import local_shard_of
-from trainer.step import TrainState, forward_head, forward_loss_sum, in_evaluation, logits_head, logprobs_head
+from trainer.heads import forward_head, in_evaluation, logits_head, logprobs_head
+from trainer.passes import forward_loss_sum
+from trainer.step import TrainState
 
 TIED = "embedding.weight"
 """What first and last stage both hold when embeddings are tied, or multi-token prediction embeds later tokens."""

@@ -36,10 +36,12 @@ from parallel.mesh import Meshes
 from parallel.parallelize import BlockOptions, compile_block, parallelize
 from parallel.regions import Located, local_region, local_tensor
 from trainer.config import TrainConfig
+from trainer.heads import logits_head
 from trainer.loss import NextToken, token_loss_sum
 from trainer.loss_scale import LossScale
 from trainer.optim import build_optimizer
-from trainer.step import PlainPasses, TrainState, logits_head
+from trainer.passes import PlainPasses
+from trainer.step import TrainState
 
 CHUNK_TOKENS = 1024
 """Of which both distributions over the vocabulary exist at a time."""

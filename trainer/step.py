@@ -8,15 +8,13 @@ counted is the recipe's `Objective` (trainer/loss.py); the above is that of pret
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.profiler import record_function
 
 from data.batch import Batch
@@ -26,9 +24,9 @@ from models.speculator import Speculator
 from parallel.activation_budget import Choice
 from parallel.data import DataParallel
 from parallel.fused import Parts, separate
-from parallel.pipeline.stages import Stage
 from parallel.regions import Located
-from trainer.loss import Objective, count_valid, token_losses, vocabulary_shard
+from trainer.heads import in_evaluation
+from trainer.loss import Objective, count_valid
 from trainer.loss_scale import LossScale
 from trainer.optim import Optimizer, clip_coefficient, global_grad_norm
 from trainer.routing import RoutingMonitor
@@ -72,7 +70,7 @@ class Passes(Protocol):
 
 @dataclass
 class TrainState:
-    """Everything a step reads and changes."""
+    """Everything a step reads and changes. Filled by trainer/build.py, where nothing else is said."""
 
     model: Decoder | Speculator
     data_parallel: DataParallel
@@ -81,23 +79,22 @@ class TrainState:
     token_group: dist.ProcessGroup  # ranks with different tokens of the global batch
     device: torch.device
     grad_clip: float  # largest global gradient norm; 0: none
-    objective: Objective
+    objective: Objective  # the recipe's
+    passes: Passes
     fused: Mapping[str, Parts] = field(default_factory=dict)  # of the masters, by name: parallel.fused.fused_parameters
-    passes: Passes = field(default_factory=lambda: PlainPasses())
     routing: RoutingMonitor | None = None  # of a mixture of experts
     fp8: Fp8Linears | None = None  # the layers that multiply in fp8
     stage_group: dist.ProcessGroup | None = None  # ranks with the other stages of the model; None: this one has all
     copies: frozenset[str] = frozenset()  # masters here that are copies of another stage's (a tied embedding)
-    activation_plan: dict[str, Choice] = field(
-        default_factory=dict
-    )  # by block; empty: no budget. Filled by build_state
-    # Models that are trained beside it over the same micro-batches, each by an objective of its own, by the names that
-    # their tensors and metrics begin with; filled by Trainer
+    # What each block keeps for its backward; empty: no budget was given.
+    activation_plan: dict[str, Choice] = field(default_factory=dict)
+    # Models that are trained beside this one over the same micro-batches, each by an objective of its own, by the
+    # names that their tensors and metrics begin with (the value model of PPO). Filled by Trainer.
     beside: Mapping[str, TrainState] = field(default_factory=dict)
-    lr_factor: float = 1.0  # of one that is beside another: times that one's learning rate
-    begun: dict[str, torch.Tensor] = field(default_factory=dict)  # as adapters began, where weights lack that; PiSSA
-    before_update: Callable[[], None] | None = None  # called when gradients are complete; filled by trainer/health.py
-    step: int = 0  # updates attempted so far; filled by train_step
+    lr_factor: float = 1.0  # where this is trained beside another: its learning rate is the run's times this (Trainer)
+    begun: dict[str, torch.Tensor] = field(default_factory=dict)  # PiSSA: adapters as they began (trainer/adapters.py)
+    before_update: Callable[[], None] | None = None  # called when gradients are complete (trainer/health.py)
+    step: int = 0  # updates attempted so far (train_step)
 
     def weights(self) -> dict[str, Located]:
         """What makes the model, by name: masters, and buffers, which every rank holds whole. Of fused parameters their
@@ -145,125 +142,6 @@ class StepMetrics:
     valid_tokens: torch.Tensor  # 0-d int64; tokens with a label in the global batch
     loss_scale: torch.Tensor  # 0-d fp32; what this step's loss was scaled by
     extra: dict[str, torch.Tensor] = field(default_factory=dict)  # more metrics by name, 0-d
-
-
-def forward_loss_sum(
-    state: TrainState,
-    batch: Batch,
-    *,
-    aux_scale: torch.Tensor | None = None,
-    stage: Stage | None = None,
-    hidden: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """The objective's sums of this micro-batch, fp32 [1 + D].
-
-    Their backward adds aux_scale times the auxiliary losses'. Of a pipeline stage before the last: its hidden states.
-    """
-    result = state.model(
-        batch.tokens,
-        positions=batch.positions,
-        documents=batch.documents,
-        samples=batch.samples,
-        indices=batch.indices,
-        cut=batch.cut,
-        aux_scale=aux_scale,
-        head=state.objective.head(batch),
-        ahead=state.objective.ahead(batch),
-        stage=stage,
-        hidden=hidden,
-    )
-    return result.view(-1) if stage is None or stage.is_last else result
-
-
-class PlainPasses:
-    """The whole model on this rank: one micro-batch after the other."""
-
-    def backward(self, state: TrainState, microbatches: list[Batch], scales: torch.Tensor) -> torch.Tensor:
-        total = torch.zeros_like(scales, dtype=torch.float64)  # millions of tokens: fp32 would round
-        aux_scale = None if state.routing is None else state.routing.aux_scale(state.loss_scale.scale)
-        for i, batch in enumerate(microbatches):
-            state.data_parallel.start_microbatch(last=i == len(microbatches) - 1)
-            sums = forward_loss_sum(state, batch, aux_scale=aux_scale)
-            sums.backward(scales)
-            total += sums.detach()
-        state.data_parallel.finish_backward()
-        return total
-
-    def sums(self, state: TrainState, microbatches: list[Batch]) -> torch.Tensor:
-        return torch.stack([forward_loss_sum(state, batch).double() for batch in microbatches]).sum(0)
-
-    def logits(self, state: TrainState, tokens: torch.Tensor, position: int) -> torch.Tensor:
-        return state.model(tokens, head=logits_head(state.model, position)).float()
-
-    def per_token(
-        self, model: Decoder, microbatches: list[Batch], head: Callable[[Batch], Head], *, everywhere: bool = True
-    ) -> list[torch.Tensor]:
-        with in_evaluation(model), torch.no_grad():
-            return [forward_head(model, batch, head(batch)) for batch in microbatches]
-
-    def token_logprobs(
-        self, model: Decoder, microbatches: list[Batch], *, temperature: float = 1.0
-    ) -> list[torch.Tensor]:
-        return self.per_token(model, microbatches, logprobs_head(model, temperature))
-
-
-def forward_head(
-    model: Decoder, batch: Batch, head: Head, *, stage: Stage | None = None, hidden: torch.Tensor | None = None
-) -> torch.Tensor:
-    """What a head makes of a micro-batch, or the hidden states of a pipeline stage before the last."""
-    return model(
-        batch.tokens,
-        positions=batch.positions,
-        documents=batch.documents,
-        samples=batch.samples,
-        indices=batch.indices,
-        cut=batch.cut,
-        head=head,
-        stage=stage,
-        hidden=hidden,
-    )
-
-
-def logprobs_head(model: Decoder, temperature: float = 1.0) -> Callable[[Batch], Head]:
-    """Heads for `Passes.per_token`: log-probabilities of labels [B, T], under logits divided by temperature."""
-    vocabulary = vocabulary_shard(model.config.vocab_size, model.groups)
-
-    def of_batch(batch: Batch) -> Head:
-        def head(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-            losses = token_losses(
-                hidden,
-                weight,
-                batch.labels,
-                vocabulary=vocabulary,
-                temperature=temperature,
-                batch_invariant=model.batch_invariant,
-            )
-            return -losses.float()
-
-        return head
-
-    return of_batch
-
-
-@contextmanager
-def in_evaluation(model: nn.Module) -> Iterator[None]:
-    """Without dropout and routers' reports while this lasts."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
-
-
-def logits_head(model: nn.Module, position: int) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """A head for Decoder.forward: logits [B, V] after one token, of all words whatever part of them a rank has."""
-
-    def head(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        assert isinstance(model.head, nn.Module)
-        return model.head(hidden[:, position], weight)
-
-    return head
 
 
 def train_step(state: TrainState, microbatches: list[Batch], *, lr: float) -> StepMetrics:
@@ -334,12 +212,11 @@ def evaluate(state: TrainState, steps: Iterable[list[Batch]]) -> dict[str, float
     sums = torch.zeros((), dtype=torch.float64, device=state.device)
     counts = torch.zeros((), dtype=torch.int64, device=state.device)
     state.begin_forwards()
-    state.model.eval()
-    for step in steps:
-        on_device = [batch.to(state.device) for batch in step]
-        sums = sums + state.passes.sums(state, on_device)
-        counts = counts + count(state.objective, on_device)[1:]
-    state.model.train()
+    with in_evaluation(state.model):
+        for step in steps:
+            on_device = [batch.to(state.device) for batch in step]
+            sums = sums + state.passes.sums(state, on_device)
+            counts = counts + count(state.objective, on_device)[1:]
     totals = torch.stack([sums, counts.double()])
     dist.all_reduce(totals, group=state.token_group)
     return dict(zip(["loss", *state.objective.names], (totals[0] / totals[1].clamp(min=1)).tolist(), strict=False))

@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,15 +18,14 @@ from data.batch import Batch
 from data.config import DataError
 from data.loader import Loader
 from data.progress import Progress
-from models.flops import causal_flops_per_token, flops_per_token, num_parameters
+from models.flops import causal_flops_per_token, flops_per_token
 from models.hf import load_hf_weights
 from models.init import initialize, start_score
-from parallel.activation_budget import describe
 from parallel.dims import ParallelDims
 from parallel.mesh import build_mesh, init_distributed, pick_device
 from trainer.adapters import adapter_identity, check_same_adapter, load_base, start_adapters
 from trainer.agreement import check_same_on_all_ranks
-from trainer.breakdown import profile_of, sentence, trace_path
+from trainer.announce import Announcer
 from trainer.build import attention_used, build_state, check_fp8_runs, check_graphs_run, implementations
 from trainer.checkpoint import CheckpointError, CheckpointManager, read_extra
 from trainer.config import ConfigError, TrainConfig, configuration_errors
@@ -48,15 +47,14 @@ from trainer.injection import planned_faults
 from trainer.metrics import MetricLogger
 from trainer.peers import PeerCheckpoints
 from trainer.pipelined import PipelinedPasses, PlanOfStep
-from trainer.predicted import compare
 from trainer.profiling import StepProfiler
 from trainer.recipes import RECIPES
 from trainer.records import StepRecords, TrainingDiverged
 from trainer.resilience import PreemptionGuard
 from trainer.run_dir import check_run_dir, enter_run_dir, find_start
-from trainer.run_info import RunInfo, add_to_run_info, write_config, write_run_info
+from trainer.run_info import RunInfo
 from trainer.run_lock import RunLock
-from trainer.sample import check_prompt, sample_text
+from trainer.sample import check_prompt
 from trainer.schedule import learning_rate
 from trainer.sequence import split_batch
 from trainer.speculator import load_model, start_heads, targets
@@ -75,13 +73,61 @@ class Preempted(Exception):
     """The run saved and stopped because it was told to; the launcher should start it again."""
 
 
+class Due(NamedTuple):
+    """What follows a step. Filled by `Trainer._due`, the same on every rank."""
+
+    finished: bool  # it was the last
+    preempted: bool  # save and stop: a signal asked for it
+    validation: bool
+    save: bool  # a checkpoint
+
+
 class Trainer:
     """One run. Build it on every rank with the same configuration, call `run`, then `close`."""
 
     def __init__(self, config: TrainConfig) -> None:
-        """config: validated, with the model resolved (trainer.validate.finalize)."""
+        """Everything up to the first step: ranks, data, model, weights, then the run directory.
+
+        config: validated, with the model resolved (trainer.validate.finalize). Raises ConfigError for what only this
+        machine or these files show to be wrong, CheckpointError for a checkpoint that cannot be read. Until weights are
+        loaded nothing is written: a start that is refused leaves run.dir as it was.
+        """
         self.config = config
         self.recipe = RECIPES[config.recipe.name]()
+        self._join_ranks()
+        self.run_dir = Path(config.run.dir)
+        self.lock = RunLock(self.run_dir)
+        check_run_dir(config, self.lock)
+        self.checkpoints = CheckpointManager(self.run_dir / "checkpoints", config.checkpoint, device=self.device)
+        self.adapter = adapter_identity(config)
+        self.resume_from = self._find_start()
+        self.train_data, self.validation_data = self._build_data()
+        objective = self.recipe.objective(config, self.mesh, self.device)
+        self.state = build_state(config, self.dims, self.mesh, self.device, objective)
+        self.state.beside = self._build_beside()
+        self.tokens_per_step = config.train.global_batch_size * config.train.seq_len
+        self.tokens = 0  # trained on since step 1
+        self.throughput = self._throughput()
+        self.records = StepRecords(config, self.throughput, self.device, dynamic_scale=self.state.loss_scale.dynamic)
+        self._changed: list[str] = []  # settings, since the checkpoint
+        self._load()
+        self.peers = self._load_from_peers()
+        self.recipe.start(config, self.state, self.mesh)
+        self._enter_run_dir()
+        self.goodput = Goodput(self.run_dir, resume_step=self.state.step, is_main=self.is_main)
+        self.guard = PreemptionGuard()
+        self.health = Health(config, self.state, device=self.device, group=self.guard.group)
+        self.faults = planned_faults()  # none, unless this is a drill
+        self._alone = False  # other ranks may have ended, or be waiting elsewhere
+        self._loss: float | None = None  # of the newest step that was logged
+        self._validation_loss: float | None = None  # of the newest validation
+        self._describe()
+
+    # ---- setting up
+
+    def _join_ranks(self) -> None:
+        """This rank's device, the process group and its mesh, when all ranks were given the same configuration."""
+        config = self.config
         with configuration_errors():
             self.device = pick_device(config.train.device)
             attention_used(config, self.device)
@@ -98,61 +144,18 @@ class Trainer:
         check_same_on_all_ranks(run_identity(config))
         self.dims = ParallelDims.resolve(config.parallel, self.world_size)
         self.mesh = build_mesh(self.dims, self.device.type)
-        self.run_dir = Path(config.run.dir)
-        # Until everything is loaded, nothing is written: a start that is refused leaves run.dir as it was.
-        self.lock = RunLock(self.run_dir)
-        check_run_dir(config, self.lock)
-        self.checkpoints = CheckpointManager(self.run_dir / "checkpoints", config.checkpoint, device=self.device)
-        self.adapter = adapter_identity(config)
-        self.resume_from = find_start(config, self.checkpoints.group)
-        if self.resume_from is not None:
-            check_same_model(self.resume_from, config.model)
-            check_same_adapter(self.resume_from, self.adapter)
-            check_same_moments(self.resume_from, config)
-            check_same_scaling(self.resume_from, config.precision, fused_projections=config.model.fused_projections)
-            check_tokenizer_is_known(self.resume_from, config.data)
-        self.train_data, self.validation_data = self._build_data()
-        tokenizer = self.train_data.tokenizer
-        check_same_on_all_ranks(
-            {"data": self.train_data.identity, "tokenizer": tokenizer.fingerprint() if tokenizer else None}
-        )
-        self.state = build_state(
-            config, self.dims, self.mesh, self.device, self.recipe.objective(config, self.mesh, self.device)
-        )
-        self.state.beside = self._build_beside()
-        self.tokens_per_step = config.train.global_batch_size * config.train.seq_len
-        self.tokens = 0  # trained on since step 1
-        self.throughput = self._throughput()
-        self.records = StepRecords(config, self.throughput, self.device, dynamic_scale=self.state.loss_scale.dynamic)
-        self._changed: list[str] = []  # settings, since the checkpoint
-        self._load()
-        self.peers = self._load_from_peers()
-        self.recipe.start(config, self.state, self.mesh)
-        enter_run_dir(config, self.resume_from, self.lock)
-        if self.peers is not None:
-            self.peers.start()
-        self.metrics = MetricLogger(
-            self.run_dir,
-            config.logging,
-            is_main=self.is_main,
-            total_steps=config.train.steps,
-            run_name=config.run.name,
-            config_dict=asdict(config),
-            resume_step=self.state.step,
-        )
-        with configuration_errors():
-            self.profiler = StepProfiler(
-                config.train.profile, folder=self.run_dir / "profile", rank=self.rank, device=self.device
-            )
-        self.goodput = Goodput(self.run_dir, resume_step=self.state.step, is_main=self.is_main)
-        self.guard = PreemptionGuard()
-        self.health = Health(config, self.state, device=self.device, group=self.guard.group)
-        self.faults = planned_faults()  # none, unless this is a drill
-        self._alone = False  # other ranks may have ended, or be waiting elsewhere
-        self._validation_loss: float | None = None  # of the newest validation
-        self._describe()
 
-    # ---- setting up
+    def _find_start(self) -> Path | None:
+        """The checkpoint to go on from, which is one of this model; None: a new run."""
+        config = self.config
+        found = find_start(config, self.checkpoints.group)
+        if found is not None:
+            check_same_model(found, config.model)
+            check_same_adapter(found, self.adapter)
+            check_same_moments(found, config)
+            check_same_scaling(found, config.precision, fused_projections=config.model.fused_projections)
+            check_tokenizer_is_known(found, config.data)
+        return found
 
     def _build_data(self) -> tuple[Loader, Loader | None]:
         config, train = self.config, self.config.train
@@ -170,6 +173,8 @@ class Trainer:
             train_data, validation_data = build("train"), build("validation") if train.eval_interval > 0 else None
         if train.sample_tokens > 0 and train_data.tokenizer is not None:
             check_prompt(train_data.tokenizer, train.sample_prompt, vocab_size=config.model.vocab_size)
+        fingerprint = train_data.tokenizer.fingerprint() if train_data.tokenizer else None
+        check_same_on_all_ranks({"data": train_data.identity, "tokenizer": fingerprint})
         return train_data, validation_data
 
     def _throughput(self) -> Throughput:
@@ -268,12 +273,33 @@ class Trainer:
                 self.resume_from = self.run_dir / f"memory (step {step})"
         return peers
 
+    def _enter_run_dir(self) -> None:
+        """From here on the run writes."""
+        config = self.config
+        enter_run_dir(config, self.resume_from, self.lock)
+        if self.peers is not None:
+            self.peers.start()
+        self.metrics = MetricLogger(
+            self.run_dir,
+            config.logging,
+            is_main=self.is_main,
+            total_steps=config.train.steps,
+            run_name=config.run.name,
+            config_dict=asdict(config),
+            resume_step=self.state.step,
+        )
+        self.announce = Announcer(
+            config, self.metrics, run_dir=self.run_dir, rank=self.rank, device_name=self.device_name
+        )
+        with configuration_errors():
+            self.profiler = StepProfiler(
+                config.train.profile, folder=self.run_dir / "profile", rank=self.rank, device=self.device
+            )
+
     def _describe(self) -> None:
-        """config.yaml, run.json and one line on the console: what really runs."""
-        precision = self.config.precision
-        pipeline = None
+        """What really runs: config.yaml, run.json and events."""
+        config, train, precision, pipeline = self.config, self.config.train, self.config.precision, None
         if isinstance(self.state.passes, PipelinedPasses):
-            train = self.config.train
             pipeline = PlanOfStep.of(
                 self.state.passes.layout,
                 num_sequences=train.global_batch_size // self.dims.dp,
@@ -283,41 +309,17 @@ class Trainer:
             device=self.device,
             world_size=self.world_size,
             mesh=self.mesh.sizes,
-            kernels=implementations(self.config, self.dims, self.state, self.device),
+            kernels=implementations(config, self.dims, self.state, self.device),
             precision={"compute": precision.compute, "master": precision.master, "reduce": precision.reduce},
             flops_per_token=self.throughput.flops_per_token,
-            flops_per_token_causal=causal_flops_per_token(
-                self.config.model, self.config.train.seq_len, frozen=self.adapter is not None
-            ),
+            flops_per_token_causal=causal_flops_per_token(config.model, train.seq_len, frozen=self.adapter is not None),
             peak_flops=self.throughput.peak,
             pipeline=None if pipeline is None else pipeline.fields,
             resume_step=self.state.step,
         )
-        if self.is_main:
-            write_config(self.run_dir, self.config)
-            write_run_info(self.run_dir, info)
-        self.metrics.event(
-            "resume" if self.resume_from else "start",
-            f"{self.config.model.family}, {num_parameters(self.config.model) / 1e6:,.1f}M parameters, "
-            f"{self.world_size} x {self.device_name}, "
-            f"ZeRO-{self.config.parallel.zero_stage}, {self.config.precision.compute}"
-            + ("" if pipeline is None else f", pipeline {pipeline}")
-            + (f"; resumed from {self.resume_from} at step {self.state.step}" if self.resume_from else ""),
-            step=self.state.step,
-            **({} if pipeline is None else {"pipeline": pipeline.fields}),
-        )
-        if text := self.recipe.describe_data(self.train_data):
-            self.metrics.event("data", text, **self.train_data.counts)
-        if plan := self.state.activation_plan:
-            what = describe(list(plan.values()))
-            self.metrics.event(
-                "activations",
-                f"activations of rank 0: {what}",
-                gib=sum(choice.num_bytes for choice in plan.values()) / 2**30,
-                recomputed_seconds=sum(choice.seconds for choice in plan.values()),
-            )
-        if self._changed:
-            self.metrics.event("changed", f"since the checkpoint: {', '.join(self._changed)}", step=self.state.step)
+        self.announce.start(info, self.state, pipeline=pipeline, resume_from=self.resume_from)
+        self.announce.data(self.recipe.describe_data(self.train_data), self.train_data)
+        self.announce.changed(self._changed, step=self.state.step)
 
     # ---- training
 
@@ -347,66 +349,94 @@ class Trainer:
             self.peers.discard()
 
     def _run(self) -> dict[str, Any]:
-        config, state = self.config, self.state
-        loss = None
+        train, state = self.config.train, self.state
         self.records.clock.start()
         self.health.start()
-        if config.train.compile and state.step < config.train.steps:
+        if train.compile and state.step < train.steps:
             self.metrics.say("compiling with the first step, which may take minutes")
-        while state.step < config.train.steps:
+        while state.step < train.steps:
             self.profiler.begin_step(state.step + 1)
             self._launch_step()
-            if (traces := self.profiler.end_step(state.step)) is not None:
-                self._report_traces(traces)
-            finished = state.step == config.train.steps
-            validate = config.train.eval_interval > 0 and (finished or state.step % config.train.eval_interval == 0)
-            preempted = self.guard.requested(state.step) and not finished
-            stragglers = self.health.end_step(state.step)
-            if times := self.health.times_of_ranks(state.step):
-                self.metrics.log_ranks(state.step, times)
-            for straggler in stragglers:
-                self.metrics.event("straggler", f"step {state.step}: {straggler}", **asdict(straggler), step=state.step)
-            due = config.checkpoint.interval > 0 and state.step % config.checkpoint.interval == 0
-            save = due or preempted or (finished and config.checkpoint.at_end)
-            # On the GPU a step is logged after the next was launched, so that the device never waits for the host.
-            self.health.begin("results", state.step)
-            checked = self.health.check(state.step, save=save)
-            one_behind = self.device.type == "cuda" and not (finished or validate or save or checked)
-            records = self.records.collect(keep=1 if one_behind else 0)
-            for record in records:
-                self.health.add_step(record["step_seconds"])
-                record["goodput"] = self.goodput.after(record["step_seconds"])
-            if checked:
-                self.records.clock.start()
-            if validate:
-                records[-1] |= self._validate()
-            for record in records:
-                self.metrics.log(record)
-                if (skipped := self.records.judge(record)) is not None:
-                    self.metrics.event("skipped_step", skipped, step=record["step"])
-                    self.records.check_skipped(skipped)
-                loss = record["loss"]
-            if save:
-                self._save(blocking=preempted)
-            if preempted:
-                self.metrics.event("preempted", f"saved at step {state.step}; start again to continue", step=state.step)
-                raise Preempted(f"preempted at step {state.step}; the state is in {self.run_dir}/checkpoints")
-            if self.peers is not None and state.step % config.resilience.peer_interval == 0 and not finished:
-                self.peers.save(state.step, state.state_tensors(), self._extra())
-            self._report_checkpoints()
+            self.announce.traces(self.profiler.end_step(state.step), step=state.step)
+            due = self._due()
+            self._watch_ranks()
+            self._log(due)
+            self._keep(due)
             if state.step % GC_INTERVAL == 0:
                 gc.collect(1)
+        return self._finish()
+
+    def _due(self) -> Due:
+        """What follows the step that was launched last: the same on every rank. Collective."""
+        config, step = self.config, self.state.step
+        finished = step == config.train.steps
+        preempted = self.guard.requested(step) and not finished
+        interval = config.checkpoint.interval
+        return Due(
+            finished=finished,
+            preempted=preempted,
+            validation=config.train.eval_interval > 0 and (finished or step % config.train.eval_interval == 0),
+            save=(interval > 0 and step % interval == 0) or preempted or (finished and config.checkpoint.at_end),
+        )
+
+    def _watch_ranks(self) -> None:
+        """Times of all ranks, and those that keep the others waiting. Collective."""
+        step = self.state.step
+        stragglers = self.health.end_step(step)
+        if times := self.health.times_of_ranks(step):
+            self.metrics.log_ranks(step, times)
+        self.announce.stragglers(stragglers, step=step)
+
+    def _log(self, due: Due) -> None:
+        """Check the state if that is due, validate, and write down the steps whose numbers are there.
+
+        On the GPU a step is logged after the next was launched, so that the device never waits for the host.
+        """
+        self.health.begin("results", self.state.step)
+        checked = self.health.check(self.state.step, save=due.save)
+        one_behind = self.device.type == "cuda" and not (due.finished or due.validation or due.save or checked)
+        records = self.records.collect(keep=1 if one_behind else 0)
+        for record in records:
+            self.health.add_step(record["step_seconds"])
+            record["goodput"] = self.goodput.after(record["step_seconds"])
+        if checked:
+            self.records.clock.start()
+        if due.validation:
+            records[-1] |= self._validate()
+        for record in records:
+            self.metrics.log(record)
+            if (skipped := self.records.judge(record)) is not None:
+                self.metrics.event("skipped_step", skipped, step=record["step"])
+                self.records.check_skipped(skipped)
+            self._loss = record["loss"]
+
+    def _keep(self, due: Due) -> None:
+        """A checkpoint, or copies for peers, if they are due. Raises Preempted behind the checkpoint that it saves."""
+        step = self.state.step
+        if due.save:
+            self._save(blocking=due.preempted)
+        if due.preempted:
+            self.metrics.event("preempted", f"saved at step {step}; start again to continue", step=step)
+            raise Preempted(f"preempted at step {step}; the state is in {self.run_dir}/checkpoints")
+        if self.peers is not None and step % self.config.resilience.peer_interval == 0 and not due.finished:
+            self.peers.save(step, self.state.state_tensors(), self._extra())
+        self.announce.checkpoints(self.checkpoints.committed())
+
+    def _finish(self) -> dict[str, Any]:
+        """What is left when all steps are done: the last checkpoint, and what the run says of itself."""
+        state = self.state
         self.health.begin("checkpoint", state.step)
         if self.checkpoints.saving:
             self.metrics.say("waiting for the last checkpoint to be written")
         self.checkpoints.wait()
-        self._report_checkpoints()
+        self.announce.checkpoints(self.checkpoints.committed())
         self.health.begin("sample", state.step)
-        self._compare_with_prediction()
-        if isinstance(state.passes, PipelinedPasses) and config.parallel.pp_trace:
+        self.announce.prediction(self.records, world_size=self.world_size, device=self.device, step=state.step)
+        if isinstance(state.passes, PipelinedPasses) and self.config.parallel.pp_trace:
             picture = state.passes.write_trace(self.run_dir)
             self.metrics.picture("pipeline_timeline", picture, step=state.step)
-        return {"step": state.step, "loss": loss, "validation_loss": self._validation_loss, "sample": self._sample()}
+        sample = self.announce.sample(state, self.train_data.tokenizer)
+        return {"step": state.step, "loss": self._loss, "validation_loss": self._validation_loss, "sample": sample}
 
     def _launch_step(self) -> None:
         """Run one step; on the GPU, only enqueue it. Its numbers come with `StepRecords.collect`."""
@@ -476,7 +506,7 @@ class Trainer:
         if blocking or not self.config.checkpoint.asynchronous:
             self.metrics.say(f"saving step {self.state.step} to {self.run_dir}/checkpoints")
         self.checkpoints.save(self.state.step, self.state.state_tensors(), self._extra(), blocking=blocking)
-        self._report_checkpoints()
+        self.announce.checkpoints(self.checkpoints.committed())
         self.records.clock.start()
 
     def _extra(self) -> dict[str, Any]:
@@ -493,60 +523,11 @@ class Trainer:
             "config": asdict(self.config),
         } | ({} if self.adapter is None else {"adapter": self.adapter})
 
-    def _report_checkpoints(self) -> None:
-        """An event for every checkpoint that has become complete: from then on a crash loses nothing before it."""
-        for step in self.checkpoints.committed():
-            self.metrics.event("checkpoint", f"checkpoint of step {step}", step=step)
-
-    def _report_traces(self, folder: Path) -> None:
-        """An event with where the time of the traced steps went, on rank 0."""
-        path = trace_path(self.run_dir, self.rank)
-        if not self.is_main or path.parent != folder:  # traced on other ranks alone, or as NVTX ranges
-            self.metrics.event("profile", f"traced into {folder}", step=self.state.step)
-            return
-        found = profile_of(self.run_dir, rank=self.rank)
-        self.metrics.event("profile", f"{sentence(found)}; traced into {folder}", step=self.state.step, **found)
-
-    def _compare_with_prediction(self) -> None:
-        """An event and a field of run.json: memory and time beside what the planner says of this run."""
-        if not self.is_main:
-            return
-        on_gpu = self.device.type == "cuda"
-        try:
-            text, fields = compare(
-                self.config,
-                world_size=self.world_size,
-                device_name=self.device_name,
-                seconds=list(self.records.seconds),
-                peak_gib=self.records.peak_memory_gib() if on_gpu else None,
-            )
-        except Exception as error:  # the run is done, and what it did is not for a prediction to spoil
-            text, fields = f"no prediction: {error!r}", {}
-        self.metrics.event("predicted", text, step=self.state.step, **fields)
-        if fields:
-            add_to_run_info(self.run_dir, predicted=fields)
-
     def _all_gather(self, value: Any) -> list[Any]:
         """One object of every data-parallel rank, in rank order."""
         values: list[Any] = [None] * self.dims.dp
         dist.all_gather_object(values, value, group=self.mesh.samples.get_group())
         return values
-
-    def _sample(self) -> str | None:
-        train, tokenizer = self.config.train, self.train_data.tokenizer
-        if train.sample_tokens == 0 or tokenizer is None:
-            return None
-        text = sample_text(
-            self.state,
-            tokenizer,
-            prompt=train.sample_prompt,
-            num_tokens=train.sample_tokens,
-            max_seq_len=train.seq_len,
-            seed=train.seed,
-        )
-        said = f"sampled {train.sample_tokens} tokens after {train.sample_prompt!r}"
-        self.metrics.event("sample", said, step=self.state.step, sample=text)
-        return text
 
     def close(self) -> None:
         """Stop background work and flush every sink. Call it also after a failure.

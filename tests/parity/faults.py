@@ -25,8 +25,8 @@ from parallel import activation_checkpoint, collectives, parallelize
 from parallel.data import DataParallel
 from tests.parity.harness import Outcome, run_here
 from trainer.config import TrainConfig
+from trainer.passes import PlainPasses, forward_loss_sum
 from trainer.pipelined import PipelinedPasses
-from trainer.step import PlainPasses, forward_loss_sum
 
 Fault = list[tuple[Any, str, Callable[[Any], Any]]]
 """Where, the name of what is replaced, and what makes the replacement from it."""
@@ -104,7 +104,10 @@ def _gradients_times(factor: Callable[[Batch, Sequence[Batch]], float]) -> Calla
                     result.register_hook(lambda grad: grad * factor(batch, microbatches))
                 return result
 
-            with patch("trainer.step.forward_loss_sum", forward), patch("trainer.pipelined.forward_loss_sum", forward):
+            modules = ("trainer.passes", "trainer.pipelined")
+            with ExitStack() as stack:
+                for module in modules:
+                    stack.enter_context(patch(f"{module}.forward_loss_sum", forward))
                 return true(self, state, microbatches, per_token)
 
         return backward

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import models.fp8
 import models.fp8_gather
+import trainer.passes
 import trainer.step
 import trainer.trainer
 from data.config import DataConfig
@@ -118,7 +119,7 @@ def test_half_the_bytes_travel_as_the_plan_says(ranks: RankPool, corpus: DataCon
 def kept_in_fp8(config: TrainConfig) -> set[tuple[int, ...]]:
     """Shapes of what the last forward keeps in fp8 for its backward."""
     kept: set[tuple[int, ...]] = set()
-    forward = trainer.step.forward_loss_sum
+    forward = trainer.passes.forward_loss_sum
 
     def keep(tensor: Tensor) -> Tensor:
         if tensor.dtype == torch.float8_e4m3fn:
@@ -131,7 +132,7 @@ def kept_in_fp8(config: TrainConfig) -> set[tuple[int, ...]]:
             return forward(*args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer.step, "forward_loss_sum", watched)
+        patch.setattr(trainer.passes, "forward_loss_sum", watched)
         run_here(config)
     return kept
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-import trainer.step as step_module
+import trainer.passes as passes_module
 from data.config import DataConfig
 from tests.parity.harness import changed, run_on, text_corpus, tiny_config
 from tests.parity.interrupted import whole_state
@@ -50,7 +50,7 @@ def run_with_faults(config: TrainConfig, plant: Callable[[Trainer, int], None], 
     trainer = Trainer(finalize(config, world_size=dist.get_world_size()))
     result = Faulty()
     launch = trainer._launch_step
-    real_loss = step_module.forward_loss_sum
+    real_loss = passes_module.forward_loss_sum
     real_finish = trainer.state.data_parallel.finish_backward
 
     def watched() -> None:
@@ -62,7 +62,7 @@ def run_with_faults(config: TrainConfig, plant: Callable[[Trainer, int], None], 
         after = whole_state(trainer)
         if all(torch.equal(after[name].nan_to_num(7.0), t.nan_to_num(7.0)) for name, t in before.items()):
             result.unchanged.append(step)
-        step_module.forward_loss_sum = real_loss
+        passes_module.forward_loss_sum = real_loss
         trainer.state.data_parallel.finish_backward = real_finish  # type: ignore[method-assign]
 
     trainer._launch_step = watched  # type: ignore[method-assign]
@@ -71,7 +71,7 @@ def run_with_faults(config: TrainConfig, plant: Callable[[Trainer, int], None], 
     except TrainingDiverged as error:
         result.diverged = str(error)
     finally:
-        step_module.forward_loss_sum = real_loss
+        passes_module.forward_loss_sum = real_loss
         trainer.close()
     dist.barrier()  # rank 0 has written the last line
     run_dir = Path(config.run.dir)
@@ -82,8 +82,8 @@ def run_with_faults(config: TrainConfig, plant: Callable[[Trainer, int], None], 
 
 def infinite_loss(trainer: Trainer, step: int) -> None:
     """This rank's loss overflows in the forward."""
-    real = step_module.forward_loss_sum
-    step_module.forward_loss_sum = lambda state, batch, **rest: real(state, batch, **rest) * float("inf")
+    real = passes_module.forward_loss_sum
+    passes_module.forward_loss_sum = lambda state, batch, **rest: real(state, batch, **rest) * float("inf")
 
 
 def infinite_gradient(trainer: Trainer, step: int) -> None:

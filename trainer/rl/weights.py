@@ -22,8 +22,8 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
 from models.decoder import Decoder
+from trainer.heads import in_evaluation
 from trainer.rl.overlap import on_stream
-from trainer.step import in_evaluation
 
 
 class Lockstep:
