@@ -42,6 +42,7 @@ class Tokenizer:
         self._placing: tokenizers.Tokenizer | None = None
         self.folder = folder
         self._alphabet = _byte_alphabet() if "ByteLevel" in repr(core.decoder) else {}
+        self._special = {token for token, added in core.get_added_tokens_decoder().items() if added.special}
         self.eos_token = eos_token
         self.bos_token = bos_token
         self.eos_id: int = self._id(eos_token, "eos_token")
@@ -83,8 +84,12 @@ class Tokenizer:
 
     def is_special(self, token: int) -> bool:
         """Whether `decode` leaves it out where special tokens are skipped."""
-        added = self._core.get_added_tokens_decoder().get(token)
-        return added is not None and added.special
+        return token in self._special
+
+    def special_id(self, text: str) -> int | None:
+        """The special token that is spelled so; None: there is none."""
+        token = self._core.token_to_id(text)
+        return token if token in self._special else None
 
     def token_bytes(self, token: int) -> bytes:
         """What one token stands for within a text; a character's bytes may lie across tokens."""
