@@ -9,6 +9,8 @@ import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +64,17 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """The ids of text. Nothing is added: no bos, no eos."""
         return self._core.encode(text, add_special_tokens=False).ids
+
+    @cached_property
+    def beginning(self) -> tuple[int, ...]:
+        """Tokens that the tokenizer itself puts before a text that is to be continued: a bos, or none.
+
+        By the post-processor of its tokenizer.json, as in transformers, which does not read add_bos_token beside one.
+        What is put behind a text, as an eos, would end it, and is left out.
+        """
+        encoded = self._core.encode("a", add_special_tokens=True)
+        added = zip(encoded.ids, encoded.special_tokens_mask, strict=True)
+        return tuple(token for token, _ in takewhile(lambda one: one[1], added))
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of every text, over all cores where `parallel` allows."""

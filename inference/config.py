@@ -60,6 +60,8 @@ class SamplingConfig:
     stop: list[str] = field(default_factory=list)
     stop_token_ids: list[int] = field(default_factory=list)  # tokens that end it, besides those that end a document
     ignore_eos: bool = False  # do not stop at the end of a document
+    # A prompt of text begins with what its tokenizer puts before texts, as a bos; rendered conversations have their own
+    add_special_tokens: bool = True
     top_logprobs: int = 0  # also the log-probabilities of so many most probable tokens
     prompt_logprobs: bool = False  # also those of the prompt's tokens
     # Of the model with its logits divided by the temperature, where that is not 0 (the prompt's stay the model's own)

@@ -190,7 +190,7 @@ class Engine:
         sampling = SamplingConfig() if sampling is None else sampling
         if problems := sampling_problems(sampling):
             raise RequestError("; ".join(problems))
-        tokens = self._tokens(prompt)
+        tokens = self._tokens(prompt, add_special_tokens=sampling.add_special_tokens)
         room = self.runner.max_seq_len - len(tokens)
         if room < 1:
             raise TooLongError(
@@ -335,11 +335,12 @@ class Engine:
         found = [token for token in spelled if token is not None and token not in sampling.stop_token_ids]
         return replace(sampling, stop_token_ids=[*sampling.stop_token_ids, *found]) if found else sampling
 
-    def _tokens(self, prompt: Prompt) -> list[int]:
+    def _tokens(self, prompt: Prompt, *, add_special_tokens: bool) -> list[int]:
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise RequestError("the prompt is text, and there is no tokenizer; give token ids")
-            tokens = self.tokenizer.encode(prompt)
+            beginning = self.tokenizer.beginning if add_special_tokens else ()
+            tokens = [*beginning, *self.tokenizer.encode(prompt)]
         else:
             tokens = [int(token) for token in prompt]
         if not tokens:

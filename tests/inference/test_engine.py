@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import tokenizers
 import torch
+import transformers
 
 from data.tokenizer import Tokenizer, train_bpe
 from inference.config import EngineConfig, SamplingConfig
@@ -132,6 +134,27 @@ def test_a_stop_string_may_be_a_special_token(tokenizer: Tokenizer) -> None:
     for one in found[:2]:
         assert one.token_ids == [*said[:place], end]
         assert one.text == special.decode(said[:place])
+
+
+def test_a_prompt_of_text_begins_as_its_tokenizer_has_it(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """A Llama or Gemma that gets text without the bos that it was trained with, or ends its prompt with an eos; a bos
+    where nobody asked for one."""
+    core = with_special(tokenizer, "<s>", "</s>")
+    bos, eos = (core.token_to_id(name) for name in ("<s>", "</s>"))
+    special = [("<s>", bos), ("</s>", eos)]
+    core.post_processor = tokenizers.processors.TemplateProcessing("<s> $A", "<s> $A $B", special)
+    Tokenizer(core, eos_token="</s>", bos_token="<s>").save(tmp_path)
+    opened = Tokenizer.from_path(tmp_path)
+    model = random_decoder(tiny(vocab_size=opened.vocab_size))
+    engine, alone = Engine(model, SMALL, tokenizer=opened), Engine(model, SMALL, tokenizer=tokenizer)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in ("one two", " three", "", "<s>one"):
+        assert engine.prepare(text).tokens == theirs(text).input_ids
+        without = SamplingConfig(add_special_tokens=False)
+        if text:
+            plain = theirs(text, add_special_tokens=False).input_ids
+            assert engine.prepare(text, without).tokens == engine.prepare(plain).tokens == plain
+    assert alone.prepare("one two").tokens == tokenizer.encode("one two")
 
 
 def test_an_aborted_request_leaves_no_trace(model: Decoder) -> None:
