@@ -9,6 +9,8 @@ import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,7 @@ class Tokenizer:
         self._placing: tokenizers.Tokenizer | None = None
         self.folder = folder
         self._alphabet = _byte_alphabet() if "ByteLevel" in repr(core.decoder) else {}
+        self._special = {token for token, added in core.get_added_tokens_decoder().items() if added.special}
         self.eos_token = eos_token
         self.bos_token = bos_token
         self.eos_id: int = self._id(eos_token, "eos_token")
@@ -61,6 +64,17 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """The ids of text. Nothing is added: no bos, no eos."""
         return self._core.encode(text, add_special_tokens=False).ids
+
+    @cached_property
+    def beginning(self) -> tuple[int, ...]:
+        """Tokens that the tokenizer itself puts before a text that is to be continued: a bos, or none.
+
+        By the post-processor of its tokenizer.json, as in transformers, which does not read add_bos_token beside one.
+        What is put behind a text, as an eos, would end it, and is left out.
+        """
+        encoded = self._core.encode("a", add_special_tokens=True)
+        added = zip(encoded.ids, encoded.special_tokens_mask, strict=True)
+        return tuple(token for token, _ in takewhile(lambda one: one[1], added))
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of every text, over all cores where `parallel` allows."""
@@ -83,8 +97,12 @@ class Tokenizer:
 
     def is_special(self, token: int) -> bool:
         """Whether `decode` leaves it out where special tokens are skipped."""
-        added = self._core.get_added_tokens_decoder().get(token)
-        return added is not None and added.special
+        return token in self._special
+
+    def special_id(self, text: str) -> int | None:
+        """The special token that is spelled so; None: there is none."""
+        token = self._core.token_to_id(text)
+        return token if token in self._special else None
 
     def token_bytes(self, token: int) -> bytes:
         """What one token stands for within a text; a character's bytes may lie across tokens."""

@@ -56,9 +56,12 @@ class SamplingConfig:
     frequency_penalty: float = 0.0  # the same, times how often they occur
     seed: int | None = None  # 0 to MAX_SEED; None: made of engine.seed and the number of the request
     max_tokens: int | None = None  # of the continuation; None: as many as engine.max_seq_len leaves room for
-    stop: list[str] = field(default_factory=list)  # strings that end it; the text ends before them
+    # Strings that end it; the text ends before them. One that spells a special token stands for that token as well
+    stop: list[str] = field(default_factory=list)
     stop_token_ids: list[int] = field(default_factory=list)  # tokens that end it, besides those that end a document
     ignore_eos: bool = False  # do not stop at the end of a document
+    # A prompt of text begins with what its tokenizer puts before texts, as a bos; rendered conversations have their own
+    add_special_tokens: bool = True
     top_logprobs: int = 0  # also the log-probabilities of so many most probable tokens
     prompt_logprobs: bool = False  # also those of the prompt's tokens
     # Of the model with its logits divided by the temperature, where that is not 0 (the prompt's stay the model's own)

@@ -6,7 +6,7 @@ import hashlib
 import time
 from collections.abc import Collection, Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -190,7 +190,7 @@ class Engine:
         sampling = SamplingConfig() if sampling is None else sampling
         if problems := sampling_problems(sampling):
             raise RequestError("; ".join(problems))
-        tokens = self._tokens(prompt)
+        tokens = self._tokens(prompt, add_special_tokens=sampling.add_special_tokens)
         room = self.runner.max_seq_len - len(tokens)
         if room < 1:
             raise TooLongError(
@@ -204,6 +204,7 @@ class Engine:
             )
         if sampling.stop and self.tokenizer is None:
             raise RequestError(f"sampling.stop={sampling.stop} needs a tokenizer, and there is none")
+        sampling = self._with_special_stops(sampling)
         sequence = Sequence(
             number=-1,
             tokens=tokens,
@@ -326,11 +327,20 @@ class Engine:
         """Of all ranks the same number, between steps."""
         return checksum((self.scheduler.num_unfinished, self.blocks.num_free), before=self._checksum)
 
-    def _tokens(self, prompt: Prompt) -> list[int]:
+    def _with_special_stops(self, sampling: SamplingConfig) -> SamplingConfig:
+        """With the special tokens among its stop strings, which are no part of the text, as stop tokens."""
+        if self.tokenizer is None or not sampling.stop:
+            return sampling
+        spelled = (self.tokenizer.special_id(text) for text in sampling.stop)
+        found = [token for token in spelled if token is not None and token not in sampling.stop_token_ids]
+        return replace(sampling, stop_token_ids=[*sampling.stop_token_ids, *found]) if found else sampling
+
+    def _tokens(self, prompt: Prompt, *, add_special_tokens: bool) -> list[int]:
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise RequestError("the prompt is text, and there is no tokenizer; give token ids")
-            tokens = self.tokenizer.encode(prompt)
+            beginning = self.tokenizer.beginning if add_special_tokens else ()
+            tokens = [*beginning, *self.tokenizer.encode(prompt)]
         else:
             tokens = [int(token) for token in prompt]
         if not tokens:

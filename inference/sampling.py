@@ -1,15 +1,16 @@
 """The next token, as a pure function of logits, settings, seed and position.
 
-No row looks at another one, and random numbers are Philox of (seed, position), so a request's tokens depend neither on
-what it is batched with nor on when a step happens.
+No row looks at another one, what computes a row is chosen by its own settings, and random numbers are Philox of (seed,
+position), so a request's tokens depend neither on what it is batched with nor on when a step happens.
 
 R rows (sequences that get a token), V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Seq
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -29,8 +30,10 @@ SHIFT = 31
 """A draw's index is seed * 2^31 + position: seeds have 32 bits, positions 31."""
 
 
-Pick = Callable[[Tensor, Tensor, slice], Tensor]
-"""Takes tokens [r] of probabilities [r, V] by indices of random numbers [r]; the slice says which of all rows."""
+Rows = slice | Tensor
+"""Some of the rows: int64 [r] on the device, or a slice where they lie one behind the other."""
+Pick = Callable[[Tensor, Tensor, Rows], Tensor]
+"""Takes tokens [r] of probabilities [r, V] by indices of random numbers [r], for some of the rows."""
 
 
 class Penalties(NamedTuple):
@@ -41,6 +44,29 @@ class Penalties(NamedTuple):
     frequency: Tensor  # [R] fp32
     tokens: Tensor  # [R, T] int64: prompt and continuation; V behind them
     num_prompt: Tensor  # [R] int64
+
+
+class OnHost(NamedTuple):
+    """What decides, without a look at the device, how each of R rows is computed. Made by `settings_of`."""
+
+    plain: list[bool]  # nothing but a temperature decides its token
+    top_logprobs: list[int]  # how many it asks for
+    tempered: list[float]  # what divides its logits before log-probabilities are taken
+
+    @property
+    def scored(self) -> list[int]:
+        """Rows whose log-probabilities are not those that come with a plain row's token."""
+        rows = enumerate(zip(self.plain, self.top_logprobs, self.tempered, strict=True))
+        return [row for row, (plain, tops, tempered) in rows if not plain or tops or tempered != 1.0]
+
+    def of_rows(self, numbers: Iterable[int]) -> OnHost:
+        """The same of some of the rows, in their order."""
+        kept = list(numbers)
+        return OnHost(
+            plain=[self.plain[number] for number in kept],
+            top_logprobs=[self.top_logprobs[number] for number in kept],
+            tempered=[self.tempered[number] for number in kept],
+        )
 
 
 class Settings(NamedTuple):
@@ -54,28 +80,23 @@ class Settings(NamedTuple):
     random: bool  # whether any row is not greedy
     filtered: bool  # whether any row has top_k, top_p or min_p
     penalties: Penalties | None  # None: no row has any
-    top_logprobs: int  # the most that a row asks for
     allowed: Tensor | None  # [R, W] int32, of constraints: a bit for each token; None: no row has any
-    tempered: list[float] | None = None  # [R] what divides logits before log-probabilities are taken; None: nothing
+    on_host: OnHost
 
 
 class Sampled(NamedTuple):
     """Filled by `sample`."""
 
     tokens: Tensor  # [R] int64
-    logprobs: Tensor  # [R], of these by the model alone, or over settings.tempered
-    top_tokens: Tensor | None  # [R, settings.top_logprobs] int64
-    top_logprobs: Tensor | None  # the same, most probable first
+    logprobs: Tensor  # [R], of these by the model alone, or over `tempered`
+    top_tokens: Tensor | None  # [R, the most that a row asks for] int64; rows that ask for none have anything
+    top_logprobs: Tensor | None  # the same, most probable first; None: no row asks
 
 
 def settings_of(sequences: Seq[Sequence], *, vocab_size: int, device: torch.device) -> Settings:
     """The settings of some sequences, each about to get the token behind its last."""
     each = [sequence.sampling for sequence in sequences]
-
-    def tensor(values: object, dtype: torch.dtype) -> Tensor:
-        made = torch.as_tensor(values, dtype=dtype)
-        return made.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else made
-
+    tensor = partial(_tensor, device=device)
     penalties = None
     if any(s.has_penalties for s in each):
         tokens = np.full((len(each), max(len(s.tokens) for s in sequences)), vocab_size)
@@ -94,6 +115,7 @@ def settings_of(sequences: Seq[Sequence], *, vocab_size: int, device: torch.devi
     top_k = [min(s.top_k or vocab_size, vocab_size) for s in each]
     numbers = tensor([top_k, [(s.seed << SHIFT) + len(s.tokens) for s in sequences]], torch.int64)
     bits = allowed_bits([sequence.constraint for sequence in sequences], vocab_size=vocab_size)
+    filters = [t > 0 and _has_filters(s) for t, s in zip(temperatures, each, strict=True)]
     return Settings(
         temperature=shares[0],
         top_p=shares[1],
@@ -101,26 +123,37 @@ def settings_of(sequences: Seq[Sequence], *, vocab_size: int, device: torch.devi
         top_k=numbers[0],
         draw=numbers[1],
         random=any(temperatures),
-        filtered=any(s.temperature >= GREEDY_BELOW and (s.top_k, s.top_p, s.min_p) != (0, 1.0, 0.0) for s in each),
+        filtered=any(filters),
         penalties=penalties,
-        top_logprobs=min(max((s.top_logprobs for s in each), default=0), vocab_size),
         allowed=None if bits is None else tensor(bits, torch.int32),
-        tempered=_tempered(each),
+        on_host=OnHost(
+            plain=[
+                not (has_filters or sequence.samples_by_tokens)
+                for has_filters, sequence in zip(filters, sequences, strict=True)
+            ],
+            top_logprobs=[min(s.top_logprobs, vocab_size) for s in each],
+            tempered=[t if s.tempered_logprobs and t > 0 else 1.0 for t, s in zip(temperatures, each, strict=True)],
+        ),
     )
 
 
-def _tempered(each: Seq[SamplingConfig]) -> list[float] | None:
-    found = [s.temperature if s.tempered_logprobs and s.temperature >= GREEDY_BELOW else 1.0 for s in each]
-    return None if all(value == 1.0 for value in found) else found
+def _has_filters(sampling: SamplingConfig) -> bool:
+    return (sampling.top_k, sampling.top_p, sampling.min_p) != (0, 1.0, 0.0)
 
 
-def over_temperatures(logits: Tensor, temperatures: Seq[float] | None) -> Tensor:
-    """logits [R, V], wide and each row divided by its temperature; None: as they are.
+def _tensor(values: object, dtype: torch.dtype, *, device: torch.device) -> Tensor:
+    """Values of the host on the device, without waiting for it."""
+    made = torch.as_tensor(values, dtype=dtype)
+    return made.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else made
+
+
+def over_temperatures(logits: Tensor, temperatures: Seq[float]) -> Tensor:
+    """logits [R, V], wide and each row divided by its temperature; where all are 1, as they are.
 
     By numbers of the host, as the loss divides (kernels/linear_cross_entropy): CUDA rounds a division by one otherwise
     than one by a tensor, and both have to have the same bits.
     """
-    if temperatures is None:
+    if all(temperature == 1.0 for temperature in temperatures):
         return logits
     if len(set(temperatures)) == 1:
         return wide(logits) / temperatures[0]
@@ -136,52 +169,66 @@ def sample(
 ) -> Sampled:
     """The next token of each row of logits [R, V], and its log-probability, in fp32 (fp64 for fp64).
 
-    pick: what takes tokens [r] of probabilities [r, V] by settings.draw [r], for the rows it is told; `draw` unless
-    given. What rows with penalties, filters or constraints take of memory is bounded (inference/memory.py): they are
+    pick: what takes tokens [r] of probabilities [r, V] by settings.draw [r], for the rows it is told, which are those
+    that are not plain; `draw` unless given. What these take of memory is bounded (inference/memory.py): they are
     looked at some at a time.
 
     Log-probabilities are the model's own, before penalties and temperature: what a trainer computes for the
-    same tokens; with settings.tempered, of its logits over the temperature. Equal logits: the smaller token is the
-    greedy one. batch_invariant: that of `log_probabilities`.
+    same tokens; where a row asks for `tempered`, of its logits over the temperature. Equal logits: the smaller token is
+    the greedy one. batch_invariant: that of `log_probabilities`.
     """
-    plain = not (settings.filtered or settings.penalties or settings.top_logprobs) and settings.allowed is None
-    if plain and pick is None:
-        tokens, logprobs = sample_tokens(logits, *((settings.temperature, settings.draw) if settings.random else ()))
-        if batch_invariant or settings.tempered is not None:
-            asked_of = over_temperatures(logits, settings.tempered)
-            logprobs = log_probabilities(asked_of, tokens[:, None], batch_invariant=batch_invariant)[:, 0]
-        return Sampled(tokens, logprobs, None, None)
+    host = settings.on_host
+    warm = (settings.temperature, settings.draw) if settings.random else ()
+    if any(host.plain):  # of all rows: that costs less than to gather the logits of those that are plain
+        tokens, logprobs = sample_tokens(logits, *warm)
+    else:
+        tokens, logprobs = logits.new_empty(len(logits), dtype=torch.int64), wide(logits.new_empty(len(logits)))
+    for numbers, rows in _pieces([number for number, plain in enumerate(host.plain) if not plain], logits):
+        tokens[rows] = _tokens(logits[rows], _of_rows(settings, numbers, rows), rows, pick)
+    most = max(host.top_logprobs, default=0)
+    top_tokens = tokens.new_zeros(len(logits), most) if most else None
+    top_logprobs = logprobs.new_zeros(len(logits), most) if most else None
+    scored = range(len(logits)) if batch_invariant else host.scored
+    for numbers, rows in _pieces(scored, logits):
+        given, asked = logits[rows], tokens[rows][:, None]
+        if most:
+            asked = torch.cat([asked, wide(given).topk(most, dim=-1).indices], dim=1)
+        given = over_temperatures(given, [host.tempered[number] for number in numbers])
+        found = log_probabilities(given, asked, batch_invariant=batch_invariant)
+        logprobs[rows] = found[:, 0]
+        if top_tokens is not None and top_logprobs is not None:
+            top_tokens[rows], top_logprobs[rows] = asked[:, 1:], found[:, 1:]
+    return Sampled(tokens, logprobs, top_tokens, top_logprobs)
+
+
+def _pieces(numbers: Seq[int], logits: Tensor) -> Iterator[tuple[Seq[int], Rows]]:
+    """The rows of logits [R, V] with these numbers, so many at a time as may be looked at."""
     most = max(1, SAMPLED_LOGITS // logits.shape[1])
-    pieces = [slice(first, first + most) for first in range(0, max(1, len(logits)), most)]
-    found = [_sample_rows(logits[rows], _of_rows(settings, rows), rows, pick, batch_invariant) for rows in pieces]
-    return found[0] if len(found) == 1 else _joined(found)
+    for first in range(0, len(numbers), most):
+        some = numbers[first : first + most]
+        if len(numbers) == len(logits):
+            yield some, slice(first, first + len(some))
+        else:
+            yield some, _tensor(some, torch.int64, device=logits.device)
 
 
-def _sample_rows(logits: Tensor, settings: Settings, rows: slice, pick: Pick | None, batch_invariant: bool) -> Sampled:
-    given, logits = logits, wide(logits)
-    top = logits.topk(settings.top_logprobs, dim=-1).indices if settings.top_logprobs else None
+def _tokens(logits: Tensor, settings: Settings, rows: Rows, pick: Pick | None) -> Tensor:
+    """The tokens [r] of rows that are not plain, of their logits [r, V]."""
+    logits = wide(logits)
     if settings.penalties is not None:
         logits = penalized(logits, settings.penalties)
     if settings.allowed is not None:
         may = allowed(settings.allowed, vocab_size=logits.shape[1])
         logits = logits.masked_fill(~may, float("-inf"))
     tokens = logits.argmax(-1)
-    if settings.random:
-        p = probabilities(logits, settings)
-        drawn = draw(p, settings.draw) if pick is None else pick(p, settings.draw, rows)
-        tokens = torch.where(settings.temperature > 0, drawn, tokens)
-    asked = tokens[:, None] if top is None else torch.cat([tokens[:, None], top], dim=1)
-    given = over_temperatures(given, settings.tempered)
-    logprobs = log_probabilities(given, asked, batch_invariant=batch_invariant)
-    return Sampled(
-        tokens=tokens,
-        logprobs=logprobs[:, 0],
-        top_tokens=top,
-        top_logprobs=None if top is None else logprobs[:, 1:],
-    )
+    if not settings.random:
+        return tokens
+    p = probabilities(logits, settings)
+    drawn = draw(p, settings.draw) if pick is None else pick(p, settings.draw, rows)
+    return torch.where(settings.temperature > 0, drawn, tokens)
 
 
-def _of_rows(settings: Settings, rows: slice) -> Settings:
+def _of_rows(settings: Settings, numbers: Seq[int], rows: Rows) -> Settings:
     """The settings of some of the rows."""
     penalties = settings.penalties
     return settings._replace(
@@ -191,19 +238,8 @@ def _of_rows(settings: Settings, rows: slice) -> Settings:
         min_p=settings.min_p[rows],
         draw=settings.draw[rows],
         penalties=None if penalties is None else Penalties(*(x[rows] for x in penalties)),
-        tempered=None if settings.tempered is None else settings.tempered[rows],
         allowed=None if settings.allowed is None else settings.allowed[rows],
-    )
-
-
-def _joined(parts: Seq[Sampled]) -> Sampled:
-    tops = [part.top_tokens for part in parts if part.top_tokens is not None]
-    top_logprobs = [part.top_logprobs for part in parts if part.top_logprobs is not None]
-    return Sampled(
-        tokens=torch.cat([part.tokens for part in parts]),
-        logprobs=torch.cat([part.logprobs for part in parts]),
-        top_tokens=torch.cat(tops) if tops else None,
-        top_logprobs=torch.cat(top_logprobs) if top_logprobs else None,
+        on_host=settings.on_host.of_rows(numbers),
     )
 
 
@@ -239,17 +275,21 @@ def penalized(logits: Tensor, penalties: Penalties) -> Tensor:
 
 
 def probabilities(logits: Tensor, settings: Settings) -> Tensor:
-    """What tokens are drawn from: [R, V], not normalised after a filter. Of greedy rows, anything."""
-    temperature = torch.where(settings.temperature > 0, settings.temperature, 1.0)
-    p = (logits / temperature[:, None].to(logits.dtype)).softmax(-1)
+    """What tokens are drawn from: [R, V], in proportion to probabilities. Of greedy rows, anything.
+
+    Sums over the vocabulary are of a row in one order or another, as a library finds fit for the shape of the batch.
+    So there is none in what is drawn from, and those that a filter needs are fp64, where the order hardly matters.
+    """
+    temperature = torch.where(settings.temperature > 0, settings.temperature, 1.0)[:, None].to(logits.dtype)
+    p = ((logits - logits.amax(-1, keepdim=True)) / temperature).exp()
     if not settings.filtered:
         return p
     ordered, order = p.sort(dim=-1, descending=True, stable=True)
     rank = torch.arange(p.shape[1], device=p.device)
     kept = rank < settings.top_k[:, None]
     ordered = ordered * kept
-    before = ordered.cumsum(-1) - ordered  # what is more probable, together
+    together = ordered.cumsum(-1, dtype=torch.float64)
     top_p = settings.top_p[:, None]
-    kept = kept & ((before < top_p * ordered.sum(-1, keepdim=True)) | (top_p >= 1))
+    kept = kept & ((together - ordered < top_p * together[:, -1:]) | (top_p >= 1))  # what is more probable, together
     kept = kept & (ordered >= settings.min_p[:, None] * ordered[:, :1])
     return p * torch.zeros_like(kept).scatter(-1, order, kept)

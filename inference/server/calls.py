@@ -71,6 +71,7 @@ class Reader:
             max_tokens=max(1, max_tokens),
             top_logprobs=logprobs or 0,
             prompt_logprobs=echo and logprobs is not None,
+            add_special_tokens=fields.flag("add_special_tokens", self.defaults.add_special_tokens),
         )
         fields.only("best_of", n)
         fields.only("suffix", "")
@@ -109,7 +110,12 @@ class Reader:
             raise wrong("top_logprobs", "top_logprobs needs logprobs=true")
         old = fields.integer("max_tokens", self.defaults.max_tokens, least=1, most=2**31)
         max_tokens = fields.integer("max_completion_tokens", old, least=1, most=2**31)
-        sampling = replace(self._sampling(fields), max_tokens=max_tokens, top_logprobs=top_logprobs)
+        sampling = replace(
+            self._sampling(fields),
+            max_tokens=max_tokens,
+            top_logprobs=top_logprobs,
+            add_special_tokens=False,  # the template writes them
+        )
         for name, neutral in _NOT_OF_THIS_CHAT.items():
             fields.only(name, *neutral)
         return self._call(fields, [prompt], sampling, n, model=model, chat=True, logprobs=0 if shown else None)

@@ -21,7 +21,7 @@ class TokenText(NamedTuple):
 
     text: str
     bytes: bytes
-    hidden: bool  # a special token, which is not in the text
+    hidden: bool  # a special token, which is not in the text of a continuation
 
 
 class Vocabulary:
@@ -29,6 +29,7 @@ class Vocabulary:
 
     def __init__(self, tokenizer: Tokenizer | None) -> None:
         self._tokenizer = tokenizer
+        self.beginning = () if tokenizer is None else tuple(tokenizer.beginning)
         self.text_of = lru_cache(maxsize=2**16)(self._text_of)
 
     def _text_of(self, token: int) -> TokenText:
@@ -123,7 +124,7 @@ class _Place:
         self._sequence = call.sequences[index]
         self._begun = False
         self._given = 0  # tokens in chunks so far
-        self._offsets = _Offsets(vocabulary)
+        self._offsets = _Offsets()
 
     def chunk(self, deltas: list[Delta]) -> dict[str, Any] | None:
         """What a stream sends for deltas; None: nothing that can be shown yet."""
@@ -175,16 +176,24 @@ class _Place:
         prompt = self.call.prompts[self.index // self.call.n]
         return prompt if isinstance(prompt, str) else self.vocabulary.decode(prompt)
 
+    def _num_added(self) -> int:
+        """Tokens of a prompt that was text which the tokenizer put before it, and which an echo does not show."""
+        is_text = isinstance(self.call.prompts[self.index // self.call.n], str)
+        return len(self.vocabulary.beginning) if is_text and self._sequence.sampling.add_special_tokens else 0
+
     def _logprobs(
         self, tokens: list[int], logprobs: list[float], tops: list[dict[int, float]], *, with_prompt: bool
     ) -> dict[str, Any]:
         if self.call.chat:
             return _of_chat(self.vocabulary, tokens, logprobs, tops)
         of_prompt: list[float | None] = []
-        if with_prompt and self.call.echo:
-            tokens = self._sequence.tokens[: self._sequence.num_prompt] + tokens
-            of_prompt = self._sequence.completion.prompt_logprobs or []
         texts = [self.vocabulary.text_of(token) for token in tokens]
+        in_text = [not text.hidden for text in texts]
+        if with_prompt and self.call.echo:
+            prompt = [self.vocabulary.text_of(token) for token in self._sequence.tokens[: self._sequence.num_prompt]]
+            added = self._num_added()
+            texts, in_text = prompt + texts, [place >= added for place in range(len(prompt))] + in_text
+            of_prompt = self._sequence.completion.prompt_logprobs or []
         return {
             "tokens": [text.text for text in texts],
             "token_logprobs": [*of_prompt, *map(_finite, logprobs)],
@@ -194,20 +203,21 @@ class _Place:
             ]
             if self.call.top_logprobs
             else None,
-            "text_offset": [self._offsets.next(text) for text in texts],
+            "text_offset": [self._offsets.next(*each) for each in zip(texts, in_text, strict=True)],
         }
 
 
 class _Offsets:
     """Where tokens begin in a text, in characters; a token within a character begins where the character does."""
 
-    def __init__(self, vocabulary: Vocabulary) -> None:
+    def __init__(self) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._place = 0
 
-    def next(self, token: TokenText) -> int:
+    def next(self, token: TokenText, in_text: bool) -> int:
+        """in_text: whether it is written out there, as special tokens are in a prompt and not in a continuation."""
         place = self._place
-        if not token.hidden:
+        if in_text:
             self._place += len(self._decoder.decode(token.bytes))
         return place
 

@@ -97,9 +97,19 @@ class EngineWorker:
         self._thread.start()
 
     def check_room(self, count: int) -> None:
-        """Raises ApiError: 429 when there is no room for so many sequences, 503 when none are taken any more."""
+        """Raises ApiError: 429 when there is no room for so many sequences, 400 when there never is, 503 when none are
+        taken any more."""
         if self.closed is not None:
             raise ApiError(503, self.closed, code="unavailable")
+        if count > self.max_sequences:
+            running = self._engine.config.max_sequences
+            raise ApiError(
+                400,
+                f"{count} sequences (prompts times n) are more than this server takes at a time: it runs "
+                f"engine.max_sequences={running}, and serve.max_queue={self.max_sequences - running} wait; use at most "
+                f"{self.max_sequences}",
+                code="too_many_sequences",
+            )
         if self.num_sequences + count > self.max_sequences:
             raise ApiError(
                 429,

@@ -53,7 +53,8 @@ class Places:
         """Settings of rows: of sequence owners[r], offsets[r] places behind its next token.
 
         owners and offsets int64 [R]; drafts [S, K]: the tokens before these places. A constraint's mask is that of
-        offset 0: what may be behind a draft is known once it is on the host.
+        offset 0: what may be behind a draft is known once it is on the host. `on_host` stays that of the sequences:
+        owners are on the device.
         """
         s, penalties = self.settings, self.settings.penalties
         if penalties is not None:
@@ -103,14 +104,15 @@ def keep_or_draw(p: Tensor, index: Tensor, *, drafts: Tensor, q: Tensor) -> Tens
     """The token of each row: its draft where it stands, else one of max(p - q, 0).
 
     p [R, V] as of `probabilities`, index [R] of the random numbers, drafts [R] int64, q [R, V] what they were drawn
-    from; 0 in rows without a draft, whose token is drawn from p. Returns int64 [R].
+    from. Rows without a draft have -1 and q 0: their token is drawn from p, as it is. Returns int64 [R].
     """
-    p = normalized(p)
+    given, p = p, normalized(p)
     of_draft = drafts.clamp(min=0)[:, None]
     p_d, q_d = (x.gather(1, of_draft)[:, 0].to(torch.float64) for x in (p, q))
     stands = uniform_48(ACCEPT_STREAMS, index) * q_d < p_d
     rest = (p - q).clamp(min=0)
     rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, p)  # p = q up to rounding: nothing is left
+    rest = torch.where(drafts[:, None] < 0, given, rest)
     return torch.where(stands & (q_d > 0), drafts, draw(rest, index))
 
 

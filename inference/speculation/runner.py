@@ -25,7 +25,7 @@ from inference.memory import Demand, GraphSize
 from inference.pages import make_copies
 from inference.ranks import agreed, agreed_tokens
 from inference.runner import Launched, ModelRunner, Result, evaluating, next_of_prompt
-from inference.sampling import Sampled, sample
+from inference.sampling import Rows, Sampled, sample
 from inference.scheduler import Chunk, Step
 from inference.sequence import PENDING, Sequence
 from inference.speculation.config import SpeculationConfig
@@ -281,21 +281,25 @@ class SpeculativeRunner(ModelRunner):
         """The token of each row as if all drafts before it stood, and the row's own draft (-1: none), [R]."""
         owners, offsets, drafted = self._tensor(np.stack([rows.owners, rows.offsets, rows.drafted]), torch.int64)
         invariant = self.model.batch_invariant
+        on_host = places.settings.on_host.of_rows(rows.owners)
         if drafts is None:
-            sampled = sample(logits, places.behind(owners, offsets), batch_invariant=invariant)
-            return sampled, torch.full_like(owners, -1)
+            settings = places.behind(owners, offsets)._replace(on_host=on_host)
+            return sample(logits, settings, batch_invariant=invariant), torch.full_like(owners, -1)
         settings = places.behind(owners, offsets, drafts.tokens)
         settings = settings if masks is None else settings._replace(allowed=masks)
         offsets = offsets.clamp(max=drafts.tokens.shape[1] - 1)
         of_rows = drafts.tokens[owners, offsets].where(drafted == 1, -1)
         pick = None
         if (of_drafts := drafts.probabilities) is not None:
+            # A row without a draft is sampled as in a step without any.
+            plain = [plain and not one for plain, one in zip(on_host.plain, rows.drafted, strict=True)]
+            on_host = on_host._replace(plain=plain)
 
-            def pick(p: Tensor, index: Tensor, rows: slice) -> Tensor:
-                q = of_drafts[owners[rows], offsets[rows]] * drafted[rows, None]
-                return keep_or_draw(p, index, drafts=of_rows[rows], q=q)
+            def pick(p: Tensor, index: Tensor, some: Rows) -> Tensor:
+                q = of_drafts[owners[some], offsets[some]] * drafted[some, None]
+                return keep_or_draw(p, index, drafts=of_rows[some], q=q)
 
-        return sample(logits, settings, pick, batch_invariant=invariant), of_rows
+        return sample(logits, settings._replace(on_host=on_host), pick, batch_invariant=invariant), of_rows
 
     def _accepted(self, tokens: Tensor, of_rows: Tensor, rows: _Rows) -> Tensor:
         """How many drafts of each sampling chunk stand: [S] int64."""

@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from types import FrameType
 
 from data.chat import ChatTemplate, ChatTemplateError
@@ -64,7 +65,8 @@ class Conversation:
     def __init__(
         self, engine: Engine, template: ChatTemplate, sampling: SamplingConfig, *, system: str | None = None
     ) -> None:
-        self._engine, self._template, self._sampling, self._system = engine, template, sampling, system
+        self._engine, self._template, self._system = engine, template, system
+        self._sampling = replace(sampling, add_special_tokens=False)  # the template writes them
         self.messages: list[dict[str, str]] = []
         self.reset()
 

@@ -85,7 +85,8 @@ def token_prompts(config: LabConfig, opened: OpenedModel) -> list[list[int]] | N
         tokens = line.get("prompt_ids")
         if tokens is None:
             assert opened.tokenizer is not None
-            tokens = opened.tokenizer.encode(line["prompt"])
+            beginning = opened.tokenizer.beginning if config.sampling.add_special_tokens else ()
+            tokens = [*beginning, *opened.tokenizer.encode(line["prompt"])]
         if not tokens or not all(0 <= token < vocab_size for token in tokens):
             raise ConfigError([f"prompts[{number}] has no tokens, or some outside of the vocabulary of {vocab_size}"])
         found.append(list(tokens))

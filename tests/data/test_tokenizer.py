@@ -83,6 +83,26 @@ def test_the_end_of_a_document_comes_from_the_files_or_the_configuration(tmp_pat
         Tokenizer.from_path(tmp_path, eos_token="nope")
 
 
+@pytest.mark.parametrize("said", [{}, {"add_bos_token": True}, {"add_bos_token": False}], ids=str)
+@pytest.mark.parametrize("template", [None, "<s> $A", "<s> $A </s>", "$A </s>"])
+def test_a_text_begins_as_transformers_begins_it(template, said, tmp_path):
+    """A bos of tokenizer_config.json, which does not count beside a tokenizer.json; an eos behind a text that is to go
+    on."""
+    core = tokenizers.Tokenizer.from_str(tokenizer().to_json())
+    core.add_special_tokens(["<s>", "</s>"])
+    if template is not None:
+        special = [(name, core.token_to_id(name)) for name in ("<s>", "</s>")]
+        core.post_processor = tokenizers.processors.TemplateProcessing(template, None, special)
+    Tokenizer(core, eos_token="</s>", bos_token="<s>").save(tmp_path)
+    file = tmp_path / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | said))
+    ours, theirs = Tokenizer.from_path(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    expected = theirs("x = 1").input_ids
+    assert [*ours.beginning, *ours.encode("x = 1")] == [token for token in expected if token != ours.eos_id]
+    assert len(ours.encode("x = 1")) == len(theirs("x = 1", add_special_tokens=False).input_ids)
+    assert tokenizer().beginning == ()
+
+
 def test_the_vocabulary_reaches_to_its_largest_id(tmp_path):
     """A count of tokens in place of the largest id: an embedding too small for a vocabulary with gaps."""
     assert Tokenizer.from_path(word_level(tmp_path / "t.json", {"?": 0, "</s>": 41})).vocab_size == 42

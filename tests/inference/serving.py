@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import cache
 
 import httpx
+import tokenizers
 import torch
 
 from data.chat import ChatTemplate, ChatTemplateError
@@ -41,8 +42,18 @@ def text_model() -> Decoder:
     return random_decoder(tiny(vocab_size=text_tokenizer().vocab_size + 3, max_seq_len=96)).double()
 
 
-def text_engine(config: EngineConfig = SMALL) -> Engine:
-    tokenizer = text_tokenizer()
+@cache
+def bos_tokenizer() -> Tokenizer:
+    """The same, but text begins with <s>, which is a token behind all others."""
+    core = tokenizers.Tokenizer.from_str(text_tokenizer().to_json())
+    core.add_special_tokens(["<s>"])
+    special = [("<s>", core.token_to_id("<s>"))]
+    core.post_processor = tokenizers.processors.TemplateProcessing("<s> $A", "<s> $A $B", special)
+    return Tokenizer(core, eos_token=text_tokenizer().eos_token, bos_token="<s>")
+
+
+def text_engine(config: EngineConfig = SMALL, tokenizer: Tokenizer | None = None) -> Engine:
+    tokenizer = tokenizer or text_tokenizer()
     return Engine(text_model(), config, tokenizer=tokenizer, eos_ids=[tokenizer.eos_id])
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
+import transformers
 
 from data.tokenizer import Tokenizer, train_bpe
 from inference.config import EngineConfig, SamplingConfig
@@ -95,6 +98,63 @@ def test_a_request_ends_at_its_stop_tokens_strings_or_the_end_of_a_document(
     stop = whole.text[2:4]
     (stopped,) = Engine(writer, SMALL, tokenizer=tokenizer).generate(["one two"], replace(free, stop=[stop]))
     assert (stopped.text, stopped.finish_reason) == (whole.text[: whole.text.index(stop)], "stop")
+
+
+def with_special(tokenizer: Tokenizer, *names: str) -> tokenizers.Tokenizer:
+    """The same with more special tokens."""
+    core = tokenizers.Tokenizer.from_str(tokenizer.to_json())
+    core.add_special_tokens(list(names))
+    return core
+
+
+def test_a_stop_string_may_be_a_special_token(tokenizer: Tokenizer) -> None:
+    """One that never stops anything, as special tokens are not in the text that stop strings are looked for in.
+
+    Negative control: without it, and with a part of it, the continuation goes on.
+    """
+    special = Tokenizer(with_special(tokenizer, "<|im_end|>"), eos_token="<|endoftext|>", bos_token=None)
+    end = special.special_id("<|im_end|>")
+    assert end == tokenizer.vocab_size
+    assert special.special_id("one") is None
+    model = random_decoder(tiny(vocab_size=special.vocab_size, tie_embeddings=False)).double()
+    sampling = SamplingConfig(temperature=0.0, max_tokens=9)
+    engine = Engine(model, SMALL, tokenizer=special, eos_ids=[end])
+    said = engine.generate([[5, 6, 7]], replace(sampling, ignore_eos=True))[0].token_ids
+    place = next(place for place in range(2, 9) if said[place] not in (5, 6, 7, *said[:place]))
+    assert model.embedding is not None
+    assert model.head is not None
+    with torch.no_grad():  # the two tokens change their parts
+        for weight in (model.embedding.weight, model.head.weight):
+            weight[[said[place], end]] = weight[[end, said[place]]]
+    engine.weights_changed()
+    stops = [["<|im_end|>"], ["b", "<|im_end|>"], ["<|im_end"], []]
+    asked = [replace(sampling, ignore_eos=True, stop=stop) for stop in stops]
+    found = engine.generate([[5, 6, 7]] * 4, asked)
+    assert [one.finish_reason for one in found] == ["stop", "stop", "length", "length"]
+    for one in found[:2]:
+        assert one.token_ids == [*said[:place], end]
+        assert one.text == special.decode(said[:place])
+
+
+def test_a_prompt_of_text_begins_as_its_tokenizer_has_it(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """A Llama or Gemma that gets text without the bos that it was trained with, or ends its prompt with an eos; a bos
+    where nobody asked for one."""
+    core = with_special(tokenizer, "<s>", "</s>")
+    bos, eos = (core.token_to_id(name) for name in ("<s>", "</s>"))
+    special = [("<s>", bos), ("</s>", eos)]
+    core.post_processor = tokenizers.processors.TemplateProcessing("<s> $A", "<s> $A $B", special)
+    Tokenizer(core, eos_token="</s>", bos_token="<s>").save(tmp_path)
+    opened = Tokenizer.from_path(tmp_path)
+    model = random_decoder(tiny(vocab_size=opened.vocab_size))
+    engine, alone = Engine(model, SMALL, tokenizer=opened), Engine(model, SMALL, tokenizer=tokenizer)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in ("one two", " three", "", "<s>one"):
+        assert engine.prepare(text).tokens == theirs(text).input_ids
+        without = SamplingConfig(add_special_tokens=False)
+        if text:
+            plain = theirs(text, add_special_tokens=False).input_ids
+            assert engine.prepare(text, without).tokens == engine.prepare(plain).tokens == plain
+    assert alone.prepare("one two").tokens == tokenizer.encode("one two")
 
 
 def test_an_aborted_request_leaves_no_trace(model: Decoder) -> None:

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from functools import cache
+
 import pytest
 import torch
 from torch import Tensor
 from transformers import generation
 
 from inference.config import SamplingConfig
-from inference.sampling import draw, penalized, probabilities, sample, settings_of
+from inference.sampling import SHIFT, Sampled, draw, penalized, probabilities, sample, settings_of
 from inference.sequence import Sequence
+from kernels.backend import interpreted
+from kernels.sampling import uniform_48
+from kernels.sampling.reference import STREAMS, sample_reference
 
 V = 23
 CPU = torch.device("cpu")
+CUDA = torch.cuda.is_available()
 
 
 def row(tokens: list[int], *, num_prompt: int = 1, seed: int = 0, **sampling: object) -> Sequence:
@@ -103,6 +110,57 @@ def test_a_row_does_not_depend_on_the_others() -> None:
         assert alone.logprobs[0] == together.logprobs[number]
 
 
+@cache
+def rounded() -> tuple[Tensor, list[int]]:
+    """Logits [1, V], and 23 seeds whose random numbers lie where the last bits of fp32 sums decide the token."""
+    logits = torch.randn(1, 3000, generator=torch.Generator().manual_seed(0))
+    together = logits[0].double().softmax(-1).cumsum(0)
+    share = uniform_48(STREAMS, (torch.arange(200_000) << SHIFT) + 1)
+    below, above = (torch.searchsorted(together, share * (1 + error), right=True) for error in (-1e-7, 1e-7))
+    return logits, (below != above).nonzero()[:23, 0].tolist()
+
+
+@pytest.mark.parametrize("other", [{"top_p": 0.9}, {"presence_penalty": 0.5}, {"top_logprobs": 2}], ids=str)
+def test_a_row_is_computed_by_the_same_kernel_whatever_the_others_ask(other: dict[str, float]) -> None:
+    """A neighbour with a filter, a penalty or log-probabilities that sends all rows through sums that round otherwise:
+    the random number is the same, and one token in thousands is another.
+
+    Negative control: these random numbers lie where torch and the kernel do disagree.
+    """
+    one, seeds = rounded()
+    logits = one.expand(24, -1).contiguous()
+    rows = [row([1], seed=seed) for seed in seeds]
+    neighbour = row([1], seed=5, **other)
+    with nullcontext() if CUDA else interpreted():
+        plain = sample_on_device(logits[: len(rows)], rows)
+        mixed = sample_on_device(logits[: len(rows) + 1], [*rows[:7], neighbour, *rows[7:]])
+        alone = sample_on_device(logits[:1], [neighbour])
+    kept = [number for number in range(len(rows) + 1) if number != 7]
+    assert torch.equal(mixed.tokens[kept], plain.tokens)
+    assert torch.equal(mixed.logprobs[kept], plain.logprobs)
+    assert (mixed.tokens[7], mixed.logprobs[7]) == (alone.tokens[0], alone.logprobs[0])
+    by_torch = sample_reference(logits[: len(rows)], torch.ones(len(rows)), (torch.tensor(seeds) << SHIFT) + 1)[0]
+    assert (by_torch != plain.tokens.cpu()).any()
+
+
+def sample_on_device(logits: Tensor, rows: list[Sequence]) -> Sampled:
+    device = torch.device("cuda" if CUDA else "cpu")
+    return sample(logits.to(device), settings_of(rows, vocab_size=logits.shape[1], device=device))
+
+
+def test_what_a_row_asks_to_know_does_not_change_its_token() -> None:
+    """A token drawn another way where its log-probabilities are wanted as well."""
+    one, seeds = rounded()
+    logits = one.expand(len(seeds), -1).contiguous()
+    with nullcontext() if CUDA else interpreted():
+        plain, told = (
+            sample_on_device(logits, [row([1], seed=seed, top_logprobs=tops) for seed in seeds]) for tops in (0, 3)
+        )
+    assert torch.equal(plain.tokens, told.tokens)
+    assert told.top_tokens is not None
+    assert (told.top_tokens.cpu() == logits[0].topk(3).indices).all()
+
+
 def test_seed_and_position_both_matter() -> None:
     """The same token at every place, or for every seed."""
     logits = torch.zeros(1, V, dtype=torch.float64)
@@ -156,7 +214,7 @@ def test_log_probabilities_are_the_models_own() -> None:
     exact = logits.log_softmax(-1)
     assert torch.equal(found.logprobs, exact.gather(-1, found.tokens[:, None])[:, 0])
     assert found.top_tokens is not None
-    assert torch.equal(found.top_tokens, exact.topk(4).indices)
+    assert torch.equal(found.top_tokens[-1], exact[-1].topk(4).indices)  # the others did not ask
 
 
 @pytest.mark.parametrize("filtered", [False, True])

@@ -15,7 +15,7 @@ import pytest
 from inference.config import EngineConfig, SamplingConfig
 from inference.sequence import Completion
 from inference.server.config import ServeConfig
-from tests.inference.serving import NAME, SMALL, Running, serving, text_engine, text_tokenizer
+from tests.inference.serving import NAME, SMALL, Running, bos_tokenizer, serving, text_engine, text_tokenizer
 
 MESSAGES = [{"role": "user", "content": "one"}]
 RENDERED = "<user>one\n<assistant>"
@@ -147,6 +147,42 @@ def test_a_prompt_is_echoed_and_scored(client: openai.OpenAI) -> None:
     ]
     chunks = list(client.completions.create(model=NAME, prompt=prompt, echo=True, stream=True, **HOT))  # type: ignore[call-overload]
     assert "".join(chunk.choices[0].text for chunk in chunks) == prompt + expected(prompt, **HOT).text
+
+
+def test_special_tokens_of_a_prompt_are_counted_where_they_are_shown(client: openai.OpenAI) -> None:
+    """Offsets that pass over a special token whose spelling is in the text."""
+    tokenizer = text_tokenizer()
+    ids = [tokenizer.eos_id, *tokenizer.encode("one"), tokenizer.eos_id, *tokenizer.encode(" two")]
+    for prompt in (ids, "<|endoftext|>one<|endoftext|> two"):
+        scored = client.completions.create(model=NAME, prompt=prompt, echo=True, logprobs=0, max_tokens=0)
+        (choice,) = scored.choices
+        assert choice.text == "<|endoftext|>one<|endoftext|> two"
+        rests = [choice.text[offset:] for offset in choice.logprobs.text_offset]
+        assert rests == [tokenizer.decode(ids[place:]) for place in range(len(ids))]
+
+
+def test_text_begins_with_the_tokenizers_own_bos_and_a_conversation_with_its_templates() -> None:
+    """A bos that /v1/completions leaves out, that cannot be left out, or that comes twice before a conversation; one
+    that is not shown in an echo and moves the places of all others."""
+    tokenizer = bos_tokenizer()
+    ids = tokenizer.encode("one two")
+    with serving(text_engine(tokenizer=tokenizer)) as server:
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=90)
+
+        def scored(**more: object) -> tuple[list[str], list[int]]:
+            ask = {"model": NAME, "echo": True, "logprobs": 0, "max_tokens": 0, "extra_body": more}
+            answer = client.completions.create(prompt="one two", **ask)  # type: ignore[call-overload]
+            (choice,) = answer.choices
+            assert choice.text == "one two"
+            assert answer.usage.prompt_tokens == len(choice.logprobs.tokens)
+            return choice.logprobs.tokens, choice.logprobs.text_offset
+
+        words = [tokenizer.decode([token]) for token in ids]
+        places = [len("".join(words[:place])) for place in range(len(words))]
+        assert scored() == (["<s>", *words], [0, *places])
+        assert scored(add_special_tokens=False) == (words, places)
+        answer = client.chat.completions.create(model=NAME, messages=MESSAGES, max_tokens=1)  # type: ignore[arg-type]
+        assert answer.usage.prompt_tokens == len(tokenizer.encode(RENDERED))
 
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"], "additionalProperties": False}

@@ -192,6 +192,18 @@ def test_a_full_server_says_so_and_takes_requests_again_later(server: Running) -
     assert server.post("/v1/completions", {"prompt": "one", "max_tokens": 2}).status_code == 200
 
 
+def test_a_request_that_never_fits_is_not_told_to_come_again() -> None:
+    """429 for ever, by an empty server. engine.max_sequences=8 and serve.max_queue=1 are 9."""
+    with serving(text_engine(), ServeConfig(max_queue=1)) as server:
+        body = {"prompt": ["one", "two"], "max_tokens": 1, "n": 5}
+        refused = server.post("/v1/completions", body)
+        assert refused.status_code == 400
+        assert "10 sequences (prompts times n)" in refused.json()["error"]["message"]
+        assert "engine.max_sequences=8, and serve.max_queue=1 wait; use at most 9" in refused.json()["error"]["message"]
+        assert "retry-after" not in refused.headers
+        assert server.post("/v1/completions", body | {"prompt": "one", "n": 9}).status_code == 200
+
+
 def until(condition: Any, seconds: float = 20.0) -> None:
     end = time.monotonic() + seconds
     while not condition():

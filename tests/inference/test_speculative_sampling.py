@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from inference.config import EngineConfig, SamplingConfig
-from inference.sampling import SHIFT, Settings
+from inference.sampling import SHIFT, OnHost, Settings
 from inference.speculation import rejection
 from inference.speculation.rejection import DRAFT_STREAMS, keep_or_draw, propose
 from inference.speculation.runner import SpeculativeRunner
@@ -73,8 +73,8 @@ def test_a_drafter_says_what_it_drew_from() -> None:
         random=True,
         filtered=True,
         penalties=None,
-        top_logprobs=0,
         allowed=None,
+        on_host=OnHost(plain=[False] * N, top_logprobs=[0] * N, tempered=[1.0] * N),
     )
     tokens, q = propose(logits, settings, sampled=True)
     assert q is not None

@@ -12,10 +12,15 @@ import torch
 import transformers
 
 from data.tokenizer import Tokenizer
+from inference.engine import Engine
 from kernels.paged_attention import implementation
 from launch.convert import convert
 from launch.errors import exit_code_of
 from launch.lab import lab
+from launch.lab_config import LabConfig
+from launch.modes.files import token_prompts
+from launch.open_model import OpenedModel
+from tests.models.small import random_decoder, tiny
 from tests.pool import RankPool
 
 PROMPTS: list[dict[str, Any]] = [{"prompt": "one two", "id": "a"}, {"prompt_ids": [3, 1, 4, 1, 5]}, {"prompt": "three"}]
@@ -64,6 +69,20 @@ def test_a_folder_and_a_checkpoint_give_the_tokens_of_transformers(
             assert line["text"] == tokenizer.decode(kept)
             assert len(line["logprobs"]) == len(line["token_ids"])
             assert all(logprob <= 0 for logprob in line["logprobs"])
+
+
+def test_prompts_of_text_begin_alike_in_every_mode(folder: Path) -> None:
+    """Modes that compare or measure on other tokens than mode=generate continues: without a bos."""
+    core = tokenizers.Tokenizer.from_str(Tokenizer.from_path(folder).to_json())
+    special = [("<|endoftext|>", 0)]
+    core.post_processor = tokenizers.processors.TemplateProcessing("<|endoftext|> $A", None, special)
+    tokenizer = Tokenizer(core, eos_token="<|endoftext|>", bos_token="<|endoftext|>")
+    opened = OpenedModel(random_decoder(tiny(vocab_size=tokenizer.vocab_size)), tokenizer, None, [])
+    config = LabConfig(prompt="one two")
+    assert token_prompts(config, opened) == [[0, *tokenizer.encode("one two")]]
+    assert token_prompts(config, opened) == [Engine(opened.model, tokenizer=tokenizer).prepare("one two").tokens]
+    config.sampling.add_special_tokens = False
+    assert token_prompts(config, opened) == [tokenizer.encode("one two")]
 
 
 def test_one_prompt_goes_to_standard_output(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
