@@ -405,7 +405,8 @@ class Trainer:
         self._compare_with_prediction()
         if isinstance(state.passes, PipelinedPasses) and config.parallel.pp_trace:
             picture = state.passes.write_trace(self.run_dir)
-            self.metrics.picture("pipeline_timeline", picture, step=state.step)
+            if picture is not None:
+                self.metrics.picture("pipeline_timeline", picture, step=state.step)
         return {"step": state.step, "loss": loss, "validation_loss": self._validation_loss, "sample": self._sample()}
 
     def _launch_step(self) -> None:
