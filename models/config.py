@@ -397,4 +397,7 @@ def _length_problems(config: ModelConfig, seq_len: int) -> list[str]:
         return [Problem(f"{too_long}, the rows of the learned position table", shorter, longer)]
     if config.dropout > 0 or config.attention_dropout > 0:
         return [Problem(f"{too_long}, which numbers the dropout draws", shorter, longer, words="switch dropout off")]
+    if config.moe.num_experts and config.moe.router == "gshard":
+        other = values("model.moe.router", ["softmax"])
+        return [Problem(f"{too_long}, which numbers the draws of model.moe.router=gshard", shorter, longer, other)]
     return []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from parallel.dims import divisors
@@ -68,8 +69,8 @@ def moe_problems(
     for name in ("aux_weight", "z_weight", "capacity_factor", "bias_update_rate"):
         field, value = f"model.routing.{name}", getattr(routing, name)
         off = values(field, [0.0])
-        if value < 0:
-            found.append(Problem(f"{field}={value} must not be negative, and 0 switches it off", off))
+        if not 0 <= value < math.inf:  # nor NaN, which is not below 0 either
+            found.append(Problem(f"{field}={value} must be finite and not negative, and 0 switches it off", off))
         elif value > 0 and moe.num_experts == 0:
             found.append(Problem(f"{field}={value} without experts", off, words="set model.moe.num_experts"))
     if moe.num_experts == 0:

@@ -102,6 +102,8 @@ def _left_out(config: pytest.Config, items: list[pytest.Item]) -> set[pytest.Ite
     for cases in of_function.values():
         marker = cases[0].get_closest_marker("some")
         assert marker is not None
+        if thorough and marker.kwargs.get("unless_thorough"):
+            continue
         num = min(marker.args[0], len(cases))
         kept = {cases[round(i * (len(cases) - 1) / max(num - 1, 1))] for i in range(num)}  # first, last, evenly between
         left_out |= set(cases) - kept

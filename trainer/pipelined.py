@@ -144,7 +144,7 @@ class PipelinedPasses:
             trace=trace,
         )
         _join_groups_of_programs(mesh, device)
-        self._programs: dict[Schedule, Program] = {}
+        self._plans: dict[tuple[int, bool], tuple[Schedule, Program]] = {}
         self._traced: tuple[Schedule, list[int]] | None = None  # and the sequences of each of its micro-batches
         self._users = _stages_of_parameters(
             list(data_parallel.masters), layout, self.rank, embeds_last=model.embeds_last
@@ -163,17 +163,17 @@ class PipelinedPasses:
             self.data_parallel.gradients_complete(names)
 
         self.data_parallel.start_pipeline()
-        schedule = self.layout.training(len(microbatches))
+        schedule, program = self._plan(len(microbatches), training=True)
         aux_scale = None if state.routing is None else state.routing.aux_scale(state.loss_scale.scale)
         work = self._work(microbatches, self._loss_of_stage(state, microbatches, aux_scale), reduce)
-        sums = self.executor.run(self._program(schedule), work, seed=scales)
+        sums = self.executor.run(program, work, seed=scales)
         self._traced = schedule, [len(batch.tokens) for batch in microbatches]
         self.data_parallel.finish_backward()
         self._sum_tied()
         return self._total(sums, len(scales), state.device)
 
     def sums(self, state: TrainState, microbatches: list[Batch]) -> Tensor:
-        program = self._program(self.layout.evaluation(len(microbatches)))
+        _, program = self._plan(len(microbatches), training=False)
         work = self._work(microbatches, self._loss_of_stage(state, microbatches))
         sums = self.executor.run(program, work, seed=None)
         return self._total(sums, len(state.objective.counts(microbatches[0])), state.device)
@@ -188,7 +188,8 @@ class PipelinedPasses:
             )
 
         work = _ModelWork(len(self.layout.stages), [self._hidden_shape(tokens)], forward, self._gather)
-        results = self.executor.run(self._program(self.layout.evaluation(1)), work, seed=None)
+        _, program = self._plan(1, training=False)
+        results = self.executor.run(program, work, seed=None)
         holder = self.layout.owner[-1]
         shape = (tokens.shape[0], self.model.vocab_size)
         logits = results[0].float() if self.rank == holder else torch.empty(shape, device=state.device)
@@ -202,7 +203,7 @@ class PipelinedPasses:
             batch = microbatches[microbatch]
             return forward_head(model, batch, head(batch), stage=self.layout.stages[stage], hidden=hidden)
 
-        program = self._program(self.layout.evaluation(len(microbatches)))
+        _, program = self._plan(len(microbatches), training=False)
         with in_evaluation(model):
             results = self.executor.run(program, self._work(microbatches, forward), seed=None)
         holder = self.layout.owner[-1]
@@ -222,12 +223,14 @@ class PipelinedPasses:
     def token_logprobs(self, model: Decoder, microbatches: list[Batch], *, temperature: float = 1.0) -> list[Tensor]:
         return self.per_token(model, microbatches, logprobs_head(model, temperature))
 
-    def write_trace(self, run_dir: Path) -> Path:
+    def write_trace(self, run_dir: Path) -> Path | None:
         """pipeline_trace.json and pipeline_timeline.png: planned and executed time line of the newest step.
 
-        Collective; global rank 0 writes. Returns the picture's path.
+        Collective; global rank 0 writes. Returns the picture's path; None if there was no step, as in a run that had
+        ended before.
         """
-        assert self._traced is not None
+        if self._traced is None:
+            return None
         executed: list[list] = [[] for _ in range(self.layout.num_ranks)]
         dist.all_gather_object(executed, self.executor.executed, group=self.group)
         picture = run_dir / "pipeline_timeline.png"
@@ -238,11 +241,15 @@ class PipelinedPasses:
             draw(schedule, plan, executed).savefig(picture)
         return picture
 
-    def _program(self, schedule: Schedule) -> Program:
-        if schedule not in self._programs:
+    def _plan(self, num_microbatches: int, *, training: bool) -> tuple[Schedule, Program]:
+        """The schedule of all ranks and the program of this one. Made once for each number of micro-batches: even to
+        look a schedule up by itself takes longer than to launch a stage."""
+        key = num_microbatches, training
+        if key not in self._plans:
+            schedule = (self.layout.training if training else self.layout.evaluation)(num_microbatches)
             costs = self.layout.plan_costs(message=TRAVEL)
-            self._programs[schedule] = make_programs(schedule, costs)[self.rank]
-        return self._programs[schedule]
+            self._plans[key] = schedule, make_programs(schedule, costs)[self.rank]
+        return self._plans[key]
 
     def _gather(self, use: Action) -> None:
         """Start to gather the layer that a computation begins with, and what lies outside all layers: fully_shard keeps

@@ -434,7 +434,8 @@ class Trainer:
         self.announce.prediction(self.records, world_size=self.world_size, device=self.device, step=state.step)
         if isinstance(state.passes, PipelinedPasses) and self.config.parallel.pp_trace:
             picture = state.passes.write_trace(self.run_dir)
-            self.metrics.picture("pipeline_timeline", picture, step=state.step)
+            if picture is not None:
+                self.metrics.picture("pipeline_timeline", picture, step=state.step)
         sample = self.announce.sample(state, self.train_data.tokenizer)
         return {"step": state.step, "loss": self._loss, "validation_loss": self._validation_loss, "sample": sample}
 

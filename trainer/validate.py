@@ -47,7 +47,7 @@ from trainer.validate_experts import expert_problems
 from trainer.validate_fp8 import fp8_problems
 from trainer.validate_graphs import graph_problems
 from trainer.validate_invariant import invariant_problems
-from trainer.validate_optim import optimizer_problems
+from trainer.validate_optim import block_problems, optimizer_problems
 from trainer.validate_speculator import speculator_run_problems
 from trainer.validate_tensor import tensor_parallel_problems
 from trainer.validate_unused import unused_problems
@@ -116,14 +116,16 @@ def resolve(config: TrainConfig, world_size: int) -> tuple[TrainConfig, list[str
         model = replace(model, path=str(Path(model.path).expanduser()))
         config = replace(config, model=model)
     found: list[str] = [*model_problems(model, seq_len=config.train.seq_len)]
+    known = model.path is None  # the shape; a folder's is once it was read, and until then the fields hold defaults
     if not found:
         try:
             model = resolve_model(model)
         except ValueError as error:
             found.append(str(error))
         else:
+            known = True
             found += model_problems(model, seq_len=config.train.seq_len)
-    found += expert_problems(config, model, world_size)
+    found += expert_problems(config, model, world_size) if known else []
     found += activation_checkpoint_problems(
         ActivationCheckpoint(mode=model.activation_checkpoint, save=model.activation_checkpoint_save)
     )
@@ -131,7 +133,8 @@ def resolve(config: TrainConfig, world_size: int) -> tuple[TrainConfig, list[str
     found += missing or data_problems(data)
     found += dims_problems(config.parallel, world_size)
     found += precision_problems(config.precision)
-    found += optimizer_problems(config, model, world_size)
+    found += optimizer_problems(config)
+    found += block_problems(config, model, world_size) if known else []
     found += schedule_problems(config.schedule, config.optim, config.train.steps)
     found += _loop_problems(config.train, world_size)
     found += _checkpoint_problems(config.checkpoint)
@@ -148,9 +151,9 @@ def resolve(config: TrainConfig, world_size: int) -> tuple[TrainConfig, list[str
     found += invariant_problems(config, model)
     found += graph_problems(config)
     found += speculator_run_problems(config, model)
-    if not model_problems(model, seq_len=config.train.seq_len):
+    if known and not model_problems(model, seq_len=config.train.seq_len):
         found += adapter_run_problems(config, model)
-    found += pipeline_problems(config.parallel, model.num_layers)
+    found += pipeline_problems(config.parallel, model.num_layers if known else None)
     # A value that is wrong in itself has been named.
     wrong = {problem.partition("=")[0] for problem in found}
     found += [problem for problem in unused_problems(config) if problem.partition("=")[0] not in wrong]

@@ -16,7 +16,7 @@ from trainer.optim import choose_kernel, precision_problems
 from trainer.validate_tensor import parameter_shapes, tp_dim
 
 
-def optimizer_problems(config: TrainConfig, model: ModelConfig, world_size: int) -> list[str]:
+def optimizer_problems(config: TrainConfig) -> list[str]:
     """Every reason why the optimizer's settings (each legal by itself) cannot be used in this run, one line each."""
     optim, precision, parallel = config.optim, config.precision, config.parallel
     found = precision_problems(optim, master=precision.master)
@@ -45,13 +45,14 @@ def optimizer_problems(config: TrainConfig, model: ModelConfig, world_size: int)
                 values("parallel.zero_stage", [0, 1, 2], near=2),
             )
         )
-    if optim.state_dtype == "int8" and not (dims_problems(parallel, world_size) or model_problems(model)):
-        found += _block_problems(config, model, world_size)
     return found
 
 
-def _block_problems(config: TrainConfig, model: ModelConfig, world_size: int) -> list[Problem]:
-    """Rows that are no whole blocks of 8-bit moments, or that the layout cuts inside of one."""
+def block_problems(config: TrainConfig, model: ModelConfig, world_size: int) -> list[Problem]:
+    """Rows that are no whole blocks of 8-bit moments, or that the layout cuts inside of one; none for an illegal
+    layout or model."""
+    if config.optim.state_dtype != "int8" or dims_problems(config.parallel, world_size) or model_problems(model):
+        return []
     why = f"optim.state_dtype=int8 quantizes blocks of {BLOCK} elements of a row"
     otherwise = values("optim.state_dtype", ["bf16", "fp32"])
     if model.hidden_size % BLOCK:

@@ -73,8 +73,8 @@ def make_layout(config: ParallelConfig, layer_costs: Sequence[float], *, head_co
     )
 
 
-def problems(config: ParallelConfig, num_layers: int) -> list[str]:
-    """Every reason why these layers cannot be split as asked, one line each."""
+def problems(config: ParallelConfig, num_layers: int | None) -> list[str]:
+    """Every reason why these layers cannot be split as asked, one line each. num_layers: None if nobody knows."""
     found = timeline_problems() if config.pp_trace else []
     if config.pp == 1:
         return found + _without_pipeline(config)
@@ -93,7 +93,7 @@ def _without_pipeline(config: ParallelConfig) -> list[Problem]:
     return found
 
 
-def _stage_problems(config: ParallelConfig, num_layers: int) -> list[Problem]:
+def _stage_problems(config: ParallelConfig, num_layers: int | None) -> list[Problem]:
     """Of a real pipeline."""
     if config.pp_schedule not in SCHEDULES:
         why = f"parallel.pp_schedule={config.pp_schedule} is not a schedule"
@@ -112,6 +112,11 @@ def _stage_problems(config: ParallelConfig, num_layers: int) -> list[Problem]:
                 values("parallel.pp_schedule", ["interleaved_1f1b"]),
             )
         ]
+    return [] if num_layers is None else _split_problems(config, num_layers)
+
+
+def _split_problems(config: ParallelConfig, num_layers: int) -> list[Problem]:
+    """Of so many layers over the stages of a schedule."""
     per_rank = stages_per_rank(config.pp_schedule, config.pp_stages_per_rank)
     num_stages = config.pp * per_rank
     if num_layers < num_stages:

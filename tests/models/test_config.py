@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,10 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"mla": MLAConfig(kv_rank=8), "num_kv_heads": 6, "head_dim": 8}, "use null or 192"),
     ({"mla": MLAConfig(kv_rank=8), "num_kv_heads": 6, "qk_norm": True}, "model.qk_norm=true do not work"),
     ({"mla": MLAConfig(kv_rank=8), "num_kv_heads": 6, "positions": "none"}, "model.positions=none does not work"),
-    ({"moe": moe(), "routing": RoutingConfig(capacity_factor=-1.0)}, "must not be negative"),
+    ({"moe": moe(), "routing": RoutingConfig(capacity_factor=-1.0)}, "must be finite and not negative"),
+    ({"moe": moe(), "routing": RoutingConfig(aux_weight=math.nan)}, "model.routing.aux_weight=nan must be finite"),
+    ({"moe": moe(), "routing": RoutingConfig(z_weight=math.inf)}, "model.routing.z_weight=inf must be finite"),
+    ({"moe": moe(router="gshard")}, "which numbers the draws of model.moe.router=gshard; use train.seq_len=32"),
 ]
 
 

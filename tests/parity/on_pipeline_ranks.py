@@ -17,6 +17,7 @@ from data.batch import Batch
 from parallel.fully_sharded import FullyShardedDataParallel
 from parallel.pipeline.actions import Action
 from parallel.pipeline.executor import _Run
+from parallel.pipeline.layout import PipelineLayout
 from parallel.pipeline.weight_gradients import Key, WeightGradients
 from tests.parity.harness import Outcome, run_here
 from trainer.config import TrainConfig
@@ -108,6 +109,18 @@ def count_messages(config: TrainConfig) -> Counter[str]:
     finally:
         running.close()
     return counts
+
+
+def count_schedules(config: TrainConfig) -> int:
+    """How many schedules this rank makes for three steps."""
+    running = Trainer(finalize(config, world_size=dist.get_world_size()))
+    try:
+        with patch.object(PipelineLayout, "training", autospec=True, side_effect=PipelineLayout.training) as training:
+            for _ in range(3):
+                running._launch_step()
+    finally:
+        running.close()
+    return training.call_count
 
 
 @dataclass

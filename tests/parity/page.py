@@ -15,12 +15,14 @@ from tests.parity.harness import changed
 from tests.parity.lattice import (
     FEATURES,
     LAYOUT_FEATURES,
+    NEEDED,
     STEPS,
     WORLD_SIZE,
+    Layout,
     Legality,
     Pair,
+    default,
     name_of,
-    plainest,
     read_layouts,
 )
 from tests.parity.measurements import ROOT, Record
@@ -55,15 +57,31 @@ OTHERS: list[dict[str, Any]] = [
     {"model__moe": EXPERTS, "parallel__ep": 2, "parallel__ep_buffer": 0.0, "train__compile": True},
 ]  # fmt: skip
 """Settings beside FEATURES that do not go together."""
-ELSEWHERE = {
-    "Muon on every axis": "tests/parity/test_tensor_parallel.py (qwen), tests/parity/test_expert_axes.py (deepseek)",
-    "fp8": "tests/parity/test_fp8.py",
-    "offload, HSDP, AdamW on the host": "tests/parity/test_data_parallel.py",
-    "activation memory budget": "tests/parity/test_activation_budget.py",
-    "resuming on another layout": "tests/parity/test_resume.py",
-    "moments in 8 bits": "tests/trainer/test_adamw_kernel.py",
-    "validation, sampling, routers' metrics": "tests/parity/test_expert_axes.py (sigmoid)",
+AXES, DATA = "tests/parity/test_expert_axes.py", "tests/parity/test_experts.py"
+ELSEWHERE: dict[str, list[str]] = {
+    "latent attention with experts (DeepSeek), every router, capacity": [AXES, DATA],
+    "Muon on every axis": [f"{AXES} (gshard, deepseek_v3)"],
+    "fp8": ["tests/parity/test_fp8.py"],
+    "offload, HSDP, AdamW on the host": ["tests/parity/test_data_parallel.py"],
+    "activation memory budget": ["tests/parity/test_activation_budget.py"],
+    "resuming on another layout": [
+        "tests/parity/test_resume.py",
+        "tests/trainer/test_tensor_parallel.py::test_a_run_moves_from_one_process_to_tensor_parallelism_and_back",
+        "tests/parity/test_context_parallel.py::test_a_checkpoint_moves_between_splits_and_a_sample_is_the_same",
+        "tests/parity/test_pipeline.py::test_a_checkpoint_moves_between_layouts",
+        f"{AXES}::test_a_checkpoint_moves_between_expert_layouts",
+        f"{DATA}::test_a_run_goes_on_with_its_biases_on_another_layout",
+    ],
+    "moments in 8 bits": ["tests/trainer/test_adamw_kernel.py"],
+    "validation, sampling, routers' metrics": [f"{AXES} (sigmoid)"],
 }
+ONLY_HERE: list[Pair] = [(("model", "latent"), ("expert", "ep2")), (("model", "latent"), ("rows", "buffers"))]
+"""Refused because the model of this table has no experts, though one with latent attention may."""
+LATENT_WITH_EXPERTS = (
+    "\\* Latent attention lies between dense layers here. With experts, as in DeepSeek-V2 and V3, it composes with ep "
+    f"and its buffers: `{AXES}` (deepseek_v2, deepseek_v3) trains it over ep together with tp, pp and cp, `{DATA}` "
+    "(deepseek) over data parallelism."
+)
 
 
 def page(
@@ -99,11 +117,11 @@ def page(
         "## Pairs of features",
         "",
         "Each row is a value of a feature, each column another feature: `all` of its values compose, or all but those "
-        "named, which are refused for the reason of that number.",
+        "named, which are refused for the reason of that number (\\*: in this table).",
         "",
     ]
     reasons: list[str] = []
-    lines += _matrix(refused, reasons)
+    lines += [*_matrix(refused, reasons), "", LATENT_WITH_EXPERTS]
     lines += ["", "## Refused, and why", ""]
     lines += [f"{number}. {reason}" for number, reason in enumerate(reasons, 1)]
     lines += ["", "## Refused for three features or more", ""]
@@ -124,7 +142,7 @@ def page(
     lines += ["| id | " + " | ".join(FEATURES) + " |", "|---" * (len(FEATURES) + 1) + "|"]
     lines += [f"| {name_of(layout)} | " + " | ".join(layout.values()) + " |" for layout in read_layouts()]
     lines += ["", "## Tests of what the table does not cross", ""]
-    lines += [f"- {what}: `{test}`" for what, test in ELSEWHERE.items()]
+    lines += [f"- {what}: {', '.join(f'`{test}`' for test in tests)}" for what, tests in ELSEWHERE.items()]
     return "\n".join(lines) + "\n"
 
 
@@ -138,13 +156,23 @@ def refused_triples(legality: Legality, refused: Mapping[Pair, str]) -> list[tup
     for names in itertools.combinations([name for name in LAYOUT_FEATURES if name != "microbatch"], 3):
         for chosen in itertools.product(*(list(FEATURES[name])[1:] for name in names)):
             fixed = dict(zip(names, chosen, strict=True))
-            if either.intersection(itertools.combinations(fixed.items(), 2)):
-                continue
-            layout = plainest({"model": "experts"} | fixed, legality)
-            if problems := legality.problems(layout):
-                reasons = [p for p in problems if "processes" not in p and "does not divide parallel.dp_shard" not in p]
-                found += [(chosen, legality.with_advice(layout, reason)) for reason in reasons]
+            if not either.intersection(itertools.combinations(fixed.items(), 2)):
+                found += [(chosen, reason) for reason in _reasons({"model": "experts"} | fixed, legality)]
     return found
+
+
+def _reasons(fixed: Layout, legality: Legality) -> list[str]:
+    """Why no layout has these values: none if one has, or would have on more ranks."""
+    layouts = [default() | needed | fixed for needed in NEEDED]
+    if any(all(map(_is_of_degrees, legality.problems(layout))) for layout in layouts):
+        return []
+    # What it lacks is not the reason: of all that a layout may need beside these values, the one with least to say.
+    layout = min(layouts, key=lambda layout: len(legality.problems(layout)))
+    return [legality.with_advice(layout, reason) for reason in legality.problems(layout) if not _is_of_degrees(reason)]
+
+
+def _is_of_degrees(problem: str) -> bool:
+    return "processes" in problem or "does not divide parallel.dp_shard" in problem
 
 
 def other_refusals(base: TrainConfig) -> list[str]:
@@ -181,6 +209,7 @@ def _largest(records: list[Record]) -> str:
 
 def _matrix(refused: Mapping[Pair, str], reasons: list[str]) -> list[str]:
     either = {**refused} | {(second, first): why for (first, second), why in refused.items()}
+    only_here = {*ONLY_HERE} | {(second, first) for first, second in ONLY_HERE}
     lines = ["| | " + " | ".join(FEATURES) + " |", "|---" * (len(FEATURES) + 1) + "|"]
     for feature, values in FEATURES.items():
         for value in values:
@@ -188,8 +217,10 @@ def _matrix(refused: Mapping[Pair, str], reasons: list[str]) -> list[str]:
             for other, others in FEATURES.items():
                 without = []
                 for second in others:
-                    why = either.get(((feature, value), (other, second)))
-                    if why is not None:
+                    pair = (feature, value), (other, second)
+                    if pair in only_here:
+                        without.append(f"{second} (\\*)")
+                    elif (why := either.get(pair)) is not None:
                         if why not in reasons:
                             reasons.append(why)
                         without.append(f"{second} ({reasons.index(why) + 1})")

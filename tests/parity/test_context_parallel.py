@@ -260,7 +260,7 @@ def _run_broken(config: TrainConfig, where: str | type, name: str, fault: Callab
         return run_here(config)
 
 
-@pytest.mark.some(7)
+@pytest.mark.some(7, unless_thorough=True)
 @pytest.mark.parametrize(
     ("variant", "method", "where", "name", "fault"),
     [

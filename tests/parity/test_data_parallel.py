@@ -88,7 +88,7 @@ def test_every_layout_trains_the_same_model(
     assert_same_model(run_on(ranks, world_size, config), reference)
 
 
-@pytest.mark.some(1)
+@pytest.mark.some(1, unless_thorough=True)
 @pytest.mark.parametrize(
     ("world_size", "stage", "changes"),
     [

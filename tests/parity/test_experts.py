@@ -146,7 +146,7 @@ LAYOUTS = [
 ]
 
 
-@pytest.mark.some(2)
+@pytest.mark.some(2, unless_thorough=True)
 @pytest.mark.parametrize(("variant", "world_size", "stage", "dp_replicate", "micro_batch_size"), LAYOUTS)
 def test_every_layout_trains_the_same_experts(
     ranks: RankPool,

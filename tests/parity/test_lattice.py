@@ -28,7 +28,7 @@ from tests.parity.lattice import (
     some_legality,
 )
 from tests.parity.measurements import PartFile, Record, load, load_made_with, merge
-from tests.parity.page import PAGE, page
+from tests.parity.page import ELSEWHERE, PAGE, page, refused_triples
 from tests.pool import RankPool
 
 LAYOUTS = read_layouts()
@@ -74,6 +74,27 @@ def test_the_page_of_what_composes_is_what_the_measurements_say(legality: Legali
     assert [name_of(layout) for layout in rest if not legality.problems(layout)] == []
     written = page(records, load_made_with(), len(trained), len(others), refused_pairs(legality), legality)
     assert PAGE.read_text() == written
+
+
+def test_three_features_are_refused_for_what_they_are(legality: Legality) -> None:
+    """Degrees that need more ranks, explained by the experts or the sequence parallelism of a layout without either."""
+    triples = refused_triples(legality, refused_pairs(legality))
+    assert (("zbv", "selective", "aot_eager"), "model.activation_checkpoint=selective") in [
+        (values, reason.partition(" ")[0]) for values, reason in triples
+    ]
+    for values, reason in triples:
+        assert "ep2" in values or "parallel.ep, which is 1" not in reason, (values, reason)
+        assert "tp2+sp" in values or "parallel.sequence_parallel=false" not in reason, (values, reason)
+
+
+def test_every_test_that_the_page_points_to_is_there() -> None:
+    """A page that goes on claiming what a test, renamed or deleted, has shown."""
+    for pointer in itertools.chain(*ELSEWHERE.values()):
+        path, _, name = pointer.partition(" ")[0].partition("::")
+        text = (PAGE.parents[1] / path).read_text()
+        assert f"def {name}" in text, pointer
+        variants = pointer.partition("(")[2].strip(")")
+        assert all(f'"{variant}": ' in text for variant in variants.split(", ") if variant), pointer
 
 
 def test_the_cross_product_spreads_every_feature_over_the_axes(legality: Legality) -> None:

@@ -27,6 +27,7 @@ from tests.parity.on_pipeline_ranks import (
     FAULTS,
     count_gathers,
     count_messages,
+    count_schedules,
     run_and_answer,
     run_broken,
     run_with_lengths,
@@ -341,6 +342,27 @@ def test_the_trace_shows_plan_and_execution(ranks: RankPool, references: Referen
     started = [(e["pid"], e["tid"], e["name"]) for e in events if e["ph"] == "i"]
     assert sorted(started) == [(process, rank, f"reduce({rank})") for process in (0, 1) for rank in (0, 1)]
     assert (tmp_path / "run" / "pipeline_timeline.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_that_had_ended_starts_again_and_keeps_its_trace(
+    ranks: RankPool, references: References, tmp_path: Path
+) -> None:
+    """A restart with nothing left to train that fails because there is nothing new to draw."""
+    changes = {"parallel__pp": 2, "parallel__pp_trace": True, "train__micro_batch_size": 6, "train__steps": 1}
+    changes |= {"schedule__warmup_steps": 0, "checkpoint__at_end": True}
+    config = changed(references.of("plain").config, tmp_path / "run", **changes)
+    run_on(ranks, 2, config)
+    trace = (tmp_path / "run" / "pipeline_trace.json").read_bytes()
+    (first, second) = ranks.run(2, run_and_answer, config)
+    assert (first["step"], first["loss"]) == (second["step"], second["loss"]) == (1, None)
+    assert (tmp_path / "run" / "pipeline_trace.json").read_bytes() == trace
+
+
+def test_a_schedule_is_made_once(ranks: RankPool, references: References, tmp_path: Path) -> None:
+    """Every step that builds the schedule of all ranks again before it launches anything."""
+    changes = {"parallel__pp": 2, "parallel__pp_schedule": "zbv", "train__micro_batch_size": 4}
+    config = changed(references.of("plain").config, tmp_path / "run", **changes)
+    assert ranks.run(2, count_schedules, config) == [1, 1]
 
 
 def test_run_json_and_the_start_say_what_is_planned(ranks: RankPool, references: References, tmp_path: Path) -> None:

@@ -143,6 +143,24 @@ def test_every_problem_is_named_at_once_whatever_part_it_is_in() -> None:
     assert len(lines) == len(set(lines)) >= 20
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"parallel__pp": 8},
+        {"parallel__pp": 2, "parallel__pp_split": [3, 5]},
+        {"parallel__ep": 2},
+        {"optim__state_dtype": "int8"},
+        {"adapter__name": "lora", "adapter__quantize": "nf4"},
+    ],
+)
+def test_nothing_is_said_about_a_shape_that_nobody_has_read(changes: dict[str, Any]) -> None:
+    """A mistyped model.path that is followed by refusals, with values to use, about the default shape; a traceback."""
+    (line,) = found(8, model__path="/nowhere", **changes)
+    assert line.startswith("model.path=/nowhere does not exist")
+    (line,) = found(8, model__path="/nowhere", model__dropout=2.0, **changes)
+    assert line.startswith("model.dropout=2.0")
+
+
 def test_text_cannot_be_sampled_from_a_token_array_without_its_tokenizer(tmp_path: Path) -> None:
     """A sample that is asked for and silently left out."""
     (tmp_path / "tokens.npy").write_bytes(b"")

@@ -45,10 +45,13 @@ def test_gpipe_and_1f1b_have_the_closed_bubble(name: str, p: int, m: int) -> Non
 @settings(deadline=None)
 @given(p=RANKS, rounds=st.integers(1, 4), chosen=st.integers(1, 4))
 def test_interleaving_divides_the_bubble_by_the_stages_of_a_rank(p: int, rounds: int, chosen: int) -> None:
-    """2104.04473, section 2.2: (p-1)/v of a micro-batch's time, for micro-batches in whole rounds."""
+    """2104.04473, section 2.2: (p-1)/v of a micro-batch's time, for micro-batches in whole rounds. In memory are at
+    most those of the warm-up and one more, or all."""
     m = rounds * p
     timeline = simulate(make_schedule("interleaved_1f1b", num_ranks=p, num_microbatches=m, chosen=chosen))
     assert timeline.makespan == pytest.approx(3 * (m * chosen + p - 1))
+    kept = [min(m * chosen, 2 * (p - 1 - rank) + (chosen - 1) * p + 1) for rank in range(p)]  # each of one stage
+    assert timeline.peak_activations() == kept
 
 
 @settings(deadline=None)
