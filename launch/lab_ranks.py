@@ -1,7 +1,8 @@
 """A mode of the lab on several processes: rank 0 runs it, the others do what it needs of them.
 
 A mode need not know: it gets its model from `open_served` and engines from `make_engine`, which tell the other ranks.
-They open the same model, each its part, make the same engines, and follow their steps (inference/ranks.py).
+They open the same model, each its part, make the same engines, and follow their steps (inference/ranks.py). One that
+wants more of them than an engine's steps says so with `call_on_ranks`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -25,7 +26,7 @@ from launch.open_model import LabModelConfig, OpenedModel, model_config_of, open
 from launch.open_speculation import open_speculation
 from models.config import ModelConfig
 from parallel.dims import divisors
-from parallel.groups import ModelParallel
+from parallel.groups import NO_GROUPS, ModelParallel
 from parallel.mesh import init_distributed
 from parallel.problem import Problem, values
 from trainer.agreement import check_same_on_all_ranks, describe
@@ -48,6 +49,7 @@ class Crew(NamedTuple):
 @dataclass
 class _Open:
     model: LabModelConfig
+    whole: bool = False
 
 
 @dataclass
@@ -58,8 +60,19 @@ class _Make:
 
 
 @dataclass
+class _Call:
+    model: int  # number in Crew.models
+    function: Callable[..., Any]  # of a module, which travels by its name
+    arguments: tuple[Any, ...]
+
+
+@dataclass
 class _End:
     """Rank 0 is done."""
+
+
+class Verdict(ValueError):
+    """What a mode concludes, after all was computed and written: an error of rank 0 alone."""
 
 
 _CREWS: dict[dist.ProcessGroup | None, Crew] = {}
@@ -124,7 +137,7 @@ def run_on_ranks(
             return
         try:
             mode()
-        except ConfigError:  # between steps: the others wait for the next one
+        except (ConfigError, Verdict):  # between steps: the others wait for the next one
             crew.channel.tell(_End())
             _end(crew)
             raise
@@ -161,6 +174,14 @@ def open_on_ranks(model: LabModelConfig) -> OpenedModel:
     return _open(crew, model)
 
 
+def open_whole_on_ranks(model: LabModelConfig) -> OpenedModel:
+    """Rank 0: open a model that is not cut, for itself. The others read it as well, since ranks verify the files of a
+    checkpoint together, and keep nothing of it."""
+    crew = _CREWS[dist.group.WORLD]
+    crew.channel.tell(_Open(model, whole=True))
+    return _open(crew, model, whole=True)
+
+
 def make_on_ranks(opened: OpenedModel, config: EngineConfig, speculation: SpeculationConfig) -> Engine:
     """Rank 0: make an engine for one of the crew's models on all ranks. Raises ConfigError for what it refuses."""
     crew = _CREWS[dist.group.WORLD]
@@ -169,24 +190,36 @@ def make_on_ranks(opened: OpenedModel, config: EngineConfig, speculation: Specul
     return _make(crew, number, config, speculation)
 
 
+def call_on_ranks(opened: OpenedModel, function: Callable[..., T], *arguments: Any) -> T:
+    """Rank 0: call function(model, *arguments) on all ranks of the crew at once, each with its part of the model."""
+    crew = _CREWS[dist.group.WORLD]
+    number = next(number for number, model in enumerate(crew.models) if model is opened)
+    crew.channel.tell(_Call(number, function, arguments))
+    return function(opened.model, *arguments)
+
+
 def _follow(crew: Crew) -> None:
     """Any other rank: do what rank 0 does."""
     while not isinstance(message := crew.channel.hear(), _End):
         if isinstance(message, Orders):
             crew.engines[message.engine].follow(message)
             continue
+        if isinstance(message, _Call):
+            message.function(crew.models[message.model].model, *message.arguments)
+            continue
         try:
             if isinstance(message, _Open):
-                _open(crew, message.model)
+                _open(crew, message.model, whole=message.whole)
             elif isinstance(message, _Make):
                 _make(crew, message.model, message.engine, message.speculation)
         except ConfigError:
             pass  # rank 0 raises it as well, and says what comes next
 
 
-def _open(crew: Crew, model: LabModelConfig) -> OpenedModel:
-    opened = _agreed(lambda: open_model(model, crew.device, crew.groups))
-    crew.models.append(opened)
+def _open(crew: Crew, model: LabModelConfig, *, whole: bool = False) -> OpenedModel:
+    opened = _agreed(lambda: open_model(model, crew.device, NO_GROUPS if whole else crew.groups))
+    if not whole:
+        crew.models.append(opened)
     return opened
 
 

@@ -10,9 +10,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+import launch.lab_ranks
 import trainer.convert
 from launch.lab import lab
+from launch.modes.parity import ParityError
+from launch.open_model import OpenedModel
 from models.hf_files import TensorFolder
+from parallel.regions import local_tensor
 from trainer.checkpoint import TensorReader
 from trainer.config import ConfigError
 from trainer.convert import Exported, export_checkpoint
@@ -90,3 +94,24 @@ def lab_and_watch(arguments: list[str]) -> tuple[str, int]:
     finally:
         TensorFolder.read = read  # type: ignore[method-assign]
     return "", elements
+
+
+def parity_verdict(arguments: list[str], *, damaged: int | None = None) -> str:
+    """mode=parity; what it says of a bound that is broken. damaged: a rank that serves one wrong number."""
+    real = launch.lab_ranks._open
+
+    def opened(*given: Any, **options: Any) -> OpenedModel:
+        found = real(*given, **options)
+        if found.model.groups.tp is not None and dist.get_rank() == damaged:
+            with torch.no_grad():
+                local_tensor(found.model.state_dict()["blocks.1.mlp.down.weight"])[3, 5] += 0.1
+        return found
+
+    launch.lab_ranks._open = opened
+    try:
+        lab(arguments)
+    except ParityError as error:
+        return str(error)
+    finally:
+        launch.lab_ranks._open = real
+    return ""
