@@ -22,7 +22,14 @@ from inference.engine import Engine
 from inference.layout import ServingLayout, serving_groups
 from inference.ranks import Channel, Orders, RankError, lost_ranks_named
 from inference.speculation.config import SpeculationConfig
-from launch.open_model import LabModelConfig, OpenedModel, model_config_of, open_model
+from launch.open_model import (
+    LabModelConfig,
+    OpenedModel,
+    model_config_of,
+    open_model,
+    open_random_model,
+    shape_config,
+)
 from launch.open_speculation import open_speculation
 from models.config import ModelConfig
 from parallel.dims import divisors
@@ -49,6 +56,7 @@ class Crew(NamedTuple):
 @dataclass
 class _Open:
     model: LabModelConfig
+    shape: str | None = None  # of random weights, in place of a model.path
     whole: bool = False
 
 
@@ -114,13 +122,20 @@ def _expert_problems(layout: ServingLayout, model: ModelConfig) -> list[str]:
 
 
 def run_on_ranks(
-    mode: Callable[[], None], layout: ServingLayout, model: LabModelConfig, engine: EngineConfig, device: torch.device
+    mode: Callable[[], None],
+    layout: ServingLayout,
+    model: LabModelConfig,
+    engine: EngineConfig,
+    device: torch.device,
+    *,
+    shape: str | None = None,
 ) -> None:
     """Run a mode on rank 0 while the others follow. Every process calls this with the same arguments.
 
-    Raises ConfigError, before any process group exists, for a model that cannot be served like this.
+    shape: of a model with random weights, in place of model.path (open_model.shape_config). Raises ConfigError, before
+    any process group exists, for a model that cannot be served like this.
     """
-    config = model_config_of(model)
+    config = model_config_of(model) if shape is None else shape_config(shape)
     found = [*layout_problems_of_model(layout, config), *engine_problems(engine, config)]
     if engine.deterministic:
         why = f"engine.deterministic=true cannot be with parallel.tp={layout.tp}, whose sums depend on the batch"
@@ -129,7 +144,8 @@ def run_on_ranks(
         raise ConfigError(found)
     with lost_ranks_named("another rank has ended, or has not answered in time"):
         crew = start_crew(layout, device)
-        check_same_on_all_ranks({"parallel": asdict(layout), "model": asdict(model), "engine": asdict(engine)})
+        settings = {"parallel": asdict(layout), "model": asdict(model), "engine": asdict(engine)}
+        check_same_on_all_ranks(settings | {"bench": {"random_weights": shape}})
         if not crew.channel.leads:
             with _without_signals():
                 _follow(crew)
@@ -167,11 +183,12 @@ def _end(crew: Crew) -> None:
     crew.channel.close()
 
 
-def open_on_ranks(model: LabModelConfig) -> OpenedModel:
-    """Rank 0: open a model, its parts on all ranks of the crew. Raises ConfigError where one of them cannot."""
+def open_on_ranks(model: LabModelConfig, shape: str | None = None) -> OpenedModel:
+    """Rank 0: open a model, or one of that shape with random weights, its parts on all ranks of the crew. Raises
+    ConfigError where one of them cannot."""
     crew = _CREWS[dist.group.WORLD]
-    crew.channel.tell(_Open(model))
-    return _open(crew, model)
+    crew.channel.tell(_Open(model, shape))
+    return _open(crew, _Open(model, shape))
 
 
 def open_whole_on_ranks(model: LabModelConfig) -> OpenedModel:
@@ -179,7 +196,7 @@ def open_whole_on_ranks(model: LabModelConfig) -> OpenedModel:
     checkpoint together, and keep nothing of it."""
     crew = _CREWS[dist.group.WORLD]
     crew.channel.tell(_Open(model, whole=True))
-    return _open(crew, model, whole=True)
+    return _open(crew, _Open(model, whole=True))
 
 
 def make_on_ranks(opened: OpenedModel, config: EngineConfig, speculation: SpeculationConfig) -> Engine:
@@ -209,18 +226,25 @@ def _follow(crew: Crew) -> None:
             continue
         try:
             if isinstance(message, _Open):
-                _open(crew, message.model, whole=message.whole)
+                _open(crew, message)
             elif isinstance(message, _Make):
                 _make(crew, message.model, message.engine, message.speculation)
         except ConfigError:
             pass  # rank 0 raises it as well, and says what comes next
 
 
-def _open(crew: Crew, model: LabModelConfig, *, whole: bool = False) -> OpenedModel:
-    opened = _agreed(lambda: open_model(model, crew.device, NO_GROUPS if whole else crew.groups))
-    if not whole:
-        crew.models.append(opened)
-    return opened
+def _open(crew: Crew, asked: _Open) -> OpenedModel:
+    groups = NO_GROUPS if asked.whole else crew.groups
+
+    def opened() -> OpenedModel:
+        if asked.shape is not None:
+            return open_random_model(asked.shape, asked.model.dtype, crew.device, groups)
+        return open_model(asked.model, crew.device, groups)
+
+    found = _agreed(opened)
+    if not asked.whole:
+        crew.models.append(found)
+    return found
 
 
 def _make(crew: Crew, model: int, config: EngineConfig, speculation: SpeculationConfig) -> Engine:

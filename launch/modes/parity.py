@@ -2,7 +2,7 @@
 through the engine, one against another.
 
 With parallel.tp > 1 every way of the engine is over these ranks, and what it is held against is the trainer's forward
-of the whole model, of which rank 0 has a copy beside its part; the trainer's own forward over the ranks is one way more.
+of the whole model, which rank 0 has beside its part; the trainer's own forward over the ranks is one way more.
 
 One JSON object goes to `out` or standard output, a table to stderr. Exit code 1 where the bound is broken.
 """
