@@ -1,10 +1,13 @@
-"""The engine on one GPU with random weights: four cases, tokens/s beside what memory and matrix products allow.
+"""The engine with random weights, on one GPU or cut over several: four cases, tokens/s beside what memory and matrix
+products of these allow.
 
     python benchmarks/serving.py --cases batch1 batch128 prefill qwen --out results.json
+    torchrun --nproc-per-node 2 benchmarks/serving.py --cases batch1 batch128 prefill --out results_tp2.json
 
 batch1: Llama 3.1 8B, one request, 512 -> 256 tokens; batch128: 128 requests, 32 -> 2048; prefill: 32 prompts of 4096;
 qwen: the shape of Qwen3 0.6B, 256 requests of 100 to 1024 tokens, continued by 100 to 1024 at temperature 0.6. Prompts
 are random, nothing ends early; the median of --repeats runs after one that is not counted (batch128: a short one).
+Under torchrun every rank of tp runs the program and asks its engine for the same; rank 0 prints and writes.
 """
 
 from __future__ import annotations
@@ -21,14 +24,20 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+import torch.distributed as dist
 
 from inference.config import EngineConfig, SamplingConfig
 from inference.engine import Engine
+from inference.layout import ServingLayout, serving_groups
 from inference.roofline import weight_bytes
+from inference.runner import num_ranks
 from launch.compose import compose_one
+from launch.lab_config import device_of
 from launch.open_model import random_model
 from models.decoder import Decoder
 from models.registry import resolve_model
+from parallel.groups import NO_GROUPS, ModelParallel
+from parallel.mesh import init_distributed, rank_from_env, world_size_from_env
 
 BANDWIDTH = 4.27e12  # bytes/s that a copy reaches on an H200
 MATMUL = 660e12  # FLOP/s that large products in bf16 reach there under its power limit
@@ -48,6 +57,7 @@ def main() -> None:
     parser.add_argument("--profile", type=int, default=0, help="steps of a profile, printed to stderr")
     parser.add_argument("--out")
     args = parser.parse_args()
+    groups, leads = serving_ranks(), rank_from_env() == 0
     results = []
     engine: Engine | None = None
     shape: list[str] = []
@@ -57,23 +67,34 @@ def main() -> None:
             engine = None
             torch.cuda.empty_cache()
             started = time.perf_counter()
-            engine, shape = Engine(random_shape(overrides), config), overrides
+            engine, shape = Engine(random_shape(overrides, groups), config), overrides
             engine.generate([[1, 2, 3]] * 4, [_sampling(4)] * 4)
-            torch.cuda.synchronize()
+            _wait(engine)
             ready = time.perf_counter() - started
         result = {"case": name, "seconds_to_first_tokens": ready} | run(engine, args.repeats)
-        print(json.dumps(result), flush=True)
         results.append(result)
+        if leads:
+            print(json.dumps(result), flush=True)
         if args.profile:
             _profile(engine, name, args.profile)
-    if args.out:
-        where = {"torch": torch.__version__, "device": torch.cuda.get_device_name()}
+    if args.out and leads:
+        where = {"torch": torch.__version__, "device": _device_name(), "tp": world_size_from_env()}
         Path(args.out).write_text(json.dumps({"environment": where, "results": results}, indent=1) + "\n")
 
 
-def random_shape(overrides: list[str]) -> Decoder:
-    """bf16 weights on the GPU, drawn there, of a shape of configs/model."""
-    return random_model(resolve_model(compose_one(overrides).model), torch.bfloat16, torch.device("cuda"))
+def serving_ranks() -> ModelParallel:
+    """The ranks of torchrun that a model is cut over, if there are several."""
+    world_size = world_size_from_env()
+    if world_size == 1:
+        return NO_GROUPS
+    layout, device = ServingLayout(tp=world_size), device_of("auto")
+    init_distributed(device, layout.timeout_seconds)
+    return serving_groups(layout, device.type)
+
+
+def random_shape(overrides: list[str], groups: ModelParallel = NO_GROUPS) -> Decoder:
+    """bf16 weights on the device, drawn there, of a shape of configs/model; over ranks each has its part."""
+    return random_model(resolve_model(compose_one(overrides).model), torch.bfloat16, device_of("auto"), groups)
 
 
 def batch1(engine: Engine, repeats: int) -> dict[str, Any]:
@@ -102,12 +123,13 @@ def batch128(engine: Engine, repeats: int) -> dict[str, Any]:
 def prefill(engine: Engine, repeats: int) -> dict[str, Any]:
     runs = [timed(engine, [4096] * 32, [1] * 32, 0.0, seed=seed) for seed in range(repeats + 1)][1:]
     seconds = statistics.median(runs)
-    config = engine.runner.model.config
-    products = 2 * (weight_bytes(engine.runner.model) / 2 - config.vocab_size * config.hidden_size) * 32 * 4096
+    config, ranks = engine.runner.model.config, num_ranks(engine.runner.model)
+    head = config.vocab_size * config.hidden_size / ranks
+    products = 2 * (weight_bytes(engine.runner.model) / 2 - head) * 32 * 4096  # of each rank, as the weights
     attention = 2 * config.num_layers * config.num_heads * config.head_dim * 4096**2 * 32  # type: ignore[operator]
     return {
         "tokens_per_second": 32 * 4096 / seconds,
-        "of_matrix_products": (products + attention) / MATMUL / seconds,
+        "of_matrix_products": (products + attention / ranks) / MATMUL / seconds,
     }
 
 
@@ -122,13 +144,24 @@ def qwen(engine: Engine, repeats: int) -> dict[str, Any]:
 def timed(engine: Engine, lengths: list[int], new: list[int], temperature: float, *, seed: int) -> float:
     """Seconds of a whole `generate`."""
     chance = random.Random(seed)
-    prompts = [[chance.randrange(100_000) for _ in range(length)] for length in lengths]
-    torch.cuda.synchronize()
+    words = min(100_000, engine.vocab_size)
+    prompts = [[chance.randrange(words) for _ in range(length)] for length in lengths]
+    _wait(engine)
     started = time.perf_counter()
     completions = engine.generate(prompts, [_sampling(count, temperature) for count in new])
     seconds = time.perf_counter() - started
     assert [len(completion.token_ids) for completion in completions] == new
     return seconds
+
+
+def _wait(engine: Engine) -> None:
+    if engine.device.type == "cuda":
+        torch.cuda.synchronize(engine.device)
+
+
+def _device_name() -> str:
+    device = device_of("auto")
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _sampling(count: int, temperature: float = 0.0) -> SamplingConfig:
@@ -189,3 +222,5 @@ CASES = {
 
 if __name__ == "__main__":
     main()
+    if dist.is_initialized():
+        dist.destroy_process_group()

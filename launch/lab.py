@@ -35,7 +35,7 @@ MODES = {
     "bench": Mode(bench.bench, bench.problems),
     "eval": Mode(eval.evaluate, eval.problems),
     "compare": Mode(compare.compare, compare.problems, over_ranks=False),
-    "parity": Mode(parity.parity, parity.problems, over_ranks=False),
+    "parity": Mode(parity.parity, parity.problems),
 }
 
 

@@ -21,7 +21,7 @@ from inference.server.config import ServeConfig
 from inference.speculation.config import SpeculationConfig
 from launch.lab_ranks import make_on_ranks, open_on_ranks, run_on_ranks
 from launch.modes.config import BenchConfig, CompareConfig, EvalConfig, ParityConfig
-from launch.open_model import LabModelConfig, OpenedModel, model_problems, open_model
+from launch.open_model import LabModelConfig, OpenedModel, model_problems, open_model, open_random_model
 from launch.open_speculation import drafting_problems, open_speculation, say_how_drafts_fared
 from models.invariant import make_batch_invariant
 from parallel.mesh import world_size_from_env
@@ -119,13 +119,20 @@ def run_mode(mode: Callable[[LabConfig], None], config: LabConfig) -> None:
     if world_size_from_env() == 1:
         mode(config)
         return
-    run_on_ranks(lambda: mode(config), config.parallel, config.model, config.engine, device_of(config.device))
+    shape = config.bench.random_weights if config.mode == "bench" else None
+    device = device_of(config.device)
+    run_on_ranks(lambda: mode(config), config.parallel, config.model, config.engine, device, shape=shape)
 
 
-def open_served(config: LabConfig) -> OpenedModel:
-    """The model of a configuration, on all ranks together. Raises ConfigError for a path that holds none."""
+def open_served(config: LabConfig, shape: str | None = None) -> OpenedModel:
+    """The model of a configuration, on all ranks together, or one of that shape with random weights.
+
+    Raises ConfigError for a path that holds none.
+    """
     if world_size_from_env() > 1:
-        return open_on_ranks(config.model)
+        return open_on_ranks(config.model, shape)
+    if shape is not None:
+        return open_random_model(shape, config.model.dtype, device_of(config.device))
     return open_model(config.model, device_of(config.device))
 
 

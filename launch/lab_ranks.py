@@ -1,7 +1,8 @@
 """A mode of the lab on several processes: rank 0 runs it, the others do what it needs of them.
 
 A mode need not know: it gets its model from `open_served` and engines from `make_engine`, which tell the other ranks.
-They open the same model, each its part, make the same engines, and follow their steps (inference/ranks.py).
+They open the same model, each its part, make the same engines, and follow their steps (inference/ranks.py). One that
+wants more of them than an engine's steps says so with `call_on_ranks`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,11 +22,18 @@ from inference.engine import Engine
 from inference.layout import ServingLayout, serving_groups
 from inference.ranks import Channel, Orders, RankError, lost_ranks_named
 from inference.speculation.config import SpeculationConfig
-from launch.open_model import LabModelConfig, OpenedModel, model_config_of, open_model
+from launch.open_model import (
+    LabModelConfig,
+    OpenedModel,
+    model_config_of,
+    open_model,
+    open_random_model,
+    shape_config,
+)
 from launch.open_speculation import open_speculation
 from models.config import ModelConfig
 from parallel.dims import divisors
-from parallel.groups import ModelParallel
+from parallel.groups import NO_GROUPS, ModelParallel
 from parallel.mesh import init_distributed
 from parallel.problem import Problem, values
 from trainer.agreement import check_same_on_all_ranks, describe
@@ -48,6 +56,8 @@ class Crew(NamedTuple):
 @dataclass
 class _Open:
     model: LabModelConfig
+    shape: str | None = None  # of random weights, in place of a model.path
+    whole: bool = False
 
 
 @dataclass
@@ -58,8 +68,19 @@ class _Make:
 
 
 @dataclass
+class _Call:
+    model: int  # number in Crew.models
+    function: Callable[..., Any]  # of a module, which travels by its name
+    arguments: tuple[Any, ...]
+
+
+@dataclass
 class _End:
     """Rank 0 is done."""
+
+
+class Verdict(ValueError):
+    """What a mode concludes, after all was computed and written: an error of rank 0 alone."""
 
 
 _CREWS: dict[dist.ProcessGroup | None, Crew] = {}
@@ -101,13 +122,20 @@ def _expert_problems(layout: ServingLayout, model: ModelConfig) -> list[str]:
 
 
 def run_on_ranks(
-    mode: Callable[[], None], layout: ServingLayout, model: LabModelConfig, engine: EngineConfig, device: torch.device
+    mode: Callable[[], None],
+    layout: ServingLayout,
+    model: LabModelConfig,
+    engine: EngineConfig,
+    device: torch.device,
+    *,
+    shape: str | None = None,
 ) -> None:
     """Run a mode on rank 0 while the others follow. Every process calls this with the same arguments.
 
-    Raises ConfigError, before any process group exists, for a model that cannot be served like this.
+    shape: of a model with random weights, in place of model.path (open_model.shape_config). Raises ConfigError, before
+    any process group exists, for a model that cannot be served like this.
     """
-    config = model_config_of(model)
+    config = model_config_of(model) if shape is None else shape_config(shape)
     found = [*layout_problems_of_model(layout, config), *engine_problems(engine, config)]
     if engine.deterministic:
         why = f"engine.deterministic=true cannot be with parallel.tp={layout.tp}, whose sums depend on the batch"
@@ -116,7 +144,8 @@ def run_on_ranks(
         raise ConfigError(found)
     with lost_ranks_named("another rank has ended, or has not answered in time"):
         crew = start_crew(layout, device)
-        check_same_on_all_ranks({"parallel": asdict(layout), "model": asdict(model), "engine": asdict(engine)})
+        settings = {"parallel": asdict(layout), "model": asdict(model), "engine": asdict(engine)}
+        check_same_on_all_ranks(settings | {"bench": {"random_weights": shape}})
         if not crew.channel.leads:
             with _without_signals():
                 _follow(crew)
@@ -124,7 +153,7 @@ def run_on_ranks(
             return
         try:
             mode()
-        except ConfigError:  # between steps: the others wait for the next one
+        except (ConfigError, Verdict):  # between steps: the others wait for the next one
             crew.channel.tell(_End())
             _end(crew)
             raise
@@ -154,11 +183,20 @@ def _end(crew: Crew) -> None:
     crew.channel.close()
 
 
-def open_on_ranks(model: LabModelConfig) -> OpenedModel:
-    """Rank 0: open a model, its parts on all ranks of the crew. Raises ConfigError where one of them cannot."""
+def open_on_ranks(model: LabModelConfig, shape: str | None = None) -> OpenedModel:
+    """Rank 0: open a model, or one of that shape with random weights, its parts on all ranks of the crew. Raises
+    ConfigError where one of them cannot."""
     crew = _CREWS[dist.group.WORLD]
-    crew.channel.tell(_Open(model))
-    return _open(crew, model)
+    crew.channel.tell(_Open(model, shape))
+    return _open(crew, _Open(model, shape))
+
+
+def open_whole_on_ranks(model: LabModelConfig) -> OpenedModel:
+    """Rank 0: open a model that is not cut, for itself. The others read it as well, since ranks verify the files of a
+    checkpoint together, and keep nothing of it."""
+    crew = _CREWS[dist.group.WORLD]
+    crew.channel.tell(_Open(model, whole=True))
+    return _open(crew, _Open(model, whole=True))
 
 
 def make_on_ranks(opened: OpenedModel, config: EngineConfig, speculation: SpeculationConfig) -> Engine:
@@ -169,25 +207,44 @@ def make_on_ranks(opened: OpenedModel, config: EngineConfig, speculation: Specul
     return _make(crew, number, config, speculation)
 
 
+def call_on_ranks(opened: OpenedModel, function: Callable[..., T], *arguments: Any) -> T:
+    """Rank 0: call function(model, *arguments) on all ranks of the crew at once, each with its part of the model."""
+    crew = _CREWS[dist.group.WORLD]
+    number = next(number for number, model in enumerate(crew.models) if model is opened)
+    crew.channel.tell(_Call(number, function, arguments))
+    return function(opened.model, *arguments)
+
+
 def _follow(crew: Crew) -> None:
     """Any other rank: do what rank 0 does."""
     while not isinstance(message := crew.channel.hear(), _End):
         if isinstance(message, Orders):
             crew.engines[message.engine].follow(message)
             continue
+        if isinstance(message, _Call):
+            message.function(crew.models[message.model].model, *message.arguments)
+            continue
         try:
             if isinstance(message, _Open):
-                _open(crew, message.model)
+                _open(crew, message)
             elif isinstance(message, _Make):
                 _make(crew, message.model, message.engine, message.speculation)
         except ConfigError:
             pass  # rank 0 raises it as well, and says what comes next
 
 
-def _open(crew: Crew, model: LabModelConfig) -> OpenedModel:
-    opened = _agreed(lambda: open_model(model, crew.device, crew.groups))
-    crew.models.append(opened)
-    return opened
+def _open(crew: Crew, asked: _Open) -> OpenedModel:
+    groups = NO_GROUPS if asked.whole else crew.groups
+
+    def opened() -> OpenedModel:
+        if asked.shape is not None:
+            return open_random_model(asked.shape, asked.model.dtype, crew.device, groups)
+        return open_model(asked.model, crew.device, groups)
+
+    found = _agreed(opened)
+    if not asked.whole:
+        crew.models.append(found)
+    return found
 
 
 def _make(crew: Crew, model: int, config: EngineConfig, speculation: SpeculationConfig) -> Engine:

@@ -17,6 +17,8 @@ from launch.compose import CONFIG_DIR, compose_one
 from models.config import ModelConfig
 from models.decoder import Decoder
 from models.hf import load_hf_weights
+from models.init import initialize
+from models.initializers import Constant, Normal
 from models.mtp_config import MTPConfig
 from models.peft import CONFIG, LowRank, load_peft
 from models.registry import build_model, resolve_model
@@ -128,32 +130,48 @@ def shape_problems(shape: str, *, name: str) -> list[str]:
     return [f"{name}={shape} is neither a folder or config.json of Hugging Face nor one of {', '.join(shapes)}"]
 
 
-def open_random_model(shape: str, dtype: str, device: torch.device) -> OpenedModel:
-    """A model of that shape with random weights, and no tokenizer. dtype: as LabModelConfig.dtype.
-
-    shape: a file of configs/model by its name, a config.json of Hugging Face, or a folder with one. Raises ConfigError.
-    """
+def shape_config(shape: str) -> ModelConfig:
+    """The model of a shape, resolved: a file of configs/model by its name, a config.json of Hugging Face, or a folder
+    with one. Raises ConfigError."""
     path = Path(shape).expanduser()
-    if path.exists():
-        folder = path.parent if path.is_file() else path
-        with configuration_errors():
-            config = resolve_model(ModelConfig(family="hf", path=str(folder)))
-    else:
-        config = resolve_model(compose_one([f"model={shape}"]).model)
+    if not path.exists():
+        return resolve_model(compose_one([f"model={shape}"]).model)
+    folder = path.parent if path.is_file() else path
+    with configuration_errors():
+        return resolve_model(ModelConfig(family="hf", path=str(folder)))
+
+
+def open_random_model(shape: str, dtype: str, device: torch.device, groups: ModelParallel = NO_GROUPS) -> OpenedModel:
+    """A model of that shape (`shape_config`) with random weights, and no tokenizer. dtype: as LabModelConfig.dtype.
+
+    groups: the ranks its layers are cut over; each draws its own part. Raises ConfigError.
+    """
     auto = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model = random_model(config, DTYPES.get(dtype, auto), device)
+    model = random_model(shape_config(shape), DTYPES.get(dtype, auto), device, groups)
     return OpenedModel(model, None, "weights are random", [])
 
 
-def random_model(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Decoder:
-    """Weights drawn on the device, to measure speed with: norms are 1, all else is of standard deviation 0.02."""
+def random_model(
+    config: ModelConfig, dtype: torch.dtype, device: torch.device, groups: ModelParallel = NO_GROUPS
+) -> Decoder:
+    """Weights drawn on the device, to measure speed with: norms are 1, all else is of standard deviation 0.02.
+
+    Cut over ranks they are the same for every number of these, as a trainer's are, and others than those of a whole
+    model, which torch's own generator draws faster.
+    """
     with torch.device("meta"):
-        model = build_model(config).to(dtype)
+        model = build_model(config, groups=groups).to(dtype)
     model.to_empty(device=device)
-    generator = torch.Generator(device).manual_seed(0)
     with torch.no_grad():
         for buffer in model.buffers():
             buffer.zero_()
+        if groups.tp is not None:
+            buffers = {name for name, _ in model.named_buffers()}
+            weights = {name: weight for name, weight in model.state_dict().items() if name not in buffers}
+            ones, drawn = Constant(1.0), Normal(0.02)
+            initialize(weights, {n: ones if n.endswith("norm.weight") else drawn for n in weights}, seed=0)
+            return model.eval()
+        generator = torch.Generator(device).manual_seed(0)
         for name, parameter in model.named_parameters():
             if name.endswith("norm.weight"):
                 parameter.fill_(1.0)

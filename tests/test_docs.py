@@ -155,6 +155,8 @@ def test_commands_of_the_inference_lab_are_valid_configurations(
     (tmp_path / "PEFT_DIR" / "adapter_config.json").write_text("{}")
     monkeypatch.setattr("launch.modes.eval.harness_is_there", lambda: True)  # not part of every installation
     words = shlex.split(command)
+    if "--nproc-per-node" in words:
+        monkeypatch.setenv("WORLD_SIZE", words[words.index("--nproc-per-node") + 1])
     config = compose_for(LAB, words[words.index("launch/lab.py") + 1 :])
     missing = f"model.path={config.model.path} does not exist; give a Hugging Face folder or a checkpoint"
     assert lab_problems(config) == ([] if config.bench.random_weights is not None else [missing])

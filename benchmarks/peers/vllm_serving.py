@@ -2,10 +2,11 @@
 
     python benchmarks/peers/vllm_serving.py --cases batch1 prefill batch128 qwen --out vllm.json
 
-vLLM is no dependency of this project: run it where it is installed. The numbers beside ours in
-benchmarks/results/serving_h200.json were made with vLLM 0.22.1 (torch 2.11, one H200), FlashAttention, no prefix cache,
-its default compilation and CUDA graphs. The file this writes has the form of that file's `vllm`. Nothing is fetched:
-weights are dummies, prompts are token ids, and there is no tokenizer.
+vLLM is no dependency of this project: run it where it is installed. This program has not run with vLLM yet: the numbers
+beside ours in benchmarks/results/serving_h200.json were made before it was written, by another one that is not kept.
+That was with vLLM 0.22.1 (torch 2.11, one H200), `LLM.generate` on the same cases, FlashAttention, no prefix cache, its
+default compilation and CUDA graphs, as here. The file this writes has the form of that file's `vllm`. Nothing is
+fetched: weights are dummies, prompts are token ids, and there is no tokenizer.
 """
 
 from __future__ import annotations

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import zip_longest
+from typing import Any, Self
 
 
 @dataclass
@@ -28,6 +30,17 @@ class DraftCounts:
             self.drafted[place] += 1
             self.tried[place] += place <= accepted
             self.accepted[place] += place < accepted
+
+    def since(self, before: Self) -> Self:
+        """What was counted after `before`, a copy of these as they were then; what is no count is as it is now."""
+        changes: dict[str, Any] = {}
+        for name, now in vars(self).items():
+            then = getattr(before, name)
+            if isinstance(now, list):
+                changes[name] = [one - other for one, other in zip_longest(now, then, fillvalue=0)]
+            elif type(now) is int:
+                changes[name] = now - then
+        return replace(self, **changes)
 
     @property
     def acceptance(self) -> list[float]:

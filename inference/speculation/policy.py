@@ -84,6 +84,7 @@ class Policy:
         self._since = 0  # steps since the switch, or since the other way was tried
         self._trying = 0  # steps for which the other way is still tried
         self._patience = config.probe_interval
+        self.forced: bool | None = None  # set by who measures both ways: drafts in every step, or in none
 
     @property
     def active(self) -> bool:
@@ -93,6 +94,9 @@ class Policy:
     def consider(self, sequences: int) -> None:
         """Before a step in which so many sequences are continued: switch, where that pays."""
         if sequences == 0:
+            return
+        if self.forced is not None:
+            self._trying, self.counts.speculating = 0, self.forced
             return
         config, counts = self.config, self.counts
         limit = config.max_batch

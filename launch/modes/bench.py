@@ -6,6 +6,7 @@ _ms, else seconds. The load is random tokens, or `prompts`; every request is con
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 import random
@@ -22,10 +23,12 @@ from inference.config import SamplingConfig, longest
 from inference.engine import Engine, RequestError
 from inference.load import Replay, Request, arrival_times, goodput, random_tokens, replay, summary_of
 from inference.roofline import copy_bandwidth
+from inference.speculation.counts import SpeculationCounts
 from launch.lab_config import LabConfig, device_of, make_engine, open_served, sampling_of, say_what_computes
+from launch.modes import break_even
 from launch.modes.config import BenchConfig
 from launch.modes.files import length_problems, out_problems, prompt_problems, token_prompts, write_json
-from launch.open_model import OpenedModel, open_random_model, shape_problems
+from launch.open_model import OpenedModel, shape_problems
 from trainer.config import ConfigError, configuration_errors
 
 ARRIVALS = ("at_once", "fixed", "poisson", "file")
@@ -40,8 +43,6 @@ def problems(config: LabConfig) -> list[str]:
         found += shape_problems(settings.random_weights, name="bench.random_weights")
         if config.model.path is not None:
             found.append("bench.random_weights and model.path exclude each other; set one of them")
-        if config.parallel.tp > 1:
-            found.append("bench.random_weights are drawn in one process; use parallel.tp=1, or model.path")
     if settings.num_requests < 1:
         found.append(f"bench.num_requests={settings.num_requests} must be at least 1")
     if settings.seed < 0:
@@ -52,7 +53,7 @@ def problems(config: LabConfig) -> list[str]:
         value = getattr(settings, name)
         if value is not None and not 0 < value < float("inf"):
             found.append(f"bench.{name}={value} must be above 0, or null")
-    found += _arrival_problems(settings)
+    found += _arrival_problems(settings) + break_even.problems(config)
     if settings.lengths is not None:
         if not Path(settings.lengths).is_file():
             found.append(
@@ -91,8 +92,10 @@ def bench(config: LabConfig) -> None:
         torch.cuda.empty_cache()
     sampling = sampling_of(config)
     began = time.perf_counter()
-    opened = open_any(config, settings.random_weights)
+    opened = open_served(config, settings.random_weights)
     requests = load_of(config, opened)
+    if found := break_even.too_few(settings.drafting_batches, requests):
+        raise ConfigError(found)
     opened_at = time.perf_counter()
     engine = make_engine(opened, config.engine, config.speculation)
     made_at = time.perf_counter()
@@ -105,22 +108,18 @@ def bench(config: LabConfig) -> None:
         replay(engine, _shortened(requests, opened.model.config.vocab_size, settings.seed), sampling)
     engine.weights_changed()  # forgets prefixes that the load has as well
     names = ("recomputed", "swapped", "cached_tokens", "prompt_tokens")
-    before = {name: getattr(engine.counts, name) for name in names}
+    before = copy.deepcopy(engine.counts)
     measured = replay(engine, requests, sampling)
-    counts = {name: getattr(engine.counts, name) - before[name] for name in names}
+    counts = {name: getattr(engine.counts, name) - getattr(before, name) for name in names}
     say_what_computes(engine)
     report = _environment(engine, device) | {"start_seconds": start, "load": _load(config, requests), "counts": counts}
-    report["speculation"] = _drafts(engine)
+    report["speculation"] = _drafts(engine.counts.speculation, before.speculation)
     report |= report_of(measured, requests, settings, bandwidth)
+    report["drafting"] = None
+    if settings.drafting_batches:
+        report["drafting"] = break_even.break_even(engine, requests, sampling, settings.drafting_batches)
     _print_table(report)
     write_json(config, report)
-
-
-def open_any(config: LabConfig, shape: str | None) -> OpenedModel:
-    """The model of `model`, or one of that shape with random weights."""
-    if shape is None:
-        return open_served(config)
-    return open_random_model(shape, config.model.dtype, device_of(config.device))
 
 
 def load_of(config: LabConfig, opened: OpenedModel) -> list[Request]:
@@ -243,11 +242,11 @@ def _environment(engine: Engine, device: torch.device) -> dict[str, Any]:
     }
 
 
-def _drafts(engine: Engine) -> dict[str, Any] | None:
-    """What became of drafts, warming up included; None: nobody drafts."""
-    counts = engine.counts.speculation
-    if counts is None:
+def _drafts(now: SpeculationCounts | None, before: SpeculationCounts | None) -> dict[str, Any] | None:
+    """What became of the load's drafts; None: nobody drafts."""
+    if now is None or before is None:
         return None
+    counts = now.since(before)
     return asdict(counts) | {"acceptance": counts.acceptance, "mean_length": counts.mean_length}
 
 
@@ -274,7 +273,8 @@ def _print_table(report: dict[str, Any]) -> None:
     load, start = report["load"], report["start_seconds"]
     lines = [
         f"{load['requests']} requests ({load['arrivals']}), {load['prompt_tokens']} -> {load['output_tokens']} tokens, "
-        f"{report['dtype']} on {report['device']}; first token {start['first_token']:.1f} s after the model was opened",
+        f"{report['dtype']} on {report['device']}; first token {start['first_token']:.1f} s after the beginning of "
+        "opening the model",
         f"{report['seconds']:.2f} s: {report['requests_per_second']:.2f} requests/s, "
         f"{report['output_tokens_per_second']:.0f} output tokens/s, {report['total_tokens_per_second']:.0f} in all",
         f"{'milliseconds':14}" + "".join(f"{name:>10}" for name in report["ttft_ms"]),
@@ -292,4 +292,6 @@ def _print_table(report: dict[str, Any]) -> None:
             f"{decode['bytes_per_step'] / 1e9:.3f} GB each, {decode['of_bandwidth']:.1%} of "
             f"{bandwidth['bytes_per_second'] / 1e9:.0f} GB/s ({bandwidth['source']})"
         )
+    if report["drafting"] is not None:
+        lines += break_even.lines_of(report["drafting"])
     print("\n".join(lines), file=sys.stderr)

@@ -32,6 +32,8 @@ class BenchConfig:
     slo_ttft_ms: float | None = None  # what a good request meets: milliseconds to its first token
     slo_tpot_ms: float | None = None  # and of each later one on average; None: any
     bandwidth: float | None = None  # bytes a second that the share of the roofline is of; None: those of a copy
+    # numbers of requests at once, of each of which the load's first are run with drafts in every step and in none
+    drafting_batches: list[int] = field(default_factory=list)
     warmup: bool = True  # the load once before with short continuations: compiles, captures graphs
     seed: int = 0  # of lengths, tokens and arrivals
 

@@ -1,6 +1,9 @@
 """mode=parity: the train-serve contract. Log-probabilities of the same tokens by the trainer's forward and by every way
 through the engine, one against another.
 
+With parallel.tp > 1 every way of the engine is over these ranks, and what it is held against is the trainer's forward
+of the whole model, which rank 0 has beside its part; the trainer's own forward over the ranks is one way more.
+
 One JSON object goes to `out` or standard output, a table to stderr. Exit code 1 where the bound is broken.
 """
 
@@ -21,19 +24,21 @@ from inference.config import EngineConfig, SamplingConfig, longest
 from inference.engine import Engine
 from inference.sequence import Completion
 from inference.speculation.config import SpeculationConfig
-from launch.lab_config import LabConfig, device_of, make_engine, prepare, say_what_computes
+from launch.lab_config import LabConfig, device_of, make_engine, open_served, prepare, say_what_computes
+from launch.lab_ranks import Verdict, call_on_ranks, open_whole_on_ranks
 from launch.modes.files import out_problems, prompt_problems, token_prompts, write_json
-from launch.open_model import OpenedModel, open_model
+from launch.open_model import OpenedModel
 from models.decoder import Decoder
+from parallel.regions import local_tensor
 from trainer.config import ConfigError
-from trainer.loss import token_losses
+from trainer.loss import token_losses, vocabulary_shard
 
 BOUNDS = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 2**-4, torch.bfloat16: 2**-1}
 """Largest |delta log p|, in nats. In half precision two units in the last place of a logit between 32 and 64: trainer
 and engine both round logits, and what makes them."""
 
 
-class ParityError(ValueError):
+class ParityError(Verdict):
     """The bound is broken."""
 
 
@@ -69,16 +74,13 @@ class Pair:
 class Setup:
     """What all ways have in common."""
 
-    opened: OpenedModel
+    opened: OpenedModel  # what is served
+    whole: Decoder  # the trainer's: the same module, or over ranks a copy of it that is not cut
     engine: EngineConfig  # with room for all sequences at a time, whole
     prompts: list[list[int]]
     max_tokens: int
     config: LabConfig
     continuations: list[list[int]] = field(default_factory=list)  # of the first way that generated
-
-    @property
-    def model(self) -> Decoder:
-        return self.opened.model
 
     @property
     def sequences(self) -> list[list[int]]:
@@ -99,23 +101,29 @@ class Setup:
 
 def parity(config: LabConfig) -> None:
     """Compare. Raises ParityError where the bound is broken, after everything was written."""
-    opened = open_model(config.model, device_of(config.device))
-    prepare(opened, config.engine)
-    setup = _setup(config, opened)
+    opened = open_served(config)
+    over_ranks = config.parallel.tp > 1
+    if not over_ranks:
+        prepare(opened, config.engine)
+    whole = open_whole_on_ranks(config.model).model if over_ranks else opened.model
+    setup = _setup(config, opened, whole)
     first = generated(setup, "decode", max_sequences=1, max_batch_tokens=setup.engine.max_seq_len)
     setup.continuations = first.continuations
     outcomes = [trained(setup, "trainer", together=True), trained(setup, "trainer, alone", together=False), first]
+    if over_ranks:
+        outcomes.insert(2, trained(setup, f"trainer, tp={config.parallel.tp}", together=True, over_ranks=True))
     outcomes += [way() for way in _ways(setup)]
     pairs = [compare(a, b, setup.prompts) for a, b in combinations(outcomes, 2)]
-    bound, half = _bound(config, opened.model)
+    bound, half = _bound(config, whole)
     broken = [pair for pair in pairs if not pair.keeps(bound, half=half)]
     engine = setup.make()
     say_what_computes(engine)
     _print_table(outcomes, pairs, bound)
     report = {
-        "dtype": str(_dtype(opened.model)).removeprefix("torch."),
+        "dtype": str(_dtype(whole)).removeprefix("torch."),
         "device": device_of(config.device).type,
         "deterministic": config.engine.deterministic,
+        "tp": config.parallel.tp,
         "attention": engine.runner.attention,
         "bound": bound,
         "kept": not broken,
@@ -152,7 +160,7 @@ def problems(config: LabConfig) -> list[str]:
     return found + prompt_problems(config, needed=False) + out_problems(config)
 
 
-def _setup(config: LabConfig, opened: OpenedModel) -> Setup:
+def _setup(config: LabConfig, opened: OpenedModel, whole: Decoder) -> Setup:
     settings, model = config.parity, opened.model.config
     prompts = token_prompts(config, opened)
     if prompts is None:
@@ -180,11 +188,11 @@ def _setup(config: LabConfig, opened: OpenedModel) -> Setup:
         prefix_cache=False,
         preemption="recompute",
     )
-    return Setup(opened, engine, prompts, settings.max_tokens, config)
+    return Setup(opened, whole, engine, prompts, settings.max_tokens, config)
 
 
 def _ways(setup: Setup) -> Iterator[Callable[[], Outcome]]:
-    """Every way but the first three. A tensor-parallel one belongs at the end: an Outcome of another engine."""
+    """Every way of the engine but the first."""
     settings = setup.config.parity
     yield lambda: given(setup, "prefill", max_sequences=1)
     yield lambda: given(setup, "token by token", max_sequences=1, max_batch_tokens=1)
@@ -205,19 +213,32 @@ def _ways(setup: Setup) -> Iterator[Callable[[], Outcome]]:
 # ---- ways to compute
 
 
-@torch.no_grad()
-def trained(setup: Setup, name: str, *, together: bool) -> Outcome:
-    """The trainer's own forward and loss, of sequences as rows of one batch, or of each alone."""
+def trained(setup: Setup, name: str, *, together: bool, over_ranks: bool = False) -> Outcome:
+    """The trainer's own forward and loss, of sequences as rows of one batch, or of each alone.
+
+    over_ranks: of the model as it is cut, by all ranks; else of the whole one, by this process.
+    """
     found = Outcome(name, setup.continuations, [], [], [])
+    assert found.chosen is not None
+    assert found.margins is not None
     rows = list(zip(setup.prompts, setup.continuations, strict=True))
     for batch in [rows] if together else [[row] for row in rows]:
-        _trained_batch(setup.model, batch, found)
+        computed = (
+            call_on_ranks(setup.opened, _trained_rows, batch) if over_ranks else _trained_rows(setup.whole, batch)
+        )
+        for logprobs, chosen, margins in computed:
+            found.logprobs.append(logprobs)
+            found.chosen.append(chosen)
+            found.margins.append(margins)
     return found
 
 
-def _trained_batch(model: Decoder, rows: list[tuple[list[int], list[int]]], found: Outcome) -> None:
-    """Append the outcome of rows (prompt, continuation)."""
-    device = next(model.parameters()).device
+@torch.no_grad()
+def _trained_rows(
+    model: Decoder, rows: list[tuple[list[int], list[int]]]
+) -> list[tuple[list[float | None], list[int], list[float]]]:
+    """(log-probabilities, greedy tokens, margins), as in Outcome, of each of the rows (prompt, continuation)."""
+    device = local_tensor(next(model.parameters())).device
     lengths = [len(prompt) + len(rest) - 1 for prompt, rest in rows]
     tokens = torch.zeros(len(rows), max(lengths), dtype=torch.int64)
     labels = torch.full_like(tokens, IGNORE_INDEX)
@@ -225,6 +246,7 @@ def _trained_batch(model: Decoder, rows: list[tuple[list[int], list[int]]], foun
         tokens[row, : lengths[row]] = torch.tensor((prompt + rest)[:-1])
         labels[row, : lengths[row]] = torch.tensor((prompt + rest)[1:])
     labels = labels.to(device)
+    vocabulary = vocabulary_shard(model.config.vocab_size, model.groups)
     tops: list[tuple[Tensor, Tensor]] = []
 
     def head(hidden: Tensor, weight: Tensor) -> Tensor:
@@ -232,15 +254,13 @@ def _trained_batch(model: Decoder, rows: list[tuple[list[int], list[int]]], foun
         for row, (prompt, _) in enumerate(rows):
             logits = model.head(hidden[row, len(prompt) - 1 : lengths[row]], weight)
             tops.append((logits.argmax(-1), logits.double().topk(2).values))
-        return token_losses(hidden, weight, labels, batch_invariant=model.batch_invariant)
+        return token_losses(hidden, weight, labels, vocabulary=vocabulary, batch_invariant=model.batch_invariant)
 
     losses = model(tokens.to(device), head=head).tolist()
-    assert found.chosen is not None
-    assert found.margins is not None
-    for row, (chosen, top) in enumerate(tops):
-        found.logprobs.append([-loss for loss in losses[row][: lengths[row]]])
-        found.chosen.append(chosen.tolist())
-        found.margins.append((top[:, 0] - top[:, 1]).tolist())
+    return [
+        ([-loss for loss in losses[row][: lengths[row]]], chosen.tolist(), (top[:, 0] - top[:, 1]).tolist())
+        for row, (chosen, top) in enumerate(tops)
+    ]
 
 
 def given(setup: Setup, name: str, **changes: Any) -> Outcome:

@@ -12,6 +12,7 @@ from benchmarks import serving
 from benchmarks.peers import vllm_serving
 from launch.compose import compose_one
 from models.registry import resolve_model
+from parallel.groups import NO_GROUPS
 
 
 @pytest.mark.parametrize(
@@ -44,7 +45,7 @@ def test_requests_are_those_of_our_own_program(name: str, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(serving, "timed", timed)
     monkeypatch.setattr(serving, "weight_bytes", lambda model: 1)
-    model = SimpleNamespace(config=resolve_model(compose_one(serving.LLAMA).model))
+    model = SimpleNamespace(config=resolve_model(compose_one(serving.LLAMA).model), groups=NO_GROUPS)
     engine = SimpleNamespace(runner=SimpleNamespace(model=model, cache_bytes_per_token=1))
     _, settings, run = serving.CASES[name]
     run(engine, 1)  # type: ignore[arg-type]

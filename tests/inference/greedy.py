@@ -6,7 +6,7 @@ import random
 
 import torch
 
-from inference.config import SamplingConfig
+from inference.config import EngineConfig, SamplingConfig
 from inference.engine import Engine
 from inference.sequence import Completion
 from models.decoder import Decoder
@@ -30,6 +30,25 @@ def by_the_whole_model(model: Decoder, prompt: list[int], num_tokens: int) -> tu
         tokens.append(int(last.argmax()))
         logprobs.append(float(last.max()))
     return tokens[len(prompt) :], logprobs
+
+
+def combination(seed: int) -> EngineConfig:
+    """Any legal settings, for sequences of 32 tokens at most."""
+    chance = random.Random(seed)
+    block_size = chance.choice([1, 2, 3, 4, 8, 16])
+    chunked = chance.random() < 0.5
+    max_sequences = chance.randint(1, 8)
+    return EngineConfig(
+        block_size=block_size,
+        num_blocks=-(-32 // block_size) + chance.choice([0, 1, 5, 40]),
+        host_blocks=chance.choice([4, 64]),
+        max_sequences=max_sequences,
+        max_batch_tokens=max_sequences + chance.choice([0, 3, 11]) if chunked else 32 + chance.choice([0, 40]),
+        chunked_prefill=chunked,
+        prefix_cache=chance.random() < 0.5,
+        preemption=chance.choice(["recompute", "swap"]),
+        overlap=chance.random() < 0.6,
+    )
 
 
 def run_preempting(

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import random
-from collections import Counter
+from collections import Counter, deque
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+from unittest.mock import patch
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from inference.blocks import BlockManager
 from inference.config import EngineConfig, SamplingConfig
-from inference.scheduler import Scheduler, Step
-from inference.sequence import Sequence, Status
+from inference.engine import Engine
+from inference.runner import Launched, Result
+from inference.scheduler import Chunk, Scheduler, Step
+from inference.sequence import PENDING, Completion, Sequence, Status
+from inference.speculation.counts import SpeculationCounts
+from models.decoder import Decoder
+from tests.models.small import random_decoder, tiny
 
 MAX_LEN = 24
 
@@ -25,25 +35,35 @@ class Pages:
         self.device: list[dict[int, tuple[int, ...]]] = [{} for _ in range(blocks.num_blocks)]
         self.host: list[dict[int, tuple[int, ...]]] = [{} for _ in range(host_blocks)]
 
-    def run(self, step: Step) -> None:
-        """Copies, writes of all chunks, then reads of all chunks, as a layer does."""
+    def run(self, step: Step, texts: dict[int, list[int]] | None = None, wrong: list[int] | None = None) -> None:
+        """Copies, writes of all chunks, then reads of all chunks, as a layer does.
+
+        texts: by number of the sequence, what the device knows of it; None: what the host knows. It may be longer by
+        drafts that stand. wrong: how many drafts of each chunk do not.
+        """
+
+        def text_of(sequence: Sequence) -> list[int]:
+            return sequence.tokens if texts is None else texts[sequence.number]
+
         for source, target, to_host in step.copies:
             here, there = (self.device, self.host) if to_host else (self.host, self.device)
             there[target] = dict(here[source])
         written: Counter[tuple[int, int]] = Counter()
-        for chunk in step.chunks:
-            sequence = chunk.sequence
+        for number, chunk in enumerate(step.chunks):
+            sequence, text = chunk.sequence, text_of(chunk.sequence)
             assert chunk.num_tokens > 0
-            for place in range(chunk.first, chunk.end):
+            drafts = step.num_drafts[number] if step.num_drafts else 0
+            stands = chunk.end + drafts - (wrong[number] if wrong else 0)
+            for place in range(chunk.first, chunk.end + drafts):
                 block, offset = sequence.blocks[place // self.size], place % self.size
                 written[block, offset] += 1
-                self.device[block][offset] = tuple(sequence.tokens[: place + 1])
+                self.device[block][offset] = tuple(text[: place + 1]) if place < stands else ()
         assert not written or max(written.values()) == 1
         for chunk in step.chunks:
             sequence = chunk.sequence
             for place in range(chunk.end):
                 block, offset = sequence.blocks[place // self.size], place % self.size
-                assert self.device[block][offset] == tuple(sequence.tokens[: place + 1])
+                assert self.device[block][offset] == tuple(text_of(sequence)[: place + 1])
 
 
 def check_books(scheduler: Scheduler, host_blocks: int) -> None:
@@ -129,6 +149,167 @@ def test_no_block_is_lost_or_overwritten_whatever_is_preempted(
     assert scheduler.num_unfinished == 0
     assert blocks.num_free == blocks.num_blocks
     assert sorted(blocks._free_host) == list(range(host_blocks))
+
+
+@dataclass
+class Script:
+    """What becomes of an engine that has `Scripted` for a runner."""
+
+    chance: random.Random
+    drafting: bool
+
+
+class Scripted:
+    """In place of SpeculativeRunner: tokens are drawn at a launch, and the host is told when it asks."""
+
+    def __init__(self, model: Decoder, config: EngineConfig, script: Any) -> None:
+        assert config.num_blocks is not None
+        self.chance, self.drafting, self.config = script.chance, script.drafting, config
+        self.num_blocks, self.device, self.max_seq_len = config.num_blocks, torch.device("cpu"), MAX_LEN
+        self.pages = Pages(BlockManager(config.num_blocks, config.block_size), config.host_blocks)
+        self.texts: dict[int, list[int]] = {}  # by number of the request: all tokens, known to the host or not
+        self.active = False  # whether the next step may have drafts
+        self.policy = type("Policy", (), {"counts": SpeculationCounts()})
+        self._results: deque[list[Result]] = deque()
+
+    def receive_weights(self) -> None:
+        """They are nobody's."""
+
+    def must_know_tokens(self) -> bool:
+        return self.active
+
+    def plan_drafts(self, chunks: list[Chunk]) -> list[int]:
+        if not self.active or any(chunk.sequence.tokens[-1] == PENDING for chunk in chunks):
+            return [0] * len(chunks)
+        return [self._wanted(chunk) for chunk in chunks]
+
+    def _wanted(self, chunk: Chunk) -> int:
+        sequence = chunk.sequence
+        left = sequence.num_prompt + sequence.max_tokens - len(sequence.tokens)
+        continued = chunk.samples and chunk.num_tokens == 1 and chunk.first > 0
+        return min(self.chance.randint(0, 3), left - 1) if continued else 0
+
+    def launch(self, step: Step) -> Launched:
+        counts = step.num_drafts or [0] * len(step.chunks)
+        assert sum(c.num_tokens for c in step.chunks) + sum(counts) <= self.config.max_batch_tokens
+        results, wrong = [], []
+        for chunk, drafts in zip(step.chunks, counts, strict=True):
+            sequence = chunk.sequence
+            text = self.texts.setdefault(sequence.number, list(sequence.tokens))
+            known = [one if one != PENDING else text[place] for place, one in enumerate(sequence.tokens)]
+            assert known == text  # no token is lost, or computed twice
+            stand = self.chance.randint(0, drafts)
+            wrong.append(drafts - stand)
+            new = [self.chance.choice([0, 1] * 25 + [STOP]) for _ in range(stand + 1)] if chunk.samples else []
+            text += new
+            then = [Result(token) for token in new[1:]]
+            results.append(Result(new[0], then=then) if new else Result())
+        self.pages.run(step, self.texts, wrong)
+        self.active = self.drafting and self.chance.random() < 0.7
+        if step.chunks:  # nobody asks for the results of nothing
+            self._results.append(results)
+        return Launched(step.chunks, [], None, {}, None, torch.empty(0) if any(counts) else None)
+
+    def results(self, launched: Launched) -> list[Result]:
+        return self._results.popleft()
+
+
+STOP = 2
+
+
+@cache
+def unused_model() -> Decoder:
+    return random_decoder(tiny(num_layers=1))
+
+
+@settings(max_examples=120, deadline=None, derandomize=True)
+@given(
+    prompts=st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=12), min_size=2, max_size=9),
+    block_size=st.integers(1, 6),
+    spare=st.integers(0, 4),
+    host_blocks=st.sampled_from([0, 3, 30]),
+    max_sequences=st.integers(2, 6),
+    budget=st.integers(0, 19),
+    prefix_cache=st.booleans(),
+    overlap=st.booleans(),
+    drafting=st.booleans(),
+    preempting=st.sampled_from([0.0, 0.3]),
+    aborting=st.sampled_from([0.0, 0.05, 0.3]),
+    seed=st.integers(0, 5),
+)
+def test_no_block_or_token_is_lost_whatever_is_asked_of_the_engine(
+    prompts: list[list[int]],
+    block_size: int,
+    spare: int,
+    host_blocks: int,
+    max_sequences: int,
+    budget: int,
+    prefix_cache: bool,
+    overlap: bool,
+    drafting: bool,
+    preempting: float,
+    aborting: float,
+    seed: int,
+) -> None:
+    """A request that is dropped while it waits, lies on the host, or is being computed, and its blocks; a sequence that
+    gives way before its token is known; blocks of drafts, and what those that did not stand left in them."""
+    chance = random.Random(seed)
+    config = EngineConfig(
+        block_size=block_size,
+        num_blocks=-(-MAX_LEN // block_size) + spare,
+        host_blocks=host_blocks,
+        max_seq_len=MAX_LEN,
+        max_sequences=max_sequences,
+        max_batch_tokens=max_sequences + budget,
+        prefix_cache=prefix_cache,
+        preemption="swap" if host_blocks else "recompute",
+        overlap=overlap,
+    )
+
+    def preempt(scheduler: Scheduler, sequence: Sequence) -> None:
+        assert PENDING not in sequence.tokens  # what gives way begins again from its tokens
+        real(scheduler, sequence)
+
+    real = Scheduler.preempt
+    with patch("inference.engine.SpeculativeRunner", Scripted), patch.object(Scheduler, "preempt", preempt):
+        script: Any = Script(chance, drafting)
+        engine = Engine(unused_model(), config, speculation=script)
+        completions = ask_anything(engine, prompts, chance, preempting, aborting)
+    assert isinstance(engine.runner, Scripted)
+    for number, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        text = engine.runner.texts.get(number, prompt)
+        assert completion.token_ids == text[len(prompt) :][: len(completion.token_ids)]
+        assert completion.finish_reason in ("stop", "length", "abort")
+        assert (completion.finish_reason == "stop") == (STOP in completion.token_ids)
+    assert engine.blocks.num_free == engine.blocks.num_blocks
+    assert sorted(engine.blocks._free_host) == list(range(host_blocks))
+
+
+def ask_anything(
+    engine: Engine, prompts: list[list[int]], chance: random.Random, preempting: float, aborting: float
+) -> list[Completion]:
+    """Requests that come while others run and are preempted or dropped; the weights may change."""
+    completions: dict[int, Completion] = {}
+    waiting = list(prompts)
+    for steps in range(4000):
+        while waiting and (chance.random() < 0.7 or not engine.num_unfinished):
+            prompt = waiting.pop(0)
+            most = chance.choice([1, MAX_LEN - len(prompt), MAX_LEN - len(prompt)])
+            engine.add(prompt, SamplingConfig(max_tokens=most, stop_token_ids=[STOP]))
+        if not engine.num_unfinished:
+            break
+        if steps < 300 and engine.scheduler.running and chance.random() < preempting:
+            engine.preempt(chance.choice(engine.scheduler.running))
+        if engine.num_unfinished and chance.random() < aborting:
+            queues = engine.scheduler
+            dropped = chance.choice([*queues.waiting, *queues.swapped, *queues.running]).number
+            completions[dropped] = engine.abort(dropped)
+        if chance.random() < 0.02:
+            engine.weights_changed()
+        check_books(engine.scheduler, engine.config.host_blocks)
+        completions |= {d.request: d.completion for d in engine.step() if d.completion is not None}
+        check_books(engine.scheduler, engine.config.host_blocks)
+    return [completions[number] for number in range(len(prompts))]
 
 
 def test_the_pages_of_this_file_notice_a_block_that_is_given_to_two() -> None:

@@ -24,7 +24,7 @@ from models.decoder import Decoder
 from models.layers.attention import build_context
 from models.layers.paged_cache import Fresh
 from models.moe_config import MoEConfig
-from tests.inference.greedy import GREEDY, by_the_whole_model, prompts_of, run_preempting
+from tests.inference.greedy import GREEDY, by_the_whole_model, combination, prompts_of, run_preempting
 from tests.models.small import random_decoder, tiny
 
 LENGTHS = [1, 3, 8, 8, 12, 17, 23]
@@ -48,25 +48,6 @@ def expected(name: str) -> list[list[int]]:
     assert GREEDY.max_tokens is not None
     prompts = prompts_of(LENGTHS, shared=SHARED)
     return [by_the_whole_model(served(name), prompt, GREEDY.max_tokens)[0] for prompt in prompts]
-
-
-def combination(seed: int) -> EngineConfig:
-    """Any legal settings."""
-    chance = random.Random(seed)
-    block_size = chance.choice([1, 2, 3, 4, 8, 16])
-    chunked = chance.random() < 0.5
-    max_sequences = chance.randint(1, 8)
-    return EngineConfig(
-        block_size=block_size,
-        num_blocks=-(-32 // block_size) + chance.choice([0, 1, 5, 40]),
-        host_blocks=chance.choice([4, 64]),
-        max_sequences=max_sequences,
-        max_batch_tokens=max_sequences + chance.choice([0, 3, 11]) if chunked else 32 + chance.choice([0, 40]),
-        chunked_prefill=chunked,
-        prefix_cache=chance.random() < 0.5,
-        preemption=chance.choice(["recompute", "swap"]),
-        overlap=chance.random() < 0.6,
-    )
 
 
 @pytest.mark.parametrize("seed", range(12))

@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks import serving
+from inference.layout import ServingLayout
 from inference.load import Request
+from inference.roofline import weight_bytes
+from inference.speculation.counts import SpeculationCounts
 from launch.compose import compose_for
 from launch.errors import exit_code_of
 from launch.lab import LAB, lab
-from launch.modes.bench import WARM_TOKENS, _shortened, load_of, open_any
+from launch.lab_config import open_served
+from launch.modes.bench import WARM_TOKENS, _shortened, load_of
+from models.config import ModelConfig
+from models.moe_config import MoEConfig
+from models.registry import resolve_model
+from tests.launch.on_ranks import drawn_part, lab_and_watch, serving_case
+from tests.models.small import random_decoder, tiny
+from tests.pool import RankPool
 
 SMALL = ["mode=bench", "bench.num_requests=5", "bench.prompt_tokens=[3,9]", "bench.output_tokens=[2,6]"]
+EXPERTS = tiny(num_heads=4, num_kv_heads=2, moe=MoEConfig(num_experts=4, top_k=2, intermediate_size=12))
 TINY = ["bench.random_weights=llama_tiny", "engine.max_seq_len=32"]
 
 
@@ -54,16 +67,112 @@ def test_weights_need_not_be_there(name: str, folder: Path, tmp_path: Path) -> N
     bare.mkdir()
     (bare / "config.json").write_text((folder / "config.json").read_text())
     config = compose_for(LAB, [*SMALL, f"bench.random_weights={name.format(folder=bare)}", "device=cpu"])
-    opened = open_any(config, config.bench.random_weights)
+    opened = open_served(config, config.bench.random_weights)
     assert opened.model.config.hidden_size == (256 if name == "llama_tiny" else 24)
     weights = {name: parameter.float() for name, parameter in opened.model.named_parameters()}
     assert all(0.015 < weight.std() < 0.025 for name, weight in weights.items() if not name.endswith("norm.weight"))
     assert all((weight == 1).all() for name, weight in weights.items() if name.endswith("norm.weight"))
 
 
+@pytest.mark.parametrize(
+    ("config", "ep"),
+    [(tiny(num_heads=4, num_kv_heads=2, intermediate_size=36, tie_embeddings=True), 1), (EXPERTS, 1), (EXPERTS, 2)],
+    ids=["dense", "experts", "experts shared out"],
+)
+def test_weights_that_are_drawn_by_ranks_make_one_model_whatever_their_number(
+    ranks: RankPool, config: ModelConfig, ep: int
+) -> None:
+    """The same numbers in every rank's part; a tensor that all ranks have, and that differs between them."""
+    whole: dict[int, dict[str, torch.Tensor]] = {}
+    for tp in (2, 4):
+        tensors = whole[tp] = {
+            name: torch.full(x.shape, 9.0) for name, x in random_decoder(config).state_dict().items()
+        }
+        for part in ranks.run(tp, drawn_part, resolve_model(config), ServingLayout(tp=tp, ep=ep)):
+            assert part.keys() == tensors.keys()
+            for name, (region, values) in part.items():
+                there = tensors[name][region]
+                assert ((there == 9.0) | (there == values)).all(), name
+                there.copy_(values)
+    assert all(torch.equal(whole[2][name], whole[4][name]) for name in whole[2])
+    drawn = {name: x for name, x in whole[2].items() if name.endswith("weight") and not name.endswith("norm.weight")}
+    assert all(x.unique().numel() > 0.99 * x.numel() and 0.012 < x.std() < 0.028 for x in drawn.values())
+    assert all((x == 1).all() for name, x in whole[2].items() if name.endswith("norm.weight"))
+
+
+def test_a_load_over_two_ranks_needs_no_weights(ranks: RankPool, tmp_path: Path) -> None:
+    """Nothing that measures serving over tp without the weights of a large model; a rank that reports as well."""
+    out = tmp_path / "report.json"
+    arguments = [*SMALL, *TINY, "parallel.tp=2", "bench.bandwidth=1e10", f"out={out}", "device=cpu"]
+    assert ranks.run(2, lab_and_watch, arguments) == [("", 0)] * 2
+    report = json.loads(out.read_text())
+    assert (report["load"]["tp"], report["load"]["random_weights"]) == (2, True)
+    alone = open_served(compose_for(LAB, [*SMALL, *TINY, "device=cpu"]), "llama_tiny").model
+    assert report["parameters"] == sum(parameter.numel() for parameter in alone.parameters())
+    assert 0 < report["decode"]["bytes_per_step"] < 0.6 * weight_bytes(alone)
+    assert exit_code_of(lab, [*SMALL, *TINY, "parallel.tp=3"]) == 2  # before there are any ranks
+
+
+def test_the_benchmark_over_ranks_says_how_many_and_writes_once(ranks: RankPool, tmp_path: Path) -> None:
+    """A program that draws and times one GPU's model, whatever it was started with."""
+    out = tmp_path / "results.json"
+    ranks.run(2, serving_case, out)
+    report = json.loads(out.read_text())
+    assert report["environment"]["tp"] == 2
+    (result,) = report["results"]
+    assert result["case"] == "batch3"
+    assert result["tokens_per_second"] > 0
+
+
+DRAFTING = ["speculation.method=ngram", "bench.prompt_tokens=[6]", "bench.output_tokens=[8]"]
+
+
+def test_drafts_of_the_load_alone_are_counted(tmp_path: Path) -> None:
+    """Acceptance of other tokens than those that were timed: the load that warms up drafts as well."""
+    out = tmp_path / "report.json"
+    load = [*SMALL, *TINY, *DRAFTING, "speculation.switch_off=false", "bench.bandwidth=1e10", f"out={out}"]
+    assert exit_code_of(lab, [*load, "bench.num_requests=3", "engine.max_sequences=1", "sampling.temperature=0"]) == 0
+    found = json.loads(out.read_text())["speculation"]
+    assert found["steps_with"] + found["steps_without"] > 0
+    given = 3 * 8 - 3  # tokens behind the prompts' own steps
+    assert sum(found["accepted"]) + found["steps_with"] + found["steps_without"] == given
+    assert found["drafted"][0] == found["steps"] <= found["steps_with"]
+    now, before = SpeculationCounts(), SpeculationCounts()
+    for drafted, accepted in ((2, 1), (3, 3)):
+        before = copy.deepcopy(now)
+        now.add(drafted, accepted)
+    assert now.since(before) == SpeculationCounts(steps=1, drafted=[1] * 3, tried=[1] * 3, accepted=[1] * 3)
+
+
+def test_drafting_is_timed_beside_no_drafting_by_the_number_of_requests(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A batch size at which speculation stops paying that nobody can ask for; sides that are both the same."""
+    out = tmp_path / "report.json"
+    sweep = [*SMALL, *TINY, *DRAFTING, "bench.drafting_batches=[1,3]", "sampling.temperature=0", "bench.bandwidth=1e10"]
+    assert exit_code_of(lab, [*sweep, f"out={out}"]) == 0
+    found = json.loads(out.read_text())["drafting"]
+    assert [row["requests"] for row in found["batches"]] == [1, 3]
+    for row in found["batches"]:
+        assert row["speed_up"] == pytest.approx(row["drafting_tokens_per_second"] / row["tokens_per_second"])
+        assert row["mean_length"] >= 1
+        assert all(0 <= share <= 1 for share in row["acceptance"])
+    lost = [row["requests"] for row in found["batches"] if row["speed_up"] < 1]
+    assert found["stops_paying_at"] == (lost[0] if lost else None)
+    assert "drafting stops paying at" in (said := capsys.readouterr().err) or "drafting pays at all of these" in said
+    for wrong, says in {
+        "bench.drafting_batches=[3,1]": "must be numbers of requests that grow",
+        "bench.drafting_batches=[1,9]": "needs a load of 9 requests, and it has 5",
+        "speculation.method=none": "needs somebody who drafts",
+        "engine.max_sequences=2": "has more requests than engine.max_sequences=2 run at a time",
+    }.items():
+        assert exit_code_of(lab, [*sweep, wrong]) == 2
+        assert says in capsys.readouterr().err
+
+
 def requests_of(*settings: str) -> list[Request]:
     config = compose_for(LAB, [*SMALL, *TINY, *settings])
-    return load_of(config, open_any(config, config.bench.random_weights))
+    return load_of(config, open_served(config, config.bench.random_weights))
 
 
 def test_lengths_are_fixed_uniform_or_from_a_file(tmp_path: Path) -> None:
@@ -98,7 +207,6 @@ def test_warming_up_has_every_batch_size_of_the_load_and_none_of_its_tokens() ->
 
 def test_the_benchmark_on_a_gpu_uses_the_same_pieces() -> None:
     """Two programs that count bytes or draw weights in ways of their own."""
-    from inference.roofline import weight_bytes
     from launch.open_model import random_model
 
     assert (serving.weight_bytes, serving.random_model) == (weight_bytes, random_model)

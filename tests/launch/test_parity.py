@@ -15,7 +15,10 @@ from inference.runner import ModelRunner
 from launch.errors import exit_code_of
 from launch.lab import lab
 from launch.modes.parity import Outcome, compare
+from tests.launch.conftest import small_llama
+from tests.launch.on_ranks import parity_verdict
 from tests.models.small import random_decoder, tiny
+from tests.pool import RankPool
 
 SMALL = [
     "mode=parity",
@@ -105,6 +108,29 @@ def test_an_engine_that_is_wrong_breaks_the_bound(
     broken = {name for pair in report["pairs"] if pair["max_abs_delta"] > 1e-5 for name in (pair["a"], pair["b"])}
     assert all("pages of 8" in (pair["a"], pair["b"]) for pair in report["pairs"] if pair["max_abs_delta"] > 1e-5)
     assert "pages of 8" in broken
+
+
+def test_over_two_ranks_all_ways_agree_with_the_trainer_of_one_process(ranks: RankPool, tmp_path: Path) -> None:
+    """Tensor-parallel serving held against itself alone; a rank that is left waiting once the verdict is there.
+
+    Negative control: one number of one rank's part of one weight is another one.
+    """
+    folder, out = small_llama(tmp_path / "model", heads=4, inner=36), tmp_path / "report.json"
+    arguments = [*SMALL, f"model.path={folder}", f"out={out}", "model.dtype=fp32", "parallel.tp=2", "device=cpu"]
+    assert ranks.run(2, parity_verdict, arguments) == ["", ""]
+    report = json.loads(out.read_text())
+    assert (report["tp"], report["bound"], report["kept"]) == (2, 1e-5, True)
+    assert {way["name"] for way in report["paths"]} == WAYS | {"trainer, tp=2"}
+    ways = {way["name"]: way for way in report["paths"]}
+    assert min(ways["prefix cached"]["cached_tokens"], ways["preempted, swapped"]["swapped"]) > 0
+    for pair in report["pairs"]:
+        assert pair["tokens_equal"] is not False
+    verdict, others = ranks.run(2, parity_verdict, arguments, damaged=1)
+    assert "break the bound of 1e-05" in verdict
+    assert others == ""
+    broken = {(pair["a"], pair["b"]) for pair in json.loads(out.read_text())["pairs"] if pair["max_abs_delta"] > 1e-5}
+    whole = {"trainer", "trainer, alone"}
+    assert broken == {(one, other) for one in whole for other in WAYS - whole | {"trainer, tp=2"}}
 
 
 def test_given_prompts_are_what_is_compared(folder: Path, tmp_path: Path) -> None:
