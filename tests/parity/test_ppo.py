@@ -50,6 +50,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "zero2": {"parallel__zero_stage": 2},
     "zero3, gathered once": {"parallel__zero_stage": 3, "rl__weights": "gather"},
     "zero3, streamed": {"parallel__zero_stage": 3, "rl__weights": "stream"},
+    "compiled": {"train__compile": True, "train__compile_backend": "aot_eager"},
     "tp": {"parallel__tp": 2},
 }
 

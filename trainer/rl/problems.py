@@ -78,7 +78,7 @@ def layout_problems(config: TrainConfig, *, asks: tuple[str, int] | None = None)
 def _model_problems(config: TrainConfig, asks: tuple[str, int] | None) -> list[str]:
     """Models and layouts that the engine does not compute."""
     found: list[str] = []
-    parallel, train = config.parallel, config.train
+    parallel = config.parallel
     name = f"recipe.name={config.recipe.name}" if asks is None else f"{asks[0]}={asks[1]}"
     without = [] if asks is None else [values(asks[0], [0])]
 
@@ -100,8 +100,6 @@ def _model_problems(config: TrainConfig, asks: tuple[str, int] | None) -> list[s
         refuse("parallel.zero_stage", 3, f"with parallel.tp={parallel.tp} {why}", 2)
     if parallel.cpu_offload:
         refuse("parallel.cpu_offload", "true", "weights on the host would be gathered for every token", False)
-    if train.compile:
-        refuse("train.compile", "true", "rows have the length of what was sampled, each of which compiles anew", False)
     if config.precision.fp8:
         why = "scales are those of a whole batch, which the engine has not"
         refuse("precision.compute", config.precision.compute, why, "bf16")
