@@ -53,9 +53,19 @@ def test_compiled_blocks_make_a_graph_of_one_shape_and_train_as_eager_ones(
 ) -> None:
     """A graph for every length of what was sampled, or for each step of the engine; rows that are filled up, or hold no
     completion at all, and count."""
-    ((found, graphs),) = ranks.run(1, run_and_count_graphs, rolling(tmp_path, **COMPILED, train__micro_batch_size=3))
+    # An engine has launches of its own for fused projections, and for others the forward of the blocks.
+    changes = COMPILED | {"train__micro_batch_size": 3, "model__fused_projections": False}
+    ((found, graphs),) = ranks.run(1, run_and_count_graphs, rolling(tmp_path, **changes))
     assert graphs == 1  # which the two layers share
     same(found, reference)
+
+
+@pytest.mark.some(1)
+@pytest.mark.parametrize("weights", ["stream", "gather"])
+def test_shards_of_tps_shards_are_served(ranks: RankPool, tmp_path: Path, reference: Outcome, weights: str) -> None:
+    """A gathered weight that is whole over one axis and a part over the other, taken for all of it or for none."""
+    changes = {"parallel__tp": 2, "parallel__zero_stage": 3, "rl__weights": weights}
+    same(run_on(ranks, 4, rolling(tmp_path, **changes)), reference)
 
 
 @pytest.mark.some(2)

@@ -7,6 +7,8 @@ each step of an engine has a shape of its own.
     stream     ZeRO-3: fully_shard gathers each block when it runs, in every step of the engine, and frees it: the
                memory of a block. All ranks take their steps together; one that has nothing left to do computes a token
 
+With tp as well, what is gathered is a rank's shard of tp.
+
 `rollout_seconds` and `rollout_gather_seconds` of a run's metrics say what they cost. With recipe.rl.overlap alone the
 engine has a copy (trainer/rl/overlap.py).
 """
