@@ -13,6 +13,7 @@ from models.decoder import Decoder
 from models.flops import num_parameters
 from models.fp8 import Fp8Linears, apply_fp8, linears_in_fp8
 from models.fp8_producers import apply_producers
+from models.init import SCORE_HEAD
 from models.invariant import make_batch_invariant
 from models.layers.attention import choose_attention
 from models.layers.embedding_noise import EmbeddingNoise
@@ -94,7 +95,11 @@ def build_state(
         passes = _pipelined(pipeline, config, mesh, data_parallel, weight_gradients, device)
     fused, begun = fused_parameters(model), dict[str, torch.Tensor]()
     if config.adapter.init == "pissa":
-        begun = {f"{name}{BEGUN}": torch.empty_like(master) for name, master in data_parallel.masters.items()}
+        begun = {
+            f"{name}{BEGUN}": torch.empty_like(master)
+            for name, master in data_parallel.masters.items()
+            if name != SCORE_HEAD
+        }
         fused |= {f"{name}{BEGUN}": parts for name, parts in fused.items() if f"{name}{BEGUN}" in begun}
     return TrainState(
         model=model,
