@@ -477,8 +477,6 @@ def _model_problems(model: Decoder) -> list[str]:
     groups = model.groups
     if problem := reads_weights(model):
         found.append(problem)
-    if groups.cp is not None:
-        found.append("the model's layers split sequences over cp; serve one without")
     if groups.sequence_parallel:
         found.append("the model's layers split tokens over tp (sequence_parallel), and a step has any number of them")
     if groups.experts is not None and not groups.tokens_alike:

@@ -15,6 +15,7 @@ from models.layers import serving
 from models.layers.attention import Attention, Context, build_context
 from models.layers.dropout import Dropout
 from models.layers.embedding import LearnedPositions, LMHead, ScoreHead, make_embedding
+from models.layers.embedding_noise import EmbeddingNoise
 from models.layers.mla import LatentAttention
 from models.layers.mlp import MLP
 from models.layers.moe import MoE
@@ -163,6 +164,7 @@ class Decoder(nn.Module):
         first, last = any(s.is_first for s in stages), any(s.is_last for s in stages)
         embeds = first or (last and config.embeds_last)
         self.embedding = make_embedding(config, groups) if embeds else None
+        self.embedding_noise: EmbeddingNoise | None = None  # trainer/build.py sets it, with recipe.neftune_alpha
         learned = config.positions == "learned" and first
         self.positions = LearnedPositions(config, groups) if learned else None
         self.dropout = Dropout(config.dropout, seed=seed, site="embedding", max_seq_len=config.max_seq_len)
@@ -227,6 +229,8 @@ class Decoder(nn.Module):
             batch_invariant_rows=len(x) if self.batch_invariant else None,
         )._replace(aux_scale=aux_scale)
         if hidden is None:
+            if self.embedding_noise is not None:
+                x = self.embedding_noise(x, samples=samples, documents=documents, tokens=context.tokens)
             if self.positions is not None:
                 x = x + self._learned_positions(positions, seq_len, context.tokens)
             x = self.dropout(x, samples, context.tokens)

@@ -43,11 +43,14 @@ def initialize(parameters: Mapping[str, Located], initializers: Mapping[str, Ini
             local[place] = (normal(seed, f"init.{name}", index) * initializer.std).to(local.dtype)
 
 
+SCORE_HEAD = "head.weight"
+"""The head of a reward model."""
+
+
 def start_score(weights: Mapping[str, Located], initializers: Mapping[str, Initializer], seed: int) -> None:
     """Fill the head of a reward model, where it is here: a folder of a language model has none for it."""
-    name = "head.weight"
-    if name in weights:
-        initialize({name: weights[name]}, {name: initializers[name]}, seed)
+    if SCORE_HEAD in weights:
+        initialize({SCORE_HEAD: weights[SCORE_HEAD]}, {SCORE_HEAD: initializers[SCORE_HEAD]}, seed)
 
 
 def _check(parameters: Mapping[str, Located], initializers: Mapping[str, Initializer]) -> None:

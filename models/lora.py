@@ -61,11 +61,14 @@ ABSORBED = "attention.kv_b"
 def apply_adapters(model: Decoder, adapter: AdapterConfig, dtype: torch.dtype = torch.float32) -> None:
     """Freeze a model that was just built, on the meta device, and give adapters to the layers that `adapter` names.
 
+    The head of a reward model stays trained as a whole: no language model has one to begin with.
     dtype: that is computed with, for quantized weights. In place; before compilation and data parallelism. Raises
     ValueError for a name that no layer here answers to.
     """
     model.requires_grad_(False)
     model.adapted = True
+    if model.config.score and model.head is not None:
+        model.head.requires_grad_(True)
     wanted = {name for name in adapted_layers(adapter, model.config) if _is_here(model, name)}
     for name, module in model.named_modules():
         if not name.startswith("blocks."):
@@ -126,7 +129,7 @@ def reads_weights(model: nn.Module) -> str | None:
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Those of the adapters, by name; the only ones that are trained."""
+    """Those of the adapters, by name; the only ones that are trained, but for the head of a reward model."""
     return {name: p for name, p in model.named_parameters() if name.rpartition(".")[2] in (A, B, M)}
 
 

@@ -11,6 +11,10 @@ each, from the inside out, and has all experts in one A and one B, in which numb
     MODULE.lora_A, lora_B               of down_proj: A [E r, F], B [D, r E]
 
 Where only one of both has adapters, there is no base_layer.
+
+The head of a reward model is whole: modules_to_save=["score"], and
+
+    base_model.model.score.weight            [1, D]
 """
 
 from __future__ import annotations
@@ -30,12 +34,16 @@ from torch import Tensor
 
 from models.adapter_config import AdapterConfig, adapted_layers, linear_layers
 from models.config import ModelConfig
+from models.init import SCORE_HEAD
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 GATE_UP, DOWN = "gate_up_proj", "down_proj"
 MATRICES = {"A": ".lora_A.weight", "B": ".lora_B.weight"}
 LENGTHS = ".lora_magnitude_vector"
+SCORE = f"{PREFIX}score.weight"
+HEADS = {"score", "classifier"}
+"""What PEFT says is saved whole of a model for sequence classification; score is what such a model has."""
 ADVICE = "give a folder that PEFT or launch/convert.py export wrote"
 REFUSED = {
     "bias": "none",
@@ -95,6 +103,8 @@ def save_peft(
             raise ValueError(f"{name}: the format has gate and up as one matrix; give adapters to both or to neither")
         found = {kind: LowRank(read(f"{name}.{kind}.lora_a"), read(f"{name}.{kind}.lora_b"), 1.0) for kind in kinds}
         tensors |= _stacked(f"{PREFIX}{_experts_module(theirs)}", found)
+    if config.score:
+        tensors[SCORE] = read(SCORE_HEAD)
     description = _description(adapter, config, base=base, has_experts=bool(experts))
     partial = folder.with_name(f"{folder.name}.partial")
     partial.mkdir(parents=True, exist_ok=True)
@@ -149,7 +159,7 @@ def _description(adapter: AdapterConfig, config: ModelConfig, *, base: str, has_
     pattern = rf".*\.{GATE_UP}"
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": "SEQ_CLS" if config.score else "CAUSAL_LM",
         "base_model_name_or_path": base,
         "inference_mode": True,
         "r": adapter.rank,
@@ -164,7 +174,7 @@ def _description(adapter: AdapterConfig, config: ModelConfig, *, base: str, has_
         "target_parameters": parameters or None,
         "rank_pattern": {pattern: 2 * adapter.rank} if both else {},
         "alpha_pattern": {pattern: factor * adapter.alpha} if both else {},
-        "modules_to_save": None,
+        "modules_to_save": ["score"] if config.score else None,
     }
 
 
@@ -176,12 +186,10 @@ def load_peft(folder: Path, config: ModelConfig) -> dict[str, LowRank]:
 
     Raises ValueError, naming file and field or tensor, for what is missing, damaged, of another model, or not LoRA.
     """
-    description = _read_description(folder)
-    file = folder / WEIGHTS
-    try:
-        tensors = load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} cannot be read ({error}); {ADVICE}") from None
+    description = _read_description(folder, score=config.score)
+    file, tensors = folder / WEIGHTS, _read_tensors(folder)
+    if config.score:
+        tensors.pop(SCORE, None)  # `load_score` reads it
     unread, found = set(tensors), dict[str, LowRank]()
 
     def take(module: str, parameter: str = "") -> tuple[Tensor, Tensor, float] | None:
@@ -215,6 +223,25 @@ def load_peft(folder: Path, config: ModelConfig) -> dict[str, LowRank]:
     if not found:
         raise ValueError(f"{file} has no adapter of any layer of model.family={config.family}")
     return found
+
+
+def load_score(folder: Path, config: ModelConfig) -> Tensor | None:
+    """The head of a resolved reward model [1, D] in a folder of adapters; None: it has none.
+
+    Raises ValueError for what cannot be read, and for a head of another shape.
+    """
+    found = _read_tensors(folder).get(SCORE)
+    if found is not None and found.shape != (1, config.hidden_size):
+        raise ValueError(f"{folder / WEIGHTS}: {SCORE} has shape {list(found.shape)}, not [1, {config.hidden_size}]")
+    return found
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    file = folder / WEIGHTS
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} cannot be read ({error}); {ADVICE}") from None
 
 
 def _modules_of_experts(config: ModelConfig) -> dict[str, str]:
@@ -279,7 +306,8 @@ def _check_shape(file: Path, module: str, a: Tensor, b: Tensor) -> None:
         )
 
 
-def _read_description(folder: Path) -> dict[str, Any]:
+def _read_description(folder: Path, *, score: bool = False) -> dict[str, Any]:
+    """adapter_config.json; score: of a reward model, whose head may be saved whole."""
     file = folder / CONFIG
     try:
         description = json.loads(file.read_text())
@@ -290,6 +318,8 @@ def _read_description(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{file} has peft_type={description.get('peft_type')}; only LORA is supported")
     for field, understood in REFUSED.items():
         value = description.get(field, understood)
+        if field == "modules_to_save" and score and isinstance(value, list) and HEADS.issuperset(value):
+            continue
         if value != understood and value not in (None, [], {}):
             raise ValueError(f"{file} has {field}={value!r}, which is not supported; it has to be {understood!r}")
     begun = description.get("init_lora_weights")

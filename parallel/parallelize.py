@@ -11,7 +11,8 @@ layout says so, and unspecified values: fill `masters`, then call `publish`.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -93,11 +94,39 @@ def parallelize(
 def compile_block(block: nn.Module, *, backend: str, in_parts: bool = False) -> None:
     """Compile block.forward to one graph, or to those before and behind what stays eager in it (`in_parts`).
 
-    Hooks on the block stay outside the graph, parameter names as they are.
+    Hooks on the block stay outside the graph, parameter names as they are. Inside `eager_blocks` it runs as before.
     """
     # dynamic=False: a graph per shape. Of a second shape torch would make one graph for any, find that for the first
     # shape as well, and a checkpoint around the block would be recomputed by another graph than it was made by.
-    block.forward = torch.compile(block.forward, backend=backend, fullgraph=not in_parts, dynamic=False)
+    compiled = torch.compile(block.forward, backend=backend, fullgraph=not in_parts, dynamic=False)
+    block.forward = block.compiled_forward = _Forward(eager=block.forward, compiled=compiled)  # type: ignore[assignment]
+
+
+class _Forward:
+    """Of a compiled block, which something else may be wrapped around."""
+
+    def __init__(self, *, eager: Callable[..., Any], compiled: Callable[..., Any]) -> None:
+        self.chosen = self.compiled = compiled
+        self.eager = eager
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.chosen(*args, **kwargs)
+
+
+@contextmanager
+def eager_blocks(model: nn.Module) -> Iterator[None]:
+    """Inside, a model's compiled blocks run as they were: for passes of which each has a shape, and would make a graph,
+    of its own. Other models are not concerned, nor other threads that run these."""
+    blocks = [block for block in model.blocks.children() if hasattr(block, "compiled_forward")]  # type: ignore[union-attr]
+    forwards: list[Any] = [block.compiled_forward for block in blocks]
+    before = [forward.chosen for forward in forwards]
+    for forward in forwards:
+        forward.chosen = forward.eager
+    try:
+        yield
+    finally:
+        for forward, chosen in zip(forwards, before, strict=True):
+            forward.chosen = chosen
 
 
 def forward_units(model: nn.Module) -> list[tuple[nn.Module, list[str]]]:

@@ -25,7 +25,7 @@ from torch import Tensor
 from models.adapter_config import AdapterConfig, adapted_layers
 from models.config import ModelConfig
 from models.lora import A, B, M
-from models.peft import LowRank, load_peft
+from models.peft import LowRank, load_peft, load_score
 from models.registry import build_model
 from parallel.problem import Problem, values
 from parallel.regions import Located, local_region, local_tensor
@@ -107,7 +107,9 @@ def with_beginning(adapter: AdapterConfig) -> AdapterConfig:
 
 
 def read_with_beginning(read: Callable[[str], Tensor], name: str) -> Tensor:
-    """The matrix of that adapter; name: of A or B."""
+    """The matrix of that adapter; name: of A or B. Of what is no adapter itself."""
+    if not name.endswith((A, B)):
+        return read(name)
     now, begun = read(name), read(f"{name}{BEGUN}")
     return torch.cat([now, begun], dim=-2) if name.endswith(A) else torch.cat([now, -begun], dim=-1)
 
@@ -119,6 +121,8 @@ def folder_problems(adapter: AdapterConfig, model: ModelConfig) -> list[str]:
     where, found = f"adapter.path={adapter.path}", list[str]()
     try:
         there = load_peft(Path(adapter.path).expanduser(), model)
+        if model.score:
+            load_score(Path(adapter.path).expanduser(), model)
     except ValueError as error:
         return [f"{where}: {error}"]
     ranks = sorted({one.a.shape[-2] for one in there.values()})

@@ -1,8 +1,8 @@
 """Training of adapters (models/lora.py): where the model they are for comes from, and how a run begins and goes on.
 
-Checkpoints hold adapters and their optimizer, as of a model that has nothing else, and say which model they are for:
-its folder, and a fingerprint of the weights there. So they are small, move between layouts, and are refused beside
-another model.
+Checkpoints hold adapters, of a reward model also its head, and their optimizer, as of a model that has nothing else,
+and say which model they are for: its folder, and a fingerprint of the weights there. So they are small, move between
+layouts, and are refused beside another model.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ from torch import Tensor
 from data.progress import Progress
 from kernels.nf4 import dequantize_nf4, quantize_nf4
 from models.adapter_config import AdapterConfig
+from models.decoder import Decoder
 from models.hf import load_hf_weights
 from models.hf_files import DTYPES, TensorFolder
-from models.init import initialize
+from models.init import SCORE_HEAD, initialize, start_score
 from models.lora import A, B, M, adapter_initializers
 from models.merge import Merged
-from models.peft import LowRank, load_peft
+from models.peft import LowRank, load_peft, load_score
 from models.quantized import NF4, fill_quantized
 from parallel.fused import separate
 from parallel.regions import Located, local_region, local_tensor
@@ -90,6 +91,8 @@ def _read(config: TrainConfig, name: str, shape: Sequence[int]) -> Tensor:
 def start_adapters(state: TrainState, config: TrainConfig) -> None:
     """Adapters as they begin: those of adapter.path, the part of the weights that `load_base` took, or drawn."""
     masters = separate(state.data_parallel.masters, state.fused)
+    if config.model.score and SCORE_HEAD in masters:
+        _start_head(masters.pop(SCORE_HEAD), state, config)
     if config.adapter.path is not None:
         fill(masters, load_peft(Path(config.adapter.path).expanduser(), config.model))
         return
@@ -108,6 +111,17 @@ def start_adapters(state: TrainState, config: TrainConfig) -> None:
             if config.adapter.quantize == "nf4":
                 weight = dequantize_nf4(quantize_nf4(weight), weight.shape, weight.dtype)
             local.copy_(torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32)[region[0]])
+
+
+def _start_head(head: Located, state: TrainState, config: TrainConfig) -> None:
+    """The head of a reward model as it begins: that of adapter.path, else of model.path, else drawn."""
+    assert isinstance(state.model, Decoder)
+    start_score({SCORE_HEAD: head}, state.model.initializers(), config.train.seed)
+    load_hf_weights(str(config.model.path), {SCORE_HEAD: head}, config.model, whole_model=False)
+    if config.adapter.path is not None:
+        saved = load_score(Path(config.adapter.path).expanduser(), config.model)
+        if saved is not None:
+            local_tensor(head).copy_(saved[local_region(head)])
 
 
 def adapter_identity(config: TrainConfig) -> dict[str, Any] | None:

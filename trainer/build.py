@@ -13,8 +13,10 @@ from models.decoder import Decoder
 from models.flops import num_parameters
 from models.fp8 import Fp8Linears, apply_fp8, linears_in_fp8
 from models.fp8_producers import apply_producers
+from models.init import SCORE_HEAD
 from models.invariant import make_batch_invariant
 from models.layers.attention import choose_attention
+from models.layers.embedding_noise import EmbeddingNoise
 from models.layers.mlp import GATED_KERNELS
 from models.layers.router import Router
 from models.lora import apply_adapters, learning_rates
@@ -64,6 +66,8 @@ def build_state(
         model = build_model(config.model, seed=config.train.seed, groups=groups, stages=stages)
         if config.adapter.name != "none":
             apply_adapters(model, config.adapter, config.precision.compute_dtype)
+    if config.recipe.neftune_alpha:
+        model.embedding_noise = EmbeddingNoise(config.recipe.neftune_alpha, seed=config.train.seed)
     split_backward = pipeline is not None and pipeline.schedule in SPLIT_BACKWARD
     weight_gradients = defer_weight_gradients(model.blocks, at_once=(Router,)) if split_backward else None
     fp8 = _multiply_in_fp8(model, config, device) if config.precision.fp8 else None
@@ -92,7 +96,11 @@ def build_state(
         passes = _pipelined(pipeline, config, mesh, data_parallel, weight_gradients, device)
     fused, begun = fused_parameters(model), dict[str, torch.Tensor]()
     if config.adapter.init == "pissa":
-        begun = {f"{name}{BEGUN}": torch.empty_like(master) for name, master in data_parallel.masters.items()}
+        begun = {
+            f"{name}{BEGUN}": torch.empty_like(master)
+            for name, master in data_parallel.masters.items()
+            if name != SCORE_HEAD
+        }
         fused |= {f"{name}{BEGUN}": parts for name, parts in fused.items() if f"{name}{BEGUN}" in begun}
     return TrainState(
         model=model,

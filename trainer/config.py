@@ -147,6 +147,7 @@ class RecipeConfig:
     rl: RLConfig = field(default_factory=RLConfig)  # of recipe=grpo and its family, and of ppo
     ppo: PPOConfig = field(default_factory=PPOConfig)
     answers: AnswersConfig = field(default_factory=AnswersConfig)  # sft and distill: what validation generates
+    neftune_alpha: float = 0.0  # sft: of noise on embeddings (TRL's neftune_noise_alpha); 5 to 15 are usual, 0: none
     # dpo, of which the family and its numbers are defined in trainer/preference_losses.py
     loss: str = "sigmoid"  # sigmoid, robust, ipo, hinge, simpo, orpo
     beta: float = 0.1  # how far the policy may go from the reference; of orpo the weight of the loss beside nll

@@ -23,6 +23,7 @@ from models.adapter_config import AdapterConfig
 from models.config import ModelConfig
 from models.decoder import Decoder
 from models.hf import export_hf_weights, load_hf_weights
+from models.init import SCORE_HEAD
 from models.merge import Merged
 from models.mtp_config import MTPConfig
 from models.registry import build_model, resolve_model
@@ -90,7 +91,7 @@ def export_checkpoint(
     else:
         base_model = base_folder(checkpoint, extra)
         saved_dtype = dtype or dtype_of(base_model)
-        read = merged_weights(base_model, config, read_adapters(reader, adapter, config), saved_dtype)
+        read = merged_weights(base_model, config, read_adapters(reader, adapter, config), saved_dtype, reader)
     progress = Progress(f"exporting {checkpoint}", silent=ranks.rank > 0)
     with tempfile.TemporaryDirectory(prefix="lattice-tokenizer-") as scratch:
         tokenizer = ranks.on_first(lambda: _save_tokenizer(checkpoint, extra, Path(scratch)))
@@ -180,6 +181,8 @@ def load_checkpoint(
     else:
         load_hf_weights(base_folder(checkpoint, extra), model.state_dict(), config)
         Merged(model.state_dict(), read_adapters(reader, adapter, config), keep=False)
+        if config.score:
+            reader.fill({f"{WEIGHTS}{SCORE_HEAD}": model.state_dict()[SCORE_HEAD]})
     try:
         return Loaded(model.eval(), _tokenizer_of(checkpoint, extra), None)
     except DataError as error:

@@ -15,6 +15,7 @@ from models.adapter_config import AdapterConfig, adapted_layers
 from models.config import ModelConfig
 from models.hf import load_hf_weights
 from models.hf_files import DTYPES, TensorFolder
+from models.init import SCORE_HEAD
 from models.merge import check_fits, with_adapter
 from models.peft import LowRank, save_peft
 from models.registry import build_model
@@ -80,14 +81,17 @@ def _reading(reader: TensorReader, adapter: AdapterConfig) -> Callable[[str], Te
 
 
 def merged_weights(
-    base: Path, config: ModelConfig, adapters: Mapping[str, LowRank], dtype: torch.dtype
+    base: Path, config: ModelConfig, adapters: Mapping[str, LowRank], dtype: torch.dtype, reader: TensorReader
 ) -> Callable[[str], Tensor]:
-    """A function that reads one weight of the model in `base` by name, with its adapter in it."""
+    """A function that reads one weight of the model in `base` by name, with its adapter in it; the head of a reward
+    model from the checkpoint of the adapters."""
     with torch.device("meta"):
         shapes = {name: tuple(tensor.shape) for name, tensor in build_model(config).state_dict().items()}
     check_fits(shapes, adapters)
 
     def read(name: str) -> Tensor:
+        if config.score and name == SCORE_HEAD:
+            return reader.read(f"{WEIGHTS}{name}").to(dtype)
         # Added in fp32, so that what is written has been rounded once.
         weight = torch.empty(shapes[name], dtype=torch.float32)
         load_hf_weights(base, {name: weight}, config, whole_model=False)

@@ -65,9 +65,6 @@ def adapter_run_problems(config: TrainConfig, model: ModelConfig) -> list[str]:
     if model.speculator.kind != "none":
         because = "heads for a model are trained alone"
         refuse(f"model.speculator.kind={model.speculator.kind}", because, values("model.speculator.kind", ["none"]))
-    if model.score:
-        because = "its head would stay as it was drawn"
-        refuse("model.score=true", because, values("adapter.name", ["none"]))
     if model.mtp.depth:
         because = "blocks of multi-token prediction would neither be trained nor used"
         refuse(f"model.mtp.depth={model.mtp.depth}", because, values("model.mtp.depth", [0]))

@@ -91,6 +91,15 @@ def uniform(seed: int, stream: str | int, index: Tensor) -> Tensor:
     return (word >> 8).to(torch.float32) * 2.0**-24
 
 
+def four_uniforms(seed: int, stream: str | int, index: Tensor) -> Tensor:
+    """Four numbers as of `uniform` for each element of index, in a last dim, of which the first is `uniform`'s own.
+
+    For a quarter of the time and memory, where as many are wanted.
+    """
+    words = _words(seed, stream, index)
+    return torch.stack([(word >> 8).to(torch.float32) * 2.0**-24 for word in words], dim=-1)
+
+
 def normal(seed: int, stream: str | int, index: Tensor) -> Tensor:
     """Standard normal in fp32 for each element of index (int64, any value); same arguments and errors as `uniform`.
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.philox import normal, philox4x32, stream_id, uniform
+from kernels.philox import four_uniforms, normal, philox4x32, stream_id, uniform
 
 # kat_vectors of Random123 (philox 4x32 10): counter, key, output.
 KNOWN_ANSWERS = [
@@ -53,6 +53,14 @@ WORD = st.integers(0, 2**32 - 1)
 def test_any_counter_and_key_agree_with_python_integers(counter: list[int], key: list[int]) -> None:
     """A lost carry or a sign bit in the 64-bit product, which a few fixed vectors can miss."""
     assert philox_in_tensors(counter, key) == philox_in_integers(counter, key)
+
+
+def test_four_numbers_of_an_index_are_its_four_words() -> None:
+    """A word that comes twice: features with the same draw."""
+    found = four_uniforms(5, 9, torch.tensor([[2**40 + 3, 1]]))
+    words = torch.tensor([philox_in_integers([3, 2**8, 9, 0], [5, 0]), philox_in_integers([1, 0, 9, 0], [5, 0])])
+    assert torch.equal(found, (words >> 8)[None] * 2.0**-24)
+    assert torch.equal(found[..., 0], uniform(5, 9, torch.tensor([[2**40 + 3, 1]])))
 
 
 def test_key_words_may_be_tensors() -> None:

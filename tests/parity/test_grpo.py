@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.parity.harness import Outcome, gradient_deviation, run_on
+from tests.parity.harness import Outcome, gradient_deviation, run_and_count_graphs, run_on
 from tests.pool import RankPool
 from tests.trainer.rl.rolling import rolling
 
@@ -32,11 +32,13 @@ def same(found: Outcome, wanted: Outcome) -> None:
     assert gradient_deviation(found, wanted) < 2e-5
 
 
+COMPILED = {"train__compile": True, "train__compile_backend": "aot_eager"}
 LAYOUTS: dict[str, dict[str, Any]] = {
     "zero1": {"parallel__zero_stage": 1},
     "zero2": {"parallel__zero_stage": 2},
     "zero3, gathered once": {"parallel__zero_stage": 3, "rl__weights": "gather"},
     "zero3, streamed": {"parallel__zero_stage": 3, "rl__weights": "stream"},
+    "zero3, streamed, compiled": COMPILED | {"parallel__zero_stage": 3, "rl__weights": "stream"},
     "tp": {"parallel__tp": 2},
 }
 
@@ -44,6 +46,26 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 def test_packing_and_micro_batches_change_nothing(ranks: RankPool, tmp_path: Path, reference: Outcome) -> None:
     """Weights of completions that depend on what stands beside them; a token that sees another completion."""
     same(run_on(ranks, 1, rolling(tmp_path, train__micro_batch_size=4)), reference)
+
+
+def test_compiled_blocks_make_a_graph_of_one_shape_and_train_as_eager_ones(
+    ranks: RankPool, tmp_path: Path, reference: Outcome
+) -> None:
+    """A graph for every length of what was sampled, or for each step of the engine; rows that are filled up, or hold no
+    completion at all, and count."""
+    # An engine has launches of its own for fused projections, and for others the forward of the blocks.
+    changes = COMPILED | {"train__micro_batch_size": 3, "model__fused_projections": False}
+    ((found, graphs),) = ranks.run(1, run_and_count_graphs, rolling(tmp_path, **changes))
+    assert graphs == 1  # which the two layers share
+    same(found, reference)
+
+
+@pytest.mark.some(1)
+@pytest.mark.parametrize("weights", ["stream", "gather"])
+def test_shards_of_tps_shards_are_served(ranks: RankPool, tmp_path: Path, reference: Outcome, weights: str) -> None:
+    """A gathered weight that is whole over one axis and a part over the other, taken for all of it or for none."""
+    changes = {"parallel__tp": 2, "parallel__zero_stage": 3, "rl__weights": weights}
+    same(run_on(ranks, 4, rolling(tmp_path, **changes)), reference)
 
 
 @pytest.mark.some(2)

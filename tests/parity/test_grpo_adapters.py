@@ -39,15 +39,19 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "zero1": {"parallel__zero_stage": 1},
     "zero3, gathered once": {"parallel__zero_stage": 3, "rl__weights": "gather"},
     "zero3, streamed": {"parallel__zero_stage": 3, "rl__weights": "stream"},
+    "zero3 and tp, gathered once": {"parallel__tp": 2, "parallel__zero_stage": 3, "rl__weights": "gather"},
     "tp": {"parallel__tp": 2},
 }
 
 
 @pytest.mark.some(2)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_two_ranks_train_the_same_adapters(ranks: RankPool, tmp_path: Path, reference: Outcome, layout: str) -> None:
+def test_several_ranks_train_the_same_adapters(
+    ranks: RankPool, tmp_path: Path, reference: Outcome, layout: str
+) -> None:
     """Rollouts of a part of B, of the base alone, or of adapters of the step before."""
-    same(run_adapted(ranks, 2, adapting(rolling(tmp_path, **LAYOUTS[layout]), tmp_path)), reference)
+    size = 4 if "and tp" in layout else 2
+    same(run_adapted(ranks, size, adapting(rolling(tmp_path, **LAYOUTS[layout]), tmp_path)), reference)
 
 
 @pytest.mark.parametrize("settings", [{}, {"quantize": "nf4"}, {"dora": True}], ids=["lora", "qlora", "dora"])

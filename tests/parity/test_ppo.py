@@ -50,6 +50,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "zero2": {"parallel__zero_stage": 2},
     "zero3, gathered once": {"parallel__zero_stage": 3, "rl__weights": "gather"},
     "zero3, streamed": {"parallel__zero_stage": 3, "rl__weights": "stream"},
+    "compiled": {"train__compile": True, "train__compile_backend": "aot_eager"},
+    "zero3 and tp": {"parallel__tp": 2, "parallel__zero_stage": 3, "rl__weights": "stream"},
     "tp": {"parallel__tp": 2},
 }
 
@@ -61,9 +63,10 @@ def test_packing_and_micro_batches_change_nothing(ranks: RankPool, tmp_path: Pat
 
 @pytest.mark.some(2)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_two_ranks_train_as_one(ranks: RankPool, tmp_path: Path, reference: Outcome, layout: str) -> None:
+def test_several_ranks_train_as_one(ranks: RankPool, tmp_path: Path, reference: Outcome, layout: str) -> None:
     """Whitening by rank, a value model that is not on the policy's layout, gradients that are not summed."""
-    same(run_on(ranks, 2, proximal(tmp_path, **SEVERAL, **LAYOUTS[layout])), reference)
+    size = 4 if "and tp" in layout else 2
+    same(run_on(ranks, size, proximal(tmp_path, **SEVERAL, **LAYOUTS[layout])), reference)
 
 
 def test_advantages_that_are_not_whitened_would_be_seen(ranks: RankPool, tmp_path: Path, reference: Outcome) -> None:

@@ -8,6 +8,7 @@ a validation also generates answers to held-out prompts (trainer/rl/held_out.py)
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -15,6 +16,7 @@ from data.batch import Batch
 from data.config import NO_TOKENIZER, parts
 from data.loader import Loader
 from parallel.mesh import Meshes
+from parallel.problem import Problem, values
 from trainer.config import TrainConfig
 from trainer.recipes.pretrain import Pretrain
 from trainer.rl.held_out import HeldOutAnswers, answers_problems, held_out_answers
@@ -22,7 +24,7 @@ from trainer.step import TrainState
 
 
 class SupervisedFineTuning(Pretrain):
-    reads: tuple[str, ...] = ("answers", "rl")
+    reads: tuple[str, ...] = ("answers", "rl", "neftune_alpha")
 
     def __init__(self) -> None:
         self.answers: HeldOutAnswers | None = None  # with recipe.answers
@@ -33,7 +35,7 @@ class SupervisedFineTuning(Pretrain):
             return [f"recipe.name=sft with data.source={data.source} has nothing to answer; use data=conversations"]
         if data.tokenizer.path is None and config.model.path is None:
             return [NO_TOKENIZER]
-        return answers_problems(config)
+        return noise_problems(config) + answers_problems(config)
 
     def open_data(self, config: TrainConfig, *, split: str, rank: int, world_size: int, device_type: str) -> Loader:
         data = super().open_data(config, split=split, rank=rank, world_size=world_size, device_type=device_type)
@@ -56,3 +58,22 @@ class SupervisedFineTuning(Pretrain):
         counts = ", ".join(f"{name} {count:,}" for name, count in data.counts.items() if count)
         left_out = "".join(f"; left out, for example, {why}" for why in data.left_out)
         return f"of the training split: {counts}{left_out}"
+
+
+def noise_problems(config: TrainConfig) -> list[str]:
+    """Why embeddings cannot have noise, one line each."""
+    alpha = config.recipe.neftune_alpha
+    if not 0.0 <= alpha < math.inf:
+        why = f"recipe.neftune_alpha={alpha} must be finite and not negative"
+        return [Problem(why, values("recipe.neftune_alpha", [0.0, 5.0]))]
+    if not alpha:
+        return []
+    found: list[str] = []
+    without = values("recipe.neftune_alpha", [0.0])
+    if not config.data.mask_documents:
+        why = f"recipe.neftune_alpha={alpha} with data.mask_documents=false: noise goes by the length of an example"
+        found.append(Problem(why, values("data.mask_documents", [True]), without))
+    if (kind := config.model.speculator.kind) != "none":
+        why = f"recipe.neftune_alpha={alpha} with model.speculator.kind={kind}: the model that it would train stays"
+        found.append(Problem(why, without))
+    return found

@@ -38,17 +38,27 @@ class Packed(NamedTuple):
 
 
 def rollout_batches(
-    rollouts: Sequence[Rollout], *, seq_len: int, micro_batch_size: int, normalization: str, constant: int
+    rollouts: Sequence[Rollout],
+    *,
+    seq_len: int,
+    micro_batch_size: int,
+    normalization: str,
+    constant: int,
+    alike: bool = False,
 ) -> list[Packed]:
     """Micro-batches of micro_batch_size rows of at most seq_len tokens; the last may have fewer, none may be empty.
 
-    normalization: one of trainer.rl.config.NORMALIZATIONS; constant: what it divides by. No rollout has more than
-    seq_len + 1 tokens, the last of which is only a label.
+    alike: all have micro_batch_size rows, of seq_len tokens, filled up without loss: for compiled blocks, which make a
+    graph of each shape. normalization: one of trainer.rl.config.NORMALIZATIONS; constant: what it divides by. No
+    rollout has more than seq_len + 1 tokens, the last of which is only a label.
     """
     order = pack(np.asarray([len(rollout.tokens) - 1 for rollout in rollouts], dtype=np.int64), seq_len)
     rows = [[rollouts[member] for member in members] for members in order]
     parts = [rows[first : first + micro_batch_size] for first in range(0, len(rows), micro_batch_size)]
-    return [Packed(_batch(part, normalization, constant), part) for part in parts]
+    if not alike:
+        return [Packed(_batch(part, normalization, constant), part) for part in parts]
+    parts = [part + [[]] * (micro_batch_size - len(part)) for part in parts]
+    return [Packed(_batch(part, normalization, constant, length=seq_len), part) for part in parts]
 
 
 def of_rollouts(packed: Packed, found: Tensor) -> Iterator[tuple[Rollout, list[float]]]:
@@ -66,16 +76,17 @@ def optional_columns(rollouts: Sequence[Rollout]) -> list[str]:
     return [name for name, field in OPTIONAL.items() if any(getattr(rollout, field) for rollout in rollouts)]
 
 
-def empty_batch(columns: Sequence[str] = ()) -> Batch:
+def empty_batch(columns: Sequence[str] = (), *, shape: tuple[int, int] = (1, 1)) -> Batch:
     """A micro-batch without a label, for a rank that has fewer than another: what it computes counts nothing."""
-    zeros = torch.zeros(1, 1, dtype=torch.int64)
-    batch = Batch(zeros, torch.full_like(zeros, IGNORE_INDEX), zeros, zeros.int(), zeros[0])
-    found = {name: torch.zeros(1, 1) for name in (*FLOATS, *columns)}
+    zeros, positions = torch.zeros(shape, dtype=torch.int64), torch.arange(shape[1]).repeat(shape[0], 1)
+    batch = Batch(zeros, torch.full_like(zeros, IGNORE_INDEX), positions, zeros.int(), zeros[:, 0])
+    found = {name: torch.zeros(shape) for name in (*FLOATS, *columns)}
     return batch.with_columns(**found, sequence=zeros)
 
 
-def _batch(rows: list[list[Rollout]], normalization: str, constant: int) -> Batch:
-    length = max(sum(len(rollout.tokens) - 1 for rollout in row) for row in rows)
+def _batch(rows: list[list[Rollout]], normalization: str, constant: int, *, length: int | None = None) -> Batch:
+    """length: of the rows; None: of the longest. Rows may be empty."""
+    length = length or max(sum(len(rollout.tokens) - 1 for rollout in row) for row in rows)
     integers = {name: torch.zeros(len(rows), length, dtype=torch.int64) for name in ("tokens", "positions", "sequence")}
     optional = optional_columns([rollout for row in rows for rollout in row])
     floats = {name: torch.zeros(len(rows), length) for name in (*FLOATS, *optional)}
@@ -105,7 +116,7 @@ def _batch(rows: list[list[Rollout]], normalization: str, constant: int) -> Batc
         # What is left of the row is a document of its own.
         documents[number, filled:] = len(row)
         integers["positions"][number, filled:] = torch.arange(length - filled)
-    samples = torch.tensor([row[0].number * 2**16 + row[0].sample for row in rows])
+    samples = torch.tensor([row[0].number * 2**16 + row[0].sample if row else 0 for row in rows])
     batch = Batch(integers["tokens"], labels, integers["positions"], documents, samples)
     return batch.with_columns(**floats, sequence=integers["sequence"])
 

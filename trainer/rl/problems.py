@@ -78,7 +78,7 @@ def layout_problems(config: TrainConfig, *, asks: tuple[str, int] | None = None)
 def _model_problems(config: TrainConfig, asks: tuple[str, int] | None) -> list[str]:
     """Models and layouts that the engine does not compute."""
     found: list[str] = []
-    parallel, train = config.parallel, config.train
+    parallel = config.parallel
     name = f"recipe.name={config.recipe.name}" if asks is None else f"{asks[0]}={asks[1]}"
     without = [] if asks is None else [values(asks[0], [0])]
 
@@ -88,20 +88,17 @@ def _model_problems(config: TrainConfig, asks: tuple[str, int] | None) -> list[s
 
     if parallel.pp > 1:
         refuse("parallel.pp", parallel.pp, "the engine serves whole models, not stages of a pipeline", 1)
-    if parallel.cp > 1:
-        refuse("parallel.cp", parallel.cp, "layers split sequences over cp, and a step of the engine has many", 1)
+    if parallel.cp > 1 and asks is None:
+        why = "tokens of a completion would lie on several ranks, and it is weighed as a whole on one"
+        refuse("parallel.cp", parallel.cp, why, 1)
     if parallel.ep > 1:
         refuse("parallel.ep", parallel.ep, "experts are on ranks with other prompts, at their own pace", 1)
     if parallel.sequence_parallel:
         why = "layers split tokens over tp, and a step of the engine has any number of them"
         refuse("parallel.sequence_parallel", "true", why, False)
-    if parallel.tp > 1 and parallel.zero_stage == 3:
-        why = "shards of tp's shards are not served; stages 0 to 2 are"
-        refuse("parallel.zero_stage", 3, f"with parallel.tp={parallel.tp} {why}", 2)
     if parallel.cpu_offload:
-        refuse("parallel.cpu_offload", "true", "weights on the host would be gathered for every token", False)
-    if train.compile:
-        refuse("train.compile", "true", "rows have the length of what was sampled, each of which compiles anew", False)
+        why = "weights on the host would be gathered for every token, or all be on the device at once"
+        refuse("parallel.cpu_offload", "true", why, False)
     if config.precision.fp8:
         why = "scales are those of a whole batch, which the engine has not"
         refuse("precision.compute", config.precision.compute, why, "bf16")

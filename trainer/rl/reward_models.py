@@ -49,18 +49,22 @@ class RewardModels:
         for one in models.values():
             check_tokenizer(str(one.path), tokenizer)
         self._all_gather, self._device = all_gather, device
-        self._sizes = {"seq_len": config.train.seq_len, "micro_batch_size": config.train.micro_batch_size}
+        self._seq_len, self._micro_batch_size = config.train.seq_len, config.train.micro_batch_size
+        self._alike = config.train.compile
         self._models = {name: _load(one, config, mesh, device) for name, one in models.items()}
 
     def of(self, sequences: Sequence[Sequence[int]]) -> dict[str, list[float]]:
         """By name, the reward of each sequence of at most train.seq_len tokens. Collective over all ranks."""
         if not self._models:
             return {}
-        laid_out = scoring_batches(sequences, **self._sizes)
+        laid_out = scoring_batches(
+            sequences, seq_len=self._seq_len, micro_batch_size=self._micro_batch_size, alike=self._alike
+        )
         batches = [one.batch.to(self._device) for one in laid_out]
         # Shards are gathered for each micro-batch, on all ranks.
         most = max(1, *self._all_gather(len(batches)))
-        batches += [empty_batch().to(self._device) for _ in range(most - len(batches))]
+        shape = (self._micro_batch_size, self._seq_len) if self._alike else (1, 1)
+        batches += [empty_batch(shape=shape).to(self._device) for _ in range(most - len(batches))]
         found: dict[str, list[float]] = {}
         for name, model in self._models.items():
             scores = [each.cpu() for each in model.per_token(batches, scores_head)]
@@ -79,15 +83,23 @@ class LaidOut(NamedTuple):
     ends: list[tuple[int, int, int]]  # number of a sequence, and the row and place of its last token
 
 
-def scoring_batches(sequences: Sequence[Sequence[int]], *, seq_len: int, micro_batch_size: int) -> list[LaidOut]:
-    """Sequences of at most seq_len tokens, several in a row, none of which sees another."""
+def scoring_batches(
+    sequences: Sequence[Sequence[int]], *, seq_len: int, micro_batch_size: int, alike: bool = False
+) -> list[LaidOut]:
+    """Sequences of at most seq_len tokens, several in a row, none of which sees another. alike: all micro-batches have
+    micro_batch_size rows, of seq_len tokens, as in trainer/rl/packing.py."""
     rows = pack(np.asarray([len(tokens) for tokens in sequences], dtype=np.int64), seq_len)
     parts = [rows[first : first + micro_batch_size] for first in range(0, len(rows), micro_batch_size)]
-    return [_lay_out(part, sequences) for part in parts]
+    if not alike:
+        return [_lay_out(part, sequences) for part in parts]
+    parts = [part + [[]] * (micro_batch_size - len(part)) for part in parts]
+    return [_lay_out(part, sequences, length=seq_len) for part in parts]
 
 
-def _lay_out(rows: Sequence[Sequence[int]], sequences: Sequence[Sequence[int]]) -> LaidOut:
-    length = max(sum(len(sequences[member]) for member in row) for row in rows)
+def _lay_out(
+    rows: Sequence[Sequence[int]], sequences: Sequence[Sequence[int]], *, length: int | None = None
+) -> LaidOut:
+    length = length or max(sum(len(sequences[member]) for member in row) for row in rows)
     tokens = torch.zeros(len(rows), length, dtype=torch.int64)
     positions = torch.zeros_like(tokens)
     documents = torch.zeros(len(rows), length, dtype=torch.int32)
@@ -104,7 +116,8 @@ def _lay_out(rows: Sequence[Sequence[int]], sequences: Sequence[Sequence[int]]) 
         documents[number, filled:] = len(row)
         positions[number, filled:] = torch.arange(length - filled)
     labels = torch.full_like(tokens, IGNORE_INDEX)
-    return LaidOut(Batch(tokens, labels, positions, documents, torch.tensor([row[0] for row in rows])), ends)
+    samples = torch.tensor([row[0] if row else 0 for row in rows])
+    return LaidOut(Batch(tokens, labels, positions, documents, samples), ends)
 
 
 def scores_head(batch: Batch) -> Head:

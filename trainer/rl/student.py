@@ -19,7 +19,7 @@ import torch.distributed as dist
 from data.batch import Batch
 from data.prompts import Prompt, PromptSamples
 from trainer.config import TrainConfig
-from trainer.rl.packing import Packed, empty_batch, rollout_batches
+from trainer.rl.packing import empty_batch, rollout_batches
 from trainer.rl.rollouts import Rollout, Sampler, Task
 from trainer.rl.weights import ServedWeights
 
@@ -89,10 +89,11 @@ class StudentAnswers:
             micro_batch_size=train.micro_batch_size,
             normalization="token",
             constant=1,
+            alike=train.compile,
         )
         most = max(1, *self._all_gather(len(packed)))
-        packed += [Packed(empty_batch(), [[]]) for _ in range(most - len(packed))]
-        return [one.batch for one in packed]
+        shape = (train.micro_batch_size, train.seq_len) if train.compile else (1, 1)
+        return [one.batch for one in packed] + [empty_batch(shape=shape) for _ in range(most - len(packed))]
 
     def _all_gather(self, value: Any) -> list[Any]:
         values: list[Any] = [None] * dist.get_world_size(self.data_group)

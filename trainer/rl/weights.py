@@ -1,10 +1,13 @@
-"""The trainer's weights under an engine: never copied, whatever the layout.
+"""The trainer's weights under an engine: never copied, whatever the layout. Compiled blocks run eagerly there, because
+each step of an engine has a shape of its own.
 
     in_place   the engine computes with the parameters as they lie: whole (ZeRO 0 to 2), or shards of tp
     gather     ZeRO-3: fully_shard gathers all blocks once before rollouts and frees them after: the memory of the whole
                model in the compute dtype, for as long as rollouts take
     stream     ZeRO-3: fully_shard gathers each block when it runs, in every step of the engine, and frees it: the
                memory of a block. All ranks take their steps together; one that has nothing left to do computes a token
+
+With tp as well, what is gathered is a rank's shard of tp.
 
 `rollout_seconds` and `rollout_gather_seconds` of a run's metrics say what they cost. With recipe.rl.overlap alone the
 engine has a copy (trainer/rl/overlap.py).
@@ -22,6 +25,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
 from models.decoder import Decoder
+from parallel.parallelize import eager_blocks
 from trainer.heads import in_evaluation
 from trainer.rl.overlap import on_stream
 
@@ -43,7 +47,7 @@ class Lockstep:
     @torch.no_grad()
     def idle(self) -> list[Any]:
         """A pass over one token, for its gathers; no deltas."""
-        with in_evaluation(self._model):
+        with in_evaluation(self._model), eager_blocks(self._model):
             self._model(torch.zeros(1, 1, dtype=torch.int64, device=self._device))
         return []
 
@@ -67,14 +71,16 @@ class ServedWeights:
 
     @contextmanager
     def whole(self) -> Iterator[None]:
-        """Inside, a ZeRO-3 model's parameters are plain whole tensors, and no forward frees them. Collective."""
+        """Inside, a ZeRO-3 model's parameters are plain whole tensors, which no forward frees, and an engine may be
+        made. Collective."""
         begin = time.perf_counter()
         for module in self._sharded:
             module.set_reshard_after_forward(False, recurse=False)
             module.unshard()
         self.gather_seconds = time.perf_counter() - begin if self._sharded else 0.0
         try:
-            yield
+            with eager_blocks(self._model):
+                yield
         finally:
             for module in self._sharded:
                 module.reshard()
@@ -90,7 +96,7 @@ class ServedWeights:
             return
         self.gather_seconds = 0.0
         try:
-            with on_stream(self.stream):
+            with on_stream(self.stream), eager_blocks(self._model):
                 yield
         finally:
             for module in self._sharded:

@@ -177,7 +177,6 @@ def _episodes(config: TrainConfig) -> list[tuple[Any, ...]]:
     [
         ({"parallel__pp": 2}, "parallel.pp=2 does not work with recipe.name=grpo: the engine serves whole models"),
         ({"parallel__cp": 2}, "parallel.cp=2 does not work with recipe.name=grpo"),
-        ({"train__compile": True}, "train.compile=true does not work with recipe.name=grpo"),
         ({"train__global_batch_size": 10}, "do not divide into groups of recipe.rl.group_size=4; use"),
         ({"rl__loss": "clipped"}, "recipe.rl.loss=clipped is unknown; use recipe.rl.loss=clip"),
         ({"model__dropout": 0.1}, "model.dropout=0.1 does not work with recipe.name=grpo: completions are sampled"),

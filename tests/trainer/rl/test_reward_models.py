@@ -123,6 +123,22 @@ def test_sequences_are_laid_out_so_that_none_is_longer_than_a_row() -> None:
     assert scoring_batches([], seq_len=8, micro_batch_size=2) == []
 
 
+def test_rows_that_are_filled_up_hold_the_same_sequences_in_the_same_places() -> None:
+    """A micro-batch of another shape than the others, or one that brings a sequence twice."""
+    sequences = [list(range(1, n + 1)) for n in (5, 3, 4, 6, 1)]
+    found, filled_up = (
+        scoring_batches(sequences, seq_len=8, micro_batch_size=2, alike=alike) for alike in (False, True)
+    )
+    assert [one.batch.tokens.shape for one in filled_up] == [(2, 8)] * 2
+    for one, other in zip(found, filled_up, strict=True):
+        assert one.ends == other.ends
+        rows, length = one.batch.tokens.shape
+        assert torch.equal(one.batch.tokens, other.batch.tokens[:rows, :length])
+        assert torch.equal(one.batch.documents, other.batch.documents[:rows, :length])
+        assert not other.batch.tokens[rows:].any()
+        assert not other.batch.tokens[:, length:].any()
+
+
 @pytest.mark.parametrize(
     ("kind", "says"),
     [
