@@ -34,6 +34,9 @@ from trainer.injection import KINDS, PLAN
 
 TRAIN = str(Path(__file__).resolve().parent / "train.py")
 RANKS, INTERVAL, SPACING = 2, 3, 3  # steps between checkpoints; between faults
+ROOM = {"slow": 5, "full_disk": 2 * INTERVAL}
+"""Steps before the next fault: a straggler is named after a window of late steps, and a checkpoint that was not written
+is noticed when the next one is due. A fault in between would end the start before."""
 PATIENCE = 120.0
 """Seconds for a start, on a loaded machine."""
 
@@ -73,7 +76,8 @@ def overrides(folder: Path, *, steps: int, timeout: float, more: list[str]) -> l
         "train.nonfinite=stop", f"train.timeout_seconds={timeout}", "optim.lr=3e-3", "schedule=constant",
         f"checkpoint.interval={INTERVAL}", "resilience.check_interval=1", "resilience.rerun_interval=1",
         "resilience.straggler_interval=2", "logging.console=false",
-        f"resilience.first_step_seconds={PATIENCE}", f"resilience.checkpoint_seconds={PATIENCE}", *more,
+        f"resilience.first_step_seconds={PATIENCE}", f"resilience.checkpoint_seconds={PATIENCE}",
+        f"resilience.loading_seconds={PATIENCE}", *more,
     ]  # fmt: skip
 
 
@@ -85,16 +89,18 @@ def plan(num_faults: int, *, seed: int, kinds: list[str]) -> list[dict[str, Any]
     """
     draw = random.Random(seed)
     bag: list[str] = []
-    faults = []
+    faults: list[dict[str, Any]] = []
+    begin = 2
     for number in range(num_faults):
         if not bag:
             bag = draw.sample(kinds, len(kinds))
         kind = bag.pop()
-        if kind == "damaged_checkpoint" and number * SPACING < 2 * INTERVAL and bag:
+        if kind == "damaged_checkpoint" and begin < 2 * INTERVAL + 2 and bag:
             bag[0], kind = kind, bag[0]
         # Rank 0 writes metrics.jsonl.
         rank = 0 if kind == "full_disk_for_metrics" else draw.randrange(RANKS)
-        step = 2 + number * SPACING + draw.randrange(SPACING)
+        step = begin + draw.randrange(SPACING)
+        begin = max(begin + SPACING, step + ROOM.get(kind, 1))
         faults.append({"number": number, "kind": kind, "step": step, "rank": rank})
     return faults
 
@@ -151,10 +157,14 @@ def workers(launcher: int) -> set[int]:
 
 
 def lines_of(path: Path) -> list[dict[str, Any]]:
-    """Whole lines of a file of JSON objects; none before there is one."""
+    """Whole lines of a file of JSON objects; none before there is one. Damaged ones are left out."""
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    found = []
+    for line in path.read_text(errors="replace").splitlines(keepends=True):
+        with contextlib.suppress(ValueError):
+            found += [json.loads(line)] if line.endswith("\n") else []
+    return found
 
 
 def last_step(run_dir: Path) -> int:
@@ -172,18 +182,24 @@ def judge(
 ) -> Result:
     """What a fault came to, and which promises it broke. faults: all of the plan; others may have come in between."""
     result = Result(**fault)
-    fired = plan_file.parent / f"fired_{result.number}"
-    if not fired.exists():
+    when = fired_when(fault, plan_file)
+    if when is None:
         result.problems.append("the fault did not happen")
         return result
-    result.happened, when = True, float(fired.read_text())
+    result.happened = True
     events = [(datetime.fromisoformat(e["time"]).timestamp(), e) for e in lines_of(run_dir / "events.jsonl")]
     index = max(i for i, start in enumerate(starts) if start.began <= when)
+    fired_at = [fired_when(other, plan_file) for other in faults if other["number"] != result.number]
+    # Of its start: else another fault may have been what ended it.
+    alone = not any(at is not None and starts[index].began <= at <= starts[index].ended for at in fired_at)
     if result.kind == "slow":
         named = [e["text"] for at, e in events if at >= when and e["kind"] == "straggler" and e["rank"] == result.rank]
         result.named = named[0] if named else None
-        if not named and starts[index].last_step >= result.step + 3:  # a window of two late steps
+        last = starts[index].last_step
+        if not named and last >= result.step + 3:  # a window of two late steps
             result.problems.append("no straggler was named")
+        elif not named and alone:
+            result.problems.append(f"its start ended at step {last}, too soon to tell whether a straggler is named")
         return result
     if index + 1 == len(starts):
         if result.kind not in ("sigkill", "sigterm"):  # may come after the last step
@@ -197,9 +213,11 @@ def judge(
     if result.resumed_from is None:
         return result
     result.lost_steps = start.last_step - result.resumed_from
+    if result.kind == "sigterm" and alone and result.lost_steps:
+        result.problems.append(f"step {start.last_step} was done, and the run went on from {result.resumed_from}")
     committed = max(saved, default=0)
-    damages = [plan_file.parent / f"fired_{f['number']}" for f in faults if f["kind"] == "damaged_checkpoint"]
-    damaged = any(start.began <= float(path.read_text()) <= start.ended for path in damages if path.exists())
+    damages = [fired_when(other, plan_file) for other in faults if other["kind"] == "damaged_checkpoint"]
+    damaged = any(at is not None and start.began <= at <= start.ended for at in damages)
     spared = INTERVAL if damaged else 0
     if result.resumed_from < committed - spared:
         result.problems.append(f"step_{committed} was saved, and the run went on from step {result.resumed_from}")
@@ -211,6 +229,12 @@ def judge(
         if report is None or report["waited_for"] != [result.rank] or not all(r["stacks"] for r in report["ranks"]):
             result.problems.append("the hang was not reported, or another rank was blamed")
     return result
+
+
+def fired_when(fault: dict[str, Any], plan_file: Path) -> float | None:
+    """When a fault happened; None: it did not."""
+    path = plan_file.parent / f"fired_{fault['number']}"
+    return float(path.read_text()) if path.exists() else None
 
 
 def hang_report(run_dir: Path, *, step: int, after: float) -> dict[str, Any] | None:
@@ -242,10 +266,10 @@ def drill(
 ) -> dict[str, Any]:
     """Both runs in a new folder, and what came of them."""
     folder.mkdir(parents=True)
-    steps = num_faults * SPACING + 2 + INTERVAL
+    faults = plan(num_faults, seed=seed, kinds=kinds)
+    steps = faults[-1]["step"] + max(ROOM.values()) + 1
     tokens = np.random.default_rng(seed).integers(0, 64, size=(steps * 4 + 1) * 16 + 1, dtype=np.uint16)
     np.save(folder / "tokens.npy", tokens)
-    faults = plan(num_faults, seed=seed, kinds=kinds)
     plan_file = folder / "plan" / "plan.json"
     plan_file.parent.mkdir()
     plan_file.write_text(json.dumps({"faults": faults}, indent=1))

@@ -115,6 +115,7 @@ class ResilienceConfig:
 
     # train.timeout_seconds is what a step, a validation's batch or waiting for data may take; these may take longer.
     first_step_seconds: float = 3600.0  # of a start: blocks are compiled, workers started
+    loading_seconds: float = 3600.0  # at a start: looking for a checkpoint or copies that are whole, reading weights
     checkpoint_seconds: float = 3600.0  # waiting for a checkpoint that is being written
     # Steps between comparisons of the state's bits, over replicas and with before; also at each checkpoint; 0: never
     check_interval: int = 100

@@ -27,13 +27,32 @@ from trainer.watchdog import Watchdog
 T = TypeVar("T")
 
 
+def watchdog_of(config: TrainConfig) -> Watchdog:
+    """The watchdog of this start of the run. Collective."""
+    names: list[str | None] = [datetime.now(UTC).strftime("%Y%m%dT%H%M%S")]
+    dist.broadcast_object_list(names, src=0)
+    return Watchdog(
+        Path(config.run.dir),
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        start=str(names[0]),
+        timeout=config.train.timeout_seconds,
+    )
+
+
 class Health:
     """All ranks build it together, and call its methods in the same order."""
 
     def __init__(
-        self, config: TrainConfig, state: TrainState, *, device: torch.device, group: dist.ProcessGroup | None
+        self,
+        config: TrainConfig,
+        state: TrainState,
+        *,
+        device: torch.device,
+        group: dist.ProcessGroup | None,
+        watchdog: Watchdog,
     ) -> None:
-        """group: all ranks over gloo; None: this process is alone."""
+        """group: all ranks over gloo; None: this process is alone. watchdog: from `watchdog_of`."""
         self._config: ResilienceConfig = config.resilience
         if device.type == "cuda" and self._config.rerun_interval > 0 and not config.train.deterministic:
             raise ConfigError(
@@ -45,16 +64,7 @@ class Health:
         self._timeout = config.train.timeout_seconds
         self._state, self._group = state, group
         self._first_step = True
-        names: list[str | None] = [datetime.now(UTC).strftime("%Y%m%dT%H%M%S")]
-        if group is not None:
-            dist.broadcast_object_list(names, src=0, group=group)
-        self._watchdog = Watchdog(
-            Path(config.run.dir),
-            rank=dist.get_rank(),
-            world_size=dist.get_world_size(),
-            start=str(names[0]),
-            timeout=self._timeout,
-        )
+        self._watchdog = watchdog
         self._times = RankTimes(device, group)
         self._since = self._step_end = time.perf_counter()
         self._steps = 0  # since stragglers were looked for

@@ -24,6 +24,9 @@ from trainer.sinks import WANDB_MODES, Record, Sink, TensorBoardSink, WandbSink
 
 logger = logging.getLogger(__name__)
 
+_BLOCK_BYTES = 1 << 16
+"""Read at a time, from the end of a file, to find its last line."""
+
 
 class MetricLogger:
     """Writes each training step to metrics.jsonl and to every sink that is switched on; nothing on other ranks."""
@@ -244,13 +247,21 @@ def _step_of(line: bytes) -> int | None:
 
 
 def _open_after_whole_line(path: Path) -> IO[str]:
-    """Open for appending; a torn last line is ended first, so that the next one is whole."""
-    torn = False
-    if path.exists() and path.stat().st_size > 0:
-        with open(path, "rb") as existing:
-            existing.seek(-1, os.SEEK_END)
-            torn = existing.read(1) != b"\n"
-    file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (open as long as the logger)
-    if torn:
-        file.write("\n")
-    return file
+    """Open for appending; a torn last line (the process died while writing) is cut off first."""
+    if path.exists():
+        os.truncate(path, _end_of_last_line(path))
+    return open(path, "a", encoding="utf-8")
+
+
+def _end_of_last_line(path: Path) -> int:
+    """Bytes up to the last line break, and with it; 0 without one."""
+    with open(path, "rb") as file:
+        end = file.seek(0, os.SEEK_END)
+        while end > 0:
+            begin = max(0, end - _BLOCK_BYTES)
+            file.seek(begin)
+            found = file.read(end - begin).rfind(b"\n")
+            if found >= 0:
+                return begin + found + 1
+            end = begin
+    return 0

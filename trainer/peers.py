@@ -74,9 +74,10 @@ class PeerCheckpoints:
         self._arena = HostArena(device)
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
-        self._saved = 0
+        self._slot = "A"  # of the next save, the same on every rank
         self._found: dict[tuple[int, int], Path] = {}  # (owner, step) of files here; filled by `newest`
         self._holders: dict[tuple[int, int], int] = {}  # the rank that has it
+        self._slots: dict[int, str] = {}  # of steps that are somewhere
 
     def start(self) -> None:
         """run_dir is this run's, and can be written: from here on copies may be saved."""
@@ -89,7 +90,7 @@ class PeerCheckpoints:
         """
         self.wait()
         staged = self._arena.stage(local_shards(tensors))
-        slot, self._saved = "AB"[self._saved % 2], self._saved + 1
+        slot, self._slot = self._slot, _other(self._slot)
         self._thread = threading.Thread(
             target=self._write, args=(step, staged, dict(extra), slot), name="peers", daemon=True
         )
@@ -107,9 +108,11 @@ class PeerCheckpoints:
     def newest(self) -> int | None:
         """The newest step of which every rank's part is somewhere; None without one."""
         self._found = self._look() if self._run is not None else {}
-        self._holders = {}
-        for rank, keys in enumerate(self._ranks.everywhere(lambda: list(self._found))):
-            for key in keys:
+        self._holders, self._slots = {}, {}
+        slots = {key: path.suffix[1:] for key, path in self._found.items()}
+        for rank, theirs in enumerate(self._ranks.everywhere(lambda: slots)):
+            for key, slot in theirs.items():
+                self._slots.setdefault(key[1], slot)
                 self._holders.setdefault(key, rank)
                 if key[0] == rank:  # the owner's own file needs no journey
                     self._holders[key] = rank
@@ -134,6 +137,7 @@ class PeerCheckpoints:
         checked: list[tuple[Header, memoryview]] = []
         self._ranks.everywhere(lambda: checked.append(check()))
         header, data = checked[0]
+        self._slot = _other(self._slots[step])  # until the next copy is whole everywhere, this one is the newest
         begin = 0
         with torch.no_grad():
             for shard in shards:
@@ -206,6 +210,10 @@ class PeerCheckpoints:
         data = torch.empty(int(size), dtype=torch.uint8)
         dist.recv(data, group=self._ranks.group, group_src=source)
         return data.numpy().tobytes()
+
+
+def _other(slot: str) -> str:
+    return "B" if slot == "A" else "A"
 
 
 def _new_id(path: Path) -> str:

@@ -8,6 +8,7 @@ import os
 import time
 from collections import Counter
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,9 +32,10 @@ from trainer.checkpoint import CheckpointError, CheckpointManager, read_extra
 from trainer.config import ConfigError, TrainConfig, configuration_errors
 from trainer.corruption import StateCorrupted
 from trainer.determinism import make_deterministic
+from trainer.faults import tell_end, tell_start
 from trainer.goodput import Goodput
 from trainer.graphed import leave_default_stream
-from trainer.health import Health
+from trainer.health import Health, watchdog_of
 from trainer.identity import (
     changed_settings,
     check_same_model,
@@ -100,7 +102,11 @@ class Trainer:
         check_run_dir(config, self.lock)
         self.checkpoints = CheckpointManager(self.run_dir / "checkpoints", config.checkpoint, device=self.device)
         self.adapter = adapter_identity(config)
-        self.resume_from = self._find_start()
+        self.watchdog = watchdog_of(config)
+        loading = partial(self.watchdog.watching, "loading", step=0, seconds=config.resilience.loading_seconds)
+        with loading():
+            self.resume_from = find_start(config, self.checkpoints.group)
+        self._check_start()
         self.train_data, self.validation_data = self._build_data()
         objective = self.recipe.objective(config, self.mesh, self.device)
         self.state = build_state(config, self.dims, self.mesh, self.device, objective)
@@ -110,17 +116,20 @@ class Trainer:
         self.throughput = self._throughput()
         self.records = StepRecords(config, self.throughput, self.device, dynamic_scale=self.state.loss_scale.dynamic)
         self._changed: list[str] = []  # settings, since the checkpoint
-        self._load()
-        self.peers = self._load_from_peers()
-        self.recipe.start(config, self.state, self.mesh)
+        with loading():
+            self._load()
+            self.peers = self._load_from_peers()
+            self.recipe.start(config, self.state, self.mesh)
         self._enter_run_dir()
         self.goodput = Goodput(self.run_dir, resume_step=self.state.step, is_main=self.is_main)
         self.guard = PreemptionGuard()
-        self.health = Health(config, self.state, device=self.device, group=self.guard.group)
+        self.health = Health(config, self.state, device=self.device, group=self.guard.group, watchdog=self.watchdog)
         self.faults = planned_faults()  # none, unless this is a drill
         self._alone = False  # other ranks may have ended, or be waiting elsewhere
         self._loss: float | None = None  # of the newest step that was logged
         self._validation_loss: float | None = None  # of the newest validation
+        if self.is_main:
+            tell_start(self.metrics, self.run_dir, step=self.state.step)
         self._describe()
 
     # ---- setting up
@@ -145,17 +154,15 @@ class Trainer:
         self.dims = ParallelDims.resolve(config.parallel, self.world_size)
         self.mesh = build_mesh(self.dims, self.device.type)
 
-    def _find_start(self) -> Path | None:
-        """The checkpoint to go on from, which is one of this model; None: a new run."""
-        config = self.config
-        found = find_start(config, self.checkpoints.group)
+    def _check_start(self) -> None:
+        """Whether the checkpoint to go on from, if there is one, is of this model."""
+        config, found = self.config, self.resume_from
         if found is not None:
             check_same_model(found, config.model)
             check_same_adapter(found, self.adapter)
             check_same_moments(found, config)
             check_same_scaling(found, config.precision, fused_projections=config.model.fused_projections)
             check_tokenizer_is_known(found, config.data)
-        return found
 
     def _build_data(self) -> tuple[Loader, Loader | None]:
         config, train = self.config, self.config.train
@@ -334,11 +341,16 @@ class Trainer:
             result = self._run()
             self._discard_peers()
             return result
-        except (Preempted, TrainingDiverged, StateCorrupted):
+        except Preempted:
             self._discard_peers()
             raise  # on all ranks at the same step
-        except BaseException:
+        except (TrainingDiverged, StateCorrupted) as error:
+            self._discard_peers()
+            tell_end(self.metrics, error, step=self.state.step)
+            raise  # likewise
+        except BaseException as error:
             self._alone = True
+            tell_end(self.metrics, error, step=self.state.step)
             raise
         finally:
             self.health.stop()
@@ -535,6 +547,11 @@ class Trainer:
 
         A checkpoint under way is finished, unless a rank has failed: writing takes all of them.
         """
+        seconds = max(self.config.train.timeout_seconds, self.config.resilience.checkpoint_seconds)
+        with self.watchdog.watching("closing", step=self.state.step, seconds=seconds):
+            self._close()
+
+    def _close(self) -> None:
         self.recipe.close()
         self.guard.close()
         self.train_data.close()

@@ -242,7 +242,7 @@ def _resilience_problems(config: TrainConfig) -> list[str]:
     resilience = config.resilience
     minimums = {"check_interval": 0, "rerun_interval": 0, "straggler_interval": 0, "peer_interval": 0}
     found = _at_least("resilience", resilience, minimums)
-    for name in ("first_step_seconds", "checkpoint_seconds", "straggler_share"):
+    for name in ("first_step_seconds", "loading_seconds", "checkpoint_seconds", "straggler_share"):
         if not 0 < (value := getattr(resilience, name)) < math.inf:
             default = getattr(ResilienceConfig, name)
             found.append(f"resilience.{name}={value} must be positive and finite; {default:g} is usual")

@@ -29,7 +29,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -81,7 +81,7 @@ class Standing:
 
 
 class Watchdog:
-    """Between `start` and `close`, a phase of the main thread that takes too long ends the process."""
+    """Between `start` and `close`, once or again, a phase of the main thread that takes too long ends the process."""
 
     def __init__(self, run_dir: Path, *, rank: int, world_size: int, start: str, timeout: float) -> None:
         """start: names this start of the run. timeout: seconds that most phases may take. Both as on every rank."""
@@ -96,6 +96,16 @@ class Watchdog:
         self._done.clear()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
+
+    @contextlib.contextmanager
+    def watching(self, name: str, *, step: int, seconds: float) -> Iterator[None]:
+        """Inside, which takes at most `seconds`, this is watched; afterwards nothing is, whatever came of it."""
+        self.begin(name, step=step, seconds=seconds)
+        self.start()
+        try:
+            yield
+        finally:
+            self.close()
 
     def begin(self, name: str, *, step: int, seconds: float) -> None:
         """The main thread has made progress, and begins something that takes at most `seconds`."""

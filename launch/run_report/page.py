@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 import html
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -16,6 +16,7 @@ from plotly.offline import get_plotlyjs
 
 from launch.run_report import charts
 from launch.run_report.record import RunRecord
+from trainer.faults import ENDS, FAULTS
 
 MAX_EVENTS, MAX_SAMPLES = 500, 20
 """Shown of a run: the newest."""
@@ -32,6 +33,7 @@ OVER_STEPS: tuple[charts.Chart, ...] = (
 
 OF_RANKS = (charts.rank_step_times, charts.rank_lateness)
 
+_ENDS = {"preempted": "preempted; start it again"} | {kind: f"ended: {kind.replace('_', ' ')}" for kind in ENDS}
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 0 auto; max-width: 1500px; padding: 1rem 1.5rem; color: #1f2328 }
 h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2rem; border-bottom: 1px solid #d0d7de }
@@ -59,6 +61,7 @@ def page(runs: Sequence[RunRecord]) -> str:
         *(_timeline(run) for run in runs),
         *(_traced(run) for run in runs),
         *(_samples(run) for run in runs),
+        *(_faults(run) for run in runs),
         *(_events(run) for run in runs),
         _section("Settings", _settings(runs)),
         *(_starts(run) for run in runs),
@@ -121,6 +124,7 @@ def _summary(runs: Sequence[RunRecord]) -> list[list[object]]:
         ("peak memory, GiB", [_beside(run, "peak_memory_gib", run.last("peak_memory_gib")) for run in runs]),
         ("goodput", [_number(run.last("goodput")) for run in runs]),
         ("skipped steps", [_number(run.last("skipped_steps")) for run in runs]),
+        ("damaged lines, left out", [_pairs(run.damaged) for run in runs]),
         ("starts", [len(run.info.get("starts", [])) or "" for run in runs]),
         ("commit", [(run.info.get("versions") or {}).get("git_commit") or "" for run in runs]),
         ("torch", [(run.info.get("versions") or {}).get("torch") or "" for run in runs]),
@@ -133,9 +137,11 @@ def _state(run: RunRecord) -> str:
     wanted = run.config.get("train.steps")
     if run.steps and isinstance(wanted, int) and run.steps[-1] >= wanted:
         return "done"
-    starts_and_ends = [event["kind"] for event in run.events if event.get("kind") in ("preempted", "resume", "start")]
-    preempted = starts_and_ends[-1:] == ["preempted"]
-    return "preempted; start it again" if preempted else "under way, or ended before its end"
+    if run.hangs:
+        return "hung; start it again"
+    starts_and_ends = [kind for event in run.events if (kind := event.get("kind")) in ("resume", "start", *_ENDS)]
+    end = starts_and_ends[-1] if starts_and_ends else None
+    return _ENDS.get(str(end), "under way, or ended before its end")
 
 
 def _of_all(done: int, wanted: object) -> str:
@@ -153,7 +159,7 @@ def _mesh(run: RunRecord) -> str:
 
 
 def _pairs(value: object) -> str:
-    return "; ".join(f"{key}: {what}" for key, what in value.items()) if isinstance(value, dict) else ""
+    return "; ".join(f"{key}: {what}" for key, what in value.items()) if isinstance(value, Mapping) else ""
 
 
 def _median(run: RunRecord, field: str) -> float | None:
@@ -225,6 +231,18 @@ def _samples(run: RunRecord) -> str:
         asked = "" if asked is None else f"<pre>{_text(asked)}</pre>"
         blocks.append(f"<p class='note'>{_text(note)}</p>{asked}<pre>{_text(event['sample'])}</pre>")
     return _section(f"Samples of {run.name}", "".join(blocks))
+
+
+def _faults(run: RunRecord) -> str:
+    """What went wrong, in the order in which it was told."""
+    faults = [
+        [event.get("at", event.get("time", "")), event["kind"], event.get("step", ""), event.get("text", "")]
+        for event in run.events
+        if event.get("kind") in FAULTS
+    ]
+    faults += [[hang.at, "hang", hang.step, hang.text] for hang in run.hangs]
+    shown = _table(["time (UTC)", "kind", "step", ""], faults[-MAX_EVENTS:])
+    return _section(f"Faults of {run.name}", f"<div class='scroll'>{shown}</div>" if shown else "")
 
 
 def _events(run: RunRecord) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from trainer.config import ConfigError
+from trainer.faults import Hang, hangs_of
 from trainer.masking import mask_secrets
 
 Values = list[float | None]
@@ -30,6 +31,8 @@ class RunRecord:
     config: dict[str, Any]  # config.yaml by dotted name, secrets masked
     ranks: list[dict[str, Any]]  # ranks.jsonl: {"step", "step_seconds" and "late_seconds": one of each rank}
     timeline: bytes | None  # pipeline_timeline.png
+    hangs: list[Hang]  # that have no event yet: no start came after them
+    damaged: Mapping[str, int]  # lines that cannot be read, by file: of events.jsonl and ranks.jsonl
 
     def has(self, field: str) -> bool:
         """Whether any step has a value of this metric."""
@@ -67,18 +70,22 @@ def _names(folders: list[Path]) -> list[str]:
 
 
 def _read(folder: Path, name: str) -> RunRecord:
-    lines = [line for line in _json_lines(folder / "metrics.jsonl") if isinstance(line.get("step"), int)]
+    steps, _ = _json_lines(folder / "metrics.jsonl", damaged_too=False)
+    lines = [line for line in steps if isinstance(line.get("step"), int)]
     fields = dict.fromkeys(field for line in lines for field in line if field not in ("step", "nonfinite"))
+    read = {file: _json_lines(folder / file, damaged_too=True) for file in ("events.jsonl", "ranks.jsonl")}
     return RunRecord(
         name=name,
         folder=folder,
         steps=[line["step"] for line in lines],
         metrics={field: [line.get(field) for line in lines] for field in fields},
-        events=_json_lines(folder / "events.jsonl"),
+        events=read["events.jsonl"][0],
         info=_json_file(folder / "run.json"),
         config=_flat(mask_secrets(_yaml_file(folder / "config.yaml"))),
-        ranks=_json_lines(folder / "ranks.jsonl"),
+        ranks=read["ranks.jsonl"][0],
         timeline=_picture(folder / "pipeline_timeline.png"),
+        hangs=[hang for hang in hangs_of(folder) if not hang.told],
+        damaged={file: number for file, (_, number) in read.items() if number},
     )
 
 
@@ -88,22 +95,28 @@ def _picture(path: Path) -> bytes | None:
     return content if content.startswith(PNG) else None
 
 
-def _json_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects in a file's lines. A last line that is not whole is still being written, or its writer was killed."""
+def _json_lines(path: Path, *, damaged_too: bool) -> tuple[list[dict[str, Any]], int]:
+    """The objects in a file's lines, and how many lines are damaged, which is an error without damaged_too.
+
+    A last line that is not whole is not damaged: it is still being written, or its writer was killed.
+    """
     if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    found = []
+        return [], 0
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    found, damaged = [], 0
     for number, line in enumerate(lines, start=1):
         try:
             value = json.loads(line) if line else None
         except ValueError as error:
             if number == len(lines):
                 break
-            raise ConfigError([f"{path}, line {number}: {error}; that line is damaged, take it out"]) from None
+            if not damaged_too:
+                raise ConfigError([f"{path}, line {number}: {error}; that line is damaged, take it out"]) from None
+            damaged += 1
+            continue
         if isinstance(value, dict):
             found.append(value)
-    return found
+    return found, damaged
 
 
 def _json_file(path: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from types import FrameType
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script
 
 from launch.slurm.hosts import address_of, expand, free_port, ports
-from launch.slurm.node import END, GRACE_SECONDS, SIGNALS, beat, read_report
+from launch.slurm.node import END, GRACE_SECONDS, SIGNALS, beat, name_of_job, read_reports
 from launch.slurm.outcome import (
     CONFIG_EXIT_CODE,
     MAX_HANGS,
@@ -32,6 +32,8 @@ from launch.slurm.outcome import (
 
 ROOT = Path(__file__).resolve().parents[2]
 POLL_SECONDS = 0.5
+REPORT_SECONDS = 90.0
+"""From the end of a step until all its reports are seen: NFS may show a folder's new files a minute late."""
 NODES_SECONDS = 10.0
 """Between questions to the controller about the job's nodes: one small query of one process per job."""
 VERDICT_SECONDS = 900.0
@@ -48,6 +50,7 @@ class Job:
     """A job as SLURM describes it, and what its command line asks for. Filled by `job_from`."""
 
     job_id: int
+    name: str  # what SLURM's commands call it (`name_of_job`)
     restarts: int  # how often SLURM has requeued it
     nodes: list[str]  # of the allocation; the first is this one
     spare_nodes: int
@@ -94,9 +97,9 @@ def job_from(arguments: list[str], environment: Mapping[str, str]) -> Job:
     ranks_per_node = int(options.get("ranks-per-node", environment.get("SLURM_GPUS_ON_NODE", 1)))
     if ranks_per_node < 1:
         raise UsageError("--ranks-per-node=0 leaves nobody to train; use 1 or more")
-    job_id = int(environment["SLURM_JOB_ID"])
     return Job(
-        job_id=job_id,
+        job_id=int(environment["SLURM_JOB_ID"]),
+        name=name_of_job(environment),
         restarts=int(environment.get("SLURM_RESTART_COUNT", 0)),
         nodes=nodes,
         spare_nodes=spare_nodes,
@@ -138,7 +141,7 @@ class Supervisor:
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
         """From `--signal=B:...`, which reaches the batch script alone. To SIGTERM srun itself answers by killing."""
         self.signalled = True
-        _ask("scancel", "--signal=USR1", str(self.job.job_id))
+        _ask("scancel", "--signal=USR1", self.job.name)
 
     def run(self) -> int:
         """The exit code of the batch script."""
@@ -194,7 +197,23 @@ class Supervisor:
         ]
         step = subprocess.Popen([*srun(nodes), *program, "--", *job.overrides])
         self._wait(step, nodes, logs)
-        return {node: read_report(logs, node) for node in nodes}
+        return self._reports(nodes, logs)
+
+    def _reports(self, nodes: list[str], logs: Path) -> dict[str, int | None]:
+        """Of a step that has ended. Reports are waited for where some are there, and not of nodes that are down."""
+        end = time.monotonic() + REPORT_SECONDS
+        asked = -NODES_SECONDS
+        while True:
+            codes = read_reports(logs, nodes)
+            missing = {node for node, code in codes.items() if code is None}
+            if not missing or len(missing) == len(nodes) or time.monotonic() > end:
+                return codes
+            if time.monotonic() > asked + NODES_SECONDS:
+                asked = time.monotonic()
+                if missing <= self._down():
+                    return codes
+            beat(logs)
+            time.sleep(POLL_SECONDS)
 
     def _wait(self, step: subprocess.Popen[bytes], nodes: list[str], logs: Path) -> None:
         """Until the step has ended; ends it when a node is gone, or has failed and the others do not end."""
@@ -203,7 +222,7 @@ class Supervisor:
         down: set[str] = set()
         while step.poll() is None:
             now = time.monotonic()
-            codes = {node: read_report(logs, node) for node in nodes}
+            codes = read_reports(logs, nodes)
             beat(logs)
             if now > asked + NODES_SECONDS:
                 asked, down = now, self._down() & set(nodes)
@@ -212,7 +231,7 @@ class Supervisor:
             if ended is None and (down or (end_at is not None and now >= end_at)):
                 ended = now
                 _say(f"{', '.join(sorted(down)) + ' is down' if down else 'ranks have failed'}; all others are ended")
-                _ask("scancel", f"--signal={END.name}", str(self.job.job_id))
+                _ask("scancel", f"--signal={END.name}", self.job.name)
             # A node that is well reports now. srun would wait for one that is gone.
             if ended is not None:
                 reported = all(code is not None for node, code in codes.items() if node not in down)
@@ -253,11 +272,11 @@ class Supervisor:
 
     def _requeue(self) -> None:
         """Unless SLURM or the user has already decided: `scontrol requeue` would bring back a cancelled job."""
-        state = _ask("squeue", "--noheader", f"--jobs={self.job.job_id}", "--format=%T").strip()
+        state = _ask("squeue", "--noheader", f"--jobs={self.job.name}", "--format=%T").strip()
         if state and state != "RUNNING":
             _say(f"the job is {state}: not requeued")
             return
-        done = subprocess.run(["scontrol", "requeue", str(self.job.job_id)], capture_output=True, text=True)
+        done = subprocess.run(["scontrol", "requeue", self.job.name], capture_output=True, text=True)
         if done.returncode != 0:
             _say(f"cannot be requeued, submit it again to continue: {done.stderr.strip()}")
 

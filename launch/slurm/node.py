@@ -15,7 +15,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
@@ -33,6 +33,16 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 END = signal.SIGUSR2
 """Ends ranks, which do not handle it, at once, and lets this process report. SIGTERM would have them save."""
 _SIOCGIFADDR = 0x8915  # linux/sockios.h
+
+
+def name_of_job(environment: Mapping[str, str]) -> str:
+    """What SLURM's commands call this job.
+
+    One task of every array has the array's own number, by which they mean all of its tasks. The others go by theirs: a
+    job that was submitted from a task has that task's SLURM_ARRAY variables, and is none.
+    """
+    job = environment["SLURM_JOB_ID"]
+    return f"{job}_{environment['SLURM_ARRAY_TASK_ID']}" if environment.get("SLURM_ARRAY_JOB_ID") == job else job
 
 
 def environment_of_rank(
@@ -150,7 +160,7 @@ def run(options: argparse.Namespace, node: str) -> int:
     write_report(logs, node, code)
     if code not in (0, CONFIG_EXIT_CODE) and index > 0 and not heart_beats(logs):
         print(f"{node}: the first node is gone; the job is requeued", file=sys.stderr)
-        subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], stdin=subprocess.DEVNULL)
+        subprocess.run(["scontrol", "requeue", name_of_job(os.environ)], stdin=subprocess.DEVNULL)
     return code
 
 
@@ -195,10 +205,16 @@ def write_report(logs: Path, node: str, code: int) -> None:
 
 def read_report(logs: Path, node: str) -> int | None:
     """A node's exit code; None if it has not reported."""
-    try:
-        return int((logs / f"{node}.code").read_text())
-    except FileNotFoundError:
-        return None
+    return read_reports(logs, [node])[node]
+
+
+def read_reports(logs: Path, nodes: Sequence[str]) -> dict[str, int | None]:
+    """`read_report` of several nodes.
+
+    The folder is listed, and no file opened that is not in it: NFS would remember for a minute that there was none.
+    """
+    there = set(os.listdir(logs))
+    return {node: int((logs / f"{node}.code").read_text()) if f"{node}.code" in there else None for node in nodes}
 
 
 def _tell(node: str, codes: Mapping[int, int], logs: Path) -> None:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import numpy as np
 import pytest
 
 from launch import drill
-from launch.drill import INTERVAL, RANKS, SPACING, differences, launch, lines_of, overrides, plan, workers
+from launch.drill import INTERVAL, RANKS, ROOM, SPACING, differences, launch, lines_of, overrides, plan, workers
 from trainer.injection import KINDS, PLAN, planned_faults
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,8 +34,17 @@ def test_a_plan_has_every_kind_once_before_one_comes_again() -> None:
     assert {fault["kind"] for fault in faults[: len(KINDS)]} == set(KINDS)
     steps = [fault["step"] for fault in faults]
     assert steps == sorted(set(steps))
-    assert steps[-1] <= 1 + 100 * SPACING
+    assert steps[-1] <= 1 + 100 * (SPACING + 1)
     assert {fault["rank"] for fault in faults} == set(range(RANKS))
+
+
+def test_a_fault_that_is_noticed_late_has_the_run_to_itself_until_then() -> None:
+    """Drills in which no straggler is ever looked for, as the next fault always ends the start before."""
+    for seed in range(50):
+        faults = plan(20, seed=seed, kinds=list(KINDS))
+        for fault, following in pairwise(faults):
+            assert following["step"] - fault["step"] >= ROOM.get(fault["kind"], 1)
+        assert {"slow", "full_disk"} == set(ROOM)
 
 
 def test_no_plan_damages_the_only_checkpoint() -> None:
@@ -93,6 +103,35 @@ def test_progress_that_a_fault_may_not_cost_is_missed(tmp_path: Path) -> None:
     assert judged([faults[0], faults[1] | {"kind": "damaged_checkpoint"}]).problems == []
     starts[0].ended = 130.0
     assert any("s passed before the run ended" in problem for problem in judged(faults).problems)
+
+
+def test_a_preemption_that_saves_nothing_and_a_straggler_nobody_looked_for_are_broken_promises(tmp_path: Path) -> None:
+    """A handler of SIGTERM that only ends, passed since checkpoints before it were kept; a fault that is not judged."""
+    faults = [{"number": n, "kind": kind, "step": 7, "rank": 0} for n, kind in enumerate(["sigterm", "slow"])]
+    starts = [drill.Start(began=100.0, ended=110.0, last_step=7), drill.Start(began=111.0, ended=120.0, last_step=20)]
+    (tmp_path / "fired_0").write_text("107.0")
+
+    def resumed_from(step: int) -> None:
+        lines = [(104.0, "checkpoint", 6), (112.0, "resume", step)]
+        (tmp_path / "events.jsonl").write_text(
+            "".join(
+                json.dumps({"time": datetime.fromtimestamp(at, UTC).isoformat(), "kind": kind, "step": step}) + "\n"
+                for at, kind, step in lines
+            )
+        )
+
+    def judged(number: int) -> list[str]:
+        return drill.judge(faults[number], faults, starts, tmp_path, tmp_path / "plan.json", 10.0).problems
+
+    resumed_from(6)
+    assert judged(0) == ["step 7 was done, and the run went on from 6"]
+    resumed_from(7)
+    assert judged(0) == []
+    (tmp_path / "fired_1").write_text("105.0")
+    resumed_from(6)
+    assert judged(0) == judged(1) == []  # another fault may have ended that start
+    (tmp_path / "fired_0").unlink()
+    assert judged(1) == ["its start ended at step 7, too soon to tell whether a straggler is named"]
 
 
 @pytest.mark.thorough

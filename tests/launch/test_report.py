@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from launch import drill
 from launch.errors import exit_code_of
 from launch.report import report
 from launch.run_report import charts
@@ -112,6 +113,19 @@ def test_no_text_of_a_run_becomes_markup(tmp_path: Path) -> None:
     shown = sum(HOSTILE in text for text in page.texts)
     # As it is, of an event, a sample, an answer with its question and row, the device, a setting, a command, a kernel.
     assert shown >= 9
+
+
+def test_a_line_that_is_damaged_costs_that_line(tmp_path: Path) -> None:
+    """A run that was torn by a crash and went on, of which nobody gets a page any more."""
+    run = run_folder(tmp_path / "run")
+    for name in ("events.jsonl", "ranks.jsonl"):
+        with open(run / name, "ab") as file:
+            file.write(b'{"kind": "torn\xff\n' + b'{"time": "t", "kind": "resume", "text": "after it", "step": 9}\n')
+    (record,) = read_runs([run])
+    assert record.damaged == {"events.jsonl": 1, "ranks.jsonl": 1}
+    assert (record.events[-1]["text"], record.ranks[-1]["step"]) == ("after it", 9)
+    assert "events.jsonl: 1; ranks.jsonl: 1" in Tags(written(run)).texts
+    assert drill.lines_of(run / "events.jsonl") == record.events
 
 
 LINK = "<a href='https://elsewhere.example/'>loss</a>"

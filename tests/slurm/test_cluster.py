@@ -203,6 +203,26 @@ def test_a_sweep_trains_every_point_while_mistakes_and_cancelled_jobs_stay_out_o
     assert cluster.job(cancelled)["Restarts"] == "0"
 
 
+def test_a_task_of_an_array_that_is_preempted_comes_back_and_leaves_the_others_alone(
+    cluster: Cluster, small: list[str]
+) -> None:
+    """Would catch: the task that has the array's own number, taken for the array by the commands that requeue it."""
+    points = cluster.folder / "array.jsonl"
+    runs = [cluster.folder / f"point{task}" for task in range(2)]
+    points.write_text("".join(json.dumps([*small, f"run.dir={run}"]) + "\n" for run in runs))
+    command = ["sbatch", "--parsable", "--array=0-1", "--output=array-%a.out", str(SCRIPT), f"--points={points}"]
+    array = cluster.command(*command)
+    # Whichever task it is: the last one, as soon as it is taken out of the array.
+    cluster.until(lambda: all(records(run) for run in runs), "both tasks train")
+    numbers = {task: cluster.job(f"{array}_{task}")["JobId"] for task in (0, 1)}
+    task = next(task for task, number in numbers.items() if number == array)
+    cluster.command("scancel", "--signal=USR1", f"{array}_{task}")
+    cluster.start_again(f"{array}_{task}")
+    assert [ended(cluster, f"{array}_{t}") for t in (0, 1)] == ["COMPLETED"] * 2
+    assert [cluster.job(f"{array}_{t}")["Restarts"] for t in (task, 1 - task)] == ["1", "0"]
+    assert [len(curve(run)) for run in runs] == [STEPS, STEPS]
+
+
 def test_names_of_nodes_are_slurms_own(cluster: Cluster) -> None:
     """Would catch: the table that test_hosts.py goes by, written after our own idea of it."""
     for hosts, names in HOSTS.items():

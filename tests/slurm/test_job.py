@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,54 @@ def test_a_task_of_an_array_takes_its_point(tmp_path: Path) -> None:
         job_from([f"--points={points}"], SLURM)
     with pytest.raises(UsageError, match="not among the 2 points"):
         job_from([f"--points={points}"], task | {"SLURM_ARRAY_TASK_ID": "2"})
+
+
+def test_commands_for_the_task_that_has_its_arrays_number_mean_that_task_alone(
+    hanging: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Would catch: ranks of a whole sweep ended because one point lost a node; a preempted point that stays away."""
+    task = {**SLURM, "SLURM_ARRAY_JOB_ID": "41", "SLURM_ARRAY_TASK_ID": "3"}
+    # As SLURM answers: for the array one line per task.
+    (tmp_path / "bin" / "squeue").write_text(
+        '#!/bin/sh\ncase $2 in --jobs=41) printf "PENDING\\nRUNNING\\n";; --jobs=41_3) echo RUNNING;; esac\n'
+    )
+    hanging.name = job_from([], task).name
+    supervisor = Supervisor(hanging)
+    supervisor._pass_on(10, None)
+    supervisor._requeue()
+    assert (tmp_path / "scancel").read_text() == "--signal=USR1 41_3\n"
+    assert (tmp_path / "scontrol").read_text() == "requeue 41_3\n"
+    # Every other task has a number of its own; so has a job that a task has submitted, with the task's variables.
+    assert job_from([], task | {"SLURM_ARRAY_JOB_ID": "40"}).name == "41"
+    assert job_from([], SLURM).name == "41"
+
+
+def test_ranks_are_ended_in_their_own_task_of_an_array(
+    hanging: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Would catch: the same, by the signal that ends ranks which wait for one that failed."""
+    monkeypatch.setattr(batch, "GRACE_SECONDS", 0.05)
+    hanging.name = "41_3"
+    (tmp_path / "bin" / "srun").write_text(f"#!/bin/sh\n{LOGS}{reported('n1', 1)}; {reported('n2', 1)}; sleep 5\n")
+    assert Supervisor(hanging).run() == 1
+    assert (tmp_path / "scancel").read_text() == "--signal=SIGUSR2 41_3\n"
+
+
+@pytest.mark.parametrize("down", [False, True])
+def test_a_report_that_is_seen_late_is_waited_for(
+    down: bool, hanging: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Would catch: a run that is done, taken for one that lost a node by a file system that shows new files late."""
+    (tmp_path / "bin" / "srun").write_text(f"#!/bin/sh\n{LOGS}{reported('n1', 0)}\n(sleep 1; {reported('n2', 0)}) &\n")
+    if down:  # by SLURM's word: nothing will come
+        (tmp_path / "bin" / "sinfo").write_text("#!/bin/sh\necho n1 idle; echo n2 down\n")
+    supervisor = Supervisor(hanging)
+    monkeypatch.setattr(batch, "REPORT_SECONDS", 30.0)
+    began = time.monotonic()
+    assert supervisor._start(["n1", "n2"], 0) == {"n1": 0, "n2": None if down else 0}
+    assert time.monotonic() - began < 15
+    monkeypatch.setattr(batch, "REPORT_SECONDS", 0.0)
+    assert down or supervisor._start(["n1", "n2"], 1) == {"n1": 0, "n2": None}
 
 
 @pytest.mark.parametrize(
@@ -106,25 +155,30 @@ def test_the_batch_script_says_what_is_missing(environment: dict[str, str], said
     assert f"configuration error: {said}" in done.stderr
 
 
+LOGS = 'for word in "$@"; do case $word in --logs=*) logs=${word#--logs=};; esac; done\n'
+"""The beginning of an srun."""
+
+
+def reported(node: str, code: int) -> str:
+    """A command of an srun."""
+    return f'echo {code} > "$logs/{node}.part"; mv "$logs/{node}.part" "$logs/{node}.code"'
+
+
 @pytest.fixture
 def hanging(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
     """A job whose ranks always hang, on a SLURM of shell scripts. tmp_path/starts has a line for each start."""
     folder = tmp_path / "bin"
     folder.mkdir()
-    srun = (
-        'for word in "$@"; do case $word in --logs=*) logs=${word#--logs=};; esac; done\n'
-        f"echo start >> {tmp_path}/starts\n"
-        'echo 70 > "$logs/n1.part"; mv "$logs/n1.part" "$logs/n1.code"\n'
-        'echo 1 > "$logs/n2.part"; mv "$logs/n2.part" "$logs/n2.code"; exit 70\n'
-    )
-    scripts = {"srun": srun, "squeue": "echo RUNNING\n", "scontrol": f'echo "$@" >> {tmp_path}/scontrol\n'}
-    for name, text in {**scripts, "sinfo": "echo n1 idle; echo n2 idle\n", "scancel": "exit 0\n"}.items():
+    srun = f"{LOGS}echo start >> {tmp_path}/starts\n{reported('n1', 70)}\n{reported('n2', 1)}; exit 70\n"
+    scripts = {"srun": srun, "squeue": "echo RUNNING\n", "sinfo": "echo n1 idle; echo n2 idle\n"}
+    told = {name: f'echo "$@" >> {tmp_path}/{name}\n' for name in ("scontrol", "scancel")}
+    for name, text in {**scripts, **told}.items():
         (folder / name).write_text("#!/bin/sh\n" + text)
         (folder / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
     monkeypatch.setattr(batch.signal, "signal", lambda number, handler: None)
     monkeypatch.setattr(batch, "POLL_SECONDS", 0.01)
-    return Job(41, 0, ["n1", "n2"], 0, 1, 0, tmp_path / "logs", ["+exp=stdlib"])
+    return Job(41, "41", 0, ["n1", "n2"], 0, 1, 0, tmp_path / "logs", ["+exp=stdlib"])
 
 
 def test_a_run_that_hangs_starts_again_and_not_for_ever(

@@ -94,9 +94,11 @@ def test_ranks_requeue_a_job_whose_script_is_gone(
     (tmp_path / "scontrol").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("SLURM_JOB_ID", "41")
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "41")  # whose other tasks are no affair of this one
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
     start(tmp_path, what, what, "no script").communicate(timeout=90)
     assert (tmp_path / "told").exists() == requeued
-    assert not requeued or (tmp_path / "told").read_text() == "requeue 41\n"
+    assert not requeued or (tmp_path / "told").read_text() == "requeue 41_3\n"
 
 
 def test_a_node_that_has_not_reported_has_no_code(tmp_path: Path) -> None:

@@ -327,13 +327,20 @@ def test_a_damaged_line_before_the_last_is_an_error_that_changes_nothing(tmp_pat
     assert path.read_bytes() == before
 
 
-def test_a_torn_event_does_not_swallow_the_next_one(tmp_path: Path) -> None:
-    """Catches two events on one line after a crash."""
-    (tmp_path / "events.jsonl").write_text('{"kind": "checkp')
+@pytest.mark.parametrize(
+    "before", [b"", b'{"kind": "start"}\n', b'{"kind": "start", "text": "' + b"x" * 200000 + b'"}\n']
+)
+def test_a_torn_event_is_cut_off_before_the_next_one(tmp_path: Path, before: bytes) -> None:
+    """Catches two events on one line after a crash, and half of one that every reader stumbles over."""
+    for name in ("events.jsonl", "ranks.jsonl"):
+        (tmp_path / name).write_bytes(before + b'{"kind": "checkp' + b"\0" * 100000)
     metrics = make(tmp_path)
     metrics.event("resume", "from step 1")
+    metrics.log_ranks(2, {"late_seconds": [0.0]})
     metrics.close()
-    assert json.loads((tmp_path / "events.jsonl").read_text().splitlines()[1])["kind"] == "resume"
+    events = read(tmp_path / "events.jsonl")
+    assert [event["kind"] for event in events] == ["start"] * bool(before) + ["resume"]
+    assert read(tmp_path / "ranks.jsonl")[-1]["step"] == 2
 
 
 def test_lines_lost_before_the_checkpoint_are_reported(tmp_path: Path) -> None:

@@ -119,3 +119,30 @@ def test_a_host_that_is_replaced_gets_its_part_from_a_peer(ranks: RankPool, tmp_
     shutil.rmtree(tmp_path / "host_1")
     shutil.rmtree(tmp_path / "host_0")
     assert [found[0] for found in ranks.run(2, on_two_hosts, tmp_path, None)] == [None, None]
+
+
+def after_a_restart(folder: Path, saved: list[int], dies: bool) -> int | None:
+    """On ranks of one host: load what is newest, then save these steps; with dies, rank 1 is gone before the last."""
+    (folder / "memory").mkdir(exist_ok=True)
+    peers = PeerCheckpoints(folder / "run", folder / "memory", device=CPU, ranks_per_host=2)
+    tensors = {"w": torch.zeros(3)}
+    try:
+        if (newest := peers.newest()) is not None:
+            peers.load(newest, tensors)
+        peers.start()
+        for step in saved:
+            if not (dies and step == saved[-1] and dist.get_rank() == 1):
+                peers.save(step, tensors, {})
+                peers.wait()
+        return newest
+    finally:
+        peers.close()
+
+
+def test_the_first_copy_after_a_restart_leaves_the_one_it_was_loaded_from(ranks: RankPool, tmp_path: Path) -> None:
+    """A rank that dies while another has already replaced the newest copy: all go back to the one before that."""
+    (tmp_path / "run").mkdir()
+    ranks.run(2, after_a_restart, tmp_path, [1, 2, 3, 4, 5], False)
+    assert ranks.run(2, after_a_restart, tmp_path, [6], True) == [5, 5]
+    assert ranks.run(2, after_a_restart, tmp_path, [6, 7], True) == [5, 5]
+    assert ranks.run(2, after_a_restart, tmp_path, [], False) == [6, 6]

@@ -123,6 +123,14 @@ def test_an_installed_package_inside_another_checkout_has_no_commit(
         "credentials",
         "credentials.user",
         "+data.token",
+        "DB_PASS",
+        "SMTP_PASS",
+        "--pass",
+        "SLURM_JWT",
+        "GH_PAT",
+        "HF_TOKENS",
+        "hub.api_keys",
+        "sort_keys.password",
     ],
 )
 def test_keys_of_secrets_are_recognised(key: str) -> None:
@@ -144,11 +152,31 @@ def test_keys_of_secrets_are_recognised(key: str) -> None:
         "eos_token",
         "data.tokenizer.eos_token",
         "+data.tokenizer.eos_token",
+        "max_tokens",
+        "recipe.rl.max_tokens",
+        "max_new_tokens",
+        "engine.max_batch_tokens",
+        "num_tokens",
+        "completion_tokens",
+        "valid_tokens",
+        "added_special_tokens",
+        "sort_keys",
+        "bypass",
+        "pass_at_k",
+        "data.path",
+        "pattern",
     ],
 )
 def test_keys_of_ordinary_settings_are_left_alone(key: str) -> None:
     """Catches a mask so wide that the record no longer says what ran."""
     assert not is_secret(key)
+
+
+def test_a_count_of_tokens_is_no_secret_whatever_it_is_called() -> None:
+    """Catches a record without its numbers, for a name that no list of such names has."""
+    assert mask_secrets({"window_tokens": 12, "hub_tokens": "abc123"}) == {"window_tokens": 12, "hub_tokens": MASK}
+    argv = ["a.window_tokens=1e6", "+b={window_tokens: 64, hub_tokens: abc123}", "hub_tokens=[abc123,abc456]"]
+    assert mask_argv(argv) == [argv[0], f"+b={{window_tokens: 64, hub_tokens: {MASK}}}", f"hub_tokens={MASK}"]
 
 
 def test_a_command_line_is_masked_in_every_form() -> None:

@@ -11,6 +11,7 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -152,3 +153,52 @@ def test_a_rank_that_cannot_run_python_ends_too(tmp_path: Path) -> None:
     assert time.monotonic() - began < 45
     assert "Timeout (" in done.stderr
     assert "<string>" in done.stderr  # the stack
+
+
+def test_a_phase_that_is_watched_alone_is_watched_to_its_end(tmp_path: Path, exits: list[int]) -> None:
+    """A load that hangs for ever; a watchdog that stays behind when the load has failed, and ends what comes next."""
+    dog = Watchdog(tmp_path, rank=0, world_size=1, start="first", timeout=0.5)
+    with pytest.raises(OSError, match="lost"), dog.watching("loading", step=0, seconds=0.5):
+        raise OSError("lost")
+    time.sleep(0.6)
+    assert exits == []
+    with dog.watching("loading", step=0, seconds=0.5):
+        wait_until(lambda: exits)
+    assert exits == [HUNG_EXIT_CODE]
+    report = json.loads((tmp_path / "hangs" / "first-step_0" / "report.json").read_text())
+    assert [r["phase"] for r in report["ranks"]] == ["loading"]
+
+
+HANGS = """
+import sys, time
+from dataclasses import replace
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from launch.compose import compose_one
+from trainer.trainer import Trainer
+from trainer.validate import finalize
+where = sys.argv[3]
+if where == "loading":
+    Trainer._load = lambda self: time.sleep(60)
+small = ["vocab_size=300", "hidden_size=32", "intermediate_size=48", "num_layers=1", "num_heads=2", "num_kv_heads=2"]
+settings = ["data=tokens", f"data.path={sys.argv[2]}/tokens.npy", "data.num_workers=0", "train.device=cpu"]
+settings += [f"model.{one}" for one in [*small, "max_seq_len=16"]]
+settings += ["train.seq_len=16", "train.global_batch_size=1", "train.steps=1", "train.timeout_seconds=1"]
+settings += ["resilience.loading_seconds=1", "resilience.checkpoint_seconds=1", f"run.dir={sys.argv[2]}/run"]
+trainer = Trainer(finalize(compose_one(settings), world_size=1))
+trainer.train_data.close = lambda: time.sleep(60)
+trainer.close()
+"""
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("where", ["loading", "closing"])
+def test_a_start_or_an_end_that_hangs_ends(where: str, tmp_path: Path) -> None:
+    """A run that is only watched while it trains: one that reads weights, or ends, holds its nodes for a week."""
+    np.save(tmp_path / "tokens.npy", np.zeros(2000, np.uint16))
+    done = subprocess.run(
+        [sys.executable, "-c", HANGS, str(ROOT), str(tmp_path), where],
+        capture_output=True, text=True, timeout=400, check=False,
+    )  # fmt: skip
+    assert done.returncode == HUNG_EXIT_CODE, done.stderr
+    assert f"at step 0, {where}, has made no progress" in done.stderr
