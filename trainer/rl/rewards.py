@@ -77,14 +77,14 @@ def exact(answer: Answer, *, column: str = "answer") -> float:
 def code(answer: Answer, *, column: str = "tests", seconds: float = 5.0, memory_mb: int = 512) -> float:
     """1 where the text's last block of code, or all of it, passes the row's tests (Python that raises if not), else 0.
 
-    Both run in one process with limits: trainer/rl/sandbox.py.
+    Both run in one interpreter with limits, the tests last: what that cannot keep out is in trainer/rl/sandbox.py.
     """
     blocks = re.findall(r"```(?:python|py)?[ \t]*\n(.*?)```", answer.text, flags=re.DOTALL)
     program = blocks[-1] if blocks else answer.text
     _column(answer, column)
     tests = answer.row[column]
     lines = tests if isinstance(tests, str) else "\n".join(tests)
-    return float(run_program(f"{program}\n\n{lines}\n", seconds=seconds, memory_mb=memory_mb).passed)
+    return float(run_program(program, lines, seconds=seconds, memory_mb=memory_mb).passed)
 
 
 def finished(answer: Answer) -> float:
