@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from trainer.rl.config import MODEL, RewardConfig, RLConfig
-from trainer.rl.maths import final_answer, same_answer
+from trainer.rl.maths import expected_answer, final_answer, same_answer
 from trainer.rl.sandbox import run_program
 
 
@@ -66,7 +66,7 @@ class Scored:
 def maths(answer: Answer, *, column: str = "answer") -> float:
     """1 where the text ends in the row's answer (trainer/rl/maths.py), else 0."""
     found = final_answer(answer.text)
-    return float(found is not None and same_answer(found, _column(answer, column)))
+    return float(found is not None and same_answer(found, expected_answer(_column(answer, column))))
 
 
 def exact(answer: Answer, *, column: str = "answer") -> float:

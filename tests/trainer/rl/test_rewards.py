@@ -66,11 +66,78 @@ def test_numbers_are_exact(text: str, value: Fraction | None) -> None:
     assert number_of(text) == value
 
 
-def test_answers_that_are_no_numbers_are_compared_as_text() -> None:
-    assert same_answer(r" x + 1 ", "X+1.")
-    assert not same_answer("x", "y")
-    assert same_answer("0.1", r"\frac{1}{10}")
-    assert not same_answer("0.3333", "1/3")
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (r" x + 1 ", "X+1."),
+        ("0.1", r"\frac{1}{10}"),
+        (r"\text{Evelyn}", "Evelyn"),
+        (r"\textbf{A}", "a"),
+        (r"\text{\textbf{odd}}", r"\mathrm{odd}"),
+        (r"\text{New York}", "new  york"),
+        (r"\left(1,\; 2\right)", "(1, 2)"),
+        ("2 x", "2x"),
+        (r"12 \text{ cm}", "12"),
+        (r"12\text{ cm}^2", r"12 \mathrm{cm}"),
+        (r"\frac12\text{ cups}", "0.5"),
+        ("10,000 dollars.", "10000"),
+        (r"1\,234", "1,234"),
+        (r"1{,}234", "1234"),
+        (r"90^{\circ}", "90"),
+        (r"\$5.00", "5"),
+    ],
+)
+def test_answers_are_the_same_however_they_are_written(one: str, other: str) -> None:
+    """A right answer that is worth nothing: text in a command, a unit, thousands."""
+    assert same_answer(one, other)
+    assert same_answer(other, one)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("x", "y"),
+        ("0.3333", "1/3"),
+        (r"\text{Paris}", r"\text{London}"),
+        (r"\text{(B)}", r"\text{(C)}"),
+        (r"\mathrm{odd}", r"\mathrm{even}"),
+        ("", r"\text{Evelyn}"),
+        ("", ""),
+        (r"\text{}", "$$"),
+        ("", "12"),
+        ("1 2", "12"),
+        ("1  2", "12"),
+        ("5,6", "56"),
+        (r"5\text{ or }7", "57"),
+        ("50%", "50"),
+        (r"12\text{ cm}", r"12\text{ m}"),
+        (r"3\text{ million}", "3"),
+        (r"3\mathrm{i}", "3"),
+        ("2 pi", "2"),
+        ("New York", "Newyork"),
+        (r"x\leftarrow y", "xarrow y"),
+    ],
+)
+def test_other_answers_are_not_the_same(one: str, other: str) -> None:
+    """Answers of which all is dropped that tells them apart, and a reward of 1 for any of them."""
+    assert not same_answer(one, other)
+    assert not same_answer(other, one)
+
+
+@pytest.mark.parametrize("column", ["so 48+24=72. #### 72", r"48+24=\boxed{72}", "72", 72])
+def test_a_rows_answer_may_be_its_solution(column: str | int) -> None:
+    """The column of GSM8K, which no answer ever was the same as."""
+    rewards = Rewards(RLConfig())
+    found = rewards.of([answer(text, answer=column) for text in ("it is 72", "#### 72 clips", "it is 48")])
+    assert [one.total for one in found] == [1.0, 1.0, 0.0]
+
+
+def test_boxes_that_never_close_are_read_once() -> None:
+    """A completion of nothing but these, which took minutes."""
+    begin = time.process_time()
+    assert final_answer("\\boxed{" * 100_000) is None
+    assert final_answer("\\boxed{7}" + "\\boxed{{" * 100_000) == "7"
+    assert time.process_time() - begin < 5
 
 
 def test_a_program_passes_where_it_reaches_its_end() -> None:
