@@ -100,7 +100,7 @@ class GroupPolicyOptimization(Pretrain):
         assert self._tokenizer is not None
         self._config, self._state, self._group = config, state, mesh.samples.get_group()
         environment = None if rl.environment is None else import_path(rl.environment)
-        room = Room.of_rollouts(config, mesh)
+        room = Room.of_rollouts(config, mesh, self._tokenizer, self._samples["train"])
         assert isinstance(state.model, Decoder)
         self._sampled_by = state.model
         if rl.overlap:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from data.tokenizer import Tokenizer
 from inference.config import EngineConfig
 from models.lora import apply_adapters
 from models.registry import build_model
@@ -168,6 +169,42 @@ def _episodes(config: TrainConfig) -> list[tuple[Any, ...]]:
             for group in groups
             for r in group.rollouts
         ]
+    finally:
+        trainer.close()
+
+
+def test_completions_of_messages_end_as_the_template_ends_answers(ranks: RankPool, tmp_path: Path) -> None:
+    """A policy that ends its turns as recipe=sft taught it, and is sampled on to the last token there is room for."""
+    rows = [{"prompt": [{"role": "user", "content": row["prompt"]}], "answer": row["answer"]} for row in ROWS]
+    config = rolling(tmp_path / "messages", rows=rows, rl__max_tokens=None, train__steps=1)
+    folder = Path(str(config.data.tokenizer.path))
+    (folder / "generation_config.json").write_text('{"eos_token_id": [7, 9]}')
+    tokenizer = Tokenizer.from_path(folder)
+    (end,) = tokenizer.encode("<|im_end|>")
+    ends, found = ranks.run(1, _completions, config)[0]
+    assert ends == {tokenizer.eos_id, end, 7, 9}
+    assert any(completion[-1] == end for completion, _ in found)
+    for completion, reason in found:
+        assert ends.isdisjoint(completion[:-1])
+        assert reason == ("stop" if completion[-1] in ends else "length")
+    plain = rolling(tmp_path / "text", rl__max_tokens=None, train__steps=1)
+    ends, found = ranks.run(1, _completions, plain)[0]
+    assert ends == {tokenizer.eos_id}
+    assert any(end in completion[:-1] for completion, _ in found)  # the control
+
+
+def _completions(config: TrainConfig) -> tuple[set[int], list[tuple[list[int], str]]]:
+    """(what ends one, completions as (generated tokens, finish reason))."""
+    from trainer.trainer import Trainer
+    from trainer.validate import finalize
+
+    trainer = Trainer(finalize(config, world_size=1))
+    try:
+        trainer.run()
+        recipe: Any = trainer.recipe
+        groups, _ = recipe._collector.groups(range(10), recipe._samples["train"], size=6)
+        found = [rollout for group in groups for rollout in group.rollouts]
+        return set(recipe._engine.eos_ids), [(one.tokens[one.spans[0][0] :], one.finish_reason) for one in found]
     finally:
         trainer.close()
 
