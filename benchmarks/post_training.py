@@ -40,8 +40,8 @@ CURVES = (
     "completion_tokens", "sampler_kl", "sampler_max_delta",
 )  # fmt: skip
 PARTS = (
-    "step_seconds", "rollout_seconds", "rollout_gather_seconds", "rollout_tokens_per_second", "data_wait_seconds",
-    "tokens_per_second_per_gpu", "mfu", "pairs", "completion_tokens",
+    "step_seconds", "rollout_seconds", "rollout_gather_seconds", "rollout_tokens_per_second", "reward_seconds",
+    "logprob_seconds", "data_wait_seconds", "tokens_per_second_per_gpu", "mfu", "pairs", "completion_tokens",
 )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from data.batch import Batch
 from data.cache import digest
 from data.chat import ChatTemplate, ChatTemplateError, load_chat_template
 from data.config import ROW_SUFFIXES, DataConfig, DataError, expand
-from data.conversations import RowAt, UnusableRow, read_rows
+from data.conversations import RowAt, UnusableRow, read_rows, row_of
 from data.loader import Loader
 from data.packing import permutation
 from data.reader import RandomAccessReader, Slice
@@ -34,17 +34,19 @@ class Prompt:
 
 @dataclass
 class PromptCounts:
-    """Rows that no prompt was made of. Filled by `read_prompts`."""
+    """What else there is to say of the rows. Filled by `read_prompts`."""
 
-    too_long: int = 0
-    why: list[str] = field(default_factory=list)  # the first of each kind
+    too_long: int = 0  # of which no prompt was made
+    why: list[str] = field(default_factory=list)  # the first of each kind of these
+    ends: frozenset[int] = frozenset()  # tokens that end an answer by the chat template, where prompts are messages
 
 
 class PromptSamples:
     """Prompts by number, epoch after epoch without end: each once in an epoch, in an order of its own."""
 
-    def __init__(self, prompts: list[Prompt], *, key: tuple[int, ...] | None) -> None:
-        """key: of the permutations, (seed, ...); None: in the order of the rows."""
+    def __init__(self, prompts: list[Prompt], *, key: tuple[int, ...] | None, ends: frozenset[int]) -> None:
+        """key: of the permutations, (seed, ...); None: in the order of the rows. ends: of PromptCounts."""
+        self.ends = ends
         self._prompts = prompts
         self._key = key
         self._order: tuple[int, np.ndarray] | None = None
@@ -104,7 +106,7 @@ def build_prompt_loader(
         )
     training = split == "train"
     chosen = prompts[: len(prompts) - held_out] if training else prompts[len(prompts) - held_out :]
-    samples = PromptSamples(chosen, key=(seed, 0) if config.shuffle and training else None)
+    samples = PromptSamples(chosen, key=(seed, 0) if config.shuffle and training else None, ends=counts.ends)
     reader = PromptReader(
         samples,  # type: ignore[arg-type]
         Slice(num_prompts, max(1, num_prompts // world_size), rank, world_size),
@@ -141,16 +143,17 @@ def read_prompts(
     source = Files(str(config.path), Path("/"), [file.resolve() for file in files], text_field=config.prompts.field)
     template = _template(config, tokenizer)
     rows = [(where, row) for path in source.files for where, row in read_rows(path)]
-    texts = [_text(row, where, config, template) for where, row in rows]
+    variables = [_variables(row, where, config) for where, row in rows]
+    texts = [_text(row, where, config, template, known) for (where, row), known in zip(rows, variables, strict=True)]
     read = config.prompts.completion is not None
     answers = [
-        _completion(row, where, config, template, text) if read else ("", False)
-        for (where, row), text in zip(rows, texts, strict=True)
+        _completion(row, where, config, template, text, known) if read else ("", False)
+        for (where, row), text, known in zip(rows, texts, variables, strict=True)
     ]
     with parallel():
         encoded = tokenizer.encode_batch(texts)
         completions = tokenizer.encode_batch([text for text, _ in answers])
-    prompts, counts = [], PromptCounts()
+    prompts, counts = [], PromptCounts(ends=_ends([row for _, row in rows], variables, config, template, tokenizer))
     for (where, row), text, ids, completion, (_, ends) in zip(rows, texts, encoded, completions, answers, strict=True):
         if not ids:
             raise DataError(f"data.path: {where}: its prompt has no tokens; give one that is not empty")
@@ -176,6 +179,8 @@ def read_prompts(
         raise DataError(f"data.path={config.path} holds no prompt that fits; {counts.why or 'its files are empty'}")
     content = digest("prompts", 1, source.fingerprint(), tokenizer.fingerprint(), config.prompts.system, max_prompt)
     found = digest(content, template.fingerprint() if template is not None else None)
+    if any(value is not None for known in variables for value in known.values()):
+        found = digest(found, variables)
     return prompts, digest(found, config.prompts.completion) if read else found, counts
 
 
@@ -190,7 +195,62 @@ def _template(config: DataConfig, tokenizer: Tokenizer) -> ChatTemplate | None:
         raise DataError(f"data.prompts.template: {error}") from None
 
 
-def _text(row: Any, where: RowAt, config: DataConfig, template: ChatTemplate | None) -> str:
+def _variables(row: Any, where: RowAt, config: DataConfig) -> dict[str, Any]:
+    """What a row with messages has for the template: its tools, and its chat_template_kwargs."""
+    if not isinstance(row, dict) or not isinstance(row.get(config.prompts.field), list):
+        return {}
+    try:
+        return row_of(row)[1]
+    except UnusableRow as error:
+        raise DataError(f"data.path: {where}: {error}") from None
+
+
+def _ends(
+    rows: list[Any],
+    variables: list[dict[str, Any]],
+    config: DataConfig,
+    template: ChatTemplate | None,
+    tokenizer: Tokenizer,
+) -> frozenset[int]:
+    """The special token that the template writes last behind an answer, which data/questions.py asks for as well: many
+    templates end turns with another token than documents end with. It is that of the first row with messages."""
+    for row, known in zip(rows, variables, strict=True):
+        asked = row[config.prompts.field]
+        if template is None or isinstance(asked, str):
+            continue
+        said = "an answer"
+        try:
+            whole = template.render(
+                [*_asked(asked, config), {"role": "assistant", "content": said}], add_generation_prompt=False, **known
+            )
+        except ChatTemplateError:  # it writes no answers
+            break
+        _, found, behind = whole.rpartition(said)
+        last = last_special(tokenizer.encode(behind), tokenizer) if found else None
+        return frozenset() if last is None else frozenset([last])
+    return frozenset()
+
+
+def last_special(ids: list[int], tokenizer: Tokenizer) -> int | None:
+    """The special token that ids end with; a template may write blanks behind it."""
+    for token in reversed(ids):
+        if tokenizer.is_special(token):
+            return token
+        if tokenizer.decode([token]).strip():
+            return None
+    return None
+
+
+def _asked(prompt: list[Any], config: DataConfig) -> list[Any]:
+    """Messages, with data.prompts.system before those that have none."""
+    if config.prompts.system is None or prompt[0].get("role") == "system":
+        return prompt
+    return [{"role": "system", "content": config.prompts.system}, *prompt]
+
+
+def _text(
+    row: Any, where: RowAt, config: DataConfig, template: ChatTemplate | None, variables: Mapping[str, Any]
+) -> str:
     """The text of a row's prompt: as it is, or messages by the template, with what an answer begins with."""
     if isinstance(row, UnusableRow):
         raise DataError(f"data.path: {where}: {row}")
@@ -208,16 +268,19 @@ def _text(row: Any, where: RowAt, config: DataConfig, template: ChatTemplate | N
             f"data.path: {where}: its prompt is messages, and the tokenizer's folder has no chat template; give a "
             "Jinja file as data.prompts.template"
         )
-    if config.prompts.system is not None and prompt[0].get("role") != "system":
-        prompt = [{"role": "system", "content": config.prompts.system}, *prompt]
     try:
-        return template.render(prompt, add_generation_prompt=True)
+        return template.render(_asked(prompt, config), add_generation_prompt=True, **variables)
     except ChatTemplateError as error:
         raise DataError(f"data.path: {where}: {error}") from None
 
 
 def _completion(
-    row: Any, where: RowAt, config: DataConfig, template: ChatTemplate | None, prompt: str
+    row: Any,
+    where: RowAt,
+    config: DataConfig,
+    template: ChatTemplate | None,
+    prompt: str,
+    variables: Mapping[str, Any],
 ) -> tuple[str, bool]:
     """(text of a row's answer, behind that of its prompt; whether eos follows it, which templates write themselves)."""
     column = config.prompts.completion
@@ -232,12 +295,9 @@ def _completion(
             f"data.path: {where}: data.prompts.completion={column} is no answer to that prompt: text, or messages to "
             f"messages, that are not empty; it has {_listed(row)}"
         )
-    system = config.prompts.system
-    if system is not None and asked[0].get("role") != "system":
-        asked = [{"role": "system", "content": system}, *asked]
     assert template is not None
     try:
-        whole = template.render([*asked, *said], add_generation_prompt=False)
+        whole = template.render([*_asked(asked, config), *said], add_generation_prompt=False, **variables)
     except ChatTemplateError as error:
         raise DataError(f"data.path: {where}: {error}") from None
     if not whole.startswith(prompt) or whole == prompt:

@@ -16,7 +16,7 @@ from data.chat import ChatTemplate, ChatTemplateError
 from data.config import BlendPart, DataConfig, DataError, parts
 from data.conversations import Conversation, RowAt, UnusableRow, conversation_of, read_rows
 from data.examples import Examples, open_examples, template_of
-from data.prompts import Prompt
+from data.prompts import Prompt, last_special
 from data.tokenizer import Tokenizer
 
 
@@ -145,7 +145,7 @@ def _prompt(
     """Raises UnusableRow for an answer in which nothing can be compared, DataError for one that does not end."""
     ids = tokenizer.encode(answer)
     if not ends:
-        last = _last_special(ids, tokenizer)
+        last = last_special(ids, tokenizer)
         if last is None:
             raise DataError(
                 "data.conversations.template: by this chat template no special token ends an answer, so that no answer "
@@ -159,13 +159,3 @@ def _prompt(
     if not prompt:
         raise UnusableRow("empty", "its prompt has no tokens")
     return Prompt(prompt, asked, {"answer": expected}, ids)
-
-
-def _last_special(ids: list[int], tokenizer: Tokenizer) -> int | None:
-    """The special token that ids end with; a template may write blanks behind it."""
-    for token in reversed(ids):
-        if tokenizer.is_special(token):
-            return token
-        if tokenizer.decode([token]).strip():
-            return None
-    return None

@@ -304,3 +304,13 @@ def _read_json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise DataError(f"data.tokenizer.path: {path} is not JSON ({error})") from error
     return content if isinstance(content, dict) else {}
+
+
+def eos_ids_of(folder: Path) -> list[int]:
+    """What a Hugging Face folder says ends a document: generation_config.json, else config.json."""
+    for name in ("generation_config.json", "config.json"):
+        file = folder / name
+        said = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
+        if said is not None:
+            return [said] if isinstance(said, int) else list(said)
+    return []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ import torch
 
 from data.config import DataError
 from data.progress import Progress
-from data.tokenizer import Tokenizer
+from data.tokenizer import Tokenizer, eos_ids_of
 from launch.compose import CONFIG_DIR, compose_one
 from models.config import ModelConfig
 from models.decoder import Decoder
@@ -205,17 +204,7 @@ def _open_folder(
         tokenizer, missing = Tokenizer.from_path(folder), None
     except DataError as error:
         tokenizer, missing = None, str(error)
-    return OpenedModel(model.eval(), tokenizer, missing, _eos_ids(folder))
-
-
-def _eos_ids(folder: Path) -> list[int]:
-    """What a Hugging Face folder says ends a document: generation_config.json, else config.json."""
-    for name in ("generation_config.json", "config.json"):
-        file = folder / name
-        said = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
-        if said is not None:
-            return [said] if isinstance(said, int) else list(said)
-    return []
+    return OpenedModel(model.eval(), tokenizer, missing, eos_ids_of(folder))
 
 
 def _check_vocabulary(opened: OpenedModel) -> None:

@@ -224,6 +224,8 @@ _NOT_SHOWN = {
     "rollout_seconds",
     "rollout_gather_seconds",
     "rollout_wait_seconds",
+    "reward_seconds",
+    "logprob_seconds",
     "clipped_below",
     "clipped_above",
     "ratio",

@@ -179,7 +179,9 @@ def train_step(state: TrainState, microbatches: list[Batch], *, lr: float) -> St
     # What the next forward needs first travels while others are updated.
     publish = partial(state.data_parallel.publish, written=state.optimizer.written)
     with record_function("update"):
-        state.optimizer.step(lr=lr, grad_scale=coefficient, skip=skipped, updated=publish)
+        # Of no tokens there is nothing to learn, and moments would move the weights all the same.
+        idle = torch.maximum(skipped, (valid_tokens == 0).float())
+        state.optimizer.step(lr=lr, grad_scale=coefficient, skip=idle, updated=publish)
     if state.fp8 is not None:
         state.fp8.weights_changed()
     extra = dict(zip(state.objective.names, further, strict=True))

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from launch.compose import TRAIN, compose_for
 from tests.parity.harness import Outcome, gradient_deviation, run_and_count_graphs, run_on
 from tests.pool import RankPool
 from tests.trainer.rl.rolling import rolling
+from trainer.config import TrainConfig
+from trainer.rl.config import RLConfig
 
 SAMPLED = ("reward", "valid_tokens", "tokens", "completion_tokens", "truncated", "constant_groups", "groups_trained")
 """What depends on which tokens were drawn."""
@@ -73,3 +78,37 @@ def test_shards_of_tps_shards_are_served(ranks: RankPool, tmp_path: Path, refere
 def test_two_ranks_train_as_one(ranks: RankPool, tmp_path: Path, reference: Outcome, layout: str) -> None:
     """A group that is cut in two, seeds by rank, means of means, weights that an engine serves while they are gone."""
     same(run_on(ranks, 2, rolling(tmp_path, **LAYOUTS[layout])), reference)
+
+
+FAMILY = ("gspo", "cispo", "dapo", "dr_grpo", "rloo")
+FURTHER = {"rl__minibatches": 2, "rl__entropy_weight": 0.01, "train__steps": 2, "schedule__name": "constant"}
+
+
+def of_family(folder: Path, name: str, **changes: Any) -> TrainConfig:
+    """A run with the settings of configs/recipe/NAME.yaml, whose second update is off-policy."""
+    config = rolling(folder, **FURTHER, **changes)
+    given, own = compose_for(TRAIN, [f"recipe={name}"]).recipe.rl, RLConfig()
+    shipped = {f.name: value for f in fields(RLConfig) if (value := getattr(given, f.name)) != getattr(own, f.name)}
+    config.recipe.rl = replace(config.recipe.rl, **shipped)
+    # Random models end few completions, and dapo learns from no others.
+    ends = Path(str(config.data.tokenizer.path)) / "generation_config.json"
+    ends.write_text(json.dumps({"eos_token_id": list(range(0, 300, 7))}))
+    return config
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", FAMILY)
+def test_two_ranks_train_the_whole_family_as_one(ranks: RankPool, tmp_path: Path, name: str) -> None:
+    """A loss, an advantage or a normalisation that no run had: ratios of sequences that are cut at ranks, counts of
+    completions where there should be some of tokens, groups that are chosen by each rank for itself."""
+    one = run_on(ranks, 1, of_family(tmp_path / "one", name, train__micro_batch_size=1))
+    two = run_on(ranks, 2, of_family(tmp_path / "two", name, parallel__zero_stage=2))
+    assert [line["ratio"] == 1.0 for line in one.metrics] == [True, False]
+    for ours, theirs in zip(two.metrics, one.metrics, strict=True):
+        assert ours["valid_tokens"] == theirs["valid_tokens"] > 0
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-6)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
+        for field in ("ratio", "clipped_above", "clipped_below", "entropy"):
+            assert ours[field] == pytest.approx(theirs[field], rel=1e-5, abs=1e-6), field
+    assert two.metrics[0]["groups_trained"] == one.metrics[0]["groups_trained"]
+    assert gradient_deviation(two, one) < 2e-5

@@ -210,6 +210,7 @@ def their_losses(folder: Path, config: TrainConfig, kinds: dict[str, Any]) -> di
     return found
 
 
+# Not sigmoid with label smoothing (cDPO): TRL's DPO reads none there. tests/trainer/test_preference_losses.py has it.
 KINDS: dict[str, dict[str, Any]] = {
     "sigmoid": {"loss": "sigmoid"},
     "robust": {"loss": "robust", "label_smoothing": 0.2},
@@ -245,6 +246,36 @@ def test_losses_and_gradients_are_those_of_trl(ranks: RankPool, folder: Path) ->
             wanted = gradients[hf]
             deviation = (ours.first_gradients[mine] - wanted).abs().max() / wanted.abs().max()
             assert deviation < 2e-5, (name, mine)
+
+
+def test_the_likelihood_of_chosen_answers_is_weighed_by_token(ranks: RankPool, folder: Path) -> None:
+    """A mean over pairs, or the tokens of prompts and of rejected answers: against transformers' own."""
+    rows = [row for row in ROWS if isinstance(row["chosen"], str)]
+    found = []
+    for weight in (0.0, 0.7):
+        config = preferring(folder, f"nll-{weight}", recipe={"nll_weight": weight}, train__steps=1)
+        config.data = preference_config(folder / f"nll-{weight}", rows, too_long="error")
+        config.train.global_batch_size = config.train.micro_batch_size = 1
+        found.append(run_on(ranks, 1, config))
+    tokenizer = load_tokenizer(config.data)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "policy")
+    total, count = torch.zeros(()), 0
+    for row in rows:
+        asked = len(tokenizer.encode(row["prompt"]))
+        ids = torch.tensor([*tokenizer.encode(row["prompt"] + row["chosen"]), tokenizer.eos_id])
+        logits = model(ids[None]).logits[0, asked - 1 : -1]
+        total = total + torch.nn.functional.cross_entropy(logits, ids[asked:], reduction="sum")
+        count += len(ids) - asked
+    (total / count).backward()
+    assert found[1].losses == found[0].losses  # which do not contain it
+    assert found[1].metrics[0]["nll"] == pytest.approx(total.item() / count, rel=1e-5)
+    for ours, theirs in (
+        ("head.weight", model.lm_head.weight),
+        ("blocks.0.attention.o.weight", model.model.layers[0].self_attn.o_proj.weight),
+    ):
+        of_weight = found[1].first_gradients[ours] - found[0].first_gradients[ours]
+        deviation = (of_weight - 0.7 * theirs.grad).abs().max() / theirs.grad.abs().max()
+        assert deviation < 2e-5, ours
 
 
 def test_a_policy_that_is_its_reference_has_the_losses_of_theory(ranks: RankPool, folder: Path) -> None:

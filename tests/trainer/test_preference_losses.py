@@ -92,6 +92,26 @@ def test_losses_without_a_reference_are_those_of_trl(kind: str) -> None:
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-5, atol=1e-6)  # TRL's orpo is in fp32
 
 
+def test_smoothed_labels_are_those_of_trl_away_from_the_reference() -> None:
+    """At D = 0 cDPO is ln 2 whatever is smoothed, or which way. TRL has it as a loss without a reference, of what is
+    given: here of d."""
+    trainer = pytest.importorskip("trl.experimental.cpo").CPOTrainer
+    where = SimpleNamespace(device=torch.device("cpu"))
+    own = SimpleNamespace(alpha=0.0, loss_type="sigmoid", beta=0.3, label_smoothing=0.2, accelerator=where)
+    gradients = []
+    for of in (
+        lambda p: trainer.cpo_loss(own, *(p - FROZEN).unbind(-1))[0],
+        lambda p: preference_losses("sigmoid", p, FROZEN, LENGTHS, beta=0.3, label_smoothing=0.2),
+        lambda p: preference_losses("sigmoid", p, FROZEN, LENGTHS, beta=0.3),  # the control
+    ):
+        policy = POLICY.clone().requires_grad_()
+        losses = of(policy)
+        losses.sum().backward()
+        gradients.append((losses.detach().double(), policy.grad))
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-9, atol=1e-12)
+    assert not torch.allclose(gradients[1][0], gradients[2][0], rtol=1e-2)
+
+
 def test_every_loss_falls_as_the_chosen_answer_becomes_likelier() -> None:
     for kind in LOSSES:
         policy = FROZEN.clone().requires_grad_()

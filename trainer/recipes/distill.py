@@ -216,7 +216,8 @@ class Distillation(Pretrain):
                 self.teacher = load_frozen(beside.model, config, mesh, state.device, offload=beside.offload)
         if config.recipe.on_policy:
             assert self._tokenizer is not None
-            sampler, weights = start_sampler(config, state, mesh, self._tokenizer, Room.of_rollouts(config, mesh))
+            room = Room.of_rollouts(config, mesh, self._tokenizer, self._samples["train"])
+            sampler, weights = start_sampler(config, state, mesh, self._tokenizer, room)
             self.student = StudentAnswers(config, sampler, weights, mesh.samples.get_group())
         if self.answers is not None:
             self.answers.start(config, state, mesh)

@@ -100,7 +100,7 @@ class GroupPolicyOptimization(Pretrain):
         assert self._tokenizer is not None
         self._config, self._state, self._group = config, state, mesh.samples.get_group()
         environment = None if rl.environment is None else import_path(rl.environment)
-        room = Room.of_rollouts(config, mesh)
+        room = Room.of_rollouts(config, mesh, self._tokenizer, self._samples["train"])
         assert isinstance(state.model, Decoder)
         self._sampled_by = state.model
         if rl.overlap:
@@ -173,7 +173,10 @@ class GroupPolicyOptimization(Pretrain):
         held = self._config.recipe.rl.kl_weight > 0
         if not held or "weight" not in microbatches[0].columns:  # prompts, to be validated on
             return microbatches
+        begin = time.perf_counter()
         found = self._reference_logprobs(microbatches)
+        metrics = self._report.metrics
+        metrics["logprob_seconds"] = metrics.get("logprob_seconds", 0.0) + time.perf_counter() - begin
         return [batch.with_columns(reference=each) for batch, each in zip(microbatches, found, strict=True)]
 
     def report(self) -> StepReport:
@@ -237,9 +240,13 @@ class GroupPolicyOptimization(Pretrain):
         """A batch by the weights that were taken last. first, waited: of `Collector.collect`."""
         rl = self._config.recipe.rl
         batches = self._collector.collect(data, self._samples["train"], first=first, waited=waited)
+        begin = time.perf_counter()
         metrics = self._collector.metrics | self._complete(batches)
+        metrics["logprob_seconds"] = time.perf_counter() - begin
         events, self._collector.events = self._collector.events, []
-        return RolledOut([list(batch) for _ in range(rl.epochs) for batch in batches], metrics, events)
+        # Of nothing one step is made, which changes no weights: a run that learns nothing has to end as well.
+        updates = [list(batch) for _ in range(rl.epochs) for batch in batches] or [[]]
+        return RolledOut(updates, metrics, events)
 
     def _complete(self, batches: list[list[Rollout]]) -> dict[str, float]:
         """Give rollouts what the models of when they were made say of them; what there is to report. Collective."""

@@ -81,6 +81,7 @@ class Round(NamedTuple):
     scores: list[Scored] | None  # None: other ranks have a part in them
     seconds: float  # that it took
     gather_seconds: float
+    reward_seconds: float  # of these, for the scores
 
 
 class Collector:
@@ -125,20 +126,22 @@ class Collector:
     def collect(
         self, data: Loader, samples: PromptSamples, *, first: Round | None = None, waited: float = 0.0
     ) -> list[list[Rollout]]:
-        """This rank's rollouts for each of recipe.rl.minibatches updates. Collective over all ranks.
+        """This rank's rollouts for each of recipe.rl.minibatches updates, without those for which no rank has any.
+        Collective over all ranks.
 
         first: what `sample` has made of what `draw` gave next; None: it is yet to be drawn. waited: seconds for it.
         Raises RewardError on all ranks as recipe.rl.bad_reward says, DataError, FloatingPointError.
         """
         begin, config = time.perf_counter(), self._config
         before = 0.0 if first is None else first.seconds
-        totals, kept, rounds, wanted, gathering = Totals(), list[Group](), 0, 0, 0.0
+        totals, kept, rounds, wanted, gathering, rewarding = Totals(), list[Group](), 0, 0, 0.0, 0.0
         informative: dict[int, bool] = {}  # of all ranks' groups, by number
         while rounds < config.sampling_rounds:
             one = self.sample(self.draw(data, samples)) if first is None else first
             first = None
-            groups, mine = self._rewarded(one)
+            groups, mine, late = self._rewarded(one)
             gathering += one.gather_seconds
+            rewarding += one.reward_seconds + late
             of_ranks = self.all_gather((mine, {group.number: not is_constant(group.rewards) for group in groups}))
             for others, informs in of_ranks:
                 totals.add(others)
@@ -165,6 +168,7 @@ class Collector:
                 "sampling_rounds": rounds,
                 "rollout_seconds": seconds,
                 "rollout_gather_seconds": gathering,
+                "reward_seconds": rewarding,
                 "rollout_tokens_per_second": totals.tokens / seconds,
             }
             | ({"rollout_wait_seconds": waited + here} if config.overlap else {})
@@ -172,24 +176,37 @@ class Collector:
         if totals.errors:
             count = totals.completions - totals.rewarded
             self.events.append(("reward_failed", f"{count} completions are left out; for example: {totals.errors[0]}"))
-        if not any(self.all_gather(any(batches))):
+        filled = [any(of_ranks) for of_ranks in zip(*self.all_gather([bool(batch) for batch in batches]), strict=True)]
+        if not any(filled):
             self.events.append(("nothing_learned", self._why_nothing(totals, informs=bool(place))))
-        return batches
+        elif not all(filled):
+            left = f"{filled.count(False)} of recipe.rl.minibatches={len(filled)} have no completion to learn from"
+            why = "; ".join([f"{len(place)} prompts are learned from", *self._left_out(totals)])
+            self.events.append(("minibatches_left_out", f"{left}, and make no update: {why}"))
+        return [batch for batch, some in zip(batches, filled, strict=True) if some]
 
     def _why_nothing(self, totals: Totals, *, informs: bool) -> str:
         """Why no completion of a batch carries a loss."""
         why = [] if informs else ["the rewards of no prompt's completions differ"]
-        if totals.errors:
-            why.append(f"{totals.completions - totals.rewarded} have no reward")
-        if self._config.truncated == "mask" and totals.truncated:
-            why.append(f"{totals.truncated} were cut off and recipe.rl.truncated=mask")
+        why += self._left_out(totals)
         return f"no loss of any of {totals.completions} completions: {', '.join(why)}"
+
+    def _left_out(self, totals: Totals) -> list[str]:
+        """Which completions of prompts that inform carry no loss."""
+        found = []
+        if totals.errors:
+            found.append(f"{totals.completions - totals.rewarded} have no reward")
+        if self._config.truncated == "mask" and totals.truncated:
+            found.append(f"{totals.truncated} were cut off and recipe.rl.truncated=mask")
+        return found
 
     def groups(
         self, numbers: Sequence[int], samples: PromptSamples, *, size: int, temperature: float = 1.0
     ) -> tuple[list[Group], Totals]:
         """Rewarded completions of the prompts with these numbers, `size` of each, with advantages. Collective."""
-        return self._rewarded(self._round(self._tasks(numbers, samples, size), size=size, temperature=temperature))
+        tasks = self._tasks(numbers, samples, size)
+        groups, totals, _ = self._rewarded(self._round(tasks, size=size, temperature=temperature))
+        return groups, totals
 
     def _tasks(self, numbers: Sequence[int], samples: PromptSamples, size: int) -> list[Task]:
         return [Task(samples[number], number, sample) for number in numbers for sample in range(size)]
@@ -200,13 +217,17 @@ class Collector:
         begin = time.perf_counter()
         with self._weights.serving():
             sampled = self._sampler.rollouts(tasks, temperature=temperature, check=check)
+        rewarding = time.perf_counter()
         alone = self._tp_group is None and not self._rewards.models
         scores = self._rewards.of(sampled.answers, check=check) if alone else None
-        return Round(size, sampled, scores, time.perf_counter() - begin, self._weights.gather_seconds)
+        end = time.perf_counter()
+        return Round(size, sampled, scores, end - begin, self._weights.gather_seconds, end - rewarding)
 
-    def _rewarded(self, one: Round) -> tuple[list[Group], Totals]:
-        """With rewards and advantages, by prompt. Collective."""
+    def _rewarded(self, one: Round) -> tuple[list[Group], Totals, float]:
+        """With rewards and advantages, by prompt; and the seconds for scores that it lacked. Collective."""
+        begin = time.perf_counter()
         scores = self._scores(one.sampled) if one.scores is None else one.scores
+        seconds = time.perf_counter() - begin
         rollouts, size = one.sampled.rollouts, one.size
         for rollout, scored in zip(rollouts, scores, strict=True):
             rollout.reward, rollout.rewards = scored.total, scored.each
@@ -218,7 +239,7 @@ class Collector:
             for rollout, advantage in zip(rewarded, advantages, strict=True):
                 rollout.advantage = advantage
         errors = [scored.error for scored in scores if scored.error]
-        return groups, _totals(groups, errors)
+        return groups, _totals(groups, errors), seconds
 
     def all_gather(self, value: Any) -> list[Any]:
         """One object of every rank with other prompts, in rank order."""

@@ -14,41 +14,64 @@ _NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:\s*/\s*\d+)?%?")
 _MARK = re.compile(r"####\s*([^\n]+)")
 _PLAIN = re.compile(r"([+-]?)(\d*)(?:\.(\d+))?(?:[eE]([+-]?\d{1,3}))?")
 _FRACTION = re.compile(r"([+-]?)\\[dt]?frac\{?([^{}]+?)\}?\{([^{}]+)\}|([+-]?)\\[dt]?frac(\d)(\d)")
-_DROPPED = re.compile(
-    r"\\(?:left|right|!|,|;|:|\s)|\\text\{[^{}]*\}|\\(?:mathrm|textbf)\{[^{}]*\}|[$\s]|\\%|%|\^\\circ"
-)
+_TEXT = r"\\(?:text|textbf|textrm|mathrm|mathbf|mbox)\{([^{}]*)\}"
+_UNIT = re.compile(rf"(.*[\d}}.])(?:\s*{_TEXT}(?:\^\{{?\d\}}?)?|\s+([A-Za-z]{{3,}}))")
+_NO_UNITS = ("hundred", "thousand", "million", "billion", "trillion", "dozen", "percent", "e", "i")
+"""What behind a number changes it."""
+_LAYOUT = re.compile(r"\\(?:left|right)(?![a-zA-Z])|\\!|\\?\$")
+_SPACE = re.compile(r"\\[,;:\s]|~")
+_DEGREES = re.compile(r"(?<=\d)\^\{?\\circ\}?")
+_BRACE = re.compile(r"\\boxed\{|[{}]")
 _LONGEST = 200
 """Characters of an answer that is parsed: beyond them it is compared as text."""
 
 
 def final_answer(text: str) -> str | None:
     r"""The answer that a text ends in: its last \boxed{...}, else behind the last ####, else its last number."""
-    boxed = _last_boxed(text)
-    if boxed is not None:
-        return boxed
-    if marked := _MARK.findall(text):
-        return marked[-1].strip()
+    marked = _marked(text)
+    if marked is not None:
+        return marked
     numbers = _NUMBER.findall(text)
     return numbers[-1] if numbers else None
 
 
+def expected_answer(text: str) -> str:
+    r"""The answer that a row's column gives: where a solution leads up to it, what is in \boxed{...} or behind ####."""
+    return _marked(text) or text
+
+
 def same_answer(found: str, expected: str) -> bool:
-    """Whether two answers are the same number or, where either is none, the same text."""
-    numbers = number_of(found), number_of(expected)
-    if None not in numbers:
-        return numbers[0] == numbers[1]
-    return _normalized(found) == _normalized(expected)
+    """Whether two answers are the same number, of the same unit where both have one, or else the same text.
+
+    What is empty is the same as nothing.
+    """
+    (value, unit), (wanted, other) = _with_unit(found), _with_unit(expected)
+    if value is None and wanted is None:
+        return "" != _normalized(found) == _normalized(expected)
+    return value == wanted and (unit == other or "" in (unit, other))
 
 
 def number_of(text: str) -> Fraction | None:
-    """The exact rational number that a text is; None: it is none. 50% is 1/2, as it is where a text says 0.5."""
+    """The exact rational number that a text is, without its unit; None: it is none. 50% is 1/2, as it is where a text
+    says 0.5."""
+    return _with_unit(text)[0]
+
+
+def _with_unit(text: str) -> tuple[Fraction | None, str]:
+    """(number_of, what it is a number of), the latter empty where nothing is said."""
     text = text.strip().rstrip(".")
     if not text or len(text) > _LONGEST:
-        return None
-    percent = text.rstrip("$ ").endswith("%")
-    plain = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", _DROPPED.sub("", text))
-    value = _fraction(plain)
-    return None if value is None else value / 100 if percent else value
+        return None, ""
+    text, unit = _laid_out(text), ""
+    if named := _UNIT.fullmatch(text):
+        unit = _normalized(named.group(2) or named.group(3) or "")
+        if unit in _NO_UNITS:
+            return None, ""
+        text = named.group(1)
+    percent = text.endswith("%")
+    text = re.sub(r"(?<!\d) | (?!\d)", "", _DEGREES.sub("", text)).rstrip("\\%.")
+    value = _fraction(re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text))
+    return (None, "") if value is None else (value / 100 if percent else value, unit)
 
 
 def _fraction(text: str) -> Fraction | None:
@@ -81,17 +104,38 @@ def plain(text: str) -> str:
     return " ".join(unicodedata.normalize("NFC", text).split())
 
 
+def _laid_out(text: str) -> str:
+    """Without what LaTeX needs for layout alone, and with one blank where there are any. A thin one between thousands
+    is none."""
+    text = re.sub(r"(?<=\d)(?:\{,\}|\\,)(?=\d{3}(?!\d))", ",", _LAYOUT.sub("", text))
+    return " ".join(_SPACE.sub(" ", text).split())
+
+
 def _normalized(text: str) -> str:
-    return _DROPPED.sub("", text.strip().rstrip(".")).lower()
+    """For comparison as text: in small letters, of \\text{...} what it says, with blanks only where words or numbers
+    would otherwise run into one."""
+    text = _DEGREES.sub("", _laid_out(text.strip().rstrip(".")).replace("\\%", "%"))
+    for _ in range(2):  # \text{\textbf{...}}
+        text = re.sub(_TEXT, r"\1", text)
+    text = " ".join(text.split())
+    return re.sub(r"(?<!\w) | (?!\w)|(?<=\d) (?=[a-zA-Z])", "", text).lower()
+
+
+def _marked(text: str) -> str | None:
+    boxed = _last_boxed(text)
+    if boxed is not None:
+        return boxed
+    marked = _MARK.findall(text)
+    return marked[-1].strip() if marked else None
 
 
 def _last_boxed(text: str) -> str | None:
-    r"""What stands in the last \boxed{...} whose braces close."""
-    begin = len(text)
-    while (begin := text.rfind("\\boxed{", 0, begin)) >= 0:
-        depth = 0
-        for place in range(begin + len("\\boxed"), len(text)):
-            depth += {"{": 1, "}": -1}.get(text[place], 0)
-            if depth == 0:
-                return text[begin + len("\\boxed{") : place].strip()
-    return None
+    r"""What stands in the last \boxed{...} whose braces close. One pass: a model may write very many that do not."""
+    opened: list[int | None] = []  # where what they hold begins; None: of other braces
+    last, found = -1, None
+    for brace in _BRACE.finditer(text):
+        if brace.group() != "}":
+            opened.append(None if brace.group() == "{" else brace.end())
+        elif opened and (begin := opened.pop()) is not None and begin > last:
+            last, found = begin, text[begin : brace.start()].strip()
+    return found

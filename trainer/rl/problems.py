@@ -40,6 +40,14 @@ def data_problems(config: TrainConfig, held_by: tuple[str, float]) -> list[str]:
                 values("train.global_batch_size", multiples(rl.group_size, size), near=size),
             )
         )
+    elif rl.minibatches > (prompts := train.global_batch_size // max(rl.group_size, 1)):
+        found.append(
+            Problem(
+                f"recipe.rl.minibatches={rl.minibatches} of {prompts} prompts (train.global_batch_size="
+                f"{train.global_batch_size} completions in groups of {rl.group_size}) leaves updates without any",
+                values("recipe.rl.minibatches", [max(prompts, 1)]),
+            )
+        )
     if rl.max_tokens is not None and rl.max_tokens >= train.seq_len:
         found.append(
             f"recipe.rl.max_tokens={rl.max_tokens} leaves no room for a prompt in train.seq_len={train.seq_len}; use "

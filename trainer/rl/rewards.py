@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from trainer.rl.config import MODEL, RewardConfig, RLConfig
-from trainer.rl.maths import final_answer, same_answer
+from trainer.rl.maths import expected_answer, final_answer, same_answer
 from trainer.rl.sandbox import run_program
 
 
@@ -66,7 +66,7 @@ class Scored:
 def maths(answer: Answer, *, column: str = "answer") -> float:
     """1 where the text ends in the row's answer (trainer/rl/maths.py), else 0."""
     found = final_answer(answer.text)
-    return float(found is not None and same_answer(found, _column(answer, column)))
+    return float(found is not None and same_answer(found, expected_answer(_column(answer, column))))
 
 
 def exact(answer: Answer, *, column: str = "answer") -> float:
@@ -77,14 +77,14 @@ def exact(answer: Answer, *, column: str = "answer") -> float:
 def code(answer: Answer, *, column: str = "tests", seconds: float = 5.0, memory_mb: int = 512) -> float:
     """1 where the text's last block of code, or all of it, passes the row's tests (Python that raises if not), else 0.
 
-    Both run in one process with limits: trainer/rl/sandbox.py.
+    Both run in one interpreter with limits, the tests last: what that cannot keep out is in trainer/rl/sandbox.py.
     """
     blocks = re.findall(r"```(?:python|py)?[ \t]*\n(.*?)```", answer.text, flags=re.DOTALL)
     program = blocks[-1] if blocks else answer.text
     _column(answer, column)
     tests = answer.row[column]
     lines = tests if isinstance(tests, str) else "\n".join(tests)
-    return float(run_program(f"{program}\n\n{lines}\n", seconds=seconds, memory_mb=memory_mb).passed)
+    return float(run_program(program, lines, seconds=seconds, memory_mb=memory_mb).passed)
 
 
 def finished(answer: Answer) -> float:

@@ -21,7 +21,7 @@ from inference.config import SamplingConfig
 from inference.engine import Engine
 from inference.sequence import Completion
 from trainer.rl.environment import Environment
-from trainer.rl.maths import final_answer, same_answer
+from trainer.rl.maths import expected_answer, final_answer, same_answer
 from trainer.rl.rewards import Answer
 from trainer.rl.weights import Lockstep
 
@@ -251,7 +251,7 @@ def answers(rollout: Rollout, tokenizer: Tokenizer, answer: str) -> bool:
     """Whether what was generated ends in this answer (trainer/rl/maths.py)."""
     generated = [token for begin, end in rollout.spans for token in rollout.tokens[begin:end]]
     found = final_answer(tokenizer.decode(generated, skip_special_tokens=True))
-    return found is not None and same_answer(found, answer)
+    return found is not None and same_answer(found, expected_answer(answer))
 
 
 def rollout_seed(seed: int, number: int, sample: int) -> int:

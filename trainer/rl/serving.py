@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from data.tokenizer import Tokenizer
+from data.prompts import PromptSamples
+from data.tokenizer import Tokenizer, eos_ids_of
 from inference.config import EngineConfig
 from inference.engine import Engine
 from inference.runner import is_fused
@@ -30,10 +32,13 @@ class Room:
     ends: Collection[int] = ()  # tokens that end it, besides the tokenizer's eos
 
     @classmethod
-    def of_rollouts(cls, config: TrainConfig, mesh: Meshes) -> Room:
-        """For this rank's share of train.global_batch_size completions."""
+    def of_rollouts(cls, config: TrainConfig, mesh: Meshes, tokenizer: Tokenizer, samples: PromptSamples) -> Room:
+        """For this rank's share of train.global_batch_size completions. They end as the chat template ends answers,
+        and as the folders of the model and of the tokenizer say, which is how they end when the model is served."""
         share = config.train.global_batch_size // mesh.samples.size()
-        return cls(share, config.train.seq_len, config.recipe.rl.max_tokens)
+        folders = {Path(path).expanduser() for path in (config.model.path, tokenizer.folder) if path is not None}
+        ends = samples.ends.union(*(eos_ids_of(folder) for folder in folders))
+        return cls(share, config.train.seq_len, config.recipe.rl.max_tokens, sorted(ends))
 
 
 def start_sampler(

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from data.tokenizer import Tokenizer
 from inference.config import EngineConfig
 from models.lora import apply_adapters
 from models.registry import build_model
-from tests.parity.harness import Outcome, changed, run_on
+from tests.parity.harness import Outcome, changed, run_on, weight_deviation
 from tests.pool import RankPool
-from tests.trainer.rl.rolling import EVEN, ROWS, SEQ_LEN, rolling
+from tests.trainer.rl.rolling import EVEN, ROWS, SEQ_LEN, even, rolling
 from trainer.config import TrainConfig
 from trainer.rl.config import RewardConfig
 from trainer.rl.rewards import Answer
@@ -128,6 +130,48 @@ def test_the_policy_is_held_near_the_reference(ranks: RankPool, tmp_path: Path) 
     assert two[1]["kl"] == pytest.approx(held[1]["kl"], rel=1e-3)
 
 
+def only_one(answer: Answer) -> float:
+    """Differs within the group of one prompt."""
+    return float(answer.row["answer"] == "0" and answer.token_ids[0] % 2 == 0)
+
+
+def test_minibatches_of_nothing_are_no_updates(ranks: RankPool, tmp_path: Path) -> None:
+    """Weights that the moments of Adam move on by, and a schedule that goes on, where nothing was learned."""
+    changes = {
+        "rl__sampling_rounds": 2,
+        "rl__rewards": [RewardConfig(f"{HERE}:only_one")],
+        "rl__minibatches": 2,
+        "data__shuffle": False,
+        "schedule__name": "constant",
+    }
+    one = run_on(ranks, 1, rolling(tmp_path / "one", **changes, train__steps=1))
+    for size in (1, 2):
+        config = rolling(tmp_path / str(size), **changes, train__steps=2)
+        found = run_on(ranks, size, config)
+        assert ["reward" in line for line in found.metrics] == [True, True]  # each by rollouts of its own
+        assert [line["groups_trained"] for line in found.metrics] == [1, 0]
+        assert [line["valid_tokens"] > 0 for line in found.metrics] == [True, False]
+        assert weight_deviation(found, one) < (1e-5 if size == 2 else 1e-12)
+        text = (Path(config.run.dir) / "events.jsonl").read_text()
+        assert text.count("1 of recipe.rl.minibatches=2 have no completion to learn from, and make no update") == 1
+        assert text.count('"nothing_learned"') == 1
+
+
+def slow(answer: Answer) -> float:
+    time.sleep(0.02)
+    return even(answer)
+
+
+def test_a_step_says_what_its_parts_took(ranks: RankPool, tmp_path: Path) -> None:
+    """Rewards that are taken for sampling; models that are asked between rollouts and update, in no number."""
+    changes = {"rl__rewards": [RewardConfig(f"{HERE}:slow")], "rl__reward_threads": 1, "rl__minibatches": 2}
+    first, second = run_on(ranks, 1, rolling(tmp_path, rl__kl_weight=0.1, **changes)).metrics
+    assert 16 * 0.02 <= first["reward_seconds"] < first["rollout_seconds"]
+    assert second["logprob_seconds"] > 0  # of the reference alone
+    assert 0 < first["logprob_seconds"] < first["step_seconds"]
+    assert "reward_seconds" not in second
+
+
 class Twice:
     """An environment that answers with the prompt's first column, once."""
 
@@ -172,6 +216,42 @@ def _episodes(config: TrainConfig) -> list[tuple[Any, ...]]:
         trainer.close()
 
 
+def test_completions_of_messages_end_as_the_template_ends_answers(ranks: RankPool, tmp_path: Path) -> None:
+    """A policy that ends its turns as recipe=sft taught it, and is sampled on to the last token there is room for."""
+    rows = [{"prompt": [{"role": "user", "content": row["prompt"]}], "answer": row["answer"]} for row in ROWS]
+    config = rolling(tmp_path / "messages", rows=rows, rl__max_tokens=None, train__steps=1)
+    folder = Path(str(config.data.tokenizer.path))
+    (folder / "generation_config.json").write_text('{"eos_token_id": [7, 9]}')
+    tokenizer = Tokenizer.from_path(folder)
+    (end,) = tokenizer.encode("<|im_end|>")
+    ends, found = ranks.run(1, _completions, config)[0]
+    assert ends == {tokenizer.eos_id, end, 7, 9}
+    assert any(completion[-1] == end for completion, _ in found)
+    for completion, reason in found:
+        assert ends.isdisjoint(completion[:-1])
+        assert reason == ("stop" if completion[-1] in ends else "length")
+    plain = rolling(tmp_path / "text", rl__max_tokens=None, train__steps=1)
+    ends, found = ranks.run(1, _completions, plain)[0]
+    assert ends == {tokenizer.eos_id}
+    assert any(end in completion[:-1] for completion, _ in found)  # the control
+
+
+def _completions(config: TrainConfig) -> tuple[set[int], list[tuple[list[int], str]]]:
+    """(what ends one, completions as (generated tokens, finish reason))."""
+    from trainer.trainer import Trainer
+    from trainer.validate import finalize
+
+    trainer = Trainer(finalize(config, world_size=1))
+    try:
+        trainer.run()
+        recipe: Any = trainer.recipe
+        groups, _ = recipe._collector.groups(range(10), recipe._samples["train"], size=6)
+        found = [rollout for group in groups for rollout in group.rollouts]
+        return set(recipe._engine.eos_ids), [(one.tokens[one.spans[0][0] :], one.finish_reason) for one in found]
+    finally:
+        trainer.close()
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
@@ -184,6 +264,10 @@ def _episodes(config: TrainConfig) -> list[tuple[Any, ...]]:
         ({"recipe__reference_offload": True}, "recipe.reference_offload=True has no effect with recipe.rl.kl_weight=0"),
         ({"recipe__name": "pretrain"}, "recipe.rl is set and has no effect with recipe.name=pretrain; leave it out"),
         ({"rl__group_size": 1}, "recipe.rl.group_size=1 must be at least 2"),
+        (
+            {"rl__minibatches": 5},
+            "recipe.rl.minibatches=5 of 4 prompts (train.global_batch_size=16 completions in groups",
+        ),
         ({"rl__weights": "gather"}, "the model computes with whole weights already; use recipe.rl.weights=in_place"),
         ({"rl__rewards": []}, "recipe.rl.rewards is empty"),
         ({"rl__rewards": [RewardConfig(EVEN), RewardConfig("no")]}, "recipe.rl.rewards[1].function=no is unknown"),
