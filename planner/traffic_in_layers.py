@@ -154,8 +154,7 @@ def _context(job: Job, num_layers: int, again: int) -> list[Transfer]:
             moved = messages * keys * size + n * wide
             found.append(Transfer("cp", "send_receive", moved, (messages + n) * passes, True))
     if dims.cp_ulysses > 1:
-        moved = tokens * (model.num_heads / dims.tp + kv_heads) * width * size
-        found.append(
-            Transfer("cp", "all_to_all", (2 + again) * sent(moved, dims.cp_ulysses), 4 * (2 + again) * passes, True)
-        )
+        heads = model.num_heads / dims.tp + kv_heads
+        one_way = sent(tokens * heads * width * size, dims.cp_ulysses)
+        found.append(Transfer("cp", "all_to_all", (2 + again) * one_way, 4 * (2 + again) * passes, True))
     return found
