@@ -125,7 +125,7 @@ def test_8_experts_of_7b_against_13b_dense() -> None:
     assert sparse["num_parameters"] == pytest.approx(46.7e9, rel=0.01)
     assert sparse["flops_per_token"] == pytest.approx(dense["flops_per_token"], rel=0.05)
     assert most(sparse, "optimizer") == pytest.approx(46.7 / 13.0 * most(dense, "optimizer"), rel=0.02)
-    # Of each element that a rank owns, 8 bytes of moments and 4 of its weight read and written, its gradient read twice.
+    # Of an element that a rank owns, 8 bytes of moments and 4 of its weight read and written, a gradient read twice.
     owned = most(sparse, "optimizer") / 8
     assert sparse["step_parts"]["optimizer"] == pytest.approx(owned * (2 * 8 + 2 * 4 + 2 * 4) / 3.9e12)
     assert sparse["traffic_bytes_per_step"]["ep"]["all_to_all"] > 0
