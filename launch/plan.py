@@ -26,7 +26,7 @@ from launch.errors import exit_code_of
 from launch.plan_search import Found, held_by, search
 from models.registry import resolve_model
 from parallel.mesh import world_size_from_env
-from planner.hardware import Hardware
+from planner.hardware import Hardware, world_problems
 from planner.hardware_files import read_hardware
 from planner.job import Job
 from planner.picture import problems as picture_problems
@@ -56,6 +56,7 @@ class PlanOptions:
     gpus: int | None = None  # None: WORLD_SIZE, else the product of the degrees that parallel sets
     hardware: str = "h200"  # a file of configs/hardware, or a path of one
     tokens: float | None = None  # of the whole run, for days and cost; None: train.steps times those of a step
+    mtbf_hours: float | None = None  # between failures of one GPU; None: mtbf_gpu_hours of the hardware's file
     search: bool = False  # for the fastest layout that fits
     picture: str | None = None  # file to draw into: roofline, memory and the step
 
@@ -113,7 +114,7 @@ def _plan_of(config: PlanConfig, job: Job, hardware: Hardware) -> dict[str, Any]
     if because := only_state(config):
         return make_state_plan(job, hardware, because=because)
     tokens = config.plan.tokens or float(config.train.steps * job.tokens_per_step)
-    return make_plan(job, hardware, tokens=tokens)
+    return make_plan(job, hardware, tokens=tokens, asynchronous=config.checkpoint.asynchronous)
 
 
 def search_of(config: PlanConfig, arguments: Sequence[str]) -> tuple[Found, Hardware]:
@@ -127,7 +128,13 @@ def search_of(config: PlanConfig, arguments: Sequence[str]) -> tuple[Found, Hard
 def _asked(config: PlanConfig) -> tuple[Hardware, int]:
     if problems := _problems(config):
         raise ConfigError(problems)
-    return load_hardware(config.plan.hardware), num_gpus(config)
+    hardware = load_hardware(config.plan.hardware)
+    if config.plan.mtbf_hours is not None:
+        hardware = replace(hardware, mtbf_gpu_hours=config.plan.mtbf_hours)
+    world_size = num_gpus(config)
+    if problems := world_problems(world_size, hardware):
+        raise ConfigError([f"plan.gpus={world_size}: {line}" for line in problems])
+    return hardware, world_size
 
 
 def _train_config(config: PlanConfig) -> TrainConfig:
@@ -171,6 +178,8 @@ def _problems(config: PlanConfig) -> list[str]:
         found.append("plan.search=true looks for a layout of so many GPUs; set plan.gpus, e.g. plan.gpus=8")
     if config.plan.tokens is not None and not 0 < config.plan.tokens < math.inf:
         found.append(f"plan.tokens={config.plan.tokens} must be positive and finite")
+    if config.plan.mtbf_hours is not None and not 0 < config.plan.mtbf_hours < math.inf:
+        found.append(f"plan.mtbf_hours={config.plan.mtbf_hours} must be positive and finite")
     return found
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from parallel.dims import divisors
 from parallel.dims import problems as dims_problems
 from parallel.problem import shown
-from planner.hardware import Hardware
+from planner.hardware import Hardware, world_problems
 from planner.plan import room
 from planner.search import Changes, Ladder, Layout, Neighbour, Ranking, Rung, cost_of, neighbours, rank_layouts
 from trainer.config import ConfigError, TrainConfig
@@ -103,7 +103,7 @@ class _Space:
         world, node = self.world_size, self.hardware.gpus_per_node
         experts = self.config.model.moe.num_experts
         axes = {
-            "parallel.tp": [d for d in divisors(world) if d <= node],
+            "parallel.tp": divisors(min(world, node)),  # so that no group crosses nodes
             "parallel.pp": [d for d in divisors(world) if d <= self.config.model.num_layers],
             "parallel.cp": [d for d in divisors(world) if d <= MAX_CP],
             "parallel.ep": divisors(experts) if experts else [1],
@@ -184,7 +184,8 @@ def _refusal(space: _Space, ranking: Ranking) -> list[str]:
     nearest, hardware = ranking.nearest, space.hardware
     excess = nearest.peak - room(hardware)
     fits = [shown_changes(change) for change in _remedies(nearest) if _fits(space, nearest, change)]
-    more = next((n for n in (2, 4, 8, 16) if _fits(_with_gpus(space, n), nearest, {})), None)
+    whole = [n for n in (2, 4, 8, 16) if not world_problems(n * space.world_size, hardware)]
+    more = next((n for n in whole if _fits(_with_gpus(space, n), nearest, {})), None)
     if more is not None:
         fits.append(f"plan.gpus={more * space.world_size}")
     advice = f"with it would fit: {', or '.join(fits)}" if fits else "no single change that was tried would make it fit"

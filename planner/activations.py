@@ -5,7 +5,7 @@ sequence parallelism), H query and G key/value heads of width K over tp = R rank
 elements of the compute dtype:
 
     residual stream: input and what follows attention          2 t D
-    normalised inputs of the projections, gathered             2 T D
+    normalised inputs of the projections, gathered             2 T D                   (latent: T D + t D)
     q, k, v as attention reads them, and its output            T (2 H + 2 G) K / R     (latent: see `_attention`)
     gate, up and their product                                 3 T F / R               (2 without a gate)
     log-sum-exp of attention, in fp32                          2 T H / R
@@ -24,6 +24,7 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 
+from models.config import ModelConfig
 from parallel.pipeline.actions import Action, Kind
 from parallel.pipeline.layout import PipelineLayout
 from parallel.pipeline.schedules import Schedule
@@ -70,14 +71,22 @@ def _everything(job: Job, layer: int) -> float:
     of_input = 1 if fp8 else size
     T, D = job.tokens, model.hidden_size
     total = 2.0 * job.stream_tokens * D * size  # residual stream
-    total += 2.0 * T * D * of_input  # normalised
+    gathered = T if gathers_input(model) else 0
+    own = job.stream_tokens if model.mla.kv_rank and (job.parallel.sequence_parallel or not gathered) else 0
+    total += (T + gathered + own) * D * of_input  # normalised
     attention, output = _attention(job)
     total += T * (attention * size + output * (size + (1 if fp8 else 0)))
     total += 4.0 * T * model.num_heads / job.dims.tp
     total += T * _mlp(job, layer, size, of_input)
     if not job.compiled:
-        total += T * size * _mlp_width(job, layer) + (2.0 * job.stream_tokens * D * size if job.dims.tp > 1 else 0)
+        before = (2 if gathers_input(model) else 1) * job.stream_tokens * D * size if job.dims.tp > 1 else 0
+        total += T * size * _mlp_width(job, layer) + before
     return total
+
+
+def gathers_input(model: ModelConfig) -> bool:
+    """Whether sequence parallelism gathers what attention reads; else it is latents that it gathers."""
+    return not model.mla.kv_rank or model.mla.q_rank is None
 
 
 def _attention(job: Job) -> tuple[float, float]:
@@ -88,7 +97,8 @@ def _attention(job: Job) -> tuple[float, float]:
     assert model.num_kv_heads is not None
     if model.mla.kv_rank:
         mla = model.mla
-        latents = 2 * (mla.kv_rank + (mla.q_rank or 0)) + mla.rope_dim
+        # Before their norms of the residual stream's tokens, behind them of all.
+        latents = (1 + job.stream_tokens / job.tokens) * (mla.kv_rank + (mla.q_rank or 0)) + mla.rope_dim
         heads = model.num_heads * (2 * model.head_dim + model.value_dim) / tp
         return latents + heads, model.num_heads * model.value_dim / tp
     kv_heads = max(model.num_kv_heads / tp, 1)

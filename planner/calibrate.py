@@ -70,6 +70,7 @@ def measure(device: torch.device, *, local_world_size: int, sizes: Sizes | None 
     with torch.no_grad():
         _products(found, device, sizes)
         _memory(found, device, sizes)
+        _to_host(found, device, sizes)
     _eager(found, device, sizes)
     _attention(found, device, sizes)
     _optimizer(found, device, sizes)
@@ -158,6 +159,18 @@ def _memory(found: Measured, device: torch.device, sizes: Sizes) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         found.rates["kernel_us"] = _seconds_of_tiny_kernel(device) * 1e6
+
+
+def _to_host(found: Measured, device: torch.device, sizes: Sizes) -> None:
+    """GB/s of a copy to page-locked host memory, as the first part of a checkpoint is."""
+    found.rates["host_gbps"] = None
+    if device.type != "cuda":
+        found.why["host_gbps"] = "there is no GPU to copy from"
+        return
+    source = torch.zeros(sizes.bytes, device=device, dtype=torch.uint8)
+    target = torch.empty(sizes.bytes, dtype=torch.uint8, pin_memory=True)
+    taken = seconds_of(lambda: target.copy_(source, non_blocking=True), device)
+    found.rates["host_gbps"] = sizes.bytes / taken / 1e9
 
 
 QUEUED = 500

@@ -31,6 +31,7 @@ class Hardware:
     dollars_per_gpu_hour: float = 0.0
     mtbf_gpu_hours: float = 0.0
     checkpoint_gbps: float = 0.0  # GB/s
+    host_gbps: float = 25.0  # GB/s, of a GPU to page-locked host memory
     tables: dict[str, list[list[float]]] = field(default_factory=dict)  # [size, rate] of launch/calibrate.py
 
     def matmul(self, precision: str) -> float:
@@ -65,11 +66,23 @@ class Hardware:
         """The same of torch's own, which read strided halves and change dtypes one element at a time."""
         return self.copy_tbps * 1e12 * self.eager_share
 
-    def link(self, first_to_last: int, *, in_layers: bool = False) -> float:
-        """Bytes/s of a collective whose ranks span so many neighbouring GPUs. in_layers: a smaller one, of a layer."""
-        if first_to_last > self.gpus_per_node:
+    def link(self, *, in_node: bool, in_layers: bool = False) -> float:
+        """Bytes/s of a collective, of which no group crosses nodes, or some do. in_layers: a smaller one."""
+        if not in_node:
             return self.network_gbps * 1e9
         return (self.layer_gbps if in_layers else self.node_gbps) * 1e9
+
+
+def world_problems(num_gpus: int, hardware: Hardware) -> list[str]:
+    """What is wrong with a job of so many GPUs, one line: above one node they are whole nodes."""
+    node = hardware.gpus_per_node
+    if num_gpus <= node or num_gpus % node == 0:
+        return []
+    below = num_gpus // node * node
+    return [
+        f"{num_gpus} GPUs are no whole number of nodes, which have hardware.gpus_per_node={node}; "
+        f"use {below} or {below + node}"
+    ]
 
 
 POSITIVE = (
@@ -86,6 +99,7 @@ POSITIVE = (
     "network_gbps",
     "mtbf_gpu_hours",
     "checkpoint_gbps",
+    "host_gbps",
 )
 
 

@@ -18,6 +18,8 @@ def limits(job: Job, hardware: Hardware) -> list[str]:
         found.append("experts that get more tokens than others")
     if job.dims.cp_ring > 1:
         found.append("communication of ring attention that is hidden behind its products")
+    if job.optimizer == "muon":
+        found.append("products of Muon's iterations")
     if job.parallel.cpu_offload:
         found.append("transfers to host memory, and the update there")
     if not job.compiled:

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from planner.activations import block_bytes, layers_of, loss_bytes, most_kept
+from planner.buffers import buffer_bytes
 from planner.job import Job
 from planner.shapes import Parameter, parameters_of
 from planner.state import Coordinates, RankState, rank_states
@@ -27,6 +28,7 @@ class RankMemory:
     """Of ranks that hold the same. Bytes."""
 
     state: RankState
+    buffers: int  # of the model
     activations: float  # kept between forward and backward, at most
     loss: float  # workspace; 0 where there is no head
     communication: float  # gathered parameters, whole gradients and keys under way
@@ -53,14 +55,15 @@ def _memory(job: Job, state: RankState, kept: float) -> RankMemory:
     root, under_way = _communication(job, units)
     held = state.bytes
     offloaded = job.parallel.cpu_offload
-    on_device = 0 if offloaded else held.total
+    buffers = buffer_bytes(job, state.example.pp)
+    on_device = buffers + (0 if offloaded else held.total)
     sharded = job.parallel.zero_stage >= 2 and job.dims.dp_shard * job.dims.cp > 1
     early = on_device - (held.gradients if sharded and len(job.sequences) == 1 and not offloaded else 0)
     recomputed = last.all + last.gradients
     at_loss = early + kept + root + loss
     at_backward = early + kept - last.kept + recomputed + root + under_way
     at_end = on_device + recomputed + root + under_way
-    return RankMemory(state, kept, loss, root + under_way, recomputed, max(at_loss, at_backward, at_end))
+    return RankMemory(state, buffers, kept, loss, root + under_way, recomputed, max(at_loss, at_backward, at_end))
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@
 An operator takes max(FLOPs / rate, bytes / bandwidth): its roof is whichever binds. Of a token in a block (forward;
 backward has twice the products, 2.5 times attention's, and the element-wise passes below):
 
-    products          2 FLOPs for each weight that multiplies it, at hardware.matmul_tflops (experts: grouped_tflops)
+    products          2 FLOPs for each weight that multiplies it, at hardware.matmul_tflops (experts: grouped_tflops);
+                      over tp some ranks compute the same (`_share_of_product`)
     attention         4 H K for each pair that a causal mask (and window) leaves, at attention_tflops for that length
     element-wise      bytes over elementwise_share of copy_tbps: norms with their residual sums 8 D each way, rope and
                       its copies 2 (H + 2 G) K each way, activation 3 F forward and 5 F backward; rows of k experts
@@ -25,7 +26,7 @@ from planner.activations import layers_of
 from planner.flops import operator_of, used_elements
 from planner.hardware import Hardware
 from planner.job import Job
-from planner.shapes import parameters_of
+from planner.shapes import Parameter, parameters_of
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class _Sizes:
 
 def operators_of_stage(job: Job, hardware: Hardware, stage: Stage) -> list[Operator]:
     """All work of a stage on a whole micro-batch."""
-    sizes, model, T = _Sizes(job), job.model, job.tokens
+    sizes, model = _Sizes(job), job.model
     layers = list(layers_of(job, stage))
     products: dict[str, list[float]] = {}  # operator to FLOPs forward and bytes
     for parameter, count in parameters_of(model, [stage], tp=sizes.tp).items():
@@ -75,16 +76,15 @@ def operators_of_stage(job: Job, hardware: Hardware, stage: Stage) -> list[Opera
         if operator in (None, "norms and biases") or len(parameter.shape) < 2:
             continue
         assert operator is not None
-        share = sizes.tp if parameter.tp_dim is not None else 1
+        share, tokens = _share_of_product(job, parameter)
         uses = 1 + model.mtp.depth if operator == "head" else 1
         *_, n, k = parameter.shape
         elements = count * used_elements(parameter, model) / share * uses
         weights = count * parameter.shape.numel() / share / (job.dims.ep if parameter.is_expert else 1)
-        rows = T * (model.moe.top_k if parameter.is_expert else 1) * count * uses
-        cut = parameter.tp_dim is not None
-        outer = rows * ((n / sizes.tp if cut else n) + k)
+        rows = tokens * (model.moe.top_k if parameter.is_expert else 1) * count * uses
+        outer = rows * (n / share + k)
         found = products.setdefault(operator, [0.0, 0.0])
-        found[0] += 2 * T * elements
+        found[0] += 2 * tokens * elements
         found[1] += sizes.itemsize * (weights + outer)
     found_operators = [_product(job, hardware, name, *cost) for name, cost in products.items()]
     found_operators.append(_attention(job, hardware, layers, sizes))
@@ -94,6 +94,21 @@ def operators_of_stage(job: Job, hardware: Hardware, stage: Stage) -> list[Opera
     if stage.is_last:
         found_operators.append(_loss(job, hardware, sizes))
     return found_operators
+
+
+def _share_of_product(job: Job, parameter: Parameter) -> tuple[int, int]:
+    """Over how many parts ranks of tp cut a product, of which each computes one, and the tokens that it is of.
+
+    Ranks that share a head's key and value all compute these. Of layers that are whole on every rank (routers, the low
+    ranks of latent attention, the projection of multi-token prediction) all compute the same, but for those that work
+    on the residual stream, of which sequence parallelism leaves each rank its own tokens.
+    """
+    if parameter.tp_dim is not None:
+        return job.dims.tp, job.tokens
+    if parameter.is_shared_head:
+        assert job.model.num_kv_heads is not None  # resolved
+        return min(job.dims.tp, job.model.num_kv_heads), job.tokens
+    return 1, job.tokens if ".router." in parameter.name else job.stream_tokens
 
 
 def _product(job: Job, hardware: Hardware, name: str, flops: float, moved: float) -> Operator:

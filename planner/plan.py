@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from models.flops import flops_per_token
-from planner.failure import failure_cost
+from planner.failure import FailureCost, failure_cost
 from planner.flops import flops_by_operator
 from planner.hardware import Hardware
 from planner.job import Job
@@ -16,7 +17,8 @@ from planner.operators import operators_of_stage
 from planner.shapes import parameters_of
 from planner.state import count_parameters
 from planner.steptime import StepTime, step_time
-from planner.traffic import Transfer, plain_ddp_bytes, traffic
+from planner.traffic import plain_ddp_bytes, traffic
+from planner.traffic_in_layers import Transfer
 
 RESERVED_GIB = 2.0
 """Of a GPU's memory, for its context, libraries and what the allocator cannot use."""
@@ -27,8 +29,9 @@ def room(hardware: Hardware) -> float:
     return (hardware.memory_gib - RESERVED_GIB) * 2**30
 
 
-def make_plan(job: Job, hardware: Hardware, *, tokens: float) -> dict[str, Any]:
-    """Everything the planner says. tokens: of the whole run, for its days and cost.
+def make_plan(job: Job, hardware: Hardware, *, tokens: float, asynchronous: bool) -> dict[str, Any]:
+    """Everything the planner says. tokens: of the whole run, for its days and cost. asynchronous: checkpoints are
+    written while training goes on.
 
     `ranks`, `traffic_bytes_per_step`, `flops_per_token`, `step_seconds`, `tokens_per_second_per_gpu`, `mfu` and
     `bubble` are an interface (docs/PLANNER.md); bytes are of one rank, times in seconds.
@@ -39,10 +42,7 @@ def make_plan(job: Job, hardware: Hardware, *, tokens: float) -> dict[str, Any]:
     rate = job.tokens_per_step / time.step / job.dims.world_size
     transfers = max((traffic(job, rank) for rank in range(job.dims.pp)), key=lambda sent: sum(t.bytes for t in sent))
     seconds = tokens / (rate * job.dims.world_size)
-    weights = count_parameters(parameters_of(job.model, None, tp=1)) * job.precision.master_dtype.itemsize
-    moments = sum(m.state.bytes.optimizer * m.state.count for m in memory)
-    copies = job.dims.dp_replicate * (1 if job.parallel.zero_stage else job.dims.dp_shard * job.dims.cp)
-    failure = failure_cost(hardware, num_gpus=job.dims.world_size, checkpoint_bytes=weights + moments / copies)
+    failure = _failure(job, hardware, memory, asynchronous=asynchronous)
     most = max(m.peak for m in memory)
     return {
         "hardware": hardware.name,
@@ -76,6 +76,21 @@ def make_plan(job: Job, hardware: Hardware, *, tokens: float) -> dict[str, Any]:
     }
 
 
+def _failure(job: Job, hardware: Hardware, memory: Sequence[RankMemory], *, asynchronous: bool) -> FailureCost:
+    size = job.precision.master_dtype.itemsize
+    weights = count_parameters(parameters_of(job.model, None, tp=1)) * size
+    moments = sum(m.state.bytes.optimizer * m.state.count for m in memory)
+    copies = job.dims.dp_replicate * (1 if job.parallel.zero_stage else job.dims.dp_shard * job.dims.cp)
+    of_rank = max(m.state.bytes.num_owned * size + m.state.bytes.optimizer for m in memory)
+    return failure_cost(
+        hardware,
+        num_gpus=job.dims.world_size,
+        checkpoint_bytes=weights + moments / copies,
+        rank_bytes=of_rank,
+        asynchronous=asynchronous,
+    )
+
+
 def layout_of(job: Job) -> dict[str, Any]:
     """Degrees and choices, for `planner.report.head`."""
     axes = ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep")
@@ -97,6 +112,7 @@ def _rank(job: Job, memory: RankMemory) -> dict[str, Any]:
         "gradients_bytes": held.gradients,
         "master_bytes": held.master,
         "optimizer_bytes": held.optimizer,
+        "buffers_bytes": memory.buffers,
         "activations_bytes": round(memory.activations),
         "loss_bytes": round(memory.loss),
         "communication_bytes": round(memory.communication),

@@ -29,8 +29,8 @@ def head(plan: dict[str, Any]) -> str:
 
 
 def _memory(plan: dict[str, Any]) -> str:
-    columns = ("parameters", "gradients", "master", "optimizer", "activations", "loss", "communication")
-    columns += ("recomputation", "peak")  # type: ignore[assignment]
+    columns = ("parameters", "gradients", "master", "optimizer", "buffers", "activations", "loss")
+    columns += ("communication", "recomputation", "peak")  # type: ignore[assignment]
     rows = [["stage", "ranks", *columns]]
     for rank in plan["ranks"]:
         rows.append([str(rank["pp"]), str(rank["count"]), *(f"{rank[f'{c}_bytes'] / GIB:.2f}" for c in columns)])
@@ -38,7 +38,7 @@ def _memory(plan: dict[str, Any]) -> str:
     verdict = "fits" if plan["fits"] else "DOES NOT FIT"
     return "\n".join(
         [
-            "Memory of a rank, GiB (state is exact; activations and on are a model)",
+            "Memory of a rank, GiB (state and buffers are exact; activations and on are a model)",
             table(rows),
             f"{verdict}: at most {worst / GIB:.1f} of {plan['memory_bytes'] / GIB:.1f} GiB",
         ]
@@ -98,7 +98,8 @@ def _failure(plan: dict[str, Any]) -> str:
     failure = plan["failure"]
     return (
         f"A failure every {failure['mtbf_seconds'] / 3600:,.1f} h; a checkpoint takes "
-        f"{failure['checkpoint_seconds']:,.0f} s, best one every {failure['interval_seconds'] / 60:,.1f} min; "
+        f"{failure['checkpoint_seconds']:,.0f} s to write and holds training up for "
+        f"{failure['held_up_seconds']:,.2f} s; best one every {failure['interval_seconds'] / 60:,.1f} min; "
         f"{failure['lost_fraction']:.2%} of the time is lost"
     )
 

@@ -28,6 +28,8 @@ from parallel.tensor import chunk_bounds
 
 WHOLE = ("q_a", "kv_a", "project", "router", "positions")
 CUT_BY_INPUT = ("o", "down")
+SHARED = re.compile(r"attention\.[kv]\.")
+"""Keys and values, which are whole on every rank where there are fewer heads of them than ranks."""
 TABLES = ("embedding.", "positions.", "head.")
 NO_ADAPTERS = AdapterConfig()
 
@@ -47,11 +49,27 @@ class Parameter:
         """Whether Muon is for it (trainer/optim.py)."""
         return len(self.shape) == 2 and not self.name.startswith(TABLES)
 
+    @property
+    def is_shared_head(self) -> bool:
+        """Whether it makes keys or values that ranks of tp share, each computing with the rows of its own head."""
+        return self.tp_dim is None and SHARED.search(self.name) is not None
+
+    @property
+    def sees_own_heads(self) -> bool:
+        """Whether each rank of tp has a summand of its gradient though it is whole on all: each has other heads or
+        experts' features behind it (parallel.tensor.local_shard: partial)."""
+        of_heads = self.name.startswith("blocks.attention.") and self.name.split(".")[2] in ("q_norm", "k_norm")
+        return self.is_shared_head or of_heads or ".router." in self.name
+
     def travels_in_fp8(self, precision: PrecisionConfig, num_shards: int) -> bool:
         """Whether ranks gather it in fp8 (models/fp8_gather.py)."""
+        return precision.fp8_all_gather and self.multiplies_in_fp8(precision) and self.shape[0] % num_shards == 0
+
+    def multiplies_in_fp8(self, precision: PrecisionConfig) -> bool:
+        """Whether it is the weight of a layer that does (models/fp8.py)."""
         linear = self.name.startswith("blocks.") and self.name.endswith(".weight") and len(self.shape) == 2
         skipped = any(fragment in self.name for fragment in (".router.", *precision.fp8_skip))
-        return precision.fp8 and precision.fp8_all_gather and linear and not skipped and self.shape[0] % num_shards == 0
+        return precision.fp8 and linear and not skipped
 
     def local(self, *, tp: tuple[int, int], ep: tuple[int, int]) -> torch.Size:
         """Shape on one rank. tp, ep: number of ranks, and which of them."""
@@ -142,7 +160,7 @@ def _parameters(decoder: Decoder, dtype: torch.dtype, *, shared: bool, tp: int) 
                 shape = torch.Size((parts[name].rows[part], *tensor.shape[1:]))
                 yield its_name, _parameter(its_name, shape, whole=part != "q", trained=trained)
         else:
-            whole = shared and re.search(r"attention\.[kv]\.", name) is not None
+            whole = shared and SHARED.search(name) is not None
             whole |= decoder.config.score and name == "head.weight"  # a reward's
             yield name, _parameter(name, tensor.shape, whole=whole, trained=trained)
 

@@ -49,6 +49,7 @@ class StateBytes:
     master: int = 0  # copies that are updated, where these are not the parameters
     optimizer: int = 0
     num_parameters: int = 0  # that the rank computes with, a gathered one counted whole
+    num_owned: int = 0  # of those, that it updates
     beside: int = 0  # of a reference or teacher; on the host or on the device
 
     def __add__(self, other: StateBytes) -> StateBytes:
@@ -59,7 +60,8 @@ class StateBytes:
 
     @property
     def values(self) -> tuple[int, ...]:
-        return self.parameters, self.gradients, self.master, self.optimizer, self.num_parameters, self.beside
+        known = (self.parameters, self.gradients, self.master, self.optimizer)
+        return *known, self.num_parameters, self.num_owned, self.beside
 
     @property
     def total(self) -> int:
@@ -158,6 +160,7 @@ def _whole_parameters(job: Job, parameter: Parameter, local: torch.Size, num_sha
         master=0 if is_view else owned.numel() * master,
         optimizer=_moments(job, parameter, owned),
         num_parameters=local.numel(),
+        num_owned=owned.numel(),
     )
 
 
@@ -171,9 +174,8 @@ def _fully_sharded(
     elements = -(-local[dim] // num_shards) * (local.numel() // local[dim])
     if not (job.trained and parameter.is_trained):
         return StateBytes(elements * compute, num_parameters=local.numel())
-    padded = elements * master
-    moments = _moments(job, parameter, _cut(local, dim, num_shards, shard))
-    return StateBytes(padded, padded, 0, moments, local.numel())
+    padded, owned = elements * master, _cut(local, dim, num_shards, shard)
+    return StateBytes(padded, padded, 0, _moments(job, parameter, owned), local.numel(), owned.numel())
 
 
 def _cut(shape: torch.Size, dim: int, num_ranks: int, rank: int) -> torch.Size:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from planner.buffers import buffer_bytes
 from planner.hardware import Hardware
 from planner.job import Job
 from planner.plan import layout_of, room
@@ -37,7 +38,8 @@ def make_state_plan(job: Job, hardware: Hardware, *, because: Sequence[str]) -> 
 
 def _rank(job: Job, state: RankState) -> dict[str, Any]:
     held, at = state.bytes, state.example
-    on_device = 0 if job.parallel.cpu_offload else held.total
+    buffers = buffer_bytes(job, at.pp)
+    on_device = buffers + (0 if job.parallel.cpu_offload else held.total)
     return {
         "pp": at.pp,
         "tp": at.tp,
@@ -48,6 +50,7 @@ def _rank(job: Job, state: RankState) -> dict[str, Any]:
         "gradients_bytes": held.gradients,
         "master_bytes": held.master,
         "optimizer_bytes": held.optimizer,
+        "buffers_bytes": buffers,
         "beside_bytes": held.beside,
         "state_bytes": on_device + (0 if job.beside_on_host else held.beside),  # on the device
     }
@@ -55,7 +58,7 @@ def _rank(job: Job, state: RankState) -> dict[str, Any]:
 
 def state_as_text(plan: dict[str, Any]) -> str:
     """The page of a `make_state_plan`."""
-    columns = ("parameters", "gradients", "master", "optimizer", "beside", "state")
+    columns = ("parameters", "gradients", "master", "optimizer", "buffers", "beside", "state")
     rows = [["stage", "ranks", *columns]]
     for rank in plan["ranks"]:
         rows.append([str(rank["pp"]), str(rank["count"]), *(f"{rank[f'{c}_bytes'] / GIB:.3f}" for c in columns)])

@@ -5,7 +5,8 @@ MLP's last product, whose result no gradient needs, unless compiled graphs are m
 and with split backward: parallel/parallelize.py); selective, its element-wise part. Without compilation a block takes
 at least what the host needs to launch it.
 
-Communication inside of layers is waited for, at layer_gbps in a node. Data parallelism's travels
+Communication inside of layers is waited for, at layer_gbps in a node, and so is that of the update (Muon's matrices, a
+table that two stages have). Data parallelism's travels
 beside computation: what is longer than that is waited for, and overlap_cost of what is hidden; its copies (gradients
 into buffers and to the dtype of the sum, gathered parameters into place) move memory in every micro-batch. The
 optimizer moves its state, gradients and weights once at optimizer_tbps. A pipeline is simulated with the times of its
@@ -17,6 +18,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from parallel.pipeline.actions import Action, Kind
 from parallel.pipeline.schedules import SPLIT_BACKWARD
@@ -29,7 +31,8 @@ from planner.job import Job
 from planner.operators import Operator, operators_of_stage
 from planner.shapes import parameters_of
 from planner.state import rank_states
-from planner.traffic import Transfer, bytes_less_in_fp8, local_elements, traffic
+from planner.traffic import bytes_less_in_fp8, local_elements, traffic
+from planner.traffic_in_layers import Transfer
 
 
 @dataclass(frozen=True)
@@ -124,8 +127,15 @@ def _least_passes(job: Job, stages: list[_StageTime], busy: list[float]) -> Iter
         yield seconds + smallest * through
 
 
+def in_node(job: Job, hardware: Hardware, axis: str) -> bool:
+    """Whether no group of an axis crosses from a node to the next."""
+    node = hardware.gpus_per_node
+    return job.dims.world_size <= node or node % _span(job, axis) == 0
+
+
 def _span(job: Job, axis: str) -> int:
-    """Neighbouring GPUs from the first to the last rank of a group; tp is innermost, pp outermost."""
+    """Neighbouring GPUs that one group of an axis, or several side by side, fill: the first begins at GPU 0, and each
+    where another ends. tp is innermost, pp outermost."""
     dims = job.dims
     inner = dims.tp
     spans = {"tp": dims.tp, "cp": dims.tp * dims.cp, "ep": dims.tp * min(dims.dp_shard * dims.cp, dims.ep)}
@@ -138,59 +148,81 @@ def _span(job: Job, axis: str) -> int:
 
 def seconds_of(job: Job, hardware: Hardware, transfer: Transfer) -> float:
     """Of a transfer that nothing hides."""
-    link = hardware.link(_span(job, transfer.axis), in_layers=transfer.in_layers)
+    link = hardware.link(in_node=in_node(job, hardware, transfer.axis), in_layers=transfer.in_layers)
     return transfer.bytes / link + transfer.calls * hardware.latency_us * 1e-6
+
+
+class _RankTime(NamedTuple):
+    """Seconds of a rank in a step, which `step_time` puts together."""
+
+    compute: float
+    inside: float  # communication of layers, and copies
+    beside: float  # communication of data parallelism, were nothing to hide it
+    again: float  # of compute
+    at_end: float  # communication between backward and the end of the update
+    copies: float
+    axes: dict[str, float]  # communication of layers, by axis
+
+
+def _rank_time(job: Job, hardware: Hardware, pp_rank: int, stages: Sequence[_StageTime]) -> _RankTime:
+    share = sum(job.sequences) / max(job.sequences)  # micro-batches, the last one by its part
+    axes: dict[str, float] = {}
+    beside = at_end = 0.0
+    for transfer in traffic(job, pp_rank):
+        seconds = seconds_of(job, hardware, transfer)
+        if transfer.at_end:
+            at_end += seconds
+        elif not transfer.in_layers:
+            beside += seconds
+        elif transfer.axis != "pp":
+            axes[transfer.axis] = axes.get(transfer.axis, 0.0) + seconds
+    copies = _copies(job, hardware, pp_rank)
+    compute = share * sum(stage.forward + stage.backward for stage in stages)
+    again = share * sum(stage.again for stage in stages)
+    return _RankTime(compute, sum(axes.values()) + copies, beside, again, at_end, copies, axes)
 
 
 def step_time(job: Job, hardware: Hardware, *, simulated: bool = True) -> StepTime:
     """Predicted time of a step. Not simulated: no longer than that, and without what only the schedule can say."""
     stages = _stage_times(job, hardware)
-    share = sum(job.sequences) / max(job.sequences)  # micro-batches, the last one by its part
-    by_rank = []
-    known: dict[object, tuple[float, float, float, float, float, dict[str, float]]] = {}
+    by_rank: list[_RankTime] = []
+    known: dict[object, _RankTime] = {}
     for rank in range(job.dims.pp):
         alike = tuple(_kind_of(job, stage) for stage in job.stages_of(rank))
         if alike in known:
             by_rank.append(known[alike])
             continue
-        mine = [stages[stage.index] for stage in job.stages_of(rank)]
-        transfers = traffic(job, rank)
-        axes: dict[str, float] = {}
-        for t in transfers:
-            if t.in_layers and t.axis != "pp":
-                axes[t.axis] = axes.get(t.axis, 0.0) + seconds_of(job, hardware, t)
-        beside = sum(seconds_of(job, hardware, t) for t in transfers if not t.in_layers)
-        copies = _copies(job, hardware, rank)
-        inside = sum(axes.values()) + copies
-        compute = share * sum(stage.forward + stage.backward for stage in mine)
-        known[alike] = (compute, inside, beside, share * sum(stage.again for stage in mine), copies, axes)
+        known[alike] = _rank_time(job, hardware, rank, [stages[stage.index] for stage in job.stages_of(rank)])
         by_rank.append(known[alike])
-    compute, inside, beside, again, copies, axes = max(by_rank, key=lambda of_rank: of_rank[:4])
+    slowest = max(by_rank, key=lambda of_rank: of_rank[:4])
+    compute, inside, beside = slowest.compute, slowest.inside, slowest.beside
     timeline, passes, bubble = None, compute + inside, 0.0
     if job.pipeline is not None and simulated:
-        timeline = _simulate(job, hardware, stages, [of_rank[1] / of_rank[0] for of_rank in by_rank])
+        timeline = _simulate(job, hardware, stages, [of_rank.inside / of_rank.compute for of_rank in by_rank])
         passes, bubble = timeline.makespan, timeline.bubble
     elif job.pipeline is not None:
-        passes = max(passes, *_least_passes(job, stages, [of_rank[0] + of_rank[1] for of_rank in by_rank]))
+        passes = max(passes, *_least_passes(job, stages, [of_rank.compute + of_rank.inside for of_rank in by_rank]))
+    at_end = max(of_rank.at_end for of_rank in by_rank)
     alone = max(0.0, beside - _cover(job, compute + inside))
     slowed = hardware.overlap_cost * (beside - alone)
     optimizer = _optimizer(job, hardware)
-    waited = inside + alone + slowed
+    waited = inside + alone + slowed + at_end
     return StepTime(
-        step=passes + alone + slowed + optimizer,
+        step=passes + alone + slowed + at_end + optimizer,
         compute=compute,
-        recompute=again,
+        recompute=slowest.again,
         communication=waited,
         hidden_communication=beside - alone,
         optimizer=optimizer,
         bubble=bubble,
         terms={
-            "compute": compute - again,
-            "recompute": again,
-            **{f"{axis} communication": seconds for axis, seconds in axes.items()},
-            "copies of data parallelism": copies,
+            "compute": compute - slowest.again,
+            "recompute": slowest.again,
+            **{f"{axis} communication": seconds for axis, seconds in slowest.axes.items()},
+            "copies of data parallelism": slowest.copies,
             "waiting in the pipeline": passes - compute - inside,
             "data-parallel communication not hidden": alone + slowed,
+            "communication of the update": at_end,
             "optimizer": optimizer,
         },
         timeline=timeline,
@@ -228,11 +260,8 @@ def _optimizer(job: Job, hardware: Hardware) -> float:
     for state in rank_states(job, largest=True):
         held = state.bytes
         master = job.precision.master_dtype.itemsize
-        owned: float = held.num_parameters
-        if job.parallel.zero_stage:
-            owned = owned / (job.dims.dp_shard * job.dims.cp)
         copied = compute if job.parallel.zero_stage < 3 and held.master else 0
-        moved = 2 * held.optimizer + owned * (2 * master + 2 * job.precision.reduce_dtype.itemsize + copied)
+        moved = 2 * held.optimizer + held.num_owned * (2 * master + 2 * job.precision.reduce_dtype.itemsize + copied)
         most = max(most, moved)
     return most / (hardware.optimizer_tbps * 1e12)
 
@@ -242,7 +271,7 @@ def _simulate(job: Job, hardware: Hardware, stages: list[_StageTime], slower: li
     assert job.pipeline is not None
     owner, sizes = job.pipeline.owner, [n / max(job.sequences) for n in job.sequences]
     size = job.precision.compute_dtype.itemsize
-    message = job.stream_tokens * job.model.hidden_size * size / hardware.link(job.dims.world_size)
+    message = job.stream_tokens * job.model.hidden_size * size / hardware.link(in_node=in_node(job, hardware, "pp"))
 
     def of(action: Action) -> float:
         stage = stages[action.stage]

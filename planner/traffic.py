@@ -7,48 +7,43 @@ that (ring algorithms; NCCL's "bus bandwidth" is these bytes over time). With M 
                 3: parameters of blocks gathered in forward and backward of every micro-batch, others once; gradients
                 in each
     replicas    what is left of gradients all-reduced once; stage 0: whole gradients
-    tp          of a block, two sums of the residual stream in forward and two in backward: all-reduces, or with
-                sequence parallelism gathers and scatters, of which backward gathers what forward scattered
-    cp          ring and allgather: keys and values forward, twice that backward; ulysses: q, k, v and output, both ways
+    tp          a sum of the residual stream behind the embedding, each branch and, in backward, before each branch and
+                the head: all-reduces, or with sequence parallelism gathers and scatters, of which backward gathers what
+                forward scattered. Latent attention gathers latents. Gradients of what is whole on every rank and sees
+                other tokens or heads on each; and 16 bytes a token of the loss
+    cp          ring: keys and values to n - 1 others, in backward once more with n of their gradients in fp32;
+                allgather: forward, and their gradients in fp32 back; ulysses: q, k, v and output, both ways
     ep          rows to their experts and back, both ways
-    pp          hidden states, and their gradients, between stages
+    pp          hidden states, and their gradients, between stages; the gradient of a table that two of them have
+    Muon        matrices to the rank that works on them and back, in bf16, over each axis that cuts them
+
+Blocks that are computed again send what they sent in forward once more. A few numbers of a step are left out (its loss,
+the norm of gradients, counts of a router).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
-from planner.activations import layers_of
 from planner.job import Job
 from planner.shapes import Parameter, parameters_of
+from planner.state import Coordinates, state_of_rank
+from planner.traffic_in_layers import Transfer, in_layers, sent
 
-
-@dataclass(frozen=True)
-class Transfer:
-    """One collective over one axis, in all of a step, sent by a rank."""
-
-    axis: str
-    collective: str
-    bytes: float
-    calls: int
-    in_layers: bool = False  # computation of the same layer waits for it
+MUON_BYTES = 2
+"""Of an element that Muon iterates on: bf16, on a GPU."""
 
 
 def traffic(job: Job, pp_rank: int = 0) -> list[Transfer]:
     """Of a rank with these stages."""
-    found = [*_data_parallel(job, pp_rank), *_in_layers(job, pp_rank), *_pipeline(job, pp_rank)]
+    found = [*_data_parallel(job, pp_rank), *in_layers(job, pp_rank), *_pipeline(job, pp_rank), *_muon(job, pp_rank)]
     return [transfer for transfer in found if transfer.bytes]
 
 
 def plain_ddp_bytes(job: Job) -> float:
     """What one all-reduce of all gradients over all ranks would send, with the whole model on each."""
     elements = sum(count * parameter.shape.numel() for parameter, count in parameters_of(job.model, None, tp=1).items())
-    return 2 * _sent(elements * job.precision.reduce_dtype.itemsize, job.dims.world_size)
-
-
-def _sent(num_bytes: float, num_ranks: int) -> float:
-    return num_bytes * (num_ranks - 1) / num_ranks
+    return 2 * sent(elements * job.precision.reduce_dtype.itemsize, job.dims.world_size)
 
 
 def local_elements(job: Job, pp_rank: int) -> tuple[int, int]:
@@ -83,7 +78,7 @@ def _data_parallel(job: Job, pp_rank: int) -> list[Transfer]:
     for elements, num_shards, suffix in ((plain, shard, ""), (spread, dims.expert_shard, " of experts")):
         if stage == 0:
             num = num_shards * dims.dp_replicate
-            found.append(Transfer(f"data{suffix}", "all_reduce", 2 * _sent(elements * reduce, num), 1))
+            found.append(Transfer(f"data{suffix}", "all_reduce", 2 * sent(elements * reduce, num), 1))
             continue
         scatters = len(job.sequences) if stage >= 2 else 1
         gathers = 2 * len(job.sequences) if stage == 3 else 1
@@ -98,55 +93,10 @@ def _data_parallel(job: Job, pp_rank: int) -> list[Transfer]:
             # What is outside of blocks stays from forward to backward.
             gathered -= len(job.sequences) * outside * compute + gathers * bytes_less_in_fp8(job, parameters)
         axis = f"shard{suffix}"
-        found.append(Transfer(axis, "reduce_scatter", scatters * _sent(elements * reduce, num_shards), scatters))
-        found.append(Transfer(axis, "all_gather", _sent(gathered, num_shards), gathers))
-        replicas = 2 * _sent(elements / num_shards * reduce, dims.dp_replicate)
+        found.append(Transfer(axis, "reduce_scatter", scatters * sent(elements * reduce, num_shards), scatters))
+        found.append(Transfer(axis, "all_gather", sent(gathered, num_shards), gathers))
+        replicas = 2 * sent(elements / num_shards * reduce, dims.dp_replicate)
         found.append(Transfer(f"replicas{suffix}", "all_reduce", replicas, 1))
-    return found
-
-
-def _in_layers(job: Job, pp_rank: int) -> list[Transfer]:
-    dims, model, size = job.dims, job.model, job.precision.compute_dtype.itemsize
-    layers = [layer for stage in job.stages_of(pp_rank) for layer in layers_of(job, stage)]
-    experts = sum(model.moe.in_layer(layer) for layer in layers)
-    again = 1 if model.activation_checkpoint in ("full", "offload") else 0  # forward is run once more
-    tokens = sum(job.sequences) * job.seq_len // dims.cp  # in a step
-    passes = len(job.sequences) * len(layers)
-    found = []
-    if dims.tp > 1:
-        sums = tokens * model.hidden_size * size * len(layers)
-        if job.parallel.sequence_parallel:
-            one = _sent(sums, dims.tp)
-            found.append(Transfer("tp", "all_gather", (4 + 2 * again) * one, 4 * passes, True))
-            found.append(Transfer("tp", "reduce_scatter", (4 + 2 * again) * one, 4 * passes, True))
-        else:
-            found.append(Transfer("tp", "all_reduce", (4 + 2 * again) * 2 * _sent(sums, dims.tp), 4 * passes, True))
-    if dims.cp > 1:
-        found += _context(job, tokens, len(layers), passes, again)
-    if dims.ep > 1:
-        rows = tokens * model.moe.top_k * (job.parallel.ep_buffer or 1.0) * model.hidden_size * size
-        sent = _sent(rows, dims.ep) * experts
-        calls = 4 * experts * len(job.sequences)
-        found.append(Transfer("ep", "all_to_all", (4 + 2 * again) * sent, calls, True))
-    return found
-
-
-def _context(job: Job, tokens: int, num_layers: int, passes: int, again: int) -> list[Transfer]:
-    model, dims, size = job.model, job.dims, job.precision.compute_dtype.itemsize
-    assert model.num_kv_heads is not None  # resolved
-    assert model.head_dim is not None
-    assert model.value_dim is not None
-    heads, kv_heads = model.num_heads / dims.tp, max(model.num_kv_heads / dims.tp, 1)
-    keys = kv_heads * (model.head_dim + model.value_dim)
-    found = []
-    if dims.cp_ring > 1:
-        # Each rank's keys and values go to all others; backward once more, and their gradients back.
-        one = tokens * keys * size * (dims.cp_ring - 1) * num_layers
-        name = "all_gather" if job.parallel.cp_method == "allgather" else "send_receive"
-        found.append(Transfer("cp", name, (3 + again) * one, 3 * passes, True))
-    if dims.cp_ulysses > 1:
-        one = tokens * (heads * (model.head_dim + model.value_dim) + keys) * size * num_layers
-        found.append(Transfer("cp", "all_to_all", (2 + again) * _sent(one, dims.cp_ulysses), 8 * passes, True))
     return found
 
 
@@ -160,4 +110,33 @@ def _pipeline(job: Job, pp_rank: int) -> list[Transfer]:
     neighbours = [other for stage in job.stages_of(pp_rank) for other in (stage.index - 1, stage.index + 1)]
     messages = sum(0 <= other < len(owner) and owner[other] != pp_rank for other in neighbours)
     calls = messages * len(job.sequences)
-    return [Transfer("pp", "send_receive", messages * tokens * job.model.hidden_size * size, calls, True)]
+    moved = messages * tokens * job.model.hidden_size * size
+    return [Transfer("pp", "send_receive", moved, calls, True), *_tied(job, pp_rank)]
+
+
+def _tied(job: Job, pp_rank: int) -> list[Transfer]:
+    """The first stage's table, which the last one has as well: one sum of what each owns of its gradient."""
+    assert job.pipeline is not None
+    ends = (job.pipeline.owner[0], job.pipeline.owner[-1])
+    if not job.model.embeds_last or ends[0] == ends[1] or pp_rank not in ends:
+        return []
+    table = {p: n for p, n in job.parameters(pp_rank).items() if p.name.startswith("embedding.")}
+    owned = state_of_rank(job, table, Coordinates(pp_rank, 0, 0)).num_owned
+    return [Transfer("pp", "all_reduce", 2 * sent(owned * job.precision.master_dtype.itemsize, 2), 1, at_end=True)]
+
+
+def _muon(job: Job, pp_rank: int) -> list[Transfer]:
+    """Of each axis that cuts hidden matrices, all of what a rank has of them, there and back. On average: where a round
+    has fewer matrices than ranks, some send more and others less."""
+    if job.optimizer != "muon":
+        return []
+    dims, found = job.dims, []
+    num_shards = dims.dp_shard * dims.cp if job.parallel.zero_stage else 1
+    hidden = {p: n for p, n in job.parameters(pp_rank).items() if p.is_hidden_matrix and p.is_trained}
+    for is_cut in (True, False):
+        matrices = {p: n for p, n in hidden.items() if (p.tp_dim is not None) == is_cut}
+        axes = {"shard": num_shards, "tp": dims.tp if is_cut else 1}
+        held = state_of_rank(job, matrices, Coordinates(pp_rank, 0, 0)).num_owned * MUON_BYTES
+        rounds = -(-sum(matrices.values()) // (axes["shard"] * axes["tp"]))
+        found += [Transfer(a, "all_to_all", 2 * sent(held, n), 2 * rounds, at_end=True) for a, n in axes.items()]
+    return found

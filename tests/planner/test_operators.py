@@ -29,6 +29,7 @@ from parallel.activation_checkpoint import ActivationCheckpoint, apply_activatio
 from parallel.groups import NO_GROUPS
 from parallel.parallelize import compile_block
 from planner import eager
+from planner.activations import block_bytes
 from planner.hardware import Hardware, problems
 from planner.hardware_files import read_hardware
 from planner.operators import Operator, operators_of_stage
@@ -188,6 +189,51 @@ def _operators(*overrides: str, gpus: int = 1) -> tuple[dict[str, Operator], flo
     job = job_of(finalize(compose_one([*common, *overrides]), world_size=gpus), world_size=gpus)
     time = step_time(job, H200)
     return {o.name: o for o in operators_of_stage(job, H200, job.stages[0])}, time.step, time.recompute
+
+
+def _attention_projections(*overrides: str, tp: int) -> float:
+    """FLOPs forward of all ranks of tp together."""
+    sizes = ["train.seq_len=4096", "train.global_batch_size=1", "model.num_layers=2", "data.validation_fraction=0"]
+    layout = [f"parallel.tp={tp}", "parallel.zero_stage=1"]
+    job = job_of(finalize(compose_one([*overrides, *sizes, *layout]), world_size=tp), world_size=tp)
+    operators = {o.name: o for o in operators_of_stage(job, H200, job.stages[0])}
+    return tp * operators["attention projections"].forward_flops
+
+
+@pytest.mark.parametrize(("model", "most"), [("llama3_8b", 8), ("qwen3_30b_a3b", 4)])
+def test_ranks_of_tp_share_out_the_attention_projections(model: str, most: int) -> None:
+    """Keys and values of fewer heads than ranks charged whole to each: of 16 ranks that share 8 heads, two compute the
+    same, and not 16."""
+    alone = _attention_projections(f"model={model}", tp=1)
+    assert _attention_projections(f"model={model}", tp=most) == pytest.approx(alone)
+    config = resolve_model(compose_for(PLAN, [f"model={model}", "model.num_layers=2"]).model)
+    assert config.num_kv_heads == most
+    keys_and_values = 2 * 2 * 4096 * 2 * config.hidden_size * most * (config.head_dim or 0)  # of 2 layers
+    shared = _attention_projections(f"model={model}", tp=2 * most)
+    assert shared - alone == pytest.approx(keys_and_values)
+
+
+def test_sequence_parallelism_shares_out_what_every_rank_has_whole() -> None:
+    """Latents, which each rank makes of its own tokens; without it all make all of them."""
+    latent = ["model=deepseek_v3", "model.moe.first_dense=1"]
+    alone = _attention_projections(*latent, tp=1)
+    sequence = "parallel.sequence_parallel=true"
+    assert _attention_projections(*latent, sequence, tp=8) == pytest.approx(alone)
+    low_ranks = 2 * 2 * 4096 * 7168 * (1536 + 512 + 64)  # of 2 layers
+    assert _attention_projections(*latent, tp=8) - alone == pytest.approx(7 * low_ranks)
+
+
+def test_latent_attention_keeps_no_input_that_it_does_not_gather() -> None:
+    """7168 features of all tokens, where a rank has its own and 2112 of all."""
+    sizes = ["train.seq_len=4096", "train.global_batch_size=1", "model.num_layers=2", "data.validation_fraction=0"]
+    common = ["model=deepseek_v3", "precision=bf16", "train.compile=true", "model.moe.first_dense=1", *sizes]
+    layout = ["parallel.tp=8", "parallel.zero_stage=1", "parallel.sequence_parallel=true"]
+    job = job_of(finalize(compose_one([*common, *layout]), world_size=8), world_size=8)
+    T, D, latents, heads = 4096, 7168, 1536 + 512, 128 / 8
+    of_stream = 3 * D + latents  # of a token here: residual stream twice, input of attention; latents before norms
+    of_all = D + latents + 64 + heads * (2 * 192 + 128) + heads * 128 + 3 * 18432 / 8
+    kept = 2 * (T / 8 * of_stream + T * of_all) + 4 * T * heads
+    assert block_bytes(job, 0).kept == pytest.approx(kept)
 
 
 TINY = ["+exp=llama3_1b", "model.hidden_size=64", "model.intermediate_size=160", "model.num_layers=1",

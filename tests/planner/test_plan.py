@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from models.config import ModelConfig
 from models.flops import flops_per_token, num_parameters
 from models.registry import resolve_model
 from planner.cache import cache_bytes
+from planner.failure import RESTART_SECONDS, failure_cost
 from planner.flops import flops_by_operator
 from planner.report import as_text
 from tests.parity.adapting import adapter_config
@@ -123,6 +125,9 @@ def test_8_experts_of_7b_against_13b_dense() -> None:
     assert sparse["num_parameters"] == pytest.approx(46.7e9, rel=0.01)
     assert sparse["flops_per_token"] == pytest.approx(dense["flops_per_token"], rel=0.05)
     assert most(sparse, "optimizer") == pytest.approx(46.7 / 13.0 * most(dense, "optimizer"), rel=0.02)
+    # Of an element that a rank owns, 8 bytes of moments and 4 of its weight read and written, a gradient read twice.
+    owned = most(sparse, "optimizer") / 8
+    assert sparse["step_parts"]["optimizer"] == pytest.approx(owned * (2 * 8 + 2 * 4 + 2 * 4) / 3.9e12)
     assert sparse["traffic_bytes_per_step"]["ep"]["all_to_all"] > 0
     assert "ep" not in dense["traffic_bytes_per_step"]
 
@@ -171,6 +176,8 @@ def test_the_command_prints_json_and_text(capsys: pytest.CaptureFixture[str]) ->
     [
         ("format=xml", "format=xml is unknown; use text or json"),
         ("plan.gpus=0", "plan.gpus=0 must be at least 1"),
+        ("plan.gpus=12", "12 GPUs are no whole number of nodes, which have hardware.gpus_per_node=8; use 8 or 16"),
+        ("plan.mtbf_hours=0", "plan.mtbf_hours=0.0 must be positive"),
         ("plan.tokens=-1", "plan.tokens=-1.0 must be positive"),
         ("plan.hardware=abacus", "plan.hardware=abacus is not there; use one of h200"),
         ("parallel.tp=3", "parallel.tp=3"),
@@ -181,6 +188,40 @@ def test_what_cannot_be_planned_is_refused_in_a_line(override: str, says: str) -
     with pytest.raises(ConfigError) as raised:
         planned("plan.gpus=4", override) if not override.startswith("plan.gpus") else planned(override)
     assert any(says in line for line in raised.value.problems)
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+@pytest.mark.parametrize("seconds", [0.5, 40.0])
+def test_lost_time_is_that_of_failures_at_all_moments(asynchronous: bool, seconds: float) -> None:
+    """A write beside training that counts as lost; the newest checkpoint taken to be there before it is written.
+    seconds: of the copy; of the write four times as many."""
+    hardware = replace(load_hardware("h200"), host_gbps=1.0, checkpoint_gbps=1.0, mtbf_gpu_hours=30.0)
+    sizes = {"checkpoint_bytes": 2 * 4e9 * seconds, "rank_bytes": 1e9 * seconds}
+    found = failure_cost(hardware, num_gpus=16, asynchronous=asynchronous, **sizes)
+    write, held_up = 4 * seconds, seconds if asynchronous else 5 * seconds
+    assert (found.checkpoint_seconds, found.held_up_seconds) == (write, held_up)
+
+    def lost(interval: float) -> float:
+        """Of a failure in each of a thousand moments of an interval: what came after the newest whole checkpoint."""
+        moments = [(n + 0.5) / 1000 * interval for n in range(1000)]
+        ages = [m + interval if asynchronous and m < write else m for m in moments]
+        return held_up / interval + (sum(ages) / 1000 + RESTART_SECONDS) / found.mtbf_seconds
+
+    assert found.lost_fraction == pytest.approx(lost(found.interval_seconds), rel=0.01)
+    least = write if asynchronous else 0.0
+    for other in (0.8, 1.25):
+        if found.interval_seconds * other > least:
+            assert lost(found.interval_seconds * other) > lost(found.interval_seconds)
+    assert found.interval_seconds >= least
+
+
+def test_failures_are_as_frequent_as_the_command_line_says() -> None:
+    """plan.mtbf_hours that is read and changes nothing, or a checkpoint's way of being written."""
+    common = ["+exp=llama3_8b", "plan.gpus=16", "train.global_batch_size=16"]
+    changes = ([], ["plan.mtbf_hours=8"], ["checkpoint.asynchronous=false"])
+    costs = [planned(*common, *more)["failure"] for more in changes]
+    assert [cost["mtbf_seconds"] for cost in costs] == [50000 * 3600 / 16, 8 * 3600 / 16, 50000 * 3600 / 16]
+    assert costs[0]["lost_fraction"] < min(costs[1]["lost_fraction"], costs[2]["lost_fraction"])
 
 
 @pytest.fixture(scope="module")

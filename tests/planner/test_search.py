@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from launch.compose import compose_for, compose_one
 from launch.plan import PLAN, PlanConfig, load_hardware, plan, plan_of, search_of
 from launch.plan_search import _Space, held_by
 from models.mtp_config import MTPConfig
 from models.registry import build_model, resolve_model
+from parallel.dims import ParallelDims
 from parallel.pipeline.stages import make_stages
 from planner.plan import room
 from planner.search import cost_of, differences, rank_layouts, split_of
 from planner.search_report import as_page
 from planner.shapes import Parameter, _parameters, parameters_of
 from planner.state import rank_states
-from planner.steptime import step_time
+from planner.steptime import in_node, step_time
 from tests.planner.test_state import GPT2, LATENT, MOE, ODD, TIED
 from trainer.config import ConfigError
 from trainer.validate import finalize
@@ -147,16 +151,51 @@ def test_what_cannot_be_searched_is_refused(overrides: list[str], says: str) -> 
         search_of(compose_for(PLAN, overrides), overrides)
 
 
+def test_tp_that_is_searched_stays_in_a_node() -> None:
+    """tp=3 or 6 of 24 GPUs, of which groups cross from one node of 8 to the next."""
+    tried = space("model.num_heads=24", "model.num_kv_heads=24")
+    tried.world_size = 24
+    assert {split["parallel.tp"] for split in tried._splits()} == {1, 2, 4, 8}
+    tried.world_size = 6
+    assert {split["parallel.tp"] for split in tried._splits()} == {1, 2, 3, 6}
+
+
+@pytest.mark.parametrize(
+    ("world_size", "degrees", "inside"),
+    [
+        (24, {"tp": 3}, {"tp": False}),
+        (24, {"tp": 6}, {"tp": False}),
+        (24, {"tp": 4, "cp": 2}, {"tp": True, "cp": True}),
+        (24, {"tp": 4, "cp": 3}, {"tp": True, "cp": False, "shard": False}),
+        (6, {"tp": 3}, {"tp": True, "shard": True}),
+        (16, {"tp": 2, "pp": 2}, {"tp": True, "shard": True, "pp": False}),
+    ],
+)
+def test_a_group_is_in_a_node_if_none_of_its_axis_crosses(
+    world_size: int, degrees: dict[str, int], inside: dict[str, bool]
+) -> None:
+    """Against the ranks of all groups: those that fit into a node by their number alone may lie across two."""
+    rung = space().legal({})
+    assert rung is not None
+    rest = {"dp_shard": world_size // math.prod(degrees.values()), "dp_replicate": 1, "ep": 1}
+    sizes = {"pp": 1, "cp": 1, "tp": 1} | degrees | rest
+    job = replace(rung.job, dims=ParallelDims(**sizes, world_size=world_size))
+    shape = (sizes["pp"], sizes["dp_shard"], sizes["cp"], sizes["tp"])
+    ranks = torch.arange(world_size).view(shape)
+    dims = {"pp": (0,), "shard": (1, 2), "cp": (2,), "tp": (3,)}
+    for axis, expected in inside.items():
+        others = [dim for dim in range(4) if dim not in dims[axis]]
+        groups = ranks.permute(*others, *dims[axis]).reshape(-1, math.prod(shape[dim] for dim in dims[axis]))
+        assert all(len({rank // 8 for rank in group}) == 1 for group in groups.tolist()) == expected
+        assert in_node(job, load_hardware("h200"), axis) == expected
+
+
 def test_parameters_of_stages_are_those_of_the_real_stages() -> None:
     """Stages are put together from one whole model: a table that the last one has too, blocks that come after it."""
     models = [ODD, TIED, GPT2, MOE, LATENT, replace(ODD, mtp=MTPConfig(depth=1))]
     for model in (resolve_model(model) for model in models):
         for sizes in ((2, 1, 1), (1, 3)):
             for stage in make_stages(sizes):
-                from collections import Counter
-
-                import torch
-
                 with torch.device("meta"):
                     decoder = build_model(model, stages=[stage])
                 real: Counter[Parameter] = Counter(

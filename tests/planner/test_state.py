@@ -13,17 +13,22 @@ import torch
 import torch.distributed as dist
 
 from data.config import DataConfig
+from kernels.fp8 import Recipe
+from launch.compose import compose_one
 from models.adapter_config import AdapterConfig
 from models.config import ModelConfig
+from models.fp8 import Fp8Linears, linears_in_fp8
 from models.mla_config import MLAConfig
 from models.moe_config import MoEConfig
+from models.registry import build_model
 from parallel.data import state_bytes
 from parallel.dims import ParallelConfig
 from parallel.precision import PrecisionConfig
 from parallel.regions import local_tensor
+from planner.buffers import buffer_bytes
 from planner.job import Job
 from planner.shapes import parameters_of
-from planner.state import Coordinates, rank_states, state_of_rank
+from planner.state import STEP_BYTES, Coordinates, rank_states, state_of_rank
 from tests.parity.adapting import adapter_config, token_data
 from tests.parity.harness import tiny_config
 from tests.parity.test_preferences import rewarding, tiny_llama
@@ -103,7 +108,7 @@ CASES: dict[str, tuple[int, ModelConfig, dict[str, Any], PrecisionConfig, dict[s
 
 ALWAYS = ("ddp", "zero1", "zero3 reduced in bf16", "tp, shared key heads", "tp x zero3", "pp x zero1, tied",
           "ep x zero2", "muon x zero3", "int8 moments, bf16 weights, zero3")  # fmt: skip
-"""Of these, which run in every suite; the others show nearly the same."""
+"""Of these, which run in every suite, the others with --thorough."""
 PARAMETERS = [pytest.param(n, marks=[] if n in ALWAYS else [pytest.mark.thorough]) for n in CASES]
 
 
@@ -141,7 +146,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.some(5)
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_state_has_the_bytes_that_are_predicted(ranks: RankPool, folder: Path, name: str) -> None:
     """A formula that forgets padding, a widened gradient, a parameter that every rank holds whole."""
@@ -154,7 +158,34 @@ def test_state_has_the_bytes_that_are_predicted(ranks: RankPool, folder: Path, n
         kinds = {"parameters": state.parameters, "gradients": state.gradients, "master": state.master}
         predicted.append((at, kinds | {"optimizer": state.optimizer}))
         assert torch.tensor(list(measured.values())).sum() > 0
+        if job.optimizer == "adamw" and job.state_dtype == "fp32":
+            assert state.optimizer == 2 * 4 * state.num_owned + STEP_BYTES
     assert predicted == results
+
+
+def test_the_page_says_in_how_many_layouts() -> None:
+    """A number that was true once."""
+    page = " ".join((Path(__file__).resolve().parents[2] / "docs" / "PLANNER.md").read_text().split())
+    assert f"to the byte, in {len(CASES)} layouts" in page
+    assert f"to the byte as well, in {len(ADAPTERS)} layouts of adapters" in page
+
+
+def test_buffers_are_those_of_the_model_and_of_delayed_scaling() -> None:
+    """Biases of routers that are forgotten, or counted on stages without experts; scales of a stage's layers alone."""
+    overrides = ["model=deepseek_v3", "model.num_layers=5", "precision=fp8", "parallel.pp=2", "parallel.zero_stage=1",
+                 "precision.fp8_recipe=tensorwise_delayed", "train.global_batch_size=4"]  # fmt: skip
+    final = finalize(compose_one([*overrides, "data.validation_fraction=0"]), world_size=2)
+    job = job_of(final, world_size=2)
+    with torch.device("meta"):
+        whole = build_model(job.model)
+        names = linears_in_fp8(whole.blocks, skip=final.precision.fp8_skip)
+        history = final.precision.fp8_amax_history
+        fp8 = Fp8Linears(Recipe("tensorwise_delayed"), names=names, history_length=history)
+        scales = sum(tensor.nbytes for tensor in fp8.state_tensors().values())
+        for pp in range(2):
+            model = build_model(job.model, stages=job.stages_of(pp))
+            assert buffer_bytes(job, pp) == sum(buffer.nbytes for buffer in model.buffers()) + scales
+    assert buffer_bytes(job, 1) > buffer_bytes(job, 0) >= scales > 0  # layers without experts come first
 
 
 def test_distinct_ranks_are_all_ranks(folder: Path) -> None:
@@ -211,7 +242,6 @@ ALWAYS_ADAPTED = ("zero2", "tp, shared key heads", "zero3 of some layers", "ep x
 ADAPTED = [pytest.param(n, marks=[] if n in ALWAYS_ADAPTED else [pytest.mark.thorough]) for n in ADAPTERS]
 
 
-@pytest.mark.some(2)
 @pytest.mark.parametrize("name", ADAPTED)
 def test_state_of_adapters_has_the_bytes_that_are_predicted(ranks: RankPool, folder: Path, name: str) -> None:
     """Frozen weights with gradients or masters; codes of NF4 that are cut as if they were rows."""
