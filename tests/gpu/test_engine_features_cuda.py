@@ -18,6 +18,7 @@ from tests.inference.adapters import GREEDY as LONGER
 from tests.inference.greedy import GREEDY, prompts_of, run_preempting
 from tests.inference.serving import serving, text_tokenizer
 from tests.inference.speculating import Scripted, speculating
+from tests.inference.test_constraints import check, samplings
 from tests.launch.conftest import small_llama
 from tests.models.small import random_decoder, tiny
 
@@ -108,3 +109,19 @@ def test_a_warmed_up_engine_answers_over_http() -> None:
             answer = server.post("/v1/completions", body | {"extra": 1} if number == 5 else body)
             assert answer.status_code == (400 if number == 5 else 200), answer.text
         assert engine.blocks.num_free == engine.blocks.num_blocks
+
+
+def test_constrained_output_is_valid_and_does_not_depend_on_preemption() -> None:
+    """Bits of allowed tokens that come late to the device, or to another row; a state advanced twice."""
+    pytest.importorskip("llguidance")
+    tokenizer, each = text_tokenizer(), samplings(seeds=6, max_tokens=40)
+    model = random_decoder(tiny(vocab_size=tokenizer.vocab_size + 3, max_seq_len=96)).to("cuda", torch.bfloat16)
+    config = EngineConfig(block_size=4, num_blocks=256, max_sequences=1, deterministic=True)
+    engine = Engine(model, config, tokenizer=tokenizer, eos_ids=[tokenizer.eos_id])
+    alone = engine.generate(["one two"] * len(each), each)
+    assert check(alone, each) > 10
+    scarce = replace(config, num_blocks=40, host_blocks=40, max_sequences=8, preemption="swap")
+    engine = Engine(model, scarce, tokenizer=tokenizer, eos_ids=[tokenizer.eos_id])
+    found = engine.generate(["one two"] * len(each), each)
+    assert [one.token_ids for one in found] == [one.token_ids for one in alone]
+    assert engine.counts.swapped > 0
