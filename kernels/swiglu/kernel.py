@@ -56,7 +56,7 @@ def _activation(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def _forward(
+def _glu_forward(
     gate_ptr,
     up_ptr,
     scale_ptr,
@@ -91,7 +91,7 @@ def _forward(
 
 
 @triton.jit
-def _backward(
+def _glu_backward(
     d_y_ptr,
     gate_ptr,
     up_ptr,
@@ -151,7 +151,7 @@ def glu_forward(
     programs = rows * triton.cdiv(width, block.size)
     if scale is not None:
         extra = extra.new_empty(programs)
-    _forward[(programs,)](
+    _glu_forward[(programs,)](
         gate_rows,
         up_rows,
         scale,
@@ -175,7 +175,7 @@ def glu_backward(d_y: Tensor, gate: Tensor, up: Tensor, d_gate: Tensor, d_up: Te
     d_y, gate, up, d_gate, d_up = _as_rows(d_y, gate, up, d_gate, d_up)
     rows, width = gate.shape
     block = _block(rows, width)
-    _backward[(rows * triton.cdiv(width, block.size),)](
+    _glu_backward[(rows * triton.cdiv(width, block.size),)](
         d_y,
         gate,
         up,

@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 Launches = Iterator[tuple[str, Callable[[], Any]]]
 ROWS = 64  # of 8192 where the choice of a configuration does not depend on it
-SCALAR_KERNELS = ("_total", "_count", "_place")
+SCALAR_KERNELS = ("_global_norm_total", "_moe_count", "_moe_place")
 """What they read is small: single numbers are no loss."""
 NARROW = ("int4 16", "nf4")
 """Launches whose packed numbers come 8 and 4 bytes at a time."""
-SPILLS = {"_backward_keys": 48}
+SPILLS = {"_attention_backward_keys": 48}
 """Bytes of a thread that the fastest configuration may spill: 8 with Triton 3.7.1, 48 with 3.6.0, under documents."""
 PRODUCTS = {
     **dict.fromkeys(("grouped_linear", "grouped input gradient", "grouped weight gradient"), 1),
