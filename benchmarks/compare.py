@@ -31,6 +31,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a cl
 
 from benchmarks.launches import launch, shown, torchrun
 from benchmarks.train import summarize
+from launch.compose import compose_one
+from models.registry import resolve_model
 
 PEERS = ("titan", "hugging_face", "lora")
 
@@ -86,9 +88,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def write_tokens(args: argparse.Namespace, path: Path) -> None:
-    """As many uniform tokens as the run reads; ids that every vocabulary has."""
+    """As many tokens as the run reads, uniform over the model's vocabulary as those of peers (peers/measure.py)."""
     num_tokens = (args.steps * args.gpus * args.micro_batch_size + 1) * args.seq_len + 1
-    np.save(path, np.random.default_rng(0).integers(0, 256, num_tokens, dtype=np.int32))
+    vocab_size = resolve_model(compose_one([f"model={args.model}"]).model).vocab_size
+    np.save(path, np.random.default_rng(0).integers(0, vocab_size, num_tokens, dtype=np.int32))
 
 
 def command_of(contestant: str, args: argparse.Namespace, run_dir: Path) -> list[str]:

@@ -74,7 +74,6 @@ def activation_launches() -> Launches:
     from kernels.softmax.op import _softmax, _softmax_backward
     from kernels.swiglu import (
         swiglu_backward_quantized,
-        swiglu_fp8,
         swiglu_fused,
         swiglu_fused_backward,
         swiglu_quantized,
@@ -85,7 +84,6 @@ def activation_launches() -> Launches:
     few = bf16(ROWS, 2 * 14336)
     yield "swiglu", lambda: (swiglu_fused(gate_up), swiglu_fused(few))
     yield "swiglu backward", lambda: swiglu_fused_backward(d_y, gate_up)
-    yield "swiglu fp8", lambda: (swiglu_fp8(gate_up), swiglu_fp8(gate_up, scale=scale))
     for tile in FORWARD.configs:
         with FORWARD.forced(tile):
             yield f"swiglu quantized {tile}", lambda: swiglu_quantized(gate_up, scale, transpose=True)
