@@ -38,7 +38,7 @@ def milliseconds(run: Callable[[], Any], of_kernel: str) -> float:
         for _ in range(10):
             run()
         torch.cuda.synchronize()
-    times = sorted(e.device_time_total for e in profile.events() if e.name == f"_{of_kernel}")
+    times = sorted(e.device_time_total for e in profile.events() if e.name == f"_attention_{of_kernel}")
     return times[len(times) // 2] / 1000
 
 

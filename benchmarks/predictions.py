@@ -41,6 +41,9 @@ LARGE = ["model=llama3_8b"]
 EXPERTS = ["model.moe.num_experts=8", "model.moe.top_k=2", "model.moe.intermediate_size=4096"]
 
 
+EAGER = ["train.compile=false", "train.loss_kernel=torch"]
+
+
 def _batch(seq_len: int, micro_batch_size: int, micro_batches: int = 2, ranks: int = 1) -> list[str]:
     samples = micro_batch_size * micro_batches * ranks
     sizes = [f"train.seq_len={seq_len}", f"train.micro_batch_size={micro_batch_size}"]
@@ -61,11 +64,11 @@ def alone() -> dict[str, list[str]]:
         "1b-8k-selective": [*_batch(8192, 2), f"{recompute}=selective"],
         "1b-32k-full": [*_batch(32768, 1, 1), f"{recompute}=full"],
         "1b-8k-fp8": [*_batch(8192, 1), "precision=fp8"],
-        "1b-8k-eager": [*_batch(8192, 1), "train.compile=false"],
+        "1b-8k-eager": [*_batch(8192, 1), *EAGER],
         "3b-8k-full": [*_batch(8192, 1), *SHAPE_3B, f"{recompute}=full"],
         "3b-2k": [*_batch(2048, 2), *SHAPE_3B],
         "narrow-2k": [*_batch(2048, 8), *NARROW],
-        "experts-4k-eager": [*_batch(4096, 1), *EXPERTS, "train.compile=false"],
+        "experts-4k-eager": [*_batch(4096, 1), *EXPERTS, *EAGER],
     }
 
 

@@ -66,6 +66,11 @@ def apply_producers(blocks: nn.Module, linears: Fp8Linears, *, activation: str) 
     return "; ".join([made, *(f"not by {count} ({why})" for why, count in sorted(others.items()))])
 
 
+def writes_fp8(mlp: MLP) -> bool:
+    """Whether its SwiGLU quantizes what it makes (`apply_producers`)."""
+    return "forward" in vars(mlp)
+
+
 def _attention_layers(block: Block) -> list[Any]:
     attention = block.attention
     if not isinstance(attention, Attention):

@@ -193,11 +193,11 @@ def schedule_of(pipeline: PipelineLayout, num_microbatches: int) -> Schedule:
 
 def loss_bytes(job: Job) -> float:
     """Workspace of the loss, on ranks of the last stage: the gradient of the head's rows in fp32, logits of a chunk of
-    tokens (4 bytes each when compiled, else 9), and of all tokens the last hidden state and its gradient in fp32 and
-    in the compute dtype."""
+    tokens (compiled 4 bytes each, by triton 2, else 9), and of all tokens the last hidden state and its gradient in
+    fp32 and in the compute dtype."""
     words = -(-job.model.vocab_size // job.dims.tp)
     size = job.precision.compute_dtype.itemsize
-    per_logit = 4 if job.compiled else 9 if size == 2 else 12
+    per_logit = {"compiled": 4, "triton": size}.get(job.loss_kernel, 9 if size == 2 else 12)
     chunk = min(job.tokens, CHUNK_TOKENS)
     hidden = job.tokens * job.model.hidden_size
     return words * job.model.hidden_size * 4 + chunk * words * per_logit + hidden * (2 * size + 4)

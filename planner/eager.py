@@ -8,7 +8,8 @@ features between the matrices of an MLP, H heads, G key heads, K head_dim, k exp
                       backward 52. Fused projections: their gradients are put side by side, 2 (H + 2 G) K backward
     activation        gated 5 F and 9 F, and 4 F backward where gate and up are one layer; else 2 F and 3 F
     loss              46 bytes a logit: log-softmax reads a row three times and writes fp32, one-hot 4, exp, difference
-                      and factor 26 in fp32, and what is cast back 6
+                      and factor 26 in fp32, and what is cast back 6; train.loss_kernel=triton is
+                      no more than compiled operations (planner/operators.py)
     router            its input in fp32: 10 D bytes forward and 20 D backward; and KERNELS of next to no bytes
 """
 

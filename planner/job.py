@@ -28,7 +28,8 @@ class Job:
     seq_len: int
     global_batch_size: int  # sequences
     micro_batch_size: int  # sequences per rank
-    compiled: bool  # blocks and loss
+    compiled: bool  # blocks
+    loss_kernel: str  # what lies between the products of the loss: compiled, triton or torch
     optimizer: str  # adamw, muon
     state_dtype: str  # of AdamW's moments: fp32, bf16, int8
     adapter: AdapterConfig = field(default_factory=AdapterConfig)  # what is trained beside a model that is not

@@ -208,8 +208,8 @@ def _mlp_rows(job: Job, layer: int) -> float:
 
 
 def _loss(job: Job, hardware: Hardware, sizes: _Sizes) -> Operator:
-    words = job.model.vocab_size / sizes.tp
-    bandwidth, per_logit = (hardware.elementwise, 8) if job.compiled else (hardware.eager, eager.LOSS_BYTES)
+    words, one_kernel = job.model.vocab_size / sizes.tp, job.loss_kernel != "torch"
+    bandwidth, per_logit = (hardware.elementwise, 8) if one_kernel else (hardware.eager, eager.LOSS_BYTES)
     sums = job.tokens / 4096 * words * job.model.hidden_size * 8 * bandwidth / hardware.elementwise  # by products
     moved = job.tokens * words * per_logit + sums
     return _operator("loss", 0, 0, moved * (1 + job.model.mtp.depth), 0, 1, 1, bandwidth)

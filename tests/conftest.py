@@ -106,6 +106,8 @@ def _left_out(config: pytest.Config, items: list[pytest.Item]) -> set[pytest.Ite
             continue
         num = min(marker.args[0], len(cases))
         kept = {cases[round(i * (len(cases) - 1) / max(num - 1, 1))] for i in range(num)}  # first, last, evenly between
+        if thorough and (kind := marker.kwargs.get("thorough_each")):
+            kept |= set({kind(item.callspec.params): item for item in reversed(cases)}.values())  # type: ignore[attr-defined]
         left_out |= set(cases) - kept
     return left_out
 

@@ -202,6 +202,66 @@ def test_measured_numbers_are_in_the_results() -> None:
         assert sorted(shown - known) == []
 
 
+H200, ADAMW, FP8 = "kernels_h200", "kernels_adamw_h200", "kernels_adamw_loss_fp8_h200"
+KERNEL_ROWS: dict[str, tuple[str, str, str]] = {  # by the beginning of a row: file, op, and a pattern of its shapes
+    "attention, documents": (H200, "attention", "documents"),
+    "attention, window of 1024": (H200, "attention", "window"),
+    "attention, plain causal": (H200, "attention", "causal"),
+    "RMSNorm, also with residual, width 2048 and 4096": (H200, "rms_norm", r"^(add )?\d+x(2048|4096)$"),
+    "RMSNorm, also with residual, width 16384": (H200, "rms_norm", r"^(add )?\d+x16384$"),
+    "RMSNorm of heads of 128": (H200, "rms_norm", "x128$"),
+    "RMSNorm to fp8": (H200, "rms_norm", "fp8"),
+    "LayerNorm, width 1600 and 4096": (H200, "layer_norm", "x(1600|4096)$"),
+    "LayerNorm, width 12288": (H200, "layer_norm", "x12288$"),
+    "RoPE": (H200, "rope", ""),
+    "SwiGLU": (H200, "swiglu", "^(?!fp8)"),
+    "GeGLU, tanh": (H200, "geglu", "tanh"),
+    "GeGLU, erf": (H200, "geglu", "none"),
+    "softmax, width 128 and 4096": (H200, "softmax", "x(128|4096)$"),
+    "softmax, width 16384 and 32768": (H200, "softmax", "x(16384|32768)$"),
+    "softmax, width 131072": (H200, "softmax", "x131072$"),
+    "cross entropy": (H200, "cross_entropy", ""),
+    "linear + cross entropy": (H200, "linear_cross_entropy", ""),
+    "gradient norm": (H200, "global_norm", ""),
+    "grouped matrix product": (H200, "grouped_linear", ""),
+    "sending rows to experts": (H200, "moe_permute", ""),
+    "int8 weights, 1 to 16": (H200, "int8_linear", "^(1|16)x(8192|28672)"),
+    "int8 weights, other": (H200, "int8_linear", "^(64|4096)x|x4096x4096"),
+    "int4 weights, 1 to 16": (H200, "int4_linear", "^(1|16)x"),
+    "int4 weights, 64": (H200, "int4_linear", "^(64|4096)x"),
+    "NF4 to bf16": (H200, "nf4_dequantize", ""),
+    "tiled matrix product": (H200, "matmul", ""),
+    "linear + GELU": (H200, "linear_gelu", ""),
+    "AdamW, fp32": (ADAMW, "adamw", r"fp32(, flat)?$"),
+    "AdamW, bf16": (ADAMW, "adamw", "bf16 stochastic, bf16"),
+    "quantization to fp8": (FP8, "fp8_quantize", "^(?!.*transposed)"),
+    "the same with a transposed copy": (FP8, "fp8_quantize", "^(?!1x128).*transposed"),
+    "the same, 1x128": (FP8, "fp8_quantize", "^1x128.*transposed"),
+    "fp8 product, scales by tensor": (FP8, "fp8_matmul", "^(tensor|row)wise"),
+    "fp8 product, scales of 1x128 and": (FP8, "fp8_matmul", "^1x128 and 128x128"),
+    "fp8 product, scales of 1x128 blocks": (FP8, "fp8_matmul", "^1x128 and 1x128"),
+    "fp8 linear layer": (FP8, "fp8_linear", ""),
+}
+
+
+@pytest.mark.parametrize(
+    "line", re.findall(r"^\| .*\|$", MEASURED.partition("| op (bf16")[2].partition("Files:")[0], re.M)
+)
+def test_each_row_of_kernels_spans_what_was_measured(line: str) -> None:
+    """A range of another op, or one that leaves out the shape that lost."""
+    name, _, forward, backward = (cell.strip(" *") for cell in line.strip("|").split("|"))
+    file, op, shapes = KERNEL_ROWS[max((begin for begin in KERNEL_ROWS if name.startswith(begin)), key=len)]
+    problems = json.loads((ROOT / "benchmarks" / "results" / f"{file}.json").read_text())["problems"]
+    measured = [p for p in problems if p["op"] == op and p["ratio"] and re.search(shapes, p["shape"])]
+    first = [p["ratio"] for p in measured if p["direction"] == "forward"]
+    second = [p["ratio"] for p in measured if p["direction"] not in ("forward", "sort")]
+    if op == "linear_cross_entropy":
+        first, second = second, []
+    for shown, ratios in ((forward, first), (backward, second)):
+        ends = list(dict.fromkeys(f"{end:.2f}" for end in (min(ratios), max(ratios)))) if ratios else []
+        assert shown == " to ".join(ends), line
+
+
 @pytest.mark.parametrize("processes", [4, 8])
 def test_llama3_8b_runs_as_it_is_and_as_its_file_says_for_smaller_gpus(
     processes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

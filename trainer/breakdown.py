@@ -19,17 +19,21 @@ from trainer.profiling import STEP
 
 GPU = {"kernel", "gpu_memcpy", "gpu_memset"}
 COMMUNICATION = "communication"
-# The first that is found in the name of a kernel, or of an operation, decides.
+OTHER = "memory_bound"
+# The first that is found in the name of a kernel, or of an operation, decides. Inductor names a kernel after all that
+# it fuses, among it views of what an attention or a product made; those of kernels/ are named for what they are.
 KINDS = {
+    OTHER: re.compile("^triton_(poi|per|red)_fused_"),
     COMMUNICATION: re.compile("nccl|gloo|c10d", re.IGNORECASE),
     "copy": re.compile("^mem(cpy|set)|^aten::(copy_|_to_copy|clone|cat)$", re.IGNORECASE),
-    "attention": re.compile("attention|flash|fmha|sdpa|_attn", re.IGNORECASE),
+    "attention": re.compile(
+        "attention|flash|fmha|sdpa|_attn|cudnn::fusion::(compute_dot_do_o|convert_dq)", re.IGNORECASE
+    ),
     "matrix_products": re.compile(
         "gemm|nvjet|cutlass|xmma|cublas|matmul|_mm_|_scaled_mm|grouped_mm|^aten::(mm|bmm|addmm|linear)$", re.IGNORECASE
     ),
-    "optimizer": re.compile("adam|multi_tensor|optimi|_foreach_", re.IGNORECASE),
+    "optimizer": re.compile("adam|multi_tensor|optimi|_foreach_|global_norm", re.IGNORECASE),
 }
-OTHER = "memory_bound"
 
 Interval = tuple[float, float]
 Event = dict[str, Any]

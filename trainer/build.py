@@ -6,22 +6,15 @@ import torch
 import torch.distributed as dist
 
 from kernels.fp8 import Recipe
-from kernels.grouped_linear import choose_grouped_linear
-from models.adapter_config import adapted_layers
-from models.config import ModelConfig
 from models.decoder import Decoder
-from models.flops import num_parameters
 from models.fp8 import Fp8Linears, apply_fp8, linears_in_fp8
 from models.fp8_producers import apply_producers
 from models.init import SCORE_HEAD
 from models.invariant import make_batch_invariant
-from models.layers.attention import choose_attention
 from models.layers.embedding_noise import EmbeddingNoise
-from models.layers.mlp import GATED_KERNELS
 from models.layers.router import Router
 from models.lora import apply_adapters, learning_rates
 from models.registry import build_model
-from parallel.activation_budget import describe as describe_plan
 from parallel.activation_checkpoint import ActivationCheckpoint
 from parallel.data import DataParallel
 from parallel.dims import ParallelDims
@@ -39,13 +32,9 @@ from trainer.graphed import GraphedPasses
 from trainer.loss import Objective
 from trainer.loss_scale import LossScale
 from trainer.optim import build_optimizer
-from trainer.optim import describe as describe_optimizer
 from trainer.passes import PlainPasses
 from trainer.pipelined import PipelinedPasses, pipeline_layout
-from trainer.recipes import RECIPES
-from trainer.recipes.pretrain import Pretrain
 from trainer.routing import RoutingMonitor
-from trainer.sequence import context_parallelism
 from trainer.speculator import build_speculator_state
 from trainer.step import Passes, TrainState
 
@@ -207,100 +196,7 @@ def check_fp8_runs(config: TrainConfig, device: torch.device) -> None:
         )
 
 
-def attention_used(config: TrainConfig, device: torch.device) -> str:
-    """The implementation of attention and why, for run.json. Raises ValueError where the one asked for does not run."""
-    used = choose_attention(
-        config.model,
-        device,
-        config.precision.compute_dtype,
-        documents=config.data.mask_documents,
-        cp_method=config.parallel.cp_method if config.parallel.cp > 1 else None,
-    )
-    if used.name == "flex" and config.model.activation_checkpoint == "budget":
-        raise ValueError(
-            "model.activation_checkpoint=budget cannot measure model.attention=flex, which is no single operation; use "
-            "model.attention=triton or sdpa, or activation_checkpoint=selective or full"
-        )
-    return str(used)
-
-
-def _projections(model: ModelConfig, dims: ParallelDims, state: TrainState) -> str:
-    """Which projections of one input are one product, and why not where they could be."""
-    layers = sorted({name.split(".")[-2] for name in state.fused})
-    used = f"{' and '.join(layers)} fused" if layers else "separate"
-    assert model.num_kv_heads is not None  # resolved
-    if model.fused_projections and not model.mla.kv_rank and dims.tp > model.num_kv_heads:
-        used += f"; q, k and v are not: parallel.tp={dims.tp} ranks share model.num_kv_heads={model.num_kv_heads}"
-    return used
-
-
-def _gated(model: ModelConfig, device: torch.device, *, compiled: bool) -> str:
-    """What multiplies a gated network's halves, of the blocks that are no mixtures of experts."""
-    if not model.gated_mlp:
-        return "none"
-    kernel = compiled and model.fused_projections and device.type == "cuda" and model.activation in GATED_KERNELS
-    return "triton" if kernel else "torch"
-
-
-def implementations(config: TrainConfig, dims: ParallelDims, state: TrainState, device: torch.device) -> dict[str, str]:
-    """What really computes each part of a step, for run.json."""
-    model, train = config.model, config.train
-    used = {
-        "attention": attention_used(config, device)
-        + (", gradients alone; forward: paged, batch-invariant" if state.model.batch_invariant else ""),
-        "loss": _loss(config),
-        "projections": _projections(model, dims, state),
-        "gated_mlp": _gated(model, device, compiled=train.compile),
-        "products": "batch-invariant" if state.model.batch_invariant else "torch",
-        "blocks": f"torch.compile({train.compile_backend})" if train.compile else "eager",
-        "passes": "CUDA graphs" if train.cuda_graphs else "eager",
-        "activation_checkpoint": model.activation_checkpoint
-        + (f": {describe_plan(list(state.activation_plan.values()))}" if state.activation_plan else ""),
-        **describe_optimizer(state.optimizer, config.optim),
-        "context_parallel": context_parallelism(config.parallel, dims, documents=config.data.mask_documents),
-        "data_parallel": f"zero{config.parallel.zero_stage}",
-        "pipeline": state.passes.layout.summary if isinstance(state.passes, PipelinedPasses) else "none",
-    }
-    for name, other in state.beside.items():
-        assert isinstance(other.model, Decoder)
-        used[f"{name}_model"] = f"{num_parameters(other.model.config) / 1e6:,.1f}M parameters, trained beside"
-    if model.speculator.kind != "none":
-        used["loss"] = f"of {model.speculator.kind} heads; {used['loss']}"
-    if config.adapter.name != "none":
-        adapter, frozen = config.adapter, config.adapter.quantize
-        kind = "dora" if adapter.dora else "rslora" if adapter.rank_stabilized else "lora"
-        count = len(adapted_layers(adapter, model))
-        kept = config.precision.compute if frozen == "none" else f"{frozen}, others {config.precision.compute}"
-        used["adapters"] = f"{kind} of rank {adapter.rank} on {count} layers; frozen weights in {kept}"
-    if model.moe.num_experts:
-        sizes = (model.hidden_size, model.moe.intermediate_size // dims.tp)
-        used["experts"] = choose_grouped_linear(device, config.precision.compute_dtype, *sizes)
-        used["moe_permute"] = "triton" if device.type == "cuda" else "reference"
-        if dims.ep > 1:
-            used["experts"] += f", all_to_all({dims.ep}) of {_what_travels(config, dims)}"
-    if state.fp8 is not None:
-        precision = config.precision
-        used["linear"] = (
-            f"fp8, {precision.fp8_recipe}, gradients {precision.fp8_gradient}, {len(state.fp8.names)} layers"
-        )
-        used["fp8_inputs"] = state.fp8.producers
-        if (gathered := state.fp8.gathered) is not None:
-            of_rank = " of rank 0" if dims.pp > 1 else ""
-            used["fp8_weights"] = f"{len(gathered.weights)} of {gathered.of}{of_rank} gathered in fp8"
-        if model.moe.num_experts:
-            used["experts"] += ", bf16"
-    return used
-
-
-def _loss(config: TrainConfig) -> str:
-    kernel = RECIPES[config.recipe.name].computes_loss(config)
-    compiled = kernel == Pretrain.loss_kernel and config.train.compiles_loss
-    return kernel + (", compiled" if compiled else "")
-
-
-def _what_travels(config: TrainConfig, dims: ParallelDims) -> str:
-    """To experts on other ranks: parallel/expert.py."""
-    if config.parallel.ep_buffer:
-        return f"buffers ({config.parallel.ep_buffer:g} shares)"
-    fixed = config.model.routing.capacity_factor > 0 and dims.cp == 1
-    return "buffers (capacity)" if fixed else "rows"
+def check_loss_runs(config: TrainConfig, device: torch.device) -> None:
+    """Raises ValueError where train.loss_kernel=triton asks for a GPU that is not there."""
+    if config.train.loss_kernel == "triton" and device.type != "cuda":
+        raise ValueError(f"train.loss_kernel=triton needs CUDA, and this runs on {device}; use train.loss_kernel=auto")

@@ -18,6 +18,7 @@ from trainer.rl.ppo_config import PPOConfig
 NONFINITE = ("skip", "stop")
 OPTIMIZERS = ("adamw", "muon")
 OPTIMIZER_KERNELS = ("auto", "torch", "triton")
+LOSS_KERNELS = ("auto", "torch", "triton")
 STATE_DTYPES = ("fp32", "bf16", "int8")
 SCHEDULES = ("constant", "linear", "cosine", "wsd")
 
@@ -46,6 +47,9 @@ class LoopConfig:
         False  # torch.compile each block, and with inductor what lies between the matrix products of the loss
     )
     compile_backend: str = "inductor"
+    # Of next-token losses, between the matrix products. torch: its operations, compiled with compile; triton:
+    # kernels/cross_entropy, CUDA alone; auto: see trainer/loss.py, choose_loss_kernel.
+    loss_kernel: str = "auto"  # one of LOSS_KERNELS
     cuda_graphs: bool = False  # CUDA, stages 0 and 1: a micro-batch is one launch (trainer/graphed.py)
     device: str = "auto"  # auto (cuda where there is one), cuda, cpu
     nonfinite: str = "skip"  # loss or gradient not finite: skip the step, or stop the run

@@ -47,6 +47,7 @@ from models.decoder import Head
 from models.mtp_config import MTPConfig
 from parallel.groups import ModelParallel
 from parallel.tensor import chunk_bounds
+from trainer.config import TrainConfig
 
 
 class Objective(Protocol):
@@ -80,16 +81,14 @@ class NextToken:
         *,
         weights: Tensor,
         names: Sequence[str] = (),
-        compile: bool = False,
+        kernel: str = "torch",
         vocabulary: VocabularyShard | None = None,
         batch_invariant: bool = False,
     ) -> None:
         """weights, names: see Objective. The others: see `token_loss_sum`."""
         self.weights = weights
         self.names = names
-        self._loss = partial(
-            token_loss_sum, compile=compile, vocabulary=vocabulary, batch_invariant=batch_invariant
-        )  # fmt: skip
+        self._loss = partial(token_loss_sum, kernel=kernel, vocabulary=vocabulary, batch_invariant=batch_invariant)
 
     def counts(self, batch: Batch) -> Tensor:
         return torch.stack([count_valid(labels) for labels in (batch.labels, *(labels for _, labels in batch.ahead))])
@@ -105,23 +104,40 @@ FROZEN_CHUNK = 2048
 """Tokens whose logits are in memory at a time, where the output layer has no gradient."""
 
 
+def choose_loss_kernel(config: TrainConfig, device_type: str) -> str:
+    """What `token_loss_sum` takes between the products for train.loss_kernel: compiled, triton or torch.
+
+    auto is compiled where that is asked for, and on CUDA triton where torch's operations would run one by one: these
+    take 9 bytes per logit of a chunk for triton's 2, and longer than compiled ones, whose speed triton has 1.02 times
+    (H200, bf16, 8192 tokens, 131072 words). Of a vocabulary that is split over tp nothing was timed.
+    """
+    train = config.train
+    if train.loss_kernel == "triton":
+        return "triton"
+    if train.compiles_loss:
+        return "compiled"
+    whole = config.parallel.tp == 1 and not train.batch_invariant
+    return "triton" if train.loss_kernel == "auto" and device_type == "cuda" and whole else "torch"
+
+
 def token_loss_sum(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
-    compile: bool = False,
+    kernel: str = "torch",
     vocabulary: VocabularyShard | None = None,
     batch_invariant: bool = False,
 ) -> Tensor:
     """S_p: the sum of the losses of the valid tokens of a part, in nats. 0-d, fp32 (fp64 for fp64), differentiable.
 
     hidden [B, T, D] is the decoder's output after its last norm, weight [V, D] that of the output layer (a plain
-    tensor), labels [B, T] int64 with IGNORE_INDEX where there is no loss. compile: fuse the softmax (torch.compile).
-    vocabulary: where weight has only some of the words, which ones, and whose are the others. batch_invariant: of a
-    model that is (models/invariant.py); each token's loss is then a function of its own row of hidden, to the bit.
-    Errors are those of `linear_cross_entropy`.
+    tensor), labels [B, T] int64 with IGNORE_INDEX where there is no loss. kernel: `choose_loss_kernel`'s. vocabulary:
+    where weight has only some of the words, which ones, and whose are the others. batch_invariant: of a model that is
+    (models/invariant.py); each token's loss is then a function of its own row of hidden, to the bit. Errors are those
+    of `linear_cross_entropy`.
     """
-    how: dict[str, Any] = {"ignore_index": IGNORE_INDEX, "compile": compile}
+    how: dict[str, Any] = {"compile": kernel == "compiled", "triton": kernel == "triton"}
+    how["ignore_index"] = IGNORE_INDEX
     if not weight.requires_grad:  # of a frozen head (adapters) a chunk costs no pass over d_weight: less memory
         how["chunk_tokens"] = FROZEN_CHUNK
     if vocabulary is not None:
@@ -193,7 +209,7 @@ def next_token(
     mtp: MTPConfig,
     *,
     device: torch.device,
-    compile: bool = False,
+    kernel: str = "torch",
     vocabulary: VocabularyShard | None = None,
     batch_invariant: bool = False,
 ) -> NextToken:
@@ -201,7 +217,7 @@ def next_token(
     return NextToken(
         weights=torch.tensor([1.0] + [mtp.loss_weight / max(mtp.depth, 1)] * mtp.depth, device=device),
         names=[f"mtp_loss_{k}" for k in range(1, mtp.depth + 1)],
-        compile=compile,
+        kernel=kernel,
         vocabulary=vocabulary,
         batch_invariant=batch_invariant,
     )

@@ -17,6 +17,7 @@ from planner.memory import memory_of_ranks
 from planner.steptime import step_time
 from trainer.config import TrainConfig
 from trainer.frozen import Beside, layout_beside
+from trainer.loss import choose_loss_kernel
 from trainer.pipelined import pipeline_layout
 
 
@@ -33,6 +34,7 @@ def job_of(config: TrainConfig, *, world_size: int, beside: Beside | None = None
         global_batch_size=config.train.global_batch_size,
         micro_batch_size=config.train.micro_batch_size,
         compiled=config.train.compiles_loss,
+        loss_kernel=choose_loss_kernel(config, "cuda" if config.train.device == "auto" else config.train.device),
         optimizer=config.optim.name,
         state_dtype=config.optim.state_dtype,
         adapter=config.adapter,

@@ -37,7 +37,7 @@ from parallel.parallelize import BlockOptions, compile_block, parallelize
 from parallel.regions import Located, local_region, local_tensor
 from trainer.config import TrainConfig
 from trainer.heads import logits_head
-from trainer.loss import NextToken, token_loss_sum
+from trainer.loss import NextToken, choose_loss_kernel, token_loss_sum
 from trainer.loss_scale import LossScale
 from trainer.optim import build_optimizer
 from trainer.passes import PlainPasses
@@ -91,7 +91,7 @@ def build_speculator_state(config: TrainConfig, dims: ParallelDims, mesh: Meshes
             names=[f"head_{j}_loss" for j in range(2, len(weights) + 1)] if medusa else ["state_loss"],
         ),
         fused=fused,
-        passes=HeadPasses(model, heads, compile_loss=config.train.compiles_loss),
+        passes=HeadPasses(model, heads, loss_kernel=choose_loss_kernel(config, device.type)),
     )
 
 
@@ -133,21 +133,21 @@ def targets(batch: Batch, config: ModelConfig) -> Batch:
 class HeadPasses:
     """trainer.step.Passes of heads over this rank's micro-batches, whose sums are those of `losses`."""
 
-    def __init__(self, base: Decoder, heads: Speculator, *, compile_loss: bool = False) -> None:
-        self.base, self.heads, self.compile_loss = base, heads, compile_loss
+    def __init__(self, base: Decoder, heads: Speculator, *, loss_kernel: str = "torch") -> None:
+        self.base, self.heads, self.loss_kernel = base, heads, loss_kernel
 
     def backward(self, state: TrainState, microbatches: list[Batch], scales: Tensor) -> Tensor:
         total = torch.zeros_like(scales, dtype=torch.float64)
         for number, batch in enumerate(microbatches):
             state.data_parallel.start_microbatch(last=number == len(microbatches) - 1)
-            losses = self.losses(batch, compile=self.compile_loss)
+            losses = self.losses(batch, kernel=self.loss_kernel)
             losses.backward(scales)
             total += losses.detach()
         state.data_parallel.finish_backward()
         return total
 
     def sums(self, state: TrainState, microbatches: list[Batch]) -> Tensor:
-        return torch.stack([self.losses(batch, compile=self.compile_loss).double() for batch in microbatches]).sum(0)
+        return torch.stack([self.losses(batch, kernel=self.loss_kernel).double() for batch in microbatches]).sum(0)
 
     def logits(self, state: TrainState, tokens: Tensor, position: int) -> Tensor:
         """The model's own: heads say nothing alone."""
@@ -161,13 +161,13 @@ class HeadPasses:
     def token_logprobs(self, model: Decoder, microbatches: list[Batch], *, temperature: float = 1.0) -> list[Tensor]:
         return PlainPasses().token_logprobs(model, microbatches, temperature=temperature)
 
-    def losses(self, batch: Batch, *, compile: bool = False) -> Tensor:
+    def losses(self, batch: Batch, *, kernel: str = "torch") -> Tensor:
         """Sums of the losses of a batch of `targets`, [heads] or [cross entropy, smooth L1], fp32 (fp64 for fp64)."""
         hidden = self._states(batch)
         if self.heads.config.kind == "medusa":
             of_heads = (batch.labels, *(labels for _, labels in batch.ahead))
             heads = zip(self.heads.blocks, of_heads, strict=True)
-            return torch.stack([_loss_of_head(head, wanted, hidden, compile) for head, wanted in heads])
+            return torch.stack([_loss_of_head(head, wanted, hidden, kernel) for head, wanted in heads])
         ((later, labels),) = batch.ahead
         assert self.base.embedding is not None
         context = build_context(
@@ -199,10 +199,10 @@ class HeadPasses:
         )
 
 
-def _loss_of_head(head: torch.nn.Module, labels: Tensor, hidden: Tensor, compile: bool) -> Tensor:
+def _loss_of_head(head: torch.nn.Module, labels: Tensor, hidden: Tensor, kernel: str) -> Tensor:
     assert isinstance(head, MedusaHead)
     states = head(hidden)  # first: the weight of the output layer is in place once this has run
-    return token_loss_sum(states, head.output.weight, labels, compile)
+    return token_loss_sum(states, head.output.weight, labels, kernel)
 
 
 def distillation_sum(found: Tensor, wanted: Tensor, weight: Tensor) -> Tensor:

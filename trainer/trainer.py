@@ -27,7 +27,7 @@ from parallel.mesh import build_mesh, init_distributed, pick_device
 from trainer.adapters import adapter_identity, check_same_adapter, load_base, start_adapters
 from trainer.agreement import check_same_on_all_ranks
 from trainer.announce import Announcer
-from trainer.build import attention_used, build_state, check_fp8_runs, check_graphs_run, implementations
+from trainer.build import build_state, check_fp8_runs, check_graphs_run, check_loss_runs
 from trainer.checkpoint import CheckpointError, CheckpointManager, read_extra
 from trainer.config import ConfigError, TrainConfig, configuration_errors
 from trainer.corruption import StateCorrupted
@@ -45,6 +45,7 @@ from trainer.identity import (
     model_identity,
     run_identity,
 )
+from trainer.implementations import attention_used, implementations
 from trainer.injection import planned_faults
 from trainer.metrics import MetricLogger
 from trainer.peers import PeerCheckpoints
@@ -142,6 +143,7 @@ class Trainer:
             attention_used(config, self.device)
             check_fp8_runs(config, self.device)
             check_graphs_run(config, self.device)
+            check_loss_runs(config, self.device)
         self.device_name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
         if config.train.cuda_graphs:
             leave_default_stream(self.device)

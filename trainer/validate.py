@@ -27,6 +27,7 @@ from parallel.problem import Problem, kind_of, multiples, values, without_advice
 from planner.hardware_files import read_hardware
 from trainer.activations import problems as activation_problems
 from trainer.config import (
+    LOSS_KERNELS,
     NONFINITE,
     CheckpointConfig,
     ConfigError,
@@ -206,6 +207,7 @@ def _loop_problems(train: LoopConfig, world_size: int) -> list[str]:
     if not 0 < train.timeout_seconds < math.inf:
         found.append(f"train.timeout_seconds={train.timeout_seconds} must be positive and finite; 600 is usual")
     found += _one_of("train.device", train.device, ("auto", "cpu", "cuda"))
+    found += _one_of("train.loss_kernel", train.loss_kernel, LOSS_KERNELS)
     found += _one_of("train.nonfinite", train.nonfinite, NONFINITE)
     if wrong := [step for step in train.profile.steps if step < 1]:
         found.append(f"train.profile.steps holds {wrong[0]}; steps are numbered from 1")

@@ -39,6 +39,9 @@ def invariant_problems(config: TrainConfig, model: ModelConfig) -> list[str]:
     if config.train.compile:
         because = "compiled blocks keep between operations what the engine rounds"
         refuse("train.compile=true", because, values("train.compile", [False]))
+    if config.train.loss_kernel == "triton":
+        because = "losses that do not depend on the batch have kernels of their own"
+        refuse("train.loss_kernel=triton", because, values("train.loss_kernel", ["auto"]))
     if model.attention_dropout > 0:
         because = "paged attention, whose bits are wanted, drops nothing"
         refuse(f"model.attention_dropout={model.attention_dropout}", because, values("model.attention_dropout", [0.0]))

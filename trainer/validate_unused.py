@@ -40,6 +40,7 @@ _USES = (
         lambda c: c.precision.compute in ("fp32", "bf16", "fp16"),
         "precision.compute",
     ),
+    _Use(("train.loss_kernel",), lambda c: c.recipe.name not in ("pretrain", "sft"), "recipe.name"),
     _Use(("schedule.final_fraction",), lambda c: c.schedule.name == "constant", "schedule.name"),
     _Use(
         ("model.activation_checkpoint_save",),

@@ -1,4 +1,7 @@
-"""GeGLU on the shapes of Gemma's MLPs."""
+"""GeGLU on the shapes of Gemma's MLPs: of two tensors, and of one projection's output, as a fused layer has it.
+
+The second was not part of the committed results: which kernels a model takes (models/layers/mlp.py) follows the first.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,8 @@ import torch
 
 from benchmarks.roofline.peers import liger
 from benchmarks.roofline.problem import Problem, both_directions
-from kernels.geglu import geglu
-from kernels.geglu.reference import geglu_reference
+from kernels.geglu import geglu, geglu_fused
+from kernels.geglu.reference import geglu_fused_reference, geglu_reference
 
 TABLE = ("kernels.swiglu.kernel:BLOCKS", "kernels.swiglu.kernel:BLOCKS")
 
@@ -28,3 +31,12 @@ def problems(device: torch.device) -> Iterator[Problem]:
         }
         size, shape = gate.numel() * gate.element_size(), f"{approximate} {rows}x{width}"
         yield from both_directions("geglu", shape, functions, (gate, up), bytes=(3 * size, 5 * size), tuned=TABLE)
+        gate_up = torch.cat((gate, up), dim=-1).detach().requires_grad_()
+        reference = partial(geglu_fused_reference, approximate=approximate)
+        functions = {
+            "lattice": partial(geglu_fused, approximate=approximate),
+            "eager": reference,
+            "compile": torch.compile(reference, dynamic=False),
+        }
+        moved = (3 * size, 5 * size)
+        yield from both_directions("geglu", f"fused {shape}", functions, (gate_up,), bytes=moved, tuned=TABLE)

@@ -1,6 +1,6 @@
-"""SwiGLU on the shapes of Llama-3-8B's MLP: of two tensors, of one projection's output, and with fp8 as output; last
-between two products in fp8, where it writes both copies that they read (precision.fp8_fused), against steps of which
-one writes bf16 and the other quantizes that."""
+"""SwiGLU on the shapes of Llama-3-8B's MLP: of two tensors and of one projection's output; last between two products in
+fp8, where it writes both copies that they read (precision.fp8_fused), against steps of which one writes bf16 and the
+other quantizes that."""
 
 from __future__ import annotations
 
@@ -12,11 +12,9 @@ from torch import Tensor
 from benchmarks.roofline.peers import liger
 from benchmarks.roofline.problem import Problem, both_directions, forward_only
 from kernels.fp8 import Quantized, quantize_tensorwise
-from kernels.rms_norm.reference import quantize_reference
 from kernels.swiglu import (
     swiglu,
     swiglu_backward_quantized,
-    swiglu_fp8,
     swiglu_fused,
     swiglu_fused_backward,
     swiglu_quantized,
@@ -24,15 +22,6 @@ from kernels.swiglu import (
 from kernels.swiglu.reference import swiglu_fused_reference, swiglu_reference
 
 TABLE = ("kernels.swiglu.kernel:BLOCKS", "kernels.swiglu.kernel:BLOCKS")
-
-
-def _fp8(gate_up: Tensor, *scale: Tensor) -> tuple[Tensor, Tensor]:
-    y = swiglu_fp8(gate_up, scale=scale[0] if scale else None)
-    return y.y, y.scale if y.amax is None else y.amax
-
-
-def _fp8_reference(gate_up: Tensor, *scale: Tensor) -> tuple[Tensor, Tensor]:
-    return quantize_reference(swiglu_fused_reference(gate_up), scale[0] if scale else None)
 
 
 def _bytes(made: tuple[Quantized, Tensor]) -> tuple[Tensor, ...]:
@@ -92,8 +81,4 @@ def problems(device: torch.device) -> Iterator[Problem]:
             **liger("swiglu:LigerFusedGateUpSiLUMulFunction"),
         }
         yield from both_directions("swiglu", f"fused {shape}", functions, (gate_up,), bytes=moved, tuned=TABLE)
-        scale = torch.full((), 0.02, device=device)
-        functions = {"lattice": _fp8, "eager": _fp8_reference, "compile": torch.compile(_fp8_reference, dynamic=False)}
-        for name, inputs in ((f"fp8 by tensor {shape}", (gate_up, scale)), (f"fp8 by row {shape}", (gate_up,))):
-            yield forward_only("swiglu", name, functions, inputs, bytes=size * 5 // 2, tuned=TABLE[0])
     yield from _between_products(16384, 14336, device)

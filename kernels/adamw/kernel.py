@@ -252,7 +252,7 @@ def _tile(
 
 
 @triton.jit
-def _update(
+def _adamw_update(
     chunks_ptr,  # [chunks, 2] int32
     addresses_ptr,  # [tensors, 8] int64: aligned, parameter, gradient, first and second moment, their scales, copy
     constants_ptr,  # [tensors, 7] int64: size, key, first, n1, n2, s0, s1
@@ -352,13 +352,13 @@ def launch(
     grad_scale: Tensor,
     skip: Tensor,
 ) -> None:
-    """One launch over all chunks; tables: chunks, addresses, constants, decays, as `_update` wants them."""
+    """One launch over all chunks; tables: chunks, addresses, constants, decays, as `_adamw_update` wants them."""
     if not (num_chunks := tables[0].shape[0]):
         return
     eight_bit = types.moment == torch.int8
     block = (BLOCKS_8_BIT if eight_bit else BLOCKS)(types.run)
     part = min(block.size * block.tiles, CHUNK)
-    _update[(num_chunks * (CHUNK // part),)](
+    _adamw_update[(num_chunks * (CHUNK // part),)](
         *tables,
         code_values(tables[0].device) if eight_bit else None,
         step,

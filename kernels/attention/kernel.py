@@ -232,7 +232,7 @@ def _attend(
 
 
 @triton.jit(do_not_specialize=["offset", "window"])
-def _forward(
+def _attention_forward(
     q_ptr,
     k_source,
     v_source,
@@ -326,7 +326,7 @@ def _forward(
 
 
 @triton.jit
-def _merge(
+def _attention_merge(
     output_ptr,
     lse_ptr,
     block_output_ptr,
@@ -371,7 +371,7 @@ def attention_merge(output: Tensor, lse: Tensor, block_output: Tensor, block_lse
     B, T, H, V = output.shape
     if not output.numel():
         return
-    _merge[(triton.cdiv(T, ROWS_OF_MERGE), B * H)](
+    _attention_merge[(triton.cdiv(T, ROWS_OF_MERGE), B * H)](
         output,
         lse,
         block_output,
@@ -453,7 +453,7 @@ def attention_forward(
     first, end = (lse, lse) if mask.ranges is None else (mask.ranges.first_key, mask.ranges.end_key)
     block = FORWARD(max(padded(K), padded(V)), q.element_size())
     (k_source, v_source), tma = described(block, block.keys, (k, padded(K)), (v, padded(V)))
-    _forward[(triton.cdiv(T, block.queries) * B * H,)](
+    _attention_forward[(triton.cdiv(T, block.queries) * B * H,)](
         q,
         k_source,
         v_source,

@@ -81,7 +81,7 @@ BACKWARD_KEYS = Tuned(
 
 
 @triton.jit
-def _delta(
+def _attention_delta(
     output_ptr,
     d_output_ptr,
     d_lse_ptr,
@@ -178,7 +178,7 @@ def _finite(lse):
 
 
 @triton.jit(do_not_specialize=["offset", "window"])
-def _backward_queries(
+def _attention_backward_queries(
     q_ptr,
     k_source,
     v_source,
@@ -373,7 +373,7 @@ def _queries_of(
 
 
 @triton.jit(do_not_specialize=["offset", "window"])
-def _backward_keys(
+def _attention_backward_keys(
     q_source,
     k_ptr,
     v_ptr,
@@ -469,7 +469,7 @@ def attention_delta(d_output: Tensor, output: Tensor, d_lse: Tensor | None) -> T
     B, T, H, V = output.shape
     delta = torch.empty(B, H, T, dtype=torch.float32, device=output.device)
     if delta.numel():
-        _delta[(triton.cdiv(T, ROWS_OF_DELTA), B * H)](
+        _attention_delta[(triton.cdiv(T, ROWS_OF_DELTA), B * H)](
             output,
             d_output,
             delta if d_lse is None else d_lse,
@@ -537,7 +537,7 @@ def attention_backward(
     masked = mask.ranges is not None or mask.window is not None
     block = BACKWARD_QUERIES(features, q.element_size(), masked)
     (k_source, v_source), tma = described(block, block.keys, (k, padded(K)), (v, padded(V)))
-    _backward_queries[(triton.cdiv(T, block.queries) * B * H,)](
+    _attention_backward_queries[(triton.cdiv(T, block.queries) * B * H,)](
         q,
         k_source,
         v_source,
@@ -570,7 +570,7 @@ def attention_backward(
         for size, dtype in ((K, dtypes[1]), (V, dtypes[2]))
     )
     (q_source, d_output_source), tma = described(block, block.queries, (q, padded(K)), (d_output, padded(V)))
-    _backward_keys[(num_blocks * B * parts,)](
+    _attention_backward_keys[(num_blocks * B * parts,)](
         q_source,
         k,
         v,

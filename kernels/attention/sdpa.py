@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -58,6 +59,25 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 
     mask is what `build_mask` returned; None: plain causal attention.
     """
+    q, k, v, how = _arguments(q, k, v, mask)
+    with _priority(q):
+        output = F.scaled_dot_product_attention(q, k, v, **how)
+    return output.transpose(1, 2)
+
+
+def backend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> str:
+    """Which of torch's kernels `attention` of such tensors is, such as cudnn_attention."""
+    q, k, v, how = _arguments(q, k, v, mask)
+    with _priority(q):
+        return SDPBackend(torch._fused_sdp_choice(q, k, v, **how)).name.lower()
+
+
+def _priority(q: Tensor) -> AbstractContextManager[None]:
+    return sdpa_kernel(CUDA_PRIORITY, set_priority=True) if q.is_cuda else nullcontext()
+
+
+def _arguments(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
+    """Of torch's function, with heads before tokens."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     grouped = q.shape[1] != k.shape[1]
     if grouped and q.is_cuda and (mask is not None or q.dtype == torch.float32):
@@ -65,6 +85,4 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         # torch would silently take the kernel that stores all T x T scores.
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
         grouped = False
-    with sdpa_kernel(CUDA_PRIORITY, set_priority=True) if q.is_cuda else nullcontext():
-        output = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
-    return output.transpose(1, 2)
+    return q, k, v, {"attn_mask": mask, "is_causal": mask is None, "enable_gqa": grouped}

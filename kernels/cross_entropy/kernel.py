@@ -111,7 +111,7 @@ def _write_zeros(d_row_ptr, num_words, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 
 
 @triton.jit
-def _forward(
+def _cross_entropy_forward(
     logits_ptr,
     labels_ptr,
     losses_ptr,
@@ -157,7 +157,7 @@ def _forward(
 
 
 @triton.jit
-def _gradient(
+def _cross_entropy_gradient(
     logits_ptr,
     d_logits_ptr,  # may be logits_ptr
     labels_ptr,
@@ -192,7 +192,7 @@ def _gradient(
 
 
 @triton.jit
-def _shard_statistics(
+def _cross_entropy_shard_statistics(
     logits_ptr,
     labels_ptr,
     statistics_ptr,  # [4, N]
@@ -219,7 +219,7 @@ def _shard_statistics(
 
 
 @triton.jit
-def _scale_rows(x_ptr, factor_ptr, num_words, stride, BLOCK: tl.constexpr):
+def _cross_entropy_scale_rows(x_ptr, factor_ptr, num_words, stride, BLOCK: tl.constexpr):
     """Rows times their factors, in place. A factor of 1 costs no memory traffic."""
     row = tl.program_id(0).to(tl.int64)
     factor = tl.load(factor_ptr + row)
@@ -243,7 +243,7 @@ def forward(
     losses = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
     lse = torch.empty_like(losses)
     if losses.numel():
-        _forward[(logits.shape[0],)](
+        _cross_entropy_forward[(logits.shape[0],)](
             logits,
             labels,
             losses,
@@ -275,7 +275,7 @@ def gradient(
 ) -> None:
     """Fills d_logits [N, V], which may be the logits; lse [N] and grad, [N] or 0-d, in fp32."""
     if logits.shape[0]:
-        _gradient[(logits.shape[0],)](
+        _cross_entropy_gradient[(logits.shape[0],)](
             logits,
             d_logits,
             labels,
@@ -298,7 +298,7 @@ def shard_statistics(logits: Tensor, labels: Tensor, first: int, ignore_index: i
     num_rows, num_words = logits.shape
     statistics = torch.empty(4, num_rows, dtype=torch.float32, device=logits.device)
     if num_rows:
-        _shard_statistics[(num_rows,)](
+        _cross_entropy_shard_statistics[(num_rows,)](
             logits,
             labels,
             statistics,
@@ -315,4 +315,4 @@ def shard_statistics(logits: Tensor, labels: Tensor, first: int, ignore_index: i
 def scale_rows(x: Tensor, factors: Tensor) -> None:
     """x [N, V] times factors [N] fp32, in place."""
     if x.shape[0]:
-        _scale_rows[(x.shape[0],)](x, factors, x.shape[1], x.stride(0), BLOCK=SCALING_BLOCK, num_warps=8)
+        _cross_entropy_scale_rows[(x.shape[0],)](x, factors, x.shape[1], x.stride(0), BLOCK=SCALING_BLOCK, num_warps=8)

@@ -35,7 +35,7 @@ SECOND_STAGE = 4096
 
 
 @triton.jit
-def _partial_sums(
+def _global_norm_partial_sums(
     chunks_ptr,  # [chunks, 2] int32
     addresses_ptr,  # [tensors, 2] int64: aligned, address
     sizes_ptr,  # [tensors] int64
@@ -61,7 +61,7 @@ def _partial_sums(
 
 
 @triton.jit
-def _total(partial_ptr, total_ptr, num_partials, BLOCK: tl.constexpr):
+def _global_norm_total(partial_ptr, total_ptr, num_partials, BLOCK: tl.constexpr):
     total = tl.zeros((BLOCK,), tl.float64)
     for first in tl.range(0, num_partials, BLOCK):
         offsets = first + tl.arange(0, BLOCK)
@@ -95,7 +95,7 @@ class _Plan:
         block, done = BLOCKS(), 0
         for dtype, numbers, chunks, sizes, addresses in self._groups:
             if number := chunks.shape[0]:
-                _partial_sums[(number,)](
+                _global_norm_partial_sums[(number,)](
                     chunks,
                     addresses([tensors[i] for i in numbers]),
                     sizes,
@@ -106,7 +106,7 @@ class _Plan:
                     num_warps=block.num_warps,
                 )
             done += number
-        _total[(1,)](partial, total, self._num_chunks, BLOCK=SECOND_STAGE, num_warps=16)
+        _global_norm_total[(1,)](partial, total, self._num_chunks, BLOCK=SECOND_STAGE, num_warps=16)
         return total
 
 

@@ -68,7 +68,7 @@ def _group_of_tile(ends_ptr, tile, num_groups, GROUPS: tl.constexpr, BLOCK_M: tl
 
 
 @triton.jit
-def _rows_times_weights(
+def _grouped_matmul(
     rows_desc,  # [N, terms]
     weight_desc,  # [G M, K]
     y_ptr,  # [N, width]
@@ -115,7 +115,7 @@ def _rows_times_weights(
 
 
 @triton.jit
-def _weight_gradient(
+def _grouped_matmul_weight_gradient(
     grad_desc,  # [N, M]
     x_desc,  # [N, K]
     grad_ptr,
@@ -179,7 +179,7 @@ def rows_times_weights(
     tile = _tile_for(rows, num_groups, tile)
     y = rows.new_empty(rows.shape[0], width)
     tiles_m = triton.cdiv(rows.shape[0], tile.m) + num_groups
-    _rows_times_weights[(tiles_m * triton.cdiv(width, tile.n),)](
+    _grouped_matmul[(tiles_m * triton.cdiv(width, tile.n),)](
         _descriptor(rows, (tile.m, tile.k)),
         _descriptor(weight.view(-1, features), (tile.n, tile.k) if transposed else (tile.k, tile.n)),
         y,
@@ -207,7 +207,7 @@ def weight_gradient(grad: Tensor, x: Tensor, ends: Tensor) -> Tensor:
     num_groups, group_rows, width = ends.shape[0], grad.shape[1], x.shape[1]
     tile = _tile_for(x, num_groups)
     d_weight = grad.new_empty(num_groups, group_rows, width)
-    _weight_gradient[(triton.cdiv(group_rows, tile.m) * triton.cdiv(width, tile.n), num_groups)](
+    _grouped_matmul_weight_gradient[(triton.cdiv(group_rows, tile.m) * triton.cdiv(width, tile.n), num_groups)](
         _descriptor(grad, (tile.k, tile.m)),
         _descriptor(x, (tile.k, tile.n)),
         grad,

@@ -110,7 +110,7 @@ def _unpack(words, zero, dtype: tl.constexpr, BITS: tl.constexpr):
 
 
 @triton.jit
-def _linear(
+def _int4_matmul(
     x_ptr, words_ptr, pairs_ptr, bias_ptr, y_ptr, parts_ptr, M, N, K, groups, groups_per_part,
     ROWS: tl.constexpr, FEATURES: tl.constexpr, QUARTER: tl.constexpr, SPLITS: tl.constexpr, GROUP: tl.constexpr,
     SCALE_SUMS: tl.constexpr, BITS: tl.constexpr, BIAS: tl.constexpr,
@@ -161,7 +161,7 @@ def int4_linear(x: Tensor, packed: Tensor, scale_zero: Tensor, bias: Tensor | No
     y = torch.empty(M, N, dtype=x.dtype, device=x.device)
     parts = parts_for(tile.splits, M, N, x.device) if tile.splits > 1 else None
     grid = (triton.cdiv(M, tile.rows) * triton.cdiv(N, tile.features), tile.splits)
-    _linear[grid](
+    _int4_matmul[grid](
         x, packed.view(torch.int16), scale_zero.view(torch.int32), y if bias is None else bias, y,
         y if parts is None else parts, M, N, K, groups, triton.cdiv(groups, tile.splits),
         ROWS=tile.rows, FEATURES=tile.features, QUARTER=K // groups // 4, SPLITS=tile.splits, GROUP=tile.group,

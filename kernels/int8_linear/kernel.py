@@ -82,7 +82,7 @@ def store_result(
 
 
 @triton.jit
-def _linear(
+def _int8_matmul(
     x_ptr, data_ptr, scale_ptr, bias_ptr, y_ptr, parts_ptr, M, N, K, steps,
     ROWS: tl.constexpr, FEATURES: tl.constexpr, STEP: tl.constexpr, SPLITS: tl.constexpr, GROUP: tl.constexpr,
     BIAS: tl.constexpr,
@@ -114,7 +114,7 @@ def int8_linear(x: Tensor, data: Tensor, scale: Tensor, bias: Tensor | None) -> 
     parts = parts_for(tile.splits, M, N, x.device) if tile.splits > 1 else None
     steps = triton.cdiv(triton.cdiv(K, tile.step), tile.splits)
     grid = (triton.cdiv(M, tile.rows) * triton.cdiv(N, tile.features), tile.splits)
-    _linear[grid](
+    _int8_matmul[grid](
         x, data, scale, y if bias is None else bias, y, y if parts is None else parts, M, N, K, steps,
         ROWS=tile.rows, FEATURES=tile.features, STEP=tile.step, SPLITS=tile.splits, GROUP=tile.group,
         BIAS=bias is not None, num_warps=tile.num_warps, num_stages=tile.num_stages,

@@ -29,7 +29,7 @@ TILES = Tuned((Tile(64, 64, 64, 4, 5), Tile(64, 64, 16, 4, 3), Tile(128, 128, 64
 
 
 @triton.jit(do_not_specialize=["M"])
-def _linear(
+def _invariant_matmul(
     x_ptr, weight_ptr, bias_ptr, y_ptr, M, N, K, x_row,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, GROUP: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
@@ -58,7 +58,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     (M, K), N = x.shape, weight.shape[0]
     y = torch.empty(M, N, dtype=x.dtype, device=x.device)
     tile = TILES(x.element_size())
-    _linear[(triton.cdiv(M, tile.rows) * triton.cdiv(N, tile.columns),)](
+    _invariant_matmul[(triton.cdiv(M, tile.rows) * triton.cdiv(N, tile.columns),)](
         x, weight, y if bias is None else bias, y, M, N, K, x.stride(0),
         ROWS=tile.rows, COLUMNS=tile.columns, STEP=tile.step, GROUP=tile.group, BIAS=bias is not None,
         num_warps=tile.num_warps, num_stages=tile.num_stages,

@@ -28,7 +28,7 @@ TILES = Tuned(
 
 
 @triton.jit
-def _add_product(
+def _low_rank_matmul_add(
     y_ptr, u_ptr, v_ptr, scale, num_rows, num_columns, rank, u_row, u_rank, v_rank, v_column,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
@@ -53,7 +53,7 @@ def add_product(y: Tensor, u: Tensor, v: Tensor, scale: float) -> None:
     """y [N, O] contiguous, u [N, R] and v [R, O] of any strides; R from 1 to MAX_RANK, nothing empty."""
     (num_rows, num_columns), rank = y.shape, u.shape[1]
     tile = TILES(num_rows, num_columns)
-    _add_product[(triton.cdiv(num_rows, tile.rows) * triton.cdiv(num_columns, tile.columns),)](
+    _low_rank_matmul_add[(triton.cdiv(num_rows, tile.rows) * triton.cdiv(num_columns, tile.columns),)](
         y, u, v, scale, num_rows, num_columns, rank, *u.stride(), *v.stride(),
         ROWS=tile.rows, COLUMNS=tile.columns, RANK=max(16, triton.next_power_of_2(rank)), num_warps=tile.num_warps,
     )  # fmt: skip

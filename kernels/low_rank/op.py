@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.backend import refuse_dtensors, runs_triton
+from kernels.backend import refuse_dtensors
+from kernels.rows import has_kernel
 
 MAX_RANK = 128
 """Of the kernel, which holds all of u's and v's inner dimension at a time; larger products are torch's."""
@@ -31,9 +32,14 @@ def add_low_rank_(y: Tensor, u: Tensor, v: Tensor, scale: float = 1.0) -> Tensor
     return y
 
 
+def has_low_rank_kernel(y: Tensor, rank: int) -> bool:
+    """Whether a kernel adds products of this inner dimension to y, and not torch."""
+    return has_kernel(y) and 0 < rank <= MAX_RANK and y.numel() > 0
+
+
 @torch.library.custom_op("lattice::add_low_rank_", mutates_args=("y",))
 def _add(y: Tensor, u: Tensor, v: Tensor, scale: float) -> None:
-    if not runs_triton(y) or y.dtype == torch.float64 or not 0 < u.shape[1] <= MAX_RANK or not y.numel():
+    if not has_low_rank_kernel(y, u.shape[1]):
         y.addmm_(u, v, alpha=scale)
         return
     from kernels.low_rank.kernel import add_product

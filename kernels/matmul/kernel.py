@@ -95,7 +95,7 @@ def gelu(x):
 
 
 @triton.jit
-def _matmul(
+def _tiled_matmul(
     a_ptr, b_ptr, y_ptr, M, N, K, a_row, a_k, b_k, b_column,
     bias_ptr, residual_ptr, h_ptr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, GROUP: tl.constexpr,
@@ -160,7 +160,7 @@ def _launch(
     """Tensors that are None are not read or written."""
     (M, K), N = a.shape, b.shape[1]
     tile = TILES(M, N, K, a.element_size())
-    _matmul[(triton.cdiv(M, tile.rows) * triton.cdiv(N, tile.columns),)](
+    _tiled_matmul[(triton.cdiv(M, tile.rows) * triton.cdiv(N, tile.columns),)](
         a, b, y, M, N, K, *a.stride(), *b.stride(),
         y if bias is None else bias, y if residual is None else residual, y if h is None else h,
         ROWS=tile.rows, COLUMNS=tile.columns, STEP=tile.step, GROUP=tile.group,

@@ -48,7 +48,7 @@ def _membership(experts_ptr, num_choices, num_experts, BLOCK: tl.constexpr, EXPE
 
 
 @triton.jit
-def _count(
+def _moe_count(
     experts_ptr, counts_ptr, num_choices, num_experts, num_blocks, BLOCK: tl.constexpr, EXPERTS: tl.constexpr
 ):  # fmt: skip
     """counts [E, blocks]."""
@@ -58,7 +58,7 @@ def _count(
 
 
 @triton.jit
-def _place(
+def _moe_place(
     experts_ptr,
     counts_ptr,
     running_ptr,  # inclusive running sum of counts
@@ -93,7 +93,7 @@ def _place(
 
 
 @triton.jit
-def _gather(x_ptr, choice_of_row_ptr, rows_ptr, num_features, K: tl.constexpr, BLOCK: tl.constexpr):
+def _moe_gather(x_ptr, choice_of_row_ptr, rows_ptr, num_features, K: tl.constexpr, BLOCK: tl.constexpr):
     """Row r is the token of its choice, or 0."""
     r = tl.program_id(0).to(tl.int64)
     choice = tl.load(choice_of_row_ptr + r)
@@ -106,7 +106,7 @@ def _gather(x_ptr, choice_of_row_ptr, rows_ptr, num_features, K: tl.constexpr, B
 
 
 @triton.jit
-def _combine(
+def _moe_combine(
     rows_ptr,
     weights_ptr,
     row_of_choice_ptr,
@@ -132,7 +132,7 @@ def _combine(
 
 
 @triton.jit
-def _combine_backward(
+def _moe_combine_backward(
     d_y_ptr,
     rows_ptr,
     weights_ptr,
@@ -186,9 +186,9 @@ def sort_by_expert(experts: Tensor, num_experts: int, multiple: int) -> tuple[Te
     row_of_choice = torch.empty(num_choices, dtype=torch.int32, device=device)
     ends = torch.empty(num_experts, dtype=torch.int32, device=device)
     sizes = (num_choices, num_experts, num_blocks)
-    _count[(num_blocks,)](experts, counts, *sizes, BLOCK=block, EXPERTS=width)
+    _moe_count[(num_blocks,)](experts, counts, *sizes, BLOCK=block, EXPERTS=width)
     running = counts.cumsum(0, dtype=torch.int32)
-    _place[(num_blocks,)](
+    _moe_place[(num_blocks,)](
         experts,
         counts,
         running,
@@ -213,7 +213,7 @@ def gather(x: Tensor, choice_of_row: Tensor, k: int) -> Tensor:
     """rows [M, D] of x [T, D]."""
     rows = x.new_empty(choice_of_row.shape[0], x.shape[1])
     if rows.numel():
-        _gather[(rows.shape[0],)](x, choice_of_row, rows, x.shape[1], K=k, **_settings(x.shape[1]))
+        _moe_gather[(rows.shape[0],)](x, choice_of_row, rows, x.shape[1], K=k, **_settings(x.shape[1]))
     return rows
 
 
@@ -221,7 +221,7 @@ def combine(rows: Tensor, weights: Tensor | None, row_of_choice: Tensor, k: int)
     """Sums [T, D] of rows [M, D], with weights [T, k] or without."""
     y = rows.new_empty(row_of_choice.shape[0] // k, rows.shape[1])
     if y.numel():
-        _combine[(y.shape[0],)](
+        _moe_combine[(y.shape[0],)](
             rows,
             rows if weights is None else weights,
             row_of_choice,
@@ -240,7 +240,7 @@ def combine_backward(
     """(d_rows [M, D], d_weights [T, k])."""
     d_rows, d_weights = torch.empty_like(rows), torch.empty_like(weights)
     if grid := weights.shape[0] + triton.cdiv(rows.shape[0], CLEARED_AT_ONCE):
-        _combine_backward[(grid,)](
+        _moe_combine_backward[(grid,)](
             d_y,
             rows,
             weights,

@@ -26,7 +26,7 @@ TILES = Tuned((Tile(32, 4), Tile(64, 4), Tile(64, 8), Tile(128, 8)), lambda num_
 
 
 @triton.jit
-def _quantize(x_ptr, bounds_ptr, packed_ptr, largest_ptr, num_values, BLOCKS: tl.constexpr, HALF: tl.constexpr):
+def _nf4_quantize(x_ptr, bounds_ptr, packed_ptr, largest_ptr, num_values, BLOCKS: tl.constexpr, HALF: tl.constexpr):
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     byte = block[:, None] * HALF + tl.arange(0, HALF)[None, :]
     first = tl.load(x_ptr + 2 * byte, mask=2 * byte < num_values, other=0.0).to(tl.float32)
@@ -47,7 +47,7 @@ def _quantize(x_ptr, bounds_ptr, packed_ptr, largest_ptr, num_values, BLOCKS: tl
 
 
 @triton.jit
-def _dequantize(
+def _nf4_dequantize(
     packed_ptr, magnitudes_ptr, scales_ptr, offset_ptr, levels_ptr, magnitude_levels_ptr, y_ptr, num_values,
     BLOCKS: tl.constexpr, HALF: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -72,7 +72,7 @@ def quantize_values(x: Tensor) -> tuple[Tensor, Tensor]:
     blocks = triton.cdiv(n, BLOCK)
     packed = torch.empty(triton.cdiv(n, 2), dtype=torch.uint8, device=x.device)
     largest = torch.empty(blocks, dtype=torch.float32, device=x.device)
-    _quantize[(triton.cdiv(blocks, tile.blocks),)](
+    _nf4_quantize[(triton.cdiv(blocks, tile.blocks),)](
         x, bounds(x.device), packed, largest, n, BLOCKS=tile.blocks, HALF=BLOCK // 2, num_warps=tile.num_warps
     )
     return packed, largest
@@ -85,7 +85,7 @@ def dequantize(
     rounds twice."""
     device, tile = packed.device, TILES(num_values)
     y = torch.empty(num_values, dtype=dtype, device=device)
-    _dequantize[(triton.cdiv(len(magnitudes), tile.blocks),)](
+    _nf4_dequantize[(triton.cdiv(len(magnitudes), tile.blocks),)](
         packed, magnitudes, scales, offset, levels(device), magnitude_levels(device), y, num_values,
         BLOCKS=tile.blocks, HALF=BLOCK // 2, GROUP=GROUP, num_warps=tile.num_warps, enable_fp_fusion=False,
     )  # fmt: skip
@@ -93,7 +93,7 @@ def dequantize(
 
 
 @triton.jit
-def _dequantize_blocks(
+def _nf4_dequantize_blocks(
     packed_ptr, largest_ptr, levels_ptr, y_ptr, num_values, BLOCKS: tl.constexpr, HALF: tl.constexpr
 ):  # fmt: skip
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
@@ -112,7 +112,7 @@ def dequantize_blocks(packed: Tensor, largest: Tensor, dtype: torch.dtype) -> Te
     """[n] of dtype from packed [n/2] and fp32 magnitudes [n/64] of whole blocks; contiguous, n at least 1."""
     num_values, tile = 2 * len(packed), TILES(2 * len(packed))
     y = torch.empty(num_values, dtype=dtype, device=packed.device)
-    _dequantize_blocks[(triton.cdiv(len(largest), tile.blocks),)](
+    _nf4_dequantize_blocks[(triton.cdiv(len(largest), tile.blocks),)](
         packed, largest, levels(packed.device), y, num_values,
         BLOCKS=tile.blocks, HALF=BLOCK // 2, num_warps=tile.num_warps, enable_fp_fusion=False,
     )  # fmt: skip

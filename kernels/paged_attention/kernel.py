@@ -112,7 +112,7 @@ def attend(
     if not decodes:  # padding queries are in no program
         output.zero_() if splits == 1 else lse.fill_(float("-inf"))
     overlap = {"launch_pdl": True} if decodes and launches_overlap(q) else {}
-    _attend[(programs // (G * triton.cdiv(group, heads)), G * triton.cdiv(group, heads), splits)](
+    _paged_attention[(programs // (G * triton.cdiv(group, heads)), G * triton.cdiv(group, heads), splits)](
         q,
         k_pages,
         v_pages,
@@ -156,7 +156,7 @@ def attend(
         **overlap,
     )
     if splits > 1:
-        _merge[(N * H,)](
+        _paged_attention_merge[(N * H,)](
             parts, lse, output, V=V, PADDED_V=padded_v, SPLITS=splits, OVERLAPS=bool(overlap), num_warps=1, **overlap
         )
     return output
@@ -170,7 +170,7 @@ def _choose_splits(programs: int, max_keys: int, q: Tensor) -> int:
 
 
 @triton.jit(do_not_specialize=["sequences", "window", "table_width"])
-def _attend(
+def _paged_attention(
     q_ptr, k_ptr, v_ptr, output_ptr, lse_ptr, table_ptr, starts_ptr, lengths_ptr, slopes_ptr, sinks_ptr,
     k_scales_ptr, v_scales_ptr,
     stride_qn, stride_qh, stride_qk,
@@ -337,7 +337,7 @@ def _whose_block(starts_ptr, sequences, QUERIES: tl.constexpr, DECODES: tl.const
 
 
 @triton.jit
-def _merge(
+def _paged_attention_merge(
     parts_ptr,
     lse_ptr,
     output_ptr,

@@ -37,7 +37,7 @@ def write(
             continue
         heads, features = x.shape[1:]
         if scales is not None:
-            _write_quantized[(x.shape[0], heads)](
+            _cache_write_quantized[(x.shape[0], heads)](
                 pages,
                 scales,
                 x,
@@ -54,7 +54,7 @@ def write(
             )
             continue
         block = min(triton.next_power_of_2(heads * features), MAX_FEATURES_WRITTEN)
-        _write[(x.shape[0], triton.cdiv(heads * features, block))](
+        _cache_write[(x.shape[0], triton.cdiv(heads * features, block))](
             pages,
             x,
             slots,
@@ -69,7 +69,7 @@ def write(
 
 
 @triton.jit
-def _write(
+def _cache_write(
     pages_ptr,
     x_ptr,
     slots_ptr,
@@ -121,7 +121,7 @@ def _codes_of(x, scale, dtype: tl.constexpr, LARGEST: tl.constexpr, EMULATE: tl.
 
 
 @triton.jit
-def _write_quantized(
+def _cache_write_quantized(
     pages_ptr,
     scales_ptr,
     x_ptr,
@@ -179,7 +179,7 @@ def rotate_and_write(
     half = triton.next_power_of_2(K // 2)
     block = min(MAX_HEADS, triton.next_power_of_2(heads))
     overlap = launches_overlap(qkv)
-    _rotate_and_write[(N, triton.cdiv(heads, block))](
+    _cache_rotate_and_write[(N, triton.cdiv(heads, block))](
         qkv,
         cos,
         sin,
@@ -213,7 +213,7 @@ def rotate_and_write(
 
 
 @triton.jit
-def _rotate_and_write(
+def _cache_rotate_and_write(
     qkv_ptr,
     cos_ptr,
     sin_ptr,

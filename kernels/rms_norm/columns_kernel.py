@@ -17,7 +17,7 @@ TILE = Tuned((Tile(128, 64, 4), Tile(64, 128, 4), Tile(128, 128, 8)), lambda row
 
 
 @triton.jit
-def _columns(
+def _norm_fp8_transpose(
     x_ptr, weight_ptr, rstd_ptr, amax_ptr, t_ptr, scale_ptr, R, C, R_padded, x_stride,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, LARGEST: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
@@ -44,7 +44,7 @@ def norm_columns(stream: Tensor, weight: Tensor | None, rstd: Tensor, amax: Tens
     transposed = torch.empty(C, padded(R), dtype=E4M3, device=x.device)
     scale = torch.empty(C, 1, device=x.device)
     tile = TILE(R, C)
-    _columns[(triton.cdiv(padded(R), tile.rows) * triton.cdiv(C, tile.columns),)](
+    _norm_fp8_transpose[(triton.cdiv(padded(R), tile.rows) * triton.cdiv(C, tile.columns),)](
         x, None if weight is None else weight.contiguous(), rstd.contiguous(), amax, transposed, scale,
         R, C, padded(R), x.stride(0),
         ROWS=tile.rows, COLUMNS=tile.columns, LARGEST=LARGEST[E4M3], EMULATE=not x.is_cuda, num_warps=tile.num_warps,

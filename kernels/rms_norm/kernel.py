@@ -162,7 +162,7 @@ def _quantized(y, inverse, scale_ptr, rows, num_rows, BY_ROW: tl.constexpr, OUT:
 
 
 @triton.jit
-def _forward(
+def _norm_forward(
     x_ptr,
     residual_ptr,
     weight_ptr,
@@ -243,7 +243,7 @@ def _forward(
 
 
 @triton.jit
-def _backward(
+def _norm_backward(
     d_y_ptr,
     x_ptr,
     weight_ptr,
@@ -312,7 +312,7 @@ def _backward(
 
 
 @triton.jit
-def _sum_partials(partial_ptr, d_weight_ptr, d_bias_ptr, num_partials, D, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+def _norm_sum_partials(partial_ptr, d_weight_ptr, d_bias_ptr, num_partials, D, BLOCK: tl.constexpr, ROWS: tl.constexpr):
     cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
     partial_ptr += tl.program_id(1) * num_partials * D
     sums = tl.zeros([ROWS, BLOCK], tl.float32)
@@ -362,7 +362,7 @@ def norm_forward(
     if num_rows:
         x_rows = rows_of(x)
         residual_rows = None if residual is None else rows_of(residual)
-        _forward[(programs,)](
+        _norm_forward[(programs,)](
             x_rows,
             residual_rows,
             None if weight is None else weight.contiguous(),
@@ -418,7 +418,7 @@ def norm_backward(
     partial = torch.empty(kinds, programs, width, dtype=torch.float32, device=x.device)
     d_y_rows, x_rows = rows_of(d_y), rows_of(x)
     d_stream_rows = None if d_stream is None else rows_of(d_stream)
-    _backward[(programs,)](
+    _norm_backward[(programs,)](
         d_y_rows,
         x_rows,
         None if weight is None else weight.contiguous(),
@@ -442,7 +442,7 @@ def norm_backward(
     )
     if kinds:
         grid = (triton.cdiv(width, 32), kinds)
-        _sum_partials[grid](
+        _norm_sum_partials[grid](
             partial, d_weight, d_bias if has_bias else d_weight, programs, width, BLOCK=32, ROWS=128, num_warps=8
         )
     return d_x, d_weight, d_bias

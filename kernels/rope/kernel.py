@@ -78,7 +78,7 @@ def _turn(
 
 
 @triton.jit
-def _rope(
+def _rope_turn_heads(
     q_ptr,
     k_ptr,
     v_ptr,
@@ -159,7 +159,7 @@ def turn(pairs: Sequence[tuple[Tensor, Tensor]], cos: Tensor, sin: Tensor, *, in
     missing = [(None, None)] * (3 - len(pairs))
     sources, targets = zip(*pairs, *missing, strict=True)
     strides = [0 if x is None else x.stride(dim) for x in (*sources, *targets) for dim in range(3)]
-    _rope[(sum(triton.cdiv(num_tokens * h, rows) for h in heads),)](
+    _rope_turn_heads[(sum(triton.cdiv(num_tokens * h, rows) for h in heads),)](
         *sources,
         *targets,
         *strides,

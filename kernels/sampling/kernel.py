@@ -39,10 +39,10 @@ def sample(logits: Tensor, temperature: Tensor | None, index: Tensor | None) -> 
         return tokens, logprobs
     draws = temperature is not None
     temperature, index = (x if x is None else x.contiguous() for x in (temperature, index))
-    _blocks[(blocks, R)](
+    _sampling_blocks[(blocks, R)](
         logits, temperature, tops, sums, warm_sums, places, logits.stride(0), V, DRAWS=draws, BLOCK=block, num_warps=8
     )
-    _rows[(R,)](
+    _sampling_rows[(R,)](
         logits,
         temperature,
         index,
@@ -64,7 +64,7 @@ def sample(logits: Tensor, temperature: Tensor | None, index: Tensor | None) -> 
 
 
 @triton.jit
-def _blocks(
+def _sampling_blocks(
     logits_ptr,
     temperature_ptr,
     tops_ptr,
@@ -92,7 +92,7 @@ def _blocks(
 
 
 @triton.jit
-def _rows(
+def _sampling_rows(
     logits_ptr,
     temperature_ptr,
     index_ptr,

@@ -5,7 +5,7 @@ What limits it is how soon bytes begin to flow: on Hopper a launch begins while 
 dependent launch), fetches its first tile of weights, and only then waits for x.
 
 Behind a norm, one row of x is normalised once by each program and stays in its registers while rows of the weight pass
-(`_normed`); else, and for more rows, tiles of features pass (`_skinny`).
+(`_skinny_normed_matmul`); else, and for more rows, tiles of features pass (`_skinny_matmul`).
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def skinny(
     if M == 1 and norm_weight is not None and residual is None and features <= MAX_FEATURES_HELD:
         # Two rows of x besides gate and up of this step and the next: with 4 warps registers would spill.
         rows = ROW_BLOCKS(gated, branch is not None and gated and features > 4096)
-        _normed[(triton.cdiv(outputs, rows.outputs * rows.steps),)](
+        _skinny_normed_matmul[(triton.cdiv(outputs, rows.outputs * rows.steps),)](
             x.contiguous(),
             branch,
             stream,
@@ -107,7 +107,7 @@ def skinny(
         )
         return y
     block = BLOCKS(outputs, features, M)
-    _skinny[(triton.cdiv(outputs, block.outputs),)](
+    _skinny_matmul[(triton.cdiv(outputs, block.outputs),)](
         x.contiguous(),
         branch,
         stream,
@@ -134,7 +134,7 @@ def skinny(
 
 
 @triton.jit
-def _skinny(
+def _skinny_matmul(
     x_ptr,
     branch_ptr,
     stream_ptr,
@@ -224,7 +224,7 @@ def _tile(x, norm_ptr, w, up, feature, FEATURES: tl.constexpr, NORMS: tl.constex
 
 
 @triton.jit
-def _normed(
+def _skinny_normed_matmul(
     x_ptr,
     branch_ptr,
     stream_ptr,

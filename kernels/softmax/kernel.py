@@ -58,7 +58,7 @@ BACKWARD: Tuned[Tiles | Chunks] = Tuned(
 
 
 @triton.jit
-def _forward_rows(
+def _softmax_forward_rows(
     x_ptr, y_ptr, num_rows, x_stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr
 ):
     cols = tl.arange(0, BLOCK)[None, :]
@@ -73,7 +73,7 @@ def _forward_rows(
 
 
 @triton.jit
-def _backward_rows(
+def _softmax_backward_rows(
     d_y_ptr,
     y_ptr,
     d_x_ptr,
@@ -96,7 +96,7 @@ def _backward_rows(
 
 
 @triton.jit
-def _forward_chunks(x_ptr, y_ptr, width, x_stride, BLOCK: tl.constexpr, STAGES: tl.constexpr):
+def _softmax_forward_chunks(x_ptr, y_ptr, width, x_stride, BLOCK: tl.constexpr, STAGES: tl.constexpr):
     cols = tl.arange(0, BLOCK)
     x_ptr += tl.program_id(0).to(tl.int64) * x_stride
     y_ptr += tl.program_id(0).to(tl.int64) * width
@@ -119,7 +119,9 @@ def _forward_chunks(x_ptr, y_ptr, width, x_stride, BLOCK: tl.constexpr, STAGES: 
 
 
 @triton.jit
-def _backward_chunks(d_y_ptr, y_ptr, d_x_ptr, width, d_y_stride, y_stride, BLOCK: tl.constexpr, STAGES: tl.constexpr):
+def _softmax_backward_chunks(
+    d_y_ptr, y_ptr, d_x_ptr, width, d_y_stride, y_stride, BLOCK: tl.constexpr, STAGES: tl.constexpr
+):
     cols = tl.arange(0, BLOCK)
     d_y_ptr += tl.program_id(0).to(tl.int64) * d_y_stride
     y_ptr += tl.program_id(0).to(tl.int64) * y_stride
@@ -147,11 +149,11 @@ def softmax_forward(x: Tensor) -> Tensor:
     num_rows, width = x.shape
     config = FORWARD(num_rows, width)
     if isinstance(config, Chunks):
-        _forward_chunks[(num_rows,)](
+        _softmax_forward_chunks[(num_rows,)](
             x, y, width, x.stride(0), BLOCK=config.size, STAGES=config.stages, num_warps=config.num_warps
         )
         return y
-    _forward_rows[(config.num_programs(num_rows, width, x.device),)](
+    _softmax_forward_rows[(config.num_programs(num_rows, width, x.device),)](
         x,
         y,
         num_rows,
@@ -174,7 +176,7 @@ def softmax_backward(d_y: Tensor, y: Tensor) -> Tensor:
     num_rows, width = y.shape
     config = BACKWARD(num_rows, width)
     if isinstance(config, Chunks):
-        _backward_chunks[(num_rows,)](
+        _softmax_backward_chunks[(num_rows,)](
             d_y,
             y,
             d_x,
@@ -186,7 +188,7 @@ def softmax_backward(d_y: Tensor, y: Tensor) -> Tensor:
             num_warps=config.num_warps,
         )
         return d_x
-    _backward_rows[(config.num_programs(num_rows, width, y.device),)](
+    _softmax_backward_rows[(config.num_programs(num_rows, width, y.device),)](
         d_y,
         y,
         d_x,

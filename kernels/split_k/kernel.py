@@ -18,7 +18,7 @@ def splits_for(tiles: int, steps: int, *, least: int = 4) -> int:
 
 
 @triton.jit
-def _add_parts(
+def _split_k_add_parts(
     parts_ptr, scale_ptr, bias_ptr, y_ptr, M, N, splits,
     SIZE: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
@@ -39,7 +39,7 @@ def add_parts(parts: Tensor, scale: Tensor | None, bias: Tensor | None, y: Tenso
     """y [M, N] = sum of fp32 parts [S, M, N] over S, times scale [N], plus bias [N]; rounded once."""
     splits, M, N = parts.shape
     size = 1024
-    _add_parts[(triton.cdiv(N, size), M)](
+    _split_k_add_parts[(triton.cdiv(N, size), M)](
         parts, y if scale is None else scale, y if bias is None else bias, y, M, N, splits,
         SIZE=size, SCALE=scale is not None, BIAS=bias is not None, num_warps=4,
     )  # fmt: skip

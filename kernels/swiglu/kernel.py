@@ -8,16 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from kernels.backend import Tuned
-from kernels.fp8.formats import SMALLEST_SCALE
-from kernels.rms_norm.kernel import FP8_MAX, PLAIN, ROWWISE, TENSORWISE, rows_of
+from kernels.rms_norm.kernel import rows_of
 
-SMALLEST = tl.constexpr(SMALLEST_SCALE)
 SILU = tl.constexpr(0)
 GELU_TANH = tl.constexpr(1)
 GELU = tl.constexpr(2)
@@ -56,17 +53,14 @@ def _activation(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def _forward(
+def _glu_forward(
     gate_ptr,
     up_ptr,
-    scale_ptr,
     y_ptr,
-    extra_ptr,
     width,
     gate_stride,
     up_stride,
     ACTIVATION: tl.constexpr,
-    OUTPUT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     blocks = tl.cdiv(width, BLOCK)
@@ -77,21 +71,11 @@ def _forward(
     gate = tl.load(gate_ptr + row * gate_stride + cols, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row * up_stride + cols, mask=inside, other=0.0).to(tl.float32)
     activated, _ = _activation(gate, ACTIVATION)
-    y = activated * up
-    if OUTPUT != PLAIN:
-        amax = tl.max(tl.abs(y), axis=0)
-        if OUTPUT == TENSORWISE:
-            tl.store(extra_ptr + tl.program_id(0), amax)
-            scale = tl.load(scale_ptr)
-        else:
-            scale = tl.where(amax == 0.0, 1.0, tl.maximum(amax / FP8_MAX, SMALLEST))
-            tl.store(extra_ptr + row, scale)
-        y = tl.clamp(y * (1.0 / scale), -FP8_MAX, FP8_MAX, propagate_nan=tl.PropagateNan.ALL)
-    tl.store(y_ptr + row * width + cols, y.to(y_ptr.dtype.element_ty), mask=inside)
+    tl.store(y_ptr + row * width + cols, (activated * up).to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _backward(
+def _glu_backward(
     d_y_ptr,
     gate_ptr,
     up_ptr,
@@ -131,41 +115,26 @@ def _block(rows: int, width: int) -> Block:
     return Block(min(block.size, max(32, triton.next_power_of_2(width))), block.num_warps)
 
 
-def glu_forward(
-    gate: Tensor, up: Tensor, activation: str, *, fp8: bool = False, scale: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """y of gate and up [..., I], and of fp8 max |y| or, without a scale, the scale of each row (else empty)."""
-    y = torch.empty(gate.shape, dtype=torch.float8_e4m3fn if fp8 else gate.dtype, device=gate.device)
-    extra = gate.new_empty((*gate.shape[:-1], 1) if fp8 and scale is None else 0, dtype=torch.float32)
+def glu_forward(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """y of gate and up [..., I]."""
+    y = gate.new_empty(gate.shape)
     if not gate.numel():
-        return y, extra.new_zeros(()) if scale is not None else extra.fill_(1.0)
-    if fp8 and scale is None:  # a row is one block
-        gate_rows, up_rows = rows_of(gate), rows_of(up)
-        rows, width = gate_rows.shape
-        size = max(32, triton.next_power_of_2(width))
-        block, output = Block(size, min(32, max(1, size // 512))), ROWWISE.value
-    else:
-        gate_rows, up_rows = _as_rows(gate, up)
-        rows, width = gate_rows.shape
-        block, output = _block(rows, width), TENSORWISE.value if fp8 else PLAIN.value
-    programs = rows * triton.cdiv(width, block.size)
-    if scale is not None:
-        extra = extra.new_empty(programs)
-    _forward[(programs,)](
+        return y
+    gate_rows, up_rows = _as_rows(gate, up)
+    rows, width = gate_rows.shape
+    block = _block(rows, width)
+    _glu_forward[(rows * triton.cdiv(width, block.size),)](
         gate_rows,
         up_rows,
-        scale,
         y,
-        extra if fp8 else None,
         width,
         gate_rows.stride(0),
         up_rows.stride(0),
         ACTIVATION=CODES[activation],
-        OUTPUT=output,
         BLOCK=block.size,
         num_warps=block.num_warps,
     )
-    return y, extra if scale is None else extra.amax()
+    return y
 
 
 def glu_backward(d_y: Tensor, gate: Tensor, up: Tensor, d_gate: Tensor, d_up: Tensor, activation: str) -> None:
@@ -175,7 +144,7 @@ def glu_backward(d_y: Tensor, gate: Tensor, up: Tensor, d_gate: Tensor, d_up: Te
     d_y, gate, up, d_gate, d_up = _as_rows(d_y, gate, up, d_gate, d_up)
     rows, width = gate.shape
     block = _block(rows, width)
-    _backward[(rows * triton.cdiv(width, block.size),)](
+    _glu_backward[(rows * triton.cdiv(width, block.size),)](
         d_y,
         gate,
         up,

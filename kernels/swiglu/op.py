@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kernels.backend import reference_gradients, refuse_dtensors, runs_triton
-from kernels.rms_norm.op import check_scale
-from kernels.rms_norm.reference import quantize_reference, widened
 from kernels.swiglu.reference import glu_fused_reference, glu_reference, halves
-
-MAX_FP8_WIDTH = 32768  # with scales by row, a row is held in the registers of one program
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -40,29 +36,6 @@ def swiglu_fused_backward(d_y: Tensor, gate_up: Tensor) -> Tensor:
     """Gradient of gate_up [..., 2I] for that of y [..., I]: for the autograd function of a layer that multiplies y in
     fp8."""
     return _glu_fused_backward(d_y, gate_up, "silu")
-
-
-class GluFp8(NamedTuple):
-    """A gated linear unit's output in fp8."""
-
-    y: Tensor  # [..., I], float8_e4m3fn: the output is y * scale
-    scale: Tensor  # fp32: the one that was given, or [..., 1], one of each row
-    amax: Tensor | None  # fp32 []: max |output|, for the scales of steps to come; None with scales by row
-
-
-def swiglu_fp8(gate_up: Tensor, *, scale: Tensor | None = None) -> GluFp8:
-    """`swiglu_fused` in fp8, without a pass of its own for the cast and without rounding before it.
-
-    scale: fp32, one element, that of delayed scaling per tensor: y is the output divided by it, saturated at 448.
-    None: each row has its own, max |row| / 448, or 1 if all is 0; I <= 32768. NaN stays NaN. Not differentiable,
-    because the gradient of an fp8 tensor would be cast to fp8: see `swiglu_fused_backward`.
-    """
-    check_fused(gate_up)
-    check_scale(scale)
-    if scale is None and gate_up.shape[-1] > 2 * MAX_FP8_WIDTH:
-        raise ValueError(f"gate_up has shape {list(gate_up.shape)}; with scales by row use at most {2 * MAX_FP8_WIDTH}")
-    y, extra = _glu_fp8(gate_up, scale, "silu")
-    return GluFp8(y, extra if scale is None else scale, None if scale is None else extra)
 
 
 def check_pair(gate: Tensor, up: Tensor) -> None:
@@ -93,7 +66,7 @@ def _glu(gate: Tensor, up: Tensor, activation: str) -> Tensor:
         return glu_reference(gate, up, activation).contiguous()
     from kernels.swiglu.kernel import glu_forward
 
-    return glu_forward(gate, up, activation)[0]
+    return glu_forward(gate, up, activation)
 
 
 @_glu.register_fake
@@ -124,7 +97,7 @@ def _glu_fused(gate_up: Tensor, activation: str) -> Tensor:
         return glu_fused_reference(gate_up, activation).contiguous()
     from kernels.swiglu.kernel import glu_forward
 
-    return glu_forward(*halves(gate_up), activation)[0]
+    return glu_forward(*halves(gate_up), activation)
 
 
 @_glu_fused.register_fake
@@ -146,23 +119,6 @@ def _glu_fused_backward(d_y: Tensor, gate_up: Tensor, activation: str) -> Tensor
 @_glu_fused_backward.register_fake
 def _(d_y: Tensor, gate_up: Tensor, activation: str) -> Tensor:
     return gate_up.new_empty(gate_up.shape)
-
-
-@torch.library.custom_op("lattice::glu_fp8", mutates_args=())
-def _glu_fp8(gate_up: Tensor, scale: Tensor | None, activation: str) -> tuple[Tensor, Tensor]:
-    """y, and max |y| or the scales of the rows."""
-    if not runs_triton(gate_up):
-        y, extra = quantize_reference(glu_fused_reference(widened(gate_up), activation), scale)
-        return y.contiguous(), extra.contiguous()
-    from kernels.swiglu.kernel import glu_forward
-
-    return glu_forward(*halves(gate_up), activation, fp8=True, scale=scale)
-
-
-@_glu_fp8.register_fake
-def _(gate_up: Tensor, scale: Tensor | None, activation: str) -> tuple[Tensor, Tensor]:
-    extra = gate_up.new_empty((*gate_up.shape[:-1], 1) if scale is None else (), dtype=torch.float32)
-    return gate_up.new_empty(_half(gate_up), dtype=torch.float8_e4m3fn), extra
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -63,7 +63,7 @@ def _known_scale(scale_ptr, used_ptr, EMULATE: tl.constexpr):
 
 
 @triton.jit
-def _forward(
+def _glu_quantized_forward(
     gate_up_ptr, y_ptr, t_ptr, scale_ptr, used_ptr, amax_ptr, R, width, R_padded, stride, one,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, ACTIVATION: tl.constexpr, LARGEST: tl.constexpr,
     TRANSPOSE: tl.constexpr, EMULATE: tl.constexpr,
@@ -84,7 +84,7 @@ def _forward(
 
 
 @triton.jit
-def _backward(
+def _glu_quantized_backward(
     d_y_ptr, gate_up_ptr, d_ptr, t_ptr, scale_ptr, used_ptr, amax_ptr, R, width, R_padded, stride, one,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, ACTIVATION: tl.constexpr, LARGEST: tl.constexpr,
     EMULATE: tl.constexpr,
@@ -119,7 +119,7 @@ def glu_quantized(
     transposed = data.new_empty((width, padded(R)) if transpose else (0,))
     used, amax = torch.empty((), device=data.device), torch.zeros((), device=data.device)
     tile = FORWARD(R, width)
-    _forward[(triton.cdiv(padded(R), tile.rows) * triton.cdiv(width, tile.columns),)](
+    _glu_quantized_forward[(triton.cdiv(padded(R), tile.rows) * triton.cdiv(width, tile.columns),)](
         gate_up, data, transposed, scale, used, amax.view(torch.int32), R, width, padded(R), gate_up.stride(0), 1.0,
         ROWS=tile.rows, COLUMNS=tile.columns, ACTIVATION=CODES[activation], LARGEST=LARGEST[E4M3],
         TRANSPOSE=transpose, EMULATE=not gate_up.is_cuda, num_warps=tile.num_warps,
@@ -137,7 +137,7 @@ def glu_backward_quantized(
     transposed = data.new_empty(2 * width, padded(R))
     used, amax = torch.empty((), device=data.device), torch.zeros((), device=data.device)
     tile = BACKWARD(R, width)
-    _backward[(triton.cdiv(padded(R), tile.rows) * triton.cdiv(width, tile.columns),)](
+    _glu_quantized_backward[(triton.cdiv(padded(R), tile.rows) * triton.cdiv(width, tile.columns),)](
         d_y.contiguous(), gate_up, data, transposed, scale, used, amax.view(torch.int32), R, width, padded(R),
         gate_up.stride(0), 1.0,
         ROWS=tile.rows, COLUMNS=tile.columns, ACTIVATION=CODES[activation], LARGEST=LARGEST[dtype],

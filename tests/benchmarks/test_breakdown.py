@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import kernels
 from benchmarks.breakdown import main
 from trainer.breakdown import kind_of, profile_of, sentence, trace_path
 
@@ -57,12 +59,46 @@ def test_time_is_computed_exposed_or_idle(tmp_path: Path) -> None:
         ("void at::native::(anonymous namespace)::multi_tensor_apply_kernel<FusedAdamMathFunctor>", "optimizer"),
         ("sm90_xmma_gemm_bf16bf16_bf16f32", "matrix_products"),
         ("triton_red_fused_rms_norm_1", "memory_bound"),
+        ("triton_poi_fused_adapted_linear_backward_scaled_dot_product_cudnn_attention_view_0", "memory_bound"),
+        ("void cudnn::fusion::convert_dq_to_16bits<true>(void const*, void*, unsigned int)", "attention"),
         ("Memset (Device)", "copy"),
     ],
 )
 def test_kernels_are_told_apart_by_their_names(name: str, kind: str) -> None:
     """A kind that takes another's kernels."""
     assert kind_of(name) == kind
+
+
+def launched_kernels() -> list[str]:
+    """Of all modules of kernels/: what is compiled by itself, as KERNEL[grid](...), not into another."""
+    source = "\n".join(path.read_text(encoding="utf-8") for path in Path(kernels.__path__[0]).rglob("*.py"))
+    taken_a_grid = set(re.findall(r"\b(\w+)\[", source))
+    return [name for name in re.findall(r"^@triton\.jit.*\ndef (\w+)\(", source, re.M) if name in taken_a_grid]
+
+
+KIND_OF_PREFIX = {
+    "_attention_": "attention",
+    "_paged_attention": "attention",
+    **dict.fromkeys(("_adamw_", "_global_norm_"), "optimizer"),
+    **dict.fromkeys(("_fp8_block_matmul", "_grouped_matmul", "_int4_matmul", "_int8_matmul"), "matrix_products"),
+    **dict.fromkeys(("_invariant_matmul", "_low_rank_matmul", "_tiled_matmul"), "matrix_products"),
+    **dict.fromkeys(("_skinny_matmul", "_skinny_normed_matmul"), "matrix_products"),
+    **dict.fromkeys(("_cache_", "_cross_entropy_", "_fp8_", "_glu_", "_moe_", "_nf4_", "_norm_"), "memory_bound"),
+    **dict.fromkeys(("_rope_", "_sampling_", "_softmax_", "_split_k_"), "memory_bound"),
+}
+"""Of kernels of kernels/, by how their names begin; the longest beginning decides."""
+
+
+def test_every_kernel_of_ours_is_booked_under_what_it_does() -> None:
+    """An attention or an optimizer counted as memory-bound because its kernel is called _forward or _update; two
+    kernels of one name, which a trace cannot tell apart; a new one that nobody sorted."""
+    names = launched_kernels()
+    assert len(names) > 50
+    assert len(names) == len(set(names))
+    for name in names:
+        beginnings = [beginning for beginning in KIND_OF_PREFIX if name.startswith(beginning)]
+        assert beginnings, f"{name} has no kind here"
+        assert kind_of(name) == KIND_OF_PREFIX[max(beginnings, key=len)], name
 
 
 def test_a_run_without_a_trace_of_a_gpu_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

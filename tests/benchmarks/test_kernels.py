@@ -141,7 +141,7 @@ def test_an_unknown_op_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert "problem" not in kernels.modules(None)
 
 
-@pytest.mark.parametrize("name", ["geglu", "layer_norm", "rms_norm", "rope", "softmax", "swiglu"])
+@pytest.mark.parametrize("name", ["geglu", "layer_norm", "low_rank", "rms_norm", "rope", "softmax", "swiglu"])
 def test_problems_are_calls_that_work(name: str) -> None:
     """A mistake in a problem that shows only on the GPU; here its tensors have shapes and no memory."""
     module = importlib.import_module(f"benchmarks.roofline.{name}")

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -26,6 +27,18 @@ def parsed(monkeypatch: pytest.MonkeyPatch, *argv: str, world_size: int = 1) -> 
     options.add_argument("--checkpoint", default="none")
     options.add_argument("--fp8", default="none")
     return measure.parse(options, argv)
+
+
+def test_both_sides_of_a_comparison_draw_from_the_whole_vocabulary(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Rows of the embedding and words of the loss that only one side reads: it would be compared on easier work."""
+    shape = ["--seq-len", "32", "--micro-batch-size", "2", "--steps", "8"]
+    ours, theirs = compare.parse(["llama3_1b", *shape]), parsed(monkeypatch, "llama3_1b", *shape)
+    compare.write_tokens(ours, tmp_path / "tokens.npy")
+    for tokens in (torch.from_numpy(np.load(tmp_path / "tokens.npy")), torch.stack(measure.random_batches(*theirs, 0))):
+        assert 0.95 * 128256 < tokens.max() < 128256
+        assert float(tokens.double().mean()) == pytest.approx(128256 / 2, rel=0.15)
 
 
 @pytest.mark.parametrize(

@@ -8,14 +8,11 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from kernels.backend import interpreted
 from kernels.geglu import geglu
-from kernels.rms_norm.reference import quantize_reference
-from kernels.swiglu import swiglu, swiglu_fp8, swiglu_fused, swiglu_fused_backward
-from kernels.swiglu.op import _glu_fp8
-from tests.kernels.test_norms import CUDA, DEVICE, draw, share_equal
+from kernels.swiglu import swiglu, swiglu_fused, swiglu_fused_backward
+from tests.kernels.test_norms import CUDA, DEVICE, draw
 
 
 @pytest.fixture(autouse=True)
@@ -43,25 +40,9 @@ def test_geglu_is_that_of_torch_far_out_too() -> None:
         torch.testing.assert_close(geglu(gate, up, approximate), expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("scaled", ["tensor", "row"])
-def test_fp8_is_the_cast_of_swiglu(scaled: str) -> None:
-    """A scale applied the wrong way round, an amax after scaling or of a part, an overflow to NaN."""
-    gate_up: Tensor = draw(6, 2 * 1500)
-    scale = torch.tensor(3e-3, device=DEVICE) if scaled == "tensor" else None
-    result = swiglu_fp8(gate_up, scale=scale)
-    gate, up = gate_up.chunk(2, dim=-1)
-    expected, extra = quantize_reference(F.silu(gate) * up, scale)
-    assert share_equal(result.y, expected) > (0.99 if CUDA else 0.94)
-    torch.testing.assert_close(result.scale if scale is None else result.amax, extra)
-    for arguments in ((gate_up, scale, "silu"), (gate_up[:0], scale, "gelu")):
-        torch.library.opcheck(_glu_fp8, arguments)
-
-
 def test_what_is_refused() -> None:
     """Halves of an odd width, and names that would pick some activation."""
     with pytest.raises(ValueError, match="must be even"):
         swiglu_fused(draw(2, 7))
     with pytest.raises(ValueError, match="approximate='erf'"):
         geglu(draw(2), draw(2), "erf")
-    with pytest.raises(ValueError, match="at most 65536"):
-        swiglu_fp8(draw(1, 65538))

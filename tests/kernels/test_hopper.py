@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 Launches = Iterator[tuple[str, Callable[[], Any]]]
 ROWS = 64  # of 8192 where the choice of a configuration does not depend on it
-SCALAR_KERNELS = ("_total", "_count", "_place")
+SCALAR_KERNELS = ("_global_norm_total", "_moe_count", "_moe_place")
 """What they read is small: single numbers are no loss."""
 NARROW = ("int4 16", "nf4")
 """Launches whose packed numbers come 8 and 4 bytes at a time."""
-SPILLS = {"_backward_keys": 48}
+SPILLS = {"_attention_backward_keys": 48}
 """Bytes of a thread that the fastest configuration may spill: 8 with Triton 3.7.1, 48 with 3.6.0, under documents."""
 PRODUCTS = {
     **dict.fromkeys(("grouped_linear", "grouped input gradient", "grouped weight gradient"), 1),
@@ -74,7 +74,6 @@ def activation_launches() -> Launches:
     from kernels.softmax.op import _softmax, _softmax_backward
     from kernels.swiglu import (
         swiglu_backward_quantized,
-        swiglu_fp8,
         swiglu_fused,
         swiglu_fused_backward,
         swiglu_quantized,
@@ -85,7 +84,6 @@ def activation_launches() -> Launches:
     few = bf16(ROWS, 2 * 14336)
     yield "swiglu", lambda: (swiglu_fused(gate_up), swiglu_fused(few))
     yield "swiglu backward", lambda: swiglu_fused_backward(d_y, gate_up)
-    yield "swiglu fp8", lambda: (swiglu_fp8(gate_up), swiglu_fp8(gate_up, scale=scale))
     for tile in FORWARD.configs:
         with FORWARD.forced(tile):
             yield f"swiglu quantized {tile}", lambda: swiglu_quantized(gate_up, scale, transpose=True)

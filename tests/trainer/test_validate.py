@@ -81,6 +81,11 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         {"optim__kernel": "triton", "parallel__zero_stage": 3, "parallel__cpu_offload": True},
         "updates weights in host memory, where the kernel that optim.kernel=triton needs does not run",
     ),
+    ({"train__loss_kernel": "cuda"}, "train.loss_kernel=cuda is unknown; use train.loss_kernel=auto, torch or triton"),
+    (
+        {"train__loss_kernel": "triton", "train__batch_invariant": True},
+        "train.loss_kernel=triton does not work with train.batch_invariant=true: losses that do not depend on the",
+    ),
     ({"optim__kernel": "cuda"}, "optim.kernel=cuda is unknown; use optim.kernel=auto, torch or triton"),
     ({"optim__state_dtype": "fp8"}, "optim.state_dtype=fp8 is unknown; use optim.state_dtype=fp32 or"),
     ({"optim__state_dtype": "bf16", "optim__name": "muon"}, "optim.state_dtype=bf16 is for optim.name=adamw"),

@@ -16,7 +16,7 @@ from models.config import ModelConfig
 from parallel.mesh import Meshes, groups_in_layers
 from trainer.config import TrainConfig
 from trainer.frozen import Beside
-from trainer.loss import Objective, next_token, vocabulary_shard
+from trainer.loss import Objective, choose_loss_kernel, next_token, vocabulary_shard
 from trainer.step import TrainState, evaluate
 
 
@@ -81,7 +81,7 @@ class Pretrain:
         return next_token(
             config.model.mtp,
             device=device,
-            compile=config.train.compiles_loss,
+            kernel=choose_loss_kernel(config, device.type),
             vocabulary=vocabulary_shard(config.model.vocab_size, groups_in_layers(mesh, config.parallel)),
             batch_invariant=config.train.batch_invariant,
         )

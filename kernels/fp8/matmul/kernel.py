@@ -45,7 +45,7 @@ TILES = Tuned(
 
 
 @triton.jit
-def _matmul(
+def _fp8_block_matmul(
     a_desc, b_desc, y_ptr, a_scale_ptr, b_scale_ptr, bias_ptr, M, N, K,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
     SQUARE: tl.constexpr, BIAS: tl.constexpr,
@@ -85,7 +85,7 @@ def matmul_blocks(
     y = torch.empty(M, N, dtype=out_dtype, device=a.device)
     square = b_scale.shape[0] != N
     tile = TILES(M, N, K, square)
-    _matmul[(triton.cdiv(M, tile.rows) * triton.cdiv(N, tile.columns),)](
+    _fp8_block_matmul[(triton.cdiv(M, tile.rows) * triton.cdiv(N, tile.columns),)](
         TensorDescriptor.from_tensor(a, [tile.rows, BLOCK]),
         TensorDescriptor.from_tensor(b, [tile.columns, BLOCK]),
         y, a_scale, b_scale, y if bias is None else bias, M, N, K,

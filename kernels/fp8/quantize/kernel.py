@@ -51,7 +51,7 @@ class Square:
     again: bool = False  # x is read for each copy, from the L1 cache, and not kept in registers
 
     def step(self, rows: int, element_size: int, *, transpose: bool) -> int:
-        """STEP of _blocks; 16 bytes are read at a time."""
+        """STEP of _fp8_blocks; 16 bytes are read at a time."""
         return min(rows, self.num_warps * 32 * 16 // (BLOCK * element_size)) if self.runs and transpose else rows
 
 
@@ -143,7 +143,7 @@ def to_fp8(x, dtype: tl.constexpr, LARGEST: tl.constexpr, EMULATE: tl.constexpr)
 
 
 @triton.jit
-def _amax(x_ptr, partials_ptr, num_elements, num_blocks, SIZE: tl.constexpr):
+def _fp8_amax(x_ptr, partials_ptr, num_elements, num_blocks, SIZE: tl.constexpr):
     """Each program the largest magnitude of a run of blocks."""
     program, programs = tl.program_id(0), tl.num_programs(0)
     largest = tl.zeros((SIZE,), dtype=tl.int32)
@@ -179,12 +179,12 @@ def _tensor_scale(
 
 
 @triton.jit
-def _cast(
+def _fp8_cast(
     x_ptr, y_ptr, scale_ptr, amax_ptr, source_ptr, num_elements, num_partials,
     SIZE: tl.constexpr, DYNAMIC: tl.constexpr, LARGEST: tl.constexpr, POWER_OF_TWO: tl.constexpr,
     PARTIALS: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
-    # Last block first: what _amax read last may still lie in the L2 cache.
+    # Last block first: what _fp8_amax read last may still lie in the L2 cache.
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     inverse = _tensor_scale(
         scale_ptr, amax_ptr, source_ptr, num_partials, block == 0, DYNAMIC, LARGEST, POWER_OF_TWO, PARTIALS, EMULATE
@@ -198,7 +198,7 @@ def _cast(
 
 
 @triton.jit
-def _cast_transpose(
+def _fp8_cast_transpose(
     x_ptr, y_ptr, t_ptr, scale_ptr, amax_ptr, source_ptr, R, C, R_padded, num_partials, one,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DYNAMIC: tl.constexpr, LARGEST: tl.constexpr,
     POWER_OF_TWO: tl.constexpr, PARTIALS: tl.constexpr, EMULATE: tl.constexpr,
@@ -220,7 +220,7 @@ def _cast_transpose(
 
 @triton.jit
 def _tile_of(C, COLUMNS: tl.constexpr):
-    """Neighbouring programs take neighbouring columns; last tile first, see _cast."""
+    """Neighbouring programs take neighbouring columns; last tile first, see _fp8_cast."""
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     across = tl.cdiv(C, COLUMNS)
     return program // across, program % across
@@ -253,14 +253,14 @@ def _store_rows(t_ptr, t, r, c, R_padded, C):
 
 @triton.jit
 def _in_order(y, STEP: tl.constexpr):
-    """y [rows, columns] as _blocks lays its rows, transposed and in their order: only names of registers change."""
+    """y [rows, columns] as _fp8_blocks lays its rows, transposed and in their order: only names of registers change."""
     ROWS: tl.constexpr = y.shape[0]
     COLUMNS: tl.constexpr = y.shape[1]
     return tl.reshape(tl.permute(tl.reshape(y, (ROWS // STEP, STEP, COLUMNS)), (2, 1, 0)), (COLUMNS, ROWS))
 
 
 @triton.jit
-def _rowwise(
+def _fp8_rowwise(
     x_ptr, y_ptr, scale_ptr, C,
     SIZE: tl.constexpr, LARGEST: tl.constexpr, POWER_OF_TWO: tl.constexpr, EMULATE: tl.constexpr, ONCE: tl.constexpr,
 ):  # fmt: skip
@@ -286,7 +286,7 @@ def _rowwise(
 
 
 @triton.jit
-def _row_and_column_amax(x_ptr, row_ptr, column_ptr, R, C, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _fp8_row_and_column_amax(x_ptr, row_ptr, column_ptr, R, C, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     program = tl.program_id(0)
     across = tl.cdiv(C, COLUMNS)
     r = (program // across) * ROWS + tl.arange(0, ROWS)
@@ -297,7 +297,7 @@ def _row_and_column_amax(x_ptr, row_ptr, column_ptr, R, C, ROWS: tl.constexpr, C
 
 
 @triton.jit
-def _cast_rows_and_columns(
+def _fp8_cast_rows_and_columns(
     x_ptr, y_ptr, t_ptr, row_amax_ptr, column_amax_ptr, row_scale_ptr, column_scale_ptr, R, C, R_padded,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, LARGEST: tl.constexpr, POWER_OF_TWO: tl.constexpr,
     EMULATE: tl.constexpr,
@@ -318,7 +318,7 @@ def _cast_rows_and_columns(
 
 
 @triton.jit
-def _blocks(
+def _fp8_blocks(
     x_ptr, y_ptr, scale_ptr, t_ptr, t_scale_ptr, R, C, R_padded, one,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, LARGEST: tl.constexpr, POWER_OF_TWO: tl.constexpr,
     SQUARE: tl.constexpr, TRANSPOSE: tl.constexpr, EMULATE: tl.constexpr, STEP: tl.constexpr,
@@ -363,7 +363,7 @@ def _blocks(
 
 
 @triton.jit
-def _transpose(x_ptr, t_ptr, R, C, R_padded, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _fp8_transpose(x_ptr, t_ptr, R, C, R_padded, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Of bytes."""
     row_tile, column_tile = _tile_of(C, COLUMNS)
     r = row_tile * ROWS + tl.arange(0, ROWS)
@@ -378,7 +378,7 @@ def transpose(data: Tensor) -> Tensor:
     R, C = data.shape
     transposed = torch.empty(C, padded(R), dtype=data.dtype, device=data.device)
     tile = BYTES(R, C)
-    _transpose[(triton.cdiv(padded(R), tile.rows) * triton.cdiv(C, tile.columns),)](
+    _fp8_transpose[(triton.cdiv(padded(R), tile.rows) * triton.cdiv(C, tile.columns),)](
         data.view(torch.uint8), transposed.view(torch.uint8), R, C, padded(R),
         ROWS=tile.rows, COLUMNS=tile.columns, num_warps=tile.num_warps,
     )  # fmt: skip
@@ -391,7 +391,7 @@ def amax_partials(x: Tensor) -> Tensor:
     num_blocks = triton.cdiv(n, flat.size)
     programs = min(num_blocks, PROGRAMS_PER_MULTIPROCESSOR * num_multiprocessors(x.device))
     partials = torch.empty(programs, dtype=torch.float32, device=x.device)
-    _amax[(programs,)](x, partials, n, num_blocks, SIZE=flat.size, num_warps=flat.num_warps)
+    _fp8_amax[(programs,)](x, partials, n, num_blocks, SIZE=flat.size, num_warps=flat.num_warps)
     return partials
 
 
@@ -417,14 +417,14 @@ def quantize_tensorwise(
         tile = TILE(R, C)
         transposed = torch.empty(C, padded(R), dtype=dtype, device=x.device)
         grid = (triton.cdiv(padded(R), tile.rows) * triton.cdiv(C, tile.columns),)
-        _cast_transpose[grid](
+        _fp8_cast_transpose[grid](
             x, data, transposed, used, maximum, source, R, C, padded(R), num_partials, 1.0,
             ROWS=tile.rows, COLUMNS=tile.columns, num_warps=tile.num_warps, **shared,
         )  # fmt: skip
         return data, transposed, used, amax
     flat = FLAT(scale is not None)
     grid = (triton.cdiv(x.numel(), flat.size),)
-    _cast[grid](
+    _fp8_cast[grid](
         x, data, used, maximum, source, x.numel(), num_partials, SIZE=flat.size, num_warps=flat.num_warps, **shared
     )
     return data, data.new_empty(0), used, amax
@@ -441,7 +441,7 @@ def quantize_rowwise(
     if not transpose:
         size = min(triton.next_power_of_2(C), LONGEST_ROW)
         warps = min(max(size // 1024, 1), 8 if size < LONGEST_ROW else 16)
-        _rowwise[(R,)](x, data, scale, C, SIZE=size, ONCE=size >= C, num_warps=warps, **shared)
+        _fp8_rowwise[(R,)](x, data, scale, C, SIZE=size, ONCE=size >= C, num_warps=warps, **shared)
         return data, scale, data.new_empty(0), scale.new_empty(0)
     transposed = torch.empty(C, padded(R), dtype=dtype, device=x.device)
     transposed_scale = torch.empty(C, 1, device=x.device)
@@ -449,8 +449,8 @@ def quantize_rowwise(
     tile = TILE(R, C)
     sizes = {"ROWS": tile.rows, "COLUMNS": tile.columns, "num_warps": tile.num_warps}
     grid = (triton.cdiv(padded(R), tile.rows) * triton.cdiv(C, tile.columns),)
-    _row_and_column_amax[grid](x, amax, amax[R:], R, C, **sizes)
-    _cast_rows_and_columns[grid](
+    _fp8_row_and_column_amax[grid](x, amax, amax[R:], R, C, **sizes)
+    _fp8_cast_rows_and_columns[grid](
         x, data, transposed, amax, amax[R:], scale, transposed_scale, R, C, padded(R), **sizes, **shared
     )
     return data, scale, transposed, transposed_scale
@@ -465,7 +465,7 @@ def quantize_blocks(
     scale, transposed, transposed_scale = block_outputs(x, dtype, square, transpose)
     rows = BLOCK if square or transpose else ROWS_OF_BLOCKS(R, C)
     work = SQUARES(R, C, square) if rows == BLOCK else Square(4, False)
-    _blocks[(triton.cdiv(R, rows) * blocks(C),)](
+    _fp8_blocks[(triton.cdiv(R, rows) * blocks(C),)](
         x, data, scale, transposed, transposed_scale, R, C, padded(R), 1.0, ROWS=rows, COLUMNS=BLOCK,
         LARGEST=LARGEST[dtype], POWER_OF_TWO=power_of_two, SQUARE=square, TRANSPOSE=transpose, EMULATE=not x.is_cuda,
         STEP=work.step(rows, x.element_size(), transpose=transpose), AGAIN=work.again, num_warps=work.num_warps,

@@ -32,12 +32,23 @@ class Case:
     tuned_dtype: torch.dtype = torch.float32  # of that test on a GPU: one that all configurations are meant for
     batch_dim: int | None = 0  # output rows [:k] depend on input rows [:k] alone, to the bit; None: not promised
     batched: Sequence[int] = (0,)  # the arguments that have this dimension
+    stride_bits: bool = True  # of inputs in other strides the results have the same bits; False: some sums are torch's
     dtypes: Sequence[torch.dtype] = (torch.float32, torch.float16, torch.bfloat16)
     extremes: Sequence[float] = (0.0, 1e4, -1e4)  # values every element takes at once; results must be the reference's
+    extreme_arguments: Sequence[int] = ()  # whose elements: numbers; (): those that get a gradient
     error_factor: float = 2.0  # error against fp64 at most this times that of the reference in the op's dtype
     tolerance: dict[torch.dtype, float] = field(  # ... or this times the largest element, if that is more
         default_factory=lambda: {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
     )
+
+    def extreme(self, value: float, inputs: Sequence[Any]) -> list[Any]:
+        """The inputs, some of them full of the value. Raises ValueError where none would be."""
+        filled = self.extreme_arguments or self.differentiable
+        if not filled:
+            raise ValueError(
+                f"{self.name} names no extreme_arguments and has no differentiable ones: nothing would differ"
+            )
+        return [torch.full_like(x, value) if number in filled else x for number, x in enumerate(inputs)]
 
     def table(self) -> Tuned[Any] | None:
         """Imported late: kernel modules import triton."""

@@ -30,7 +30,16 @@ def _scale(x: Tensor) -> Tensor:
 
 
 def _case(name: str, op: Callable[..., Any], reference: Callable[..., Any], **other: Any) -> Case:
-    return Case(name=name, op=op, reference=reference, differentiable=(), batch_dim=None, tolerance=TOLERANCE, **other)
+    return Case(
+        name=name,
+        op=op,
+        reference=reference,
+        differentiable=(),
+        extreme_arguments=(0, 1) if other["inputs"] is _gradient else (0,),
+        batch_dim=None,
+        tolerance=TOLERANCE,
+        **other,
+    )
 
 
 def _gate_up(shape: Shape, dtype: torch.dtype, generator: torch.Generator) -> Inputs:

@@ -31,6 +31,7 @@ CASES = [
         inputs=_inputs,
         shapes=[(5, 123), (17000,), (1, 1), (0, 5)],
         differentiable=(),
+        extreme_arguments=(0, 1, 2),
         checks=lambda inputs: [(_sum_of_squares, (list(inputs),))],
         tuned="kernels.global_norm.kernel:BLOCKS",
         batch_dim=None,

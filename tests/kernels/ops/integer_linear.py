@@ -36,7 +36,9 @@ def _op(kind: str, x: Tensor, data: Tensor, scale: Tensor, bias: Tensor) -> Tens
 
 
 def _weight(kind: str, data: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    return data, scale.contiguous().view(torch.float32 if kind == "int8" else torch.bfloat16)
+    return data, scale.clone(memory_format=torch.contiguous_format).view(
+        torch.float32 if kind == "int8" else torch.bfloat16
+    )
 
 
 def _oracle(kind: str, x: Tensor, data: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
@@ -59,6 +61,7 @@ def _case(kind: str, shapes: list[Shape]) -> Case:
         inputs=partial(_inputs, kind),
         shapes=shapes,
         differentiable=(),
+        extreme_arguments=(0, 3),
         checks=partial(_checks, kind),
         tuned=f"kernels.{kind.split('_')[0]}_linear.kernel:TILES",
         batch_dim=None,

@@ -35,9 +35,11 @@ CASES = [
         inputs=_inputs,
         shapes=SHAPES,
         differentiable=(),
+        extreme_arguments=(0, 1, 2),
         checks=lambda inputs: [(_add, (detached(*inputs)[0].clone(), *inputs[1:], 0.5))],
         tuned=tuned,
         batch_dim=None,  # of ranks that the kernel does not have the product is torch's
+        stride_bits=False,
     )
     for name, transposed, tuned in (
         ("add_low_rank", False, "kernels.low_rank.kernel:TILES"),

@@ -61,6 +61,7 @@ CASES = [
         inputs=_inputs,
         shapes=[(5, 192), (2, 128), (40, 1024)],
         differentiable=(),
+        extreme_arguments=(0,),
         checks=lambda inputs: [_pieces_call(*inputs)],
         tuned="kernels.nf4.kernel:TILES",
         batch_dim=None,
@@ -72,6 +73,7 @@ CASES = [
         inputs=_inputs,
         shapes=[(5, 123), (64,), (3, 1), (300, 64), (0, 5)],
         differentiable=(),
+        extreme_arguments=(0,),
         checks=lambda inputs: [
             (_quantize, inputs),
             (_dequantize, (*quantize_nf4_reference(*inputs), inputs[0].numel(), torch.float32)),

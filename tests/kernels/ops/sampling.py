@@ -43,7 +43,8 @@ def _case(name: str, *, draws: bool, **changes: Any) -> Case:
         differentiable=(),
         batched=(0, 1, 2),
         dtypes=(torch.float32,),  # in less, fp64 has other tokens: logits are not rounded there
-        extremes=(0.0,),
+        extremes=(0.0, 1e4, -1e4),
+        extreme_arguments=(0,),
         **changes,
     )
 
