@@ -218,7 +218,7 @@ def test_extreme_values(case: Case) -> None:
             torch.testing.assert_close(y, truth, rtol=1e-4, atol=atol, equal_nan=True)
 
 
-@some(9)
+@some(5)
 @each([case for case in CASES if case.tuned is not None])
 def test_every_configuration_is_right(case: Case) -> None:
     """A block size that only another GPU or another shape would pick."""
@@ -258,7 +258,7 @@ def test_rows_do_not_depend_on_the_batch(case: Case, dtype: torch.dtype) -> None
             assert torch.equal(y.narrow(case.batch_dim, 0, z.shape[case.batch_dim]), z)
 
 
-@some(7)
+@some(4)
 @each([case for case in CASES if case.checks is not None])
 def test_its_custom_ops_are_proper(case: Case) -> None:
     """A schema that hides a mutation, a fake implementation that differs, a gradient that is not registered."""
