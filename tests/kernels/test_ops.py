@@ -165,7 +165,8 @@ def test_strided_inputs_and_gradients_give_the_same_results(case: Case, layout: 
     for shape in case.shapes:
         inputs = inputs_of(case, shape, torch.float32)
         expected = evaluate(case.op, case, [contiguous(x) for x in inputs], laid=contiguous)
-        allowed = 0.0 if case.stride_bits else 1e-5
+        # On a GPU rows that lie at one place are another program, whose products are fused with other sums.
+        allowed = 0.0 if case.stride_bits and not CUDA else 1e-5
         for y, truth in zip(evaluate(case.op, case, [laid(x) for x in inputs], laid=laid), expected, strict=True):
             scale = float(truth.abs().max()) if truth.numel() else 0.0
             torch.testing.assert_close(y, truth, rtol=0.0, atol=allowed * scale)
