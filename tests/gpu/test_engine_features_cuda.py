@@ -12,6 +12,7 @@ from inference.config import EngineConfig, SamplingConfig
 from inference.engine import Engine
 from inference.speculation.runner import SpeculativeRunner
 from launch.open_model import LabModelConfig, open_model
+from models.invariant import make_batch_invariant
 from tests.gpu.test_engine_cuda import MODELS
 from tests.inference.adapters import CHOICES, PROMPTS, by_peft, make_adapters
 from tests.inference.adapters import GREEDY as LONGER
@@ -116,6 +117,7 @@ def test_constrained_output_is_valid_and_does_not_depend_on_preemption() -> None
     pytest.importorskip("llguidance")
     tokenizer, each = text_tokenizer(), samplings(seeds=6, max_tokens=40)
     model = random_decoder(tiny(vocab_size=tokenizer.vocab_size + 3, max_seq_len=96)).to("cuda", torch.bfloat16)
+    make_batch_invariant(model)
     config = EngineConfig(block_size=4, num_blocks=256, max_sequences=1, deterministic=True)
     engine = Engine(model, config, tokenizer=tokenizer, eos_ids=[tokenizer.eos_id])
     alone = engine.generate(["one two"] * len(each), each)
