@@ -47,7 +47,7 @@ from kernels.fp8 import (
     DelayedScaling,
     LayerScaling,
     Quantized,
-    Recipe,
+    ScalingRecipe,
     fp8_matmul,
     scale_from_amax,
 )
@@ -97,7 +97,12 @@ class Fp8Linears:
     """
 
     def __init__(
-        self, recipe: Recipe, *, names: Sequence[str], history_length: int, device: torch.device | str | None = None
+        self,
+        recipe: ScalingRecipe,
+        *,
+        names: Sequence[str],
+        history_length: int,
+        device: torch.device | str | None = None,
     ) -> None:
         self.recipe = recipe
         self.names = list(names)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.fp8 import E4M3, Recipe, fp8_matmul, transpose_quantized
+from kernels.fp8 import E4M3, ScalingRecipe, fp8_matmul, transpose_quantized
 from kernels.fp8.linear import quantize_by_kind
 from parallel.collectives import Axis, start_all_reduce, start_reduce_scatter, wait
 from parallel.tensor import SEQUENCE_DIM
@@ -23,7 +23,7 @@ from parallel.tensor import SEQUENCE_DIM
 class Plan:
     """How some layers of one input are evaluated; constants of a compiled graph."""
 
-    recipe: Recipe
+    recipe: ScalingRecipe
     axis: Axis | None = None  # tp
     gathers: bool = False  # the input is this rank's slice of the tokens, and so is its gradient
     sums: bool = False  # the input is the same on all ranks, and its gradient the sum of theirs

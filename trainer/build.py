@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from kernels.fp8 import Recipe
+from kernels.fp8 import ScalingRecipe
 from models.decoder import Decoder
 from models.fp8 import Fp8Linears, apply_fp8, linears_in_fp8
 from models.fp8_producers import apply_producers
@@ -170,7 +170,7 @@ def _multiply_in_fp8(model: Decoder, config: TrainConfig, device: torch.device) 
     names: list[list[str]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(names, linears_in_fp8(model.blocks, skip=precision.fp8_skip))
     fp8 = Fp8Linears(
-        Recipe(precision.fp8_recipe, gradient=FP8_GRADIENTS[precision.fp8_gradient]),
+        ScalingRecipe(precision.fp8_recipe, gradient=FP8_GRADIENTS[precision.fp8_gradient]),
         names=sorted({name for part in names for name in part}),  # of all stages of a pipeline
         history_length=precision.fp8_amax_history,
         device=device,

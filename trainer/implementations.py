@@ -27,7 +27,7 @@ from trainer.optim import describe as describe_optimizer
 from trainer.pipelined import PipelinedPasses
 from trainer.recipes import RECIPES
 from trainer.recipes.dpo import DirectPreferenceOptimization
-from trainer.recipes.pretrain import Pretrain
+from trainer.recipes.recipe import Recipe
 from trainer.sequence import context_parallelism
 from trainer.step import TrainState
 
@@ -176,7 +176,7 @@ def implementations(config: TrainConfig, dims: ParallelDims, state: TrainState, 
 
 def _loss(config: TrainConfig, device: torch.device) -> str:
     used = RECIPES[config.recipe.name].computes_loss(config)
-    if used == Pretrain.loss_kernel:
+    if used == Recipe.loss_kernel:
         kernel = choose_loss_kernel(config, device.type)
         return used if kernel == "torch" else f"{used}, {kernel}"
     probe = torch.empty(1, dtype=config.precision.compute_dtype, device=device)

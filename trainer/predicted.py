@@ -23,7 +23,7 @@ from trainer.pipelined import pipeline_layout
 
 def job_of(config: TrainConfig, *, world_size: int, beside: Beside | None = None) -> Job:
     """config: validated, with the model resolved (trainer.validate.finalize). beside: as its recipe says
-    (trainer.recipes.pretrain.Pretrain.frozen_beside)."""
+    (trainer.recipes.recipe.Recipe.frozen_beside)."""
     job = Job(
         model=config.model,
         parallel=config.parallel,

@@ -14,7 +14,7 @@ from benchmarks.roofline.problem import Problem, both_directions
 from kernels.fp8 import (
     E4M3,
     DelayedScaling,
-    Recipe,
+    ScalingRecipe,
     fp8_linear,
     fp8_matmul,
     quantize_blocks,
@@ -108,7 +108,7 @@ def _linears(M: int, N: int, K: int, device: torch.device) -> Iterator[Problem]:
     x, w = (torch.randn(rows, K, device=device, dtype=torch.bfloat16, requires_grad=True) for rows in (M, N))
     functions = {"eager": F.linear}
     for kind in ("tensorwise_delayed", "tensorwise_dynamic", "rowwise", "block128"):
-        recipe = Recipe(kind)
+        recipe = ScalingRecipe(kind)
         scaling = DelayedScaling(1, recipe=recipe, device=device).layers[0] if kind == "tensorwise_delayed" else None
         layer = partial(fp8_linear, recipe=recipe, scaling=scaling)
         functions["lattice" if kind == "tensorwise_dynamic" else f"lattice {kind}"] = layer

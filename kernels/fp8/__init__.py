@@ -10,7 +10,7 @@ from kernels.fp8.quantize import (
     quantize_tensorwise,
     transpose_quantized,
 )
-from kernels.fp8.scaling import GRADIENT, INPUT, WEIGHT, DelayedScaling, LayerScaling, Recipe
+from kernels.fp8.scaling import GRADIENT, INPUT, WEIGHT, DelayedScaling, LayerScaling, ScalingRecipe
 
 __all__ = [
     "E4M3",
@@ -21,7 +21,7 @@ __all__ = [
     "DelayedScaling",
     "LayerScaling",
     "Quantized",
-    "Recipe",
+    "ScalingRecipe",
     "dequantize",
     "fp8_linear",
     "fp8_matmul",

@@ -22,7 +22,7 @@ from kernels.fp8.formats import E4M3, PAD, Quantized, scale_from_amax
 from kernels.fp8.matmul import fp8_matmul
 from kernels.fp8.matmul.op import _fp8_matmul
 from kernels.fp8.quantize import quantize_blocks, quantize_rowwise, quantize_tensorwise
-from kernels.fp8.scaling import GRADIENT, INPUT, WEIGHT, LayerScaling, Recipe
+from kernels.fp8.scaling import GRADIENT, INPUT, WEIGHT, LayerScaling, ScalingRecipe
 
 
 def fp8_linear(
@@ -30,7 +30,7 @@ def fp8_linear(
     weight: Tensor,
     bias: Tensor | None = None,
     *,
-    recipe: Recipe,
+    recipe: ScalingRecipe,
     scaling: LayerScaling | None = None,
     x_amax: Tensor | None = None,
     weight_amax: Tensor | None = None,
@@ -72,7 +72,7 @@ def fp8_linear(
 
 def _quantized(
     tensor: Tensor,
-    recipe: Recipe,
+    recipe: ScalingRecipe,
     which: int,
     transpose: bool,
     scaling: LayerScaling | None,

@@ -16,7 +16,7 @@ INPUT, WEIGHT, GRADIENT = 0, 1, 2  # the three tensors that a layer quantizes
 
 
 @dataclass(frozen=True)
-class Recipe:
+class ScalingRecipe:
     """How a layer's input, weight and output gradient become fp8. The first two are E4M3.
 
     tensorwise_delayed: one scale, from the largest magnitudes of past steps (DelayedScaling); reads each tensor once.
@@ -69,7 +69,12 @@ class DelayedScaling(nn.Module):
     scale: Tensor
 
     def __init__(
-        self, num_linears: int, *, recipe: Recipe, history_length: int = 16, device: torch.device | str | None = None
+        self,
+        num_linears: int,
+        *,
+        recipe: ScalingRecipe,
+        history_length: int = 16,
+        device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
         if num_linears < 1 or history_length < 1:

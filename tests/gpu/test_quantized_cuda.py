@@ -16,7 +16,7 @@ from kernels.fp8 import (
     E5M2,
     DelayedScaling,
     LayerScaling,
-    Recipe,
+    ScalingRecipe,
     dequantize,
     fp8_linear,
     fp8_matmul,
@@ -96,7 +96,7 @@ def test_scales_may_lie_anywhere(kind: str, out_dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("kind", ["tensorwise_delayed", "tensorwise_dynamic", "rowwise", "block128"])
 def test_the_compiled_fp8_layer_is_the_eager_one(kind: str) -> None:
     """Inductor, which fuses the scales' arithmetic and lays memory out anew; and the layer against its emulation."""
-    recipe = Recipe(kind)
+    recipe = ScalingRecipe(kind)
     results = []
     for device, compiled in (("cuda", False), ("cuda", True), ("cpu", False)):
         scaling = DelayedScaling(1, recipe=recipe, device=device) if kind == "tensorwise_delayed" else None

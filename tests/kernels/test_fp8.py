@@ -21,7 +21,7 @@ from kernels.fp8 import (
     INPUT,
     WEIGHT,
     DelayedScaling,
-    Recipe,
+    ScalingRecipe,
     dequantize,
     fp8_linear,
     fp8_matmul,
@@ -206,7 +206,7 @@ def run(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> li
 @pytest.mark.parametrize("kind", ["tensorwise_delayed", "tensorwise_dynamic", "rowwise", "block128"])
 def test_the_layer_is_near_the_linear_layer(kind: str, gradient: torch.dtype) -> None:
     """A wrong scale, transpose or operand in one of the three products."""
-    recipe = Recipe(kind, gradient=gradient)
+    recipe = ScalingRecipe(kind, gradient=gradient)
     scaling = DelayedScaling(1, recipe=recipe, device=DEVICE) if kind == "tensorwise_delayed" else None
     x, weight, bias = randn(2, 9, 48), randn(32, 48, seed=1, scale=0.1), randn(32, seed=2)
 
@@ -234,7 +234,7 @@ def test_backward_keeps_fp8_only() -> None:
 
     x, weight = randn(64, 48).requires_grad_(), randn(32, 48).requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        fp8_linear(x, weight, recipe=Recipe("tensorwise_dynamic"))
+        fp8_linear(x, weight, recipe=ScalingRecipe("tensorwise_dynamic"))
     assert sum(t.numel() for t in kept if t.dtype == E4M3) == 64 * 48 + 32 * 48
     assert all(t.dtype == E4M3 or t.numel() == 1 for t in kept)
 
@@ -244,7 +244,7 @@ def test_only_wanted_copies_are_made() -> None:
     kept: list[Tensor] = []
     x, weight = randn(64, 48).requires_grad_(), randn(32, 48)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
-        y = fp8_linear(x, weight, recipe=Recipe("block128"))
+        y = fp8_linear(x, weight, recipe=ScalingRecipe("block128"))
     assert sum(t.numel() for t in kept if t.dtype == E4M3) == 32 * 48
     y.sum().backward()
     assert x.grad is not None
@@ -253,7 +253,7 @@ def test_only_wanted_copies_are_made() -> None:
 def test_ranks_that_agree_on_amax_quantize_as_one() -> None:
     """Rows over two ranks: with the maximum of both passed, their parts are the whole, to the bit."""
     x, weight = randn(32, 48), randn(32, 48, seed=1)
-    recipe, amax = Recipe("tensorwise_dynamic"), x.abs().amax()
+    recipe, amax = ScalingRecipe("tensorwise_dynamic"), x.abs().amax()
     whole = fp8_linear(x, weight, recipe=recipe)
     parts = [fp8_linear(part, weight, recipe=recipe, x_amax=amax) for part in x.chunk(2)]
     torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-6, atol=1e-6)
@@ -266,7 +266,7 @@ def test_ranks_that_agree_on_amax_quantize_as_one() -> None:
 def test_delayed_scaling_takes_the_largest_of_its_history(backend: str) -> None:
     """Scales of the wrong step or tensor; amax of one micro-batch of several; gradients that compiled graphs lose. Two
     forwards before two backwards, as a pipeline runs them."""
-    recipe = Recipe("tensorwise_delayed")
+    recipe = ScalingRecipe("tensorwise_delayed")
     scaling = DelayedScaling(2, recipe=recipe, history_length=2, device=DEVICE)
     weight = randn(32, 48, seed=1).requires_grad_()
 
@@ -295,7 +295,7 @@ def test_delayed_scaling_takes_the_largest_of_its_history(backend: str) -> None:
 
 def test_an_overflow_does_not_spoil_later_scales() -> None:
     """inf in the history, which makes everything NaN for H steps."""
-    scaling = DelayedScaling(1, recipe=Recipe("tensorwise_delayed"), history_length=4)
+    scaling = DelayedScaling(1, recipe=ScalingRecipe("tensorwise_delayed"), history_length=4)
     for amax in (2.0, math.inf, math.nan):
         scaling.layers[0].amax.fill_(amax)
         scaling.update()
@@ -304,7 +304,7 @@ def test_an_overflow_does_not_spoil_later_scales() -> None:
 
 def test_delayed_scaling_is_saved_and_moved_in_fp32() -> None:
     """A model cast to bf16 takes its scales along; a resumed run starts with scales of 1."""
-    recipe = Recipe("tensorwise_delayed", power_of_two=True)
+    recipe = ScalingRecipe("tensorwise_delayed", power_of_two=True)
     scaling = DelayedScaling(1, recipe=recipe)
     scaling.layers[0].amax.fill_(3.0)
     scaling.update()
@@ -319,7 +319,10 @@ def test_a_rank_without_rows_takes_part() -> None:
     """Experts that nobody chose: zero gradients of the right shape, no launch of an empty grid."""
     for kind in ("tensorwise_dynamic", "rowwise", "block128"):
         y, d_x, d_weight, d_bias = run(
-            lambda *inputs, kind=kind: fp8_linear(*inputs, recipe=Recipe(kind)), randn(0, 48), randn(32, 48), randn(32)
+            lambda *inputs, kind=kind: fp8_linear(*inputs, recipe=ScalingRecipe(kind)),
+            randn(0, 48),
+            randn(32, 48),
+            randn(32),
         )
         assert y.shape == (0, 32)
         assert d_x.shape == (0, 48)
@@ -331,7 +334,7 @@ def test_flops_are_counted() -> None:
     """MFU of zero."""
     x, weight = randn(16, 48).requires_grad_(), randn(32, 48).requires_grad_()
     with FlopCounterMode(display=False) as counter:
-        fp8_linear(x, weight, recipe=Recipe("rowwise")).sum().backward()
+        fp8_linear(x, weight, recipe=ScalingRecipe("rowwise")).sum().backward()
     assert counter.get_total_flops() == 3 * 2 * 16 * 48 * 32
 
 
@@ -340,7 +343,7 @@ def test_the_emulation_is_the_kernels() -> None:
     are those of the written-out layer as well."""
     x, weight = randn(18, 48), randn(32, 48, seed=1)
     for kind in ("tensorwise_dynamic", "rowwise", "block128"):
-        recipe = Recipe(kind, gradient=E4M3)
+        recipe = ScalingRecipe(kind, gradient=E4M3)
         ours = run(lambda *inputs, recipe=recipe: fp8_linear(*inputs, recipe=recipe), x, weight)
         for y, exact in zip(ours, run(lambda *i, recipe=recipe: Emulated.apply(*i, recipe), x, weight), strict=True):
             assert (y - exact).norm() <= (2e-3 if CUDA else 1e-6) * exact.norm()
@@ -352,9 +355,12 @@ def test_the_emulation_is_the_kernels() -> None:
         (lambda: quantize_rowwise(torch.ones(2, 2), dtype=torch.int8), "torch.float8_e4m3fn"),
         (lambda: quantize_rowwise(torch.ones(2)), r"\[rows, columns\]"),
         (lambda: quantize_tensorwise(torch.ones(2, 2), torch.ones(1)), "no dimensions"),
-        (lambda: fp8_linear(torch.ones(2, 17), torch.ones(16, 17), recipe=Recipe()), "multiples of 16"),
-        (lambda: fp8_linear(torch.ones(2, 16), torch.ones(16, 16), recipe=Recipe("tensorwise_delayed")), "pass it for"),
-        (lambda: Recipe("blockwise"), "tensorwise_delayed, tensorwise_dynamic, rowwise, block128"),
+        (lambda: fp8_linear(torch.ones(2, 17), torch.ones(16, 17), recipe=ScalingRecipe()), "multiples of 16"),
+        (
+            lambda: fp8_linear(torch.ones(2, 16), torch.ones(16, 16), recipe=ScalingRecipe("tensorwise_delayed")),
+            "pass it for",
+        ),
+        (lambda: ScalingRecipe("blockwise"), "tensorwise_delayed, tensorwise_dynamic, rowwise, block128"),
         (lambda: fp8_matmul(*2 * (torch.ones(16, 16).to(E5M2), torch.ones(()))), "one of two must be E4M3"),
         (lambda: fp8_matmul(*2 * (torch.ones(16, 16).to(E4M3), torch.ones(2))), "float32"),
     ],

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kernels.fp8 import E4M3, E5M2, DelayedScaling, Recipe, fp8_linear
+from kernels.fp8 import E4M3, E5M2, DelayedScaling, ScalingRecipe, fp8_linear
 from kernels.fp8.scaling import KINDS
 from models.fp8 import Fp8Linears, apply_fp8, linears_in_fp8
 from parallel.precision import FP8_GRADIENTS, FP8_RECIPES
@@ -28,7 +28,7 @@ class Pair(nn.Module):
         return project(x, (self.a, self.b))
 
 
-def pair(recipe: Recipe, names: list[str] = NAMES) -> tuple[Pair, Fp8Linears]:
+def pair(recipe: ScalingRecipe, names: list[str] = NAMES) -> tuple[Pair, Fp8Linears]:
     torch.manual_seed(0)
     linears = Fp8Linears(recipe, names=names, history_length=2)
     layers = Pair()
@@ -48,7 +48,7 @@ def gradients(ys: tuple[Tensor, ...], *of: Tensor) -> list[Tensor]:
 def test_layers_are_those_of_the_kernel(kind: str, gradient: torch.dtype) -> None:
     """A transpose, a scale or a history of the wrong tensor; two layers of one input that mix their gradients up. Odd
     numbers of rows, and for delayed scaling a step with scales of the past."""
-    recipe = Recipe(kind, gradient=gradient)
+    recipe = ScalingRecipe(kind, gradient=gradient)
     layers, linears = pair(recipe)
     delayed = kind == "tensorwise_delayed"
     scaling = DelayedScaling(2, recipe=recipe, history_length=2) if delayed else None
@@ -81,7 +81,7 @@ def test_layers_are_those_of_the_kernel(kind: str, gradient: torch.dtype) -> Non
 def test_layers_of_one_input_keep_it_once_and_in_fp8() -> None:
     """Activations in bf16 beside those in fp8, or once per projection: the memory that fp8 saves. The weights are
     kept as they came, because a copy would outlive what fully_shard frees."""
-    layers, _ = pair(Recipe("rowwise"))
+    layers, _ = pair(ScalingRecipe("rowwise"))
     kept: list[Tensor] = []
     x = torch.randn(64, 48, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
@@ -94,7 +94,7 @@ def test_layers_of_one_input_keep_it_once_and_in_fp8() -> None:
 @pytest.mark.parametrize("names", [NAMES[:1], NAMES[1:]], ids=["first", "second"])
 def test_a_layer_that_is_left_out_multiplies_as_before(names: list[str]) -> None:
     """A layer that its neighbour, evaluated together with it, takes into fp8, or out of it."""
-    layers, _ = pair(Recipe("rowwise"), names)
+    layers, _ = pair(ScalingRecipe("rowwise"), names)
     x = torch.randn(5, 48)
     for name, y in zip(NAMES, layers(x), strict=True):
         layer = layers.a if name.endswith("a") else layers.b
@@ -104,7 +104,7 @@ def test_a_layer_that_is_left_out_multiplies_as_before(names: list[str]) -> None
 
 def test_nothing_is_recorded_without_gradients() -> None:
     """A validation whose activations move the scales of training, so that a resumed run differs."""
-    layers, linears = pair(Recipe("tensorwise_delayed"))
+    layers, linears = pair(ScalingRecipe("tensorwise_delayed"))
     with torch.no_grad():
         layers(torch.randn(5, 48))
     assert linears.scaling is not None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kernels.fp8 import E4M3, E5M2, Recipe
+from kernels.fp8 import E4M3, E5M2, ScalingRecipe
 from kernels.rms_norm import rms_norm
 from models.config import ModelConfig
 from models.decoder import Decoder
@@ -40,7 +40,7 @@ def model_of(**changes: Any) -> Decoder:
     return model
 
 
-def in_fp8(model: Decoder, recipe: Recipe, *, fused: bool, skip: tuple[str, ...] = ()) -> Fp8Linears:
+def in_fp8(model: Decoder, recipe: ScalingRecipe, *, fused: bool, skip: tuple[str, ...] = ()) -> Fp8Linears:
     linears = Fp8Linears(recipe, names=linears_in_fp8(model.blocks, skip=skip), history_length=2)
     apply_fp8(model.blocks, linears)
     if fused:
@@ -79,7 +79,7 @@ def test_blocks_give_the_bits_of_layers_that_quantize(kind: str, gradient: torch
     """Another scale, another rounding, a gradient of the stream that is lost or counted twice, a history that is not
     written, over steps with scales of the past."""
     plain, fused = (with_norms_of_the_kernel(model_of().to(dtype)) for _ in range(2))
-    recipe = Recipe(kind, gradient=gradient)
+    recipe = ScalingRecipe(kind, gradient=gradient)
     ours, theirs = in_fp8(fused, recipe, fused=True), in_fp8(plain, recipe, fused=False)
     assert ours.producers.startswith("written by 4 norms and " + ("2" if kind == "tensorwise_delayed" else "0"))
     for number in range(3):
@@ -93,7 +93,7 @@ def test_a_scale_of_another_layer_would_be_seen(kind: str) -> None:
     """Negative control: SwiGLU and norms by scales twice as large; by rows, weights quantized with another format."""
     plain = model_of()
     fused = copy.deepcopy(plain)
-    recipe = Recipe(kind)
+    recipe = ScalingRecipe(kind)
     ours, theirs = in_fp8(fused, recipe, fused=True), in_fp8(plain, recipe, fused=False)
     step(plain, theirs, 0)
     step(fused, ours, 0)
@@ -107,7 +107,7 @@ def test_a_scale_of_another_layer_would_be_seen(kind: str) -> None:
 @pytest.mark.parametrize("kind", RECIPES)
 def test_recomputed_and_compiled_blocks_are_the_same(kind: str) -> None:
     """A stand-in that recomputation reads, amax recorded twice, a graph break in what replaces methods."""
-    recipe = Recipe(kind)
+    recipe = ScalingRecipe(kind)
     model = model_of()
     plain, recomputed, compiled = (copy.deepcopy(model) for _ in range(3))
     linears = [in_fp8(m, recipe, fused=True) for m in (plain, recomputed, compiled)]
@@ -129,7 +129,7 @@ def test_less_is_kept_for_backward_and_nothing_normalised_in_16_bits() -> None:
 
     def kept(fused: bool, kind: str) -> tuple[int, int]:
         model = model_of()
-        linears = in_fp8(model, Recipe(kind), fused=fused)
+        linears = in_fp8(model, ScalingRecipe(kind), fused=fused)
         step(model, linears, 0)
         linears.begin_step(first=False)
         storages: dict[int, int] = {}
@@ -151,7 +151,7 @@ def test_less_is_kept_for_backward_and_nothing_normalised_in_16_bits() -> None:
 def test_nothing_is_recorded_without_gradients() -> None:
     """A validation whose activations move the scales of training."""
     model = model_of()
-    linears = in_fp8(model, Recipe("tensorwise_delayed"), fused=True)
+    linears = in_fp8(model, ScalingRecipe("tensorwise_delayed"), fused=True)
     step(model, linears, 0)
     linears.begin_step(first=False)
     with torch.no_grad():
@@ -179,8 +179,8 @@ def test_what_cannot_write_fp8_is_left_and_said(
     """A silent choice, or a model of another kind that is changed."""
     plain = model_of(**changes)
     fused = copy.deepcopy(plain)
-    ours = in_fp8(fused, Recipe(kind), fused=True, skip=skip)
-    theirs = in_fp8(plain, Recipe(kind), fused=False, skip=skip)
+    ours = in_fp8(fused, ScalingRecipe(kind), fused=True, skip=skip)
+    theirs = in_fp8(plain, ScalingRecipe(kind), fused=False, skip=skip)
     assert ours.producers.startswith(f"written by {norms} norms and {activations} activations")
     assert why in ours.producers
     for number in range(2):

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from data.config import DataConfig
-from kernels.fp8 import Recipe
+from kernels.fp8 import ScalingRecipe
 from launch.compose import compose_one
 from models.adapter_config import AdapterConfig
 from models.config import ModelConfig
@@ -180,7 +180,7 @@ def test_buffers_are_those_of_the_model_and_of_delayed_scaling() -> None:
         whole = build_model(job.model)
         names = linears_in_fp8(whole.blocks, skip=final.precision.fp8_skip)
         history = final.precision.fp8_amax_history
-        fp8 = Fp8Linears(Recipe("tensorwise_delayed"), names=names, history_length=history)
+        fp8 = Fp8Linears(ScalingRecipe("tensorwise_delayed"), names=names, history_length=history)
         scales = sum(tensor.nbytes for tensor in fp8.state_tensors().values())
         for pp in range(2):
             model = build_model(job.model, stages=job.stages_of(pp))

@@ -13,10 +13,11 @@ from trainer.recipes.grpo import GroupPolicyOptimization
 from trainer.recipes.kto import KahnemanTverskyOptimization
 from trainer.recipes.ppo import ProximalPolicyOptimization
 from trainer.recipes.pretrain import Pretrain
+from trainer.recipes.recipe import Recipe
 from trainer.recipes.reward import RewardModel
 from trainer.recipes.sft import SupervisedFineTuning
 
-RECIPES: Mapping[str, type[Pretrain]] = {
+RECIPES: Mapping[str, type[Recipe]] = {
     "pretrain": Pretrain,
     "sft": SupervisedFineTuning,
     "dpo": DirectPreferenceOptimization,

@@ -39,7 +39,7 @@ from trainer.adapters import fingerprint
 from trainer.config import RecipeConfig, TrainConfig, configuration_errors
 from trainer.frozen import Beside, FrozenModel, load_frozen, problems_beside, resolve_beside
 from trainer.loss import Objective, count_valid, token_loss_sum, vocabulary_shard
-from trainer.recipes.pretrain import Pretrain, StepReport
+from trainer.recipes.recipe import Recipe, StepReport
 from trainer.rl.config import WEIGHTS, RLConfig
 from trainer.rl.held_out import HeldOutAnswers, answers_problems, held_out_answers
 from trainer.rl.problems import layout_problems
@@ -89,7 +89,7 @@ class DistillationObjective:
         return []
 
 
-class Distillation(Pretrain):
+class Distillation(Recipe):
     loss_kernel = "linear_divergence"
     reads = (
         "teacher_path",

@@ -31,7 +31,7 @@ from trainer.frozen import Beside
 from trainer.loss import Objective, token_losses, vocabulary_shard
 from trainer.pairs import Pairs, count_pairs
 from trainer.preference_losses import LOSSES, WITHOUT_REFERENCE, implicit_rewards, preference_losses
-from trainer.recipes.pretrain import Pretrain
+from trainer.recipes.recipe import Recipe
 from trainer.reference import REFERENCES, Reference, load_reference, no_effect, reference_beside
 from trainer.reference import reference_problems as problems_of_reference
 from trainer.step import TrainState
@@ -107,7 +107,7 @@ def reports(rewards: Tensor) -> list[Tensor]:
     return [chosen, rejected, chosen - rejected, (chosen > rejected).to(rewards.dtype)]
 
 
-class Preferences(Pretrain):
+class Preferences(Recipe):
     """What recipes over pairs have in common."""
 
     name: str

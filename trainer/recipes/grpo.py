@@ -24,7 +24,7 @@ from models.decoder import Decoder
 from parallel.mesh import Meshes, groups_in_layers
 from trainer.config import TrainConfig
 from trainer.loss import Objective, vocabulary_shard
-from trainer.recipes.pretrain import Pretrain, StepReport
+from trainer.recipes.recipe import Recipe, StepReport
 from trainer.reference import Reference, load_reference
 from trainer.rl.collect import Collector, Round, all_gather
 from trainer.rl.config import rl_problems
@@ -47,7 +47,7 @@ class RolledOut(NamedTuple):
     events: list[Any]  # pairs of kind and text
 
 
-class GroupPolicyOptimization(Pretrain):
+class GroupPolicyOptimization(Recipe):
     """recipe=grpo, dr_grpo, dapo, gspo, cispo, rloo."""
 
     reads: tuple[str, ...] = ("rl", "reference", "reference_path", "reference_offload")

@@ -18,7 +18,7 @@ from parallel.problem import Problem, values
 from trainer.config import TrainConfig
 from trainer.frozen import FrozenModel, problems_beside
 from trainer.recipes.grpo import GroupPolicyOptimization
-from trainer.recipes.pretrain import TrainedBeside
+from trainer.recipes.recipe import TrainedBeside
 from trainer.rl.config import RLConfig, rl_problems
 from trainer.rl.gae import explained_variance, generalized_advantages, moments, next_coefficient, whitened
 from trainer.rl.packing import of_rollouts

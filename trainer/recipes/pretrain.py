@@ -1,57 +1,16 @@
-"""Pretraining: every token is predicted from those before it. What other recipes leave as it is, they inherit."""
+"""Pretraining: every token is predicted from those before it."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
-
-import torch
-
-from data.batch import Batch
 from data.config import has_conversations
-from data.loader import Loader, build_loader
-from models.config import ModelConfig
-from parallel.mesh import Meshes, groups_in_layers
 from trainer.config import TrainConfig
-from trainer.frozen import Beside
-from trainer.loss import Objective, choose_loss_kernel, next_token, vocabulary_shard
-from trainer.step import TrainState, evaluate
+from trainer.recipes.recipe import Recipe
 
 
-@dataclass
-class StepReport:
-    """What the host knows of a step before it runs. Filled by `Pretrain.report`, the same on all ranks."""
-
-    metrics: dict[str, float] = field(default_factory=dict)  # fields of metrics.jsonl
-    events: list[tuple[str, str]] = field(default_factory=list)  # kind and text, for events.jsonl
-    positions: int | None = None  # that the step trains on; None: train.global_batch_size x train.seq_len
-
-
-class TrainedBeside(NamedTuple):
-    """A model that is trained beside that of the run (TrainState.beside). Filled by `Pretrain.trained_beside`."""
-
-    model: ModelConfig  # resolved
-    objective: Objective
-    lr_factor: float  # times the learning rate of the run
-
-
-class Pretrain:
-    """The default recipe. Its loss is that of trainer/loss.py, over every label of a batch."""
-
-    reads: tuple[str, ...] = ()
-    """Fields of RecipeConfig besides the name; others have no effect, and are refused where they are set."""
-    loss_kernel = "linear_cross_entropy"
-    """What computes the loss, for run.json."""
-
-    @classmethod
-    def computes_loss(cls, config: TrainConfig) -> str:
-        """The kernel that this configuration's loss runs on."""
-        return cls.loss_kernel
+class Pretrain(Recipe):
+    """The default recipe."""
 
     def problems(self, config: TrainConfig) -> list[str]:
-        """Every reason why it cannot run, one line each, before any process group exists."""
         if has_conversations(config.data):
             recipes = {"preferences": "dpo", "unpaired_preferences": "kto"}
             source = config.data.source if config.data.source in recipes else "conversations"
@@ -59,92 +18,3 @@ class Pretrain:
         if config.data.source == "prompts":
             return ["recipe.name=pretrain does not read data.source=prompts; use recipe=grpo"]
         return []
-
-    def open_data(self, config: TrainConfig, *, split: str, rank: int, world_size: int, device_type: str) -> Loader:
-        """The loader of one data-parallel rank; split: train or validation. Raises DataError."""
-        train = config.train
-        return build_loader(
-            config.data,
-            seq_len=train.seq_len,
-            global_batch_size=train.global_batch_size,
-            micro_batch_size=train.micro_batch_size,
-            rank=rank,
-            world_size=world_size,
-            seed=train.seed,
-            split=split,
-            vocab_size=config.model.vocab_size,
-            device_type=device_type,
-        )
-
-    def objective(self, config: TrainConfig, mesh: Meshes, device: torch.device) -> Objective:
-        """What a step minimises on this rank."""
-        return next_token(
-            config.model.mtp,
-            device=device,
-            kernel=choose_loss_kernel(config, device.type),
-            vocabulary=vocabulary_shard(config.model.vocab_size, groups_in_layers(mesh, config.parallel)),
-            batch_invariant=config.train.batch_invariant,
-        )
-
-    def frozen_beside(self, config: TrainConfig) -> Beside | None:
-        """The model that `start` makes beside the one that is trained; None: there is none. Raises ValueError."""
-        return None
-
-    def trained_beside(self, config: TrainConfig, device: torch.device) -> dict[str, TrainedBeside]:
-        """Models that are trained beside the one of the run, by name. Raises ValueError for one that is not there."""
-        return {}
-
-    def start_beside(self, config: TrainConfig, state: TrainState, *, imported: bool) -> None:
-        """Give those of `state.beside` the weights that a new run begins with. Raises ValueError for what has none.
-
-        imported: the run's own model has its weights from a checkpoint that holds nothing else.
-        """
-
-    def start(self, config: TrainConfig, state: TrainState, mesh: Meshes) -> None:
-        """Called once the weights are there, before the first step: makes models beside the one that is trained."""
-
-    def collect(self, data: Loader) -> list[Batch]:
-        """The micro-batches to train on, of whole sequences, from those that the data has next."""
-        return data.next_step()
-
-    def report(self) -> StepReport:
-        """Of the step that `collect` has made last."""
-        return StepReport()
-
-    def prepare(self, microbatches: list[Batch]) -> list[Batch]:
-        """With what other models say of them: on the device, and of each sequence this rank's tokens on the cp axis."""
-        return microbatches
-
-    def measured(self) -> dict[str, torch.Tensor]:
-        """More metrics of a step that has just been launched, 0-d on the device. Collective."""
-        return {}
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint has to hold for the next steps to be those of this run, in JSON values. Collective."""
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Called before `start`, where a run goes on from a checkpoint."""
-
-    def close(self) -> None:
-        """Called when the run ends, however: stops what is under way in the background."""
-
-    def validate(self, state: TrainState, steps: Iterable[list[Batch]]) -> dict[str, float]:
-        """What `validation_metrics` gets, over these lists of micro-batches of the held-out data. Collective."""
-        return evaluate(state, steps)
-
-    def validation_metrics(self, found: Mapping[str, float]) -> dict[str, float]:
-        """Fields of metrics.jsonl, of the objective's numbers over the validation data."""
-        loss = found["loss"]
-        return {
-            **{f"validation_{name}": value for name, value in found.items()},
-            "validation_perplexity": math.exp(loss) if loss < 700 else math.inf,
-        }
-
-    def validation_events(self) -> list[tuple[str, str, dict[str, Any]]]:
-        """Kind, text and fields of what the last `validate` has to say, for events.jsonl; of rank 0."""
-        return []
-
-    def describe_data(self, data: Loader) -> str:
-        """What the run should say of its data when it begins; empty: nothing."""
-        return ""

@@ -18,12 +18,12 @@ from data.loader import Loader
 from parallel.mesh import Meshes
 from parallel.problem import Problem, values
 from trainer.config import TrainConfig
-from trainer.recipes.pretrain import Pretrain
+from trainer.recipes.recipe import Recipe
 from trainer.rl.held_out import HeldOutAnswers, answers_problems, held_out_answers
 from trainer.step import TrainState
 
 
-class SupervisedFineTuning(Pretrain):
+class SupervisedFineTuning(Recipe):
     reads: tuple[str, ...] = ("answers", "rl", "neftune_alpha")
 
     def __init__(self) -> None:

@@ -13,7 +13,7 @@ from kernels.fp8 import (
     E4M3,
     E5M2,
     Quantized,
-    Recipe,
+    ScalingRecipe,
     dequantize,
     fp8_linear,
     fp8_matmul,
@@ -182,7 +182,7 @@ class Emulated(torch.autograd.Function):
     """The layer of a recipe written out with dequantized matrices, each product with its own quantization."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, recipe: Recipe) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, recipe: ScalingRecipe) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.recipe = recipe
         return (along(x, recipe, E4M3) @ along(weight, recipe, E4M3, square=True).t()).to(x.dtype)
@@ -196,7 +196,7 @@ class Emulated(torch.autograd.Function):
         return d_x.to(x.dtype), d_weight.to(weight.dtype), None
 
 
-def along(x: Tensor, recipe: Recipe, dtype: torch.dtype, square: bool = False) -> Tensor:
+def along(x: Tensor, recipe: ScalingRecipe, dtype: torch.dtype, square: bool = False) -> Tensor:
     """x as its quantization for a product along its last dimension has it, in fp32."""
     p2 = recipe.power_of_two
     if recipe.kind == "tensorwise_dynamic":
@@ -209,7 +209,7 @@ def along(x: Tensor, recipe: Recipe, dtype: torch.dtype, square: bool = False) -
 
 
 def _linears() -> list[Case]:
-    recipes = [Recipe("tensorwise_dynamic", gradient=E4M3), Recipe("block128", power_of_two=True)]
+    recipes = [ScalingRecipe("tensorwise_dynamic", gradient=E4M3), ScalingRecipe("block128", power_of_two=True)]
     return [
         Case(
             name=f"fp8_linear_{recipe.kind}",
