@@ -101,6 +101,7 @@ MISTAKES = {
     "engine.max_seq_len=8 eval.window=9": "do not fit into engine.max_seq_len=8; use eval.window=7 or less",
     "eval.limit=3": "eval.limit is of eval.tasks, which are not there",
     "prompt=x": "prompt is of mode=generate; mode=eval reads eval.text or eval.tasks",
+    "sampling.top_p=0.5": "sampling.top_p is set and has no effect with mode=eval; leave it out",
     "out={tmp}": "is a folder; give a file",
 }
 
