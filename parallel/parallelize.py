@@ -116,7 +116,7 @@ class _Forward:
 @contextmanager
 def eager_blocks(model: nn.Module) -> Iterator[None]:
     """Inside, a model's compiled blocks run as they were: for passes of which each has a shape, and would make a graph,
-    of its own. Other models are not concerned, nor other threads that run these."""
+    of its own. Whoever runs these blocks meanwhile runs them so, in any thread; other models are not concerned."""
     blocks = [block for block in model.blocks.children() if hasattr(block, "compiled_forward")]  # type: ignore[union-attr]
     forwards: list[Any] = [block.compiled_forward for block in blocks]
     before = [forward.chosen for forward in forwards]

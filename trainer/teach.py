@@ -20,7 +20,7 @@ from torch import Tensor
 
 from data.batch import IGNORE_INDEX, Batch
 from data.config import DataError
-from data.loader import Loader, build_loader
+from data.loader import Loader
 from data.teacher import HEADER, PLACE, Made, data_identity, finish, write_json, write_rows
 from kernels.linear_cross_entropy import VocabularyShard, linear_top_words
 from models.config import ModelConfig
@@ -33,6 +33,7 @@ from trainer.config import ConfigError, TrainConfig, configuration_errors
 from trainer.frozen import FrozenModel, load_frozen, resolve_beside
 from trainer.identity import run_identity
 from trainer.loss import vocabulary_shard
+from trainer.recipes.loaders import open_rows
 from trainer.sequence import split_batch
 
 
@@ -188,19 +189,14 @@ def _top_words_head(made: Made, shard: VocabularyShard | None) -> Callable[[Batc
 
 def _loaders(config: TrainConfig, mesh: Meshes, device: torch.device) -> dict[str, Loader]:
     """Of the splits that a run reads, in order, with the places of labels."""
-    train, splits = config.train, ["train"] + ["validation"] * (config.train.eval_interval > 0)
+    splits = ["train"] + ["validation"] * (config.train.eval_interval > 0)
     with configuration_errors(DataError):
         return {
-            split: build_loader(
-                replace(config.data, shuffle=False),
-                seq_len=train.seq_len,
-                global_batch_size=train.global_batch_size,
-                micro_batch_size=train.micro_batch_size,
+            split: open_rows(
+                replace(config, data=replace(config.data, shuffle=False)),
+                split=split,
                 rank=mesh.samples.get_local_rank(),
                 world_size=mesh.samples.size(),
-                seed=train.seed,
-                split=split,
-                vocab_size=config.model.vocab_size,
                 device_type=device.type,
                 annotate=_as_it_is,
             )

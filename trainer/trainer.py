@@ -335,7 +335,8 @@ class Trainer:
     def run(self) -> dict[str, Any]:
         """Train to train.steps. Returns step, loss (of the last step logged), validation_loss and sample.
 
-        Raises Preempted after saving when a signal asked for it, TrainingDiverged as train.nonfinite says.
+        Raises Preempted after saving when a signal asked for it, TrainingDiverged as train.nonfinite says, and
+        StateCorrupted for bits that changed on their own.
         """
         gc.collect()
         gc.disable()

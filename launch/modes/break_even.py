@@ -61,12 +61,13 @@ def break_even(
     for size in sizes:
         load = [replace(request, arrival=0.0) for request in requests[:size]]
         speeds: dict[bool, float] = {}
-        for policy.forced in (False, True):
+        for drafting in (False, True):
+            policy.forced = drafting
             for _ in range(2):  # the first run compiles, and captures graphs
                 engine.weights_changed()  # forgets the prefixes
                 before = copy.deepcopy(policy.counts)
                 measured = replay(engine, load, sampling)
-            speeds[policy.forced] = sum(len(timing.tokens) for timing in measured.timings) / measured.seconds
+            speeds[drafting] = sum(len(timing.tokens) for timing in measured.timings) / measured.seconds
         rows.append(_row(size, speeds, policy.counts.since(before)))
     policy.forced, policy.counts.speculating = None, switched_on
     stops = next((row["requests"] for row in rows if row["speed_up"] < 1), None)

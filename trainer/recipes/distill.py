@@ -23,8 +23,8 @@ from torch import Tensor
 
 from data.batch import IGNORE_INDEX, Batch
 from data.config import NO_TOKENIZER, PAIRS, DataError, has_conversations
-from data.loader import Loader, build_loader
-from data.prompts import PromptSamples, build_prompt_loader
+from data.loader import Loader
+from data.prompts import PromptSamples
 from data.teacher import TeacherCache, cacheable, data_identity
 from kernels.linear_cross_entropy import (
     Divergence,
@@ -39,6 +39,7 @@ from trainer.adapters import fingerprint
 from trainer.config import RecipeConfig, TrainConfig, configuration_errors
 from trainer.frozen import Beside, FrozenModel, load_frozen, problems_beside, resolve_beside
 from trainer.loss import Objective, count_valid, token_loss_sum, vocabulary_shard
+from trainer.recipes.loaders import open_prompts, open_rows
 from trainer.recipes.recipe import Recipe, StepReport
 from trainer.rl.config import WEIGHTS, RLConfig
 from trainer.rl.held_out import HeldOutAnswers, answers_problems, held_out_answers
@@ -165,19 +166,13 @@ class Distillation(Recipe):
         return data
 
     def _open_cached(self, config: TrainConfig, *, split: str, rank: int, world_size: int, device_type: str) -> Loader:
-        train = config.train
         assert config.recipe.teacher_cache is not None
         self.cache = self.cache or TeacherCache(Path(config.recipe.teacher_cache).expanduser())
-        data = build_loader(
-            config.data,
-            seq_len=train.seq_len,
-            global_batch_size=train.global_batch_size,
-            micro_batch_size=train.micro_batch_size,
+        data = open_rows(
+            config,
+            split=split,
             rank=rank,
             world_size=world_size,
-            seed=train.seed,
-            split=split,
-            vocab_size=config.model.vocab_size,
             device_type=device_type,
             annotate=self.cache.annotate,
         )
@@ -185,16 +180,12 @@ class Distillation(Recipe):
         return data
 
     def _open_prompts(self, config: TrainConfig, *, split: str, rank: int, world_size: int, device_type: str) -> Loader:
-        train = config.train
-        loader, self._samples[split] = build_prompt_loader(
-            config.data,
-            num_prompts=train.global_batch_size,
-            max_prompt=train.seq_len - 1,
+        loader, self._samples[split] = open_prompts(
+            config,
+            num_prompts=config.train.global_batch_size,
+            split=split,
             rank=rank,
             world_size=world_size,
-            seed=train.seed,
-            split=split,
-            vocab_size=config.model.vocab_size,
             device_type=device_type,
         )
         self._tokenizer = loader.tokenizer

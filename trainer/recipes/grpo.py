@@ -19,11 +19,12 @@ import torch
 
 from data.batch import IGNORE_INDEX, Batch
 from data.loader import Loader
-from data.prompts import PromptSamples, build_prompt_loader
+from data.prompts import PromptSamples
 from models.decoder import Decoder
 from parallel.mesh import Meshes, groups_in_layers
 from trainer.config import TrainConfig
 from trainer.loss import Objective, vocabulary_shard
+from trainer.recipes.loaders import open_prompts
 from trainer.recipes.recipe import Recipe, StepReport
 from trainer.reference import Reference, load_reference
 from trainer.rl.collect import Collector, Round, all_gather
@@ -70,16 +71,13 @@ class GroupPolicyOptimization(Recipe):
 
     def open_data(self, config: TrainConfig, *, split: str, rank: int, world_size: int, device_type: str) -> Loader:
         train, size = config.train, config.recipe.rl.group_size
-        loader, self._samples[split] = build_prompt_loader(
-            config.data,
+        loader, self._samples[split] = open_prompts(
+            config,
             # One completion for each held-out prompt, in batches of as many as in training.
             num_prompts=train.global_batch_size // size if split == "train" else train.global_batch_size,
-            max_prompt=train.seq_len - 1,
+            split=split,
             rank=rank,
             world_size=world_size,
-            seed=train.seed,
-            split=split,
-            vocab_size=config.model.vocab_size,
             device_type=device_type,
         )
         self._tokenizer = loader.tokenizer

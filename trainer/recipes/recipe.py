@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 import torch
 
 from data.batch import Batch
-from data.loader import Loader, build_loader
+from data.loader import Loader
 from models.config import ModelConfig
 from parallel.mesh import Meshes, groups_in_layers
 from trainer.config import TrainConfig
 from trainer.frozen import Beside
 from trainer.loss import Objective, choose_loss_kernel, next_token, vocabulary_shard
+from trainer.recipes.loaders import open_rows
 from trainer.step import TrainState, evaluate
 
 
@@ -55,19 +56,7 @@ class Recipe:
 
     def open_data(self, config: TrainConfig, *, split: str, rank: int, world_size: int, device_type: str) -> Loader:
         """The loader of one data-parallel rank; split: train or validation. Raises DataError."""
-        train = config.train
-        return build_loader(
-            config.data,
-            seq_len=train.seq_len,
-            global_batch_size=train.global_batch_size,
-            micro_batch_size=train.micro_batch_size,
-            rank=rank,
-            world_size=world_size,
-            seed=train.seed,
-            split=split,
-            vocab_size=config.model.vocab_size,
-            device_type=device_type,
-        )
+        return open_rows(config, split=split, rank=rank, world_size=world_size, device_type=device_type)
 
     def objective(self, config: TrainConfig, mesh: Meshes, device: torch.device) -> Objective:
         """What a step minimises on this rank."""
