@@ -5,9 +5,10 @@
     python benchmarks/growth.py llama3_1b strong
     python benchmarks/growth.py llama3_1b experts
 
-sequence: 2k to 128k tokens at as many tokens per step, the long ones cut over ranks by each method of context
-parallelism. weak: one to all GPUs with the same work for each. strong: one to all GPUs with the same work for all.
-experts: the dense model and mixtures of experts that compute as much per token, with experts on one rank or several.
+sequence: 2k to 128k tokens, the long ones cut over ranks by each method of context parallelism, at as many tokens per
+step unless one sequence has more; a rank with more than 32k tokens of one recomputes its activations. weak: one to all
+GPUs with the same work for each. strong: one to all GPUs with the same work for all. experts: the dense model and
+mixtures of experts that compute as much per token, with experts on one rank or several.
 Prints one JSON object: for each run the numbers that layouts.py gives; further arguments are overrides of all runs.
 """
 
@@ -23,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a cl
 from benchmarks.layouts import Run, arguments, measure
 
 TOKENS_PER_GPU = 32768
-"""Of a step."""
+"""Of a step, and of one sequence what a rank keeps the activations of."""
 
 
 def _batch(samples: int, micro_batch_size: int, *others: str) -> list[str]:
@@ -33,11 +34,12 @@ def _batch(samples: int, micro_batch_size: int, *others: str) -> list[str]:
 def sequence(gpus: int) -> dict[str, Run]:
     tokens = gpus * TOKENS_PER_GPU
     runs = {}
-    for length in (length for length in (2048, 8192, 32768, 65536, 131072) if length <= tokens):
-        changes = _batch(tokens // length, max(1, 16384 // length), f"train.seq_len={length}")
+    for length in (2048, 8192, 32768, 65536, 131072):
+        changes = _batch(max(1, tokens // length), max(1, 16384 // length), f"train.seq_len={length}")
         changes += ["parallel.zero_stage=1", f"model.max_seq_len={max(length, 8192)}"]
-        # A rank has 32k tokens at most.
-        cp = max(1, length // TOKENS_PER_GPU)
+        cp = min(gpus, max(1, length // TOKENS_PER_GPU))
+        if length // cp > TOKENS_PER_GPU:
+            changes.append("model.activation_checkpoint=full")
         for method in ("ring", "ulysses", "allgather") if cp > 1 else (None,):
             cut = [] if method is None else [f"parallel.cp={cp}", f"parallel.cp_method={method}"]
             runs[f"{length}" + (f"-cp{cp}-{method}" if method else "")] = Run(gpus, [*changes, *cut])

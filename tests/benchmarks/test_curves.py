@@ -106,4 +106,6 @@ def test_growth_keeps_the_tokens_of_a_step_as_it_says() -> None:
     assert tokens["sequence"] == [4 * growth.TOKENS_PER_GPU] * len(tokens["sequence"])
     assert tokens["weak"] == [growth.TOKENS_PER_GPU * n for n in (1, 2, 4)]
     assert tokens["strong"] == [4 * growth.TOKENS_PER_GPU] * 3
-    assert [value(run, "train.seq_len") for run in growth.sequence(1).values()] == [2048, 8192, 32768]
+    alone = growth.sequence(1).values()
+    assert [value(run, "train.seq_len") for run in alone] == [2048, 8192, 32768, 65536, 131072]
+    assert ["model.activation_checkpoint=full" in run.changes for run in alone] == [False, False, False, True, True]
