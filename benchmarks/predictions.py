@@ -63,11 +63,14 @@ def alone() -> dict[str, list[str]]:
         "1b-8k-full": [*_batch(8192, 2), f"{recompute}=full"],
         "1b-8k-selective": [*_batch(8192, 2), f"{recompute}=selective"],
         "1b-32k-full": [*_batch(32768, 1, 1), f"{recompute}=full"],
+        "1b-64k-full": [*_batch(65536, 1, 1), f"{recompute}=full"],
+        "1b-128k-full": [*_batch(131072, 1, 1), f"{recompute}=full"],
         "1b-8k-fp8": [*_batch(8192, 1), "precision=fp8"],
         "1b-8k-eager": [*_batch(8192, 1), *EAGER],
         "3b-8k-full": [*_batch(8192, 1), *SHAPE_3B, f"{recompute}=full"],
         "3b-2k": [*_batch(2048, 2), *SHAPE_3B],
         "narrow-2k": [*_batch(2048, 8), *NARROW],
+        "experts-8k": [*_batch(8192, 1), *EXPERTS],
         "experts-4k-eager": [*_batch(4096, 1), *EXPERTS, *EAGER],
     }
 

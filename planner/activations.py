@@ -41,7 +41,7 @@ class BlockBytes:
 
     kept: float  # between forward and backward
     all: float  # that a block which is computed again has in its own backward
-    gradients: float  # on their way in its backward
+    gradients: float  # in the backward of its MLP, where most is held, less the product, which is gone by then
 
 
 def block_bytes(job: Job, layer: int) -> BlockBytes:
@@ -57,7 +57,9 @@ def block_bytes(job: Job, layer: int) -> BlockBytes:
         "selective": float(stream) + _selected(job, layer),
         "budget": (job.model.activation_memory_gib or 0.0) * 2**30 / max(1, _largest_number_of_layers(job)),
     }[mode]
-    gradients = size * (_mlp_features(job, layer) * job.tokens + 3 * job.stream_tokens * job.model.hidden_size)
+    of_product, gates = 1, 2 if job.model.gated_mlp else 1
+    in_mlp = (of_product + gates - 1) * _mlp_width(job, layer)
+    gradients = size * (in_mlp * job.tokens + job.stream_tokens * job.model.hidden_size)
     return BlockBytes(min(kept, every), 0.0 if mode == "none" else every, gradients)
 
 
@@ -127,10 +129,6 @@ def _mlp_width(job: Job, layer: int) -> float:
     if not model.moe.in_layer(layer):
         return model.intermediate_size / tp
     return (model.moe.top_k * (job.parallel.ep_buffer or 1.0) + model.moe.num_shared) * model.moe.intermediate_size / tp
-
-
-def _mlp_features(job: Job, layer: int) -> float:
-    return 3 * _mlp_width(job, layer)
 
 
 def _selected(job: Job, layer: int) -> float:
