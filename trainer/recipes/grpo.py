@@ -5,7 +5,7 @@ takes a completion's advantage from the others of its prompt, and descends the g
 variants are settings of `recipe.rl`; configs/recipe has a file for each.
 
 train.global_batch_size counts completions, train.micro_batch_size rows of train.seq_len tokens that they are packed
-into. With train.compile all micro-batches are filled up to that shape, at the cost of what rows have left.
+into. With train.compile rows are filled up to that length, and the last micro-batch to an eighth of those rows.
 """
 
 from __future__ import annotations
@@ -277,13 +277,15 @@ class GroupPolicyOptimization(Recipe):
             micro_batch_size=train.micro_batch_size,
             normalization=rl.normalization,
             constant=rl.max_tokens or train.seq_len,
-            alike=train.compile,
+            few_shapes=train.compile,
         )
         of_ranks = self._collector.all_gather((len(packed), optional_columns(rollouts)))
         most = max(1, *(count for count, _ in of_ranks))
         columns = sorted({*self.columns, *(name for _, names in of_ranks for name in names)})
-        shape = (train.micro_batch_size, train.seq_len) if train.compile else (1, 1)
-        packed += [Packed(empty_batch(columns, shape=shape), [[]] * shape[0]) for _ in range(most - len(packed))]
+        shape = (train.micro_batch_size, train.seq_len) if train.compile else None
+        for _ in range(most - len(packed)):
+            batch = empty_batch(columns, of=shape)
+            packed.append(Packed(batch, [[]] * len(batch.tokens)))
         return packed
 
     # ---- a run that goes on

@@ -44,21 +44,27 @@ def rollout_batches(
     micro_batch_size: int,
     normalization: str,
     constant: int,
-    alike: bool = False,
+    few_shapes: bool = False,
 ) -> list[Packed]:
     """Micro-batches of micro_batch_size rows of at most seq_len tokens; the last may have fewer, none may be empty.
 
-    alike: all have micro_batch_size rows, of seq_len tokens, filled up without loss: for compiled blocks, which make a
-    graph of each shape. normalization: one of trainer.rl.config.NORMALIZATIONS; constant: what it divides by. No
-    rollout has more than seq_len + 1 tokens, the last of which is only a label.
+    few_shapes: rows have seq_len tokens, and the last micro-batch as many rows as `filled_rows` says, filled up without
+    loss: for compiled blocks, which make a graph of each shape. normalization: one of trainer.rl.config.NORMALIZATIONS;
+    constant: what it divides by. No rollout has more than seq_len + 1 tokens, the last of which is only a label.
     """
     order = pack(np.asarray([len(rollout.tokens) - 1 for rollout in rollouts], dtype=np.int64), seq_len)
     rows = [[rollouts[member] for member in members] for members in order]
     parts = [rows[first : first + micro_batch_size] for first in range(0, len(rows), micro_batch_size)]
-    if not alike:
+    if not few_shapes:
         return [Packed(_batch(part, normalization, constant), part) for part in parts]
-    parts = [part + [[]] * (micro_batch_size - len(part)) for part in parts]
+    parts = [part + [[]] * (filled_rows(len(part), micro_batch_size) - len(part)) for part in parts]
     return [Packed(_batch(part, normalization, constant, length=seq_len), part) for part in parts]
+
+
+def filled_rows(rows: int, micro_batch_size: int) -> int:
+    """The next eighth of micro_batch_size: few graphs, and few rows that are computed for nothing."""
+    step = -(-micro_batch_size // 8)
+    return min(micro_batch_size, -(-rows // step) * step)
 
 
 def of_rollouts(packed: Packed, found: Tensor) -> Iterator[tuple[Rollout, list[float]]]:
@@ -76,8 +82,12 @@ def optional_columns(rollouts: Sequence[Rollout]) -> list[str]:
     return [name for name, field in OPTIONAL.items() if any(getattr(rollout, field) for rollout in rollouts)]
 
 
-def empty_batch(columns: Sequence[str] = (), *, shape: tuple[int, int] = (1, 1)) -> Batch:
-    """A micro-batch without a label, for a rank that has fewer than another: what it computes counts nothing."""
+def empty_batch(columns: Sequence[str] = (), *, of: tuple[int, int] | None = None) -> Batch:
+    """A micro-batch without a label, for a rank that has fewer than another: what it computes counts nothing.
+
+    of: with `few_shapes`, micro_batch_size and seq_len.
+    """
+    shape = (1, 1) if of is None else (filled_rows(1, of[0]), of[1])
     zeros, positions = torch.zeros(shape, dtype=torch.int64), torch.arange(shape[1]).repeat(shape[0], 1)
     batch = Batch(zeros, torch.full_like(zeros, IGNORE_INDEX), positions, zeros.int(), zeros[:, 0])
     found = {name: torch.zeros(shape) for name in (*FLOATS, *columns)}

@@ -25,7 +25,7 @@ from trainer.config import TrainConfig, configuration_errors
 from trainer.frozen import FrozenModel, load_frozen, problems_beside, resolve_beside
 from trainer.loss import token_scores
 from trainer.rl.config import MODEL, RewardConfig
-from trainer.rl.packing import empty_batch
+from trainer.rl.packing import empty_batch, filled_rows
 
 
 class RewardModels:
@@ -50,7 +50,7 @@ class RewardModels:
             check_tokenizer(str(one.path), tokenizer)
         self._all_gather, self._device = all_gather, device
         self._seq_len, self._micro_batch_size = config.train.seq_len, config.train.micro_batch_size
-        self._alike = config.train.compile
+        self._few_shapes = config.train.compile
         self._models = {name: _load(one, config, mesh, device) for name, one in models.items()}
 
     def of(self, sequences: Sequence[Sequence[int]]) -> dict[str, list[float]]:
@@ -58,13 +58,13 @@ class RewardModels:
         if not self._models:
             return {}
         laid_out = scoring_batches(
-            sequences, seq_len=self._seq_len, micro_batch_size=self._micro_batch_size, alike=self._alike
+            sequences, seq_len=self._seq_len, micro_batch_size=self._micro_batch_size, few_shapes=self._few_shapes
         )
         batches = [one.batch.to(self._device) for one in laid_out]
         # Shards are gathered for each micro-batch, on all ranks.
         most = max(1, *self._all_gather(len(batches)))
-        shape = (self._micro_batch_size, self._seq_len) if self._alike else (1, 1)
-        batches += [empty_batch(shape=shape).to(self._device) for _ in range(most - len(batches))]
+        shape = (self._micro_batch_size, self._seq_len) if self._few_shapes else None
+        batches += [empty_batch(of=shape).to(self._device) for _ in range(most - len(batches))]
         found: dict[str, list[float]] = {}
         for name, model in self._models.items():
             scores = [each.cpu() for each in model.per_token(batches, scores_head)]
@@ -84,15 +84,15 @@ class LaidOut(NamedTuple):
 
 
 def scoring_batches(
-    sequences: Sequence[Sequence[int]], *, seq_len: int, micro_batch_size: int, alike: bool = False
+    sequences: Sequence[Sequence[int]], *, seq_len: int, micro_batch_size: int, few_shapes: bool = False
 ) -> list[LaidOut]:
-    """Sequences of at most seq_len tokens, several in a row, none of which sees another. alike: all micro-batches have
-    micro_batch_size rows, of seq_len tokens, as in trainer/rl/packing.py."""
+    """Sequences of at most seq_len tokens, several in a row, none of which sees another. few_shapes: see
+    `rollout_batches`."""
     rows = pack(np.asarray([len(tokens) for tokens in sequences], dtype=np.int64), seq_len)
     parts = [rows[first : first + micro_batch_size] for first in range(0, len(rows), micro_batch_size)]
-    if not alike:
+    if not few_shapes:
         return [_lay_out(part, sequences) for part in parts]
-    parts = [part + [[]] * (micro_batch_size - len(part)) for part in parts]
+    parts = [part + [[]] * (filled_rows(len(part), micro_batch_size) - len(part)) for part in parts]
     return [_lay_out(part, sequences, length=seq_len) for part in parts]
 
 

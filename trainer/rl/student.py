@@ -89,11 +89,11 @@ class StudentAnswers:
             micro_batch_size=train.micro_batch_size,
             normalization="token",
             constant=1,
-            alike=train.compile,
+            few_shapes=train.compile,
         )
         most = max(1, *self._all_gather(len(packed)))
-        shape = (train.micro_batch_size, train.seq_len) if train.compile else (1, 1)
-        return [one.batch for one in packed] + [empty_batch(shape=shape) for _ in range(most - len(packed))]
+        shape = (train.micro_batch_size, train.seq_len) if train.compile else None
+        return [one.batch for one in packed] + [empty_batch(of=shape) for _ in range(most - len(packed))]
 
     def _all_gather(self, value: Any) -> list[Any]:
         values: list[Any] = [None] * dist.get_world_size(self.data_group)

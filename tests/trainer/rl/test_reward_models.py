@@ -127,9 +127,10 @@ def test_rows_that_are_filled_up_hold_the_same_sequences_in_the_same_places() ->
     """A micro-batch of another shape than the others, or one that brings a sequence twice."""
     sequences = [list(range(1, n + 1)) for n in (5, 3, 4, 6, 1)]
     found, filled_up = (
-        scoring_batches(sequences, seq_len=8, micro_batch_size=2, alike=alike) for alike in (False, True)
+        scoring_batches(sequences, seq_len=8, micro_batch_size=10, few_shapes=few_shapes)
+        for few_shapes in (False, True)
     )
-    assert [one.batch.tokens.shape for one in filled_up] == [(2, 8)] * 2
+    assert [one.batch.tokens.shape for one in filled_up] == [(4, 8)]  # three rows, to an eighth of ten
     for one, other in zip(found, filled_up, strict=True):
         assert one.ends == other.ends
         rows, length = one.batch.tokens.shape
