@@ -203,6 +203,7 @@ def test_measured_numbers_are_in_the_results() -> None:
 
 
 H200, ADAMW, FP8 = "kernels_h200", "kernels_adamw_h200", "kernels_adamw_loss_fp8_h200"
+GEGLU = "kernels_geglu_low_rank_h200"
 KERNEL_ROWS: dict[str, tuple[str, str, str]] = {  # by the beginning of a row: file, op, and a pattern of its shapes
     "attention, documents": (H200, "attention", "documents"),
     "attention, window of 1024": (H200, "attention", "window"),
@@ -215,8 +216,11 @@ KERNEL_ROWS: dict[str, tuple[str, str, str]] = {  # by the beginning of a row: f
     "LayerNorm, width 12288": (H200, "layer_norm", "x12288$"),
     "RoPE": (H200, "rope", ""),
     "SwiGLU": (H200, "swiglu", "^(?!fp8)"),
-    "GeGLU, tanh": (H200, "geglu", "tanh"),
-    "GeGLU, erf": (H200, "geglu", "none"),
+    "GeGLU, tanh, of two": (H200, "geglu", "tanh"),
+    "GeGLU, tanh, of one": (GEGLU, "geglu", "tanh"),
+    "GeGLU, erf, of two": (H200, "geglu", "none"),
+    "GeGLU, erf, of one": (GEGLU, "geglu", "none"),
+    "low-rank products": (GEGLU, "low_rank", ""),
     "softmax, width 128 and 4096": (H200, "softmax", "x(128|4096)$"),
     "softmax, width 16384 and 32768": (H200, "softmax", "x(16384|32768)$"),
     "softmax, width 131072": (H200, "softmax", "x131072$"),

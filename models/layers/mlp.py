@@ -24,19 +24,19 @@ ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 GATED_KERNELS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": swiglu_fused,
+    "gelu": partial(geglu_fused, approximate="none"),
     "gelu_tanh": geglu_fused,
 }
-"""By name of the activation, the gated unit of [..., 2I], gate beside up, in one kernel each way. Not gelu by erf: of
-two tensors its kernel is no faster than compiled operations, 1.00 times forward and 0.95 backward (H200; of one tensor
-it was not timed)."""
+"""By name of the activation, the gated unit of [..., 2I], gate beside up, in one kernel each way."""
 GatedKernel = Callable[[Tensor], Tensor]
 
 
 def gated_kernel(activation: str, *, fused: bool, device_type: str, compiled: bool) -> GatedKernel | None:
     """What multiplies the halves of one projection's output; None: torch's operations. fused: whether it is one.
 
-    Compilers write the gradients of two halves into one tensor by a kernel that reads everything twice (on H200 0.58 ms
-    where ours takes 0.28, docs/LOG.md); without one, each operation rounds as it does on the CPU.
+    Compilers write the gradients of two halves into one tensor by a kernel that computes everything twice (on H200 0.58
+    ms where ours takes 0.28, gelu by erf 0.80 where it takes 0.32); without one, each operation rounds as it does on
+    the CPU.
     """
     return GATED_KERNELS.get(activation) if fused and compiled and device_type == "cuda" else None
 

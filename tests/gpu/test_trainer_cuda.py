@@ -181,12 +181,21 @@ OTHER_NUMBERS = {"optim__name", "optim__state_dtype", "precision__master", "prec
 """Options under which the CPU trains otherwise as well, so they are compared with the CPU under the same options."""
 
 
+def _chosen(request: pytest.FixtureRequest, name: str) -> set[str]:
+    """Values of a parameter among the tests of this session: a run takes seconds, and -k asks for few of them."""
+    calls = [getattr(item, "callspec", None) for item in request.session.items]
+    return {call.params[name] for call in calls if call is not None and name in call.params}
+
+
 @pytest.fixture(scope="module")
-def one_gpu(reference: tuple[TrainConfig, Any], tmp_path_factory: pytest.TempPathFactory) -> _Outcomes:
+def one_gpu(
+    request: pytest.FixtureRequest, reference: tuple[TrainConfig, Any], tmp_path_factory: pytest.TempPathFactory
+) -> _Outcomes:
     folder = tmp_path_factory.mktemp("one")
     cuda = {"train__device": "cuda", "data__num_workers": 1}
+    chosen = {name: options for name, options in ONE_GPU.items() if name in _chosen(request, "name")}
     return _Outcomes(
-        1, {n: changed(reference[0], folder / "runs" / n, **(o | cuda)) for n, o in ONE_GPU.items()}, folder
+        1, {n: changed(reference[0], folder / "runs" / n, **(o | cuda)) for n, o in chosen.items()}, folder
     )
 
 
@@ -346,8 +355,7 @@ def on_gpus(
     """A precision, outcomes of one GPU by "model-split", and of four by layout, of those that were chosen."""
     if torch.cuda.device_count() < 4:
         pytest.skip("needs four GPUs")
-    calls = [getattr(item, "callspec", None) for item in request.session.items]
-    chosen = {call.params["layout"] for call in calls if call is not None and "layout" in call.params}
+    chosen = _chosen(request, "layout")
     models = {LAYOUTS[layout][0] for layout in chosen}
     folder = tmp_path_factory.mktemp(request.param)
     base = tiny_config(
