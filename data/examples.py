@@ -19,7 +19,8 @@ from data.chat import ChatTemplate, ChatTemplateError, Span, load_chat_template
 from data.config import ROW_SUFFIXES, BlendPart, ConversationsConfig, DataError, expand
 from data.conversations import MarkedText, RowAt, UnusableRow, conversation_of, marked_text, read_rows
 from data.corpus import Corpus, dtype_of, how_far, open_corpus
-from data.packing import Sample, permutation
+from data.order import EpochOrder
+from data.packing import Sample
 from data.progress import Progress
 from data.sources import Files
 from data.tokenizer import Tokenizer, parallel
@@ -247,9 +248,7 @@ class ExampleSamples:
         """
         self._examples = examples
         self._seq_len = seq_len
-        self._key = key
         self._fill = fill
-        self._order: tuple[int, np.ndarray] | None = None
         self.left_out = list(examples.why.values())
         lengths = examples.corpus.ends - examples.corpus.starts
         long, unlearned = lengths > seq_len, examples.first >= seq_len
@@ -268,6 +267,7 @@ class ExampleSamples:
         self._members = chosen[np.concatenate([np.asarray(row, np.int64) for row in rows])]
         self._row_ends = np.cumsum([len(row) for row in rows])
         self.samples_per_epoch = len(rows)
+        self._order = EpochOrder(len(rows), key)
         self.counts |= {"samples": len(rows), "tokens": int(self._lengths[chosen].sum())}
         self.counts |= {f"unusable_{kind}": count for kind, count in examples.unusable.items()}
 
@@ -290,16 +290,12 @@ class ExampleSamples:
         return min(wanted, self.samples_per_epoch)
 
     def __getitem__(self, number: int) -> Sample:
-        epoch, index = divmod(number, self.samples_per_epoch)
-        if self._key is not None:
-            if self._order is None or self._order[0] != epoch:
-                self._order = (epoch, permutation(self.samples_per_epoch, *self._key, epoch))
-            index = int(self._order[1][index])
+        row = self._order[number]
         tokens = np.full(self._seq_len + 1, self._fill, dtype=np.int64)
         places = np.full(self._seq_len + 1, -1, dtype=np.int64)
         learned = np.zeros(self._seq_len + 1, dtype=bool)
         starts, filled = [], 0
-        for example in self._members[self._row_ends[index - 1] if index else 0 : self._row_ends[index]]:
+        for example in self._members[self._row_ends[row - 1] if row else 0 : self._row_ends[row]]:
             begin, length = int(self._examples.corpus.starts[example]), int(self._lengths[example])
             tokens[filled : filled + length] = self._examples.corpus.tokens[begin : begin + length]
             places[filled : filled + length] = np.arange(begin, begin + length)

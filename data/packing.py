@@ -15,6 +15,7 @@ import torch
 from data.batch import IGNORE_INDEX, Batch
 from data.config import DataError
 from data.corpus import Corpus
+from data.order import EpochOrder, permutation
 
 
 class Sample(NamedTuple):
@@ -36,15 +37,6 @@ class Samples(Protocol):
     def available(self, wanted: int) -> int:
         """How many of the first `wanted` samples are there before one repeats."""
         ...
-
-
-def permutation(count: int, *key: int) -> np.ndarray:
-    """[count] int64: 0 .. count-1 in an order that depends on count and key only, on every machine and version.
-
-    numpy promises to keep the raw output of a bit generator, but not what `Generator.permutation` makes of it, so the
-    order is a sort of raw output (NEP 19).
-    """
-    return np.argsort(np.random.Philox(np.random.SeedSequence(key)).random_raw(count), kind="stable")
 
 
 class PackedDocuments:
@@ -122,21 +114,15 @@ class FlatTokens:
         self._tokens = tokens
         self._first = first
         self._seq_len = seq_len
-        self._key = key
         self._eos_id = eos_id
-        self._order: tuple[int, np.ndarray] | None = None
         self.samples_per_epoch = _samples_per_epoch(len(tokens), seq_len, what)
+        self._order = EpochOrder(self.samples_per_epoch, key)
 
     def available(self, wanted: int) -> int:
         return min(wanted, self.samples_per_epoch)
 
     def __getitem__(self, number: int) -> Sample:
-        epoch, index = divmod(number, self.samples_per_epoch)
-        if self._key is not None:
-            if self._order is None or self._order[0] != epoch:
-                self._order = (epoch, permutation(self.samples_per_epoch, *self._key, epoch))
-            index = int(self._order[1][index])
-        begin = index * self._seq_len
+        begin = self._order[number] * self._seq_len
         tokens = np.asarray(self._tokens[begin : begin + self._seq_len + 1], dtype=np.int64)
         starts = np.empty(0, np.int64) if self._eos_id is None else np.flatnonzero(tokens[:-1] == self._eos_id) + 1
         return Sample(tokens, starts, places=np.arange(len(tokens)) + self._first + begin)

@@ -36,7 +36,8 @@ from data.conversations import (
     with_system,
 )
 from data.examples import Examples, ExampleWriter, make_examples, pack
-from data.packing import Sample, permutation
+from data.order import EpochOrder
+from data.packing import Sample
 from data.tokenizer import Tokenizer
 
 REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
@@ -200,8 +201,7 @@ class PairSamples:
         what: str,
     ) -> None:
         """key, fill: as of `ExampleSamples`, whose errors it raises."""
-        self._pairs, self._seq_len, self._key, self._fill = pairs, seq_len, key, fill
-        self._order: tuple[int, np.ndarray] | None = None
+        self._pairs, self._seq_len, self._fill = pairs, seq_len, fill
         self.left_out = list(pairs.examples.why.values())
         limit = seq_len // 2
         corpus, halves = pairs.examples.corpus, pairs.halves
@@ -234,6 +234,7 @@ class PairSamples:
         rows = pack(both[chosen], seq_len) if config.packing else [[i] for i in range(len(chosen))]
         self._members = [chosen[row].tolist() for row in rows]
         self.samples_per_epoch = len(rows)
+        self._order = EpochOrder(len(rows), key)
         self.counts |= {"samples": len(rows), "tokens": int(both[chosen].sum())}
         self.counts |= {f"unusable_{kind}": count for kind, count in pairs.examples.unusable.items()}
         cut = config.too_long == "truncate" and bool(long[chosen].any())
@@ -245,13 +246,8 @@ class PairSamples:
         return min(wanted, self.samples_per_epoch)
 
     def __getitem__(self, number: int) -> Sample:
-        epoch, index = divmod(number, self.samples_per_epoch)
-        if self._key is not None:
-            if self._order is None or self._order[0] != epoch:
-                self._order = (epoch, permutation(self.samples_per_epoch, *self._key, epoch))
-            index = int(self._order[1][index])
         row = _Row(self._seq_len, self._fill)
-        for pair, member in enumerate(self._members[index]):
+        for pair, member in enumerate(self._members[self._order[number]]):
             begin = int(self._pairs.examples.corpus.starts[member])
             margin, *reference = self._pairs.numbers[member].tolist()
             for half, length in enumerate(self._lengths[member].tolist()):

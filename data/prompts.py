@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from data.batch import Batch
@@ -16,7 +15,7 @@ from data.chat import ChatTemplate, ChatTemplateError, load_chat_template
 from data.config import ROW_SUFFIXES, DataConfig, DataError, expand
 from data.conversations import RowAt, UnusableRow, read_rows, row_of
 from data.loader import Loader
-from data.packing import permutation
+from data.order import EpochOrder
 from data.reader import RandomAccessReader, Slice
 from data.sources import Files
 from data.tokenizer import Tokenizer, load_tokenizer, parallel
@@ -48,19 +47,13 @@ class PromptSamples:
         """key: of the permutations, (seed, ...); None: in the order of the rows. ends: of PromptCounts."""
         self.ends = ends
         self._prompts = prompts
-        self._key = key
-        self._order: tuple[int, np.ndarray] | None = None
+        self._order = EpochOrder(len(prompts), key)
 
     def available(self, wanted: int) -> int:
         return min(wanted, len(self._prompts))
 
     def __getitem__(self, number: int) -> Prompt:
-        epoch, index = divmod(number, len(self._prompts))
-        if self._key is not None:
-            if self._order is None or self._order[0] != epoch:
-                self._order = (epoch, permutation(len(self._prompts), *self._key, epoch))
-            index = int(self._order[1][index])
-        return self._prompts[index]
+        return self._prompts[self._order[number]]
 
 
 class PromptReader(RandomAccessReader):

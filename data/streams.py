@@ -20,7 +20,8 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from data.config import DataError
-from data.packing import Proportions, Sample, Samples, permutation
+from data.order import permutation
+from data.packing import Proportions, Sample, Samples
 from data.sources import HubStream
 from data.tokenizer import Tokenizer
 

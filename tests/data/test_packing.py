@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from data.batch import IGNORE_INDEX
 from data.config import DataError
 from data.corpus import Corpus
-from data.packing import Blend, FlatTokens, PackedDocuments, Proportions, Sample, make_batch, permutation, split_tokens
+from data.order import permutation
+from data.packing import Blend, FlatTokens, PackedDocuments, Proportions, Sample, make_batch, split_tokens
 
 EOS = 0
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from data.config import BlendPart, DataError, TokenizerConfig
-from data.packing import permutation
+from data.order import permutation
 from data.streams import held_out
 from tests.data.helpers import VOCAB, make_config, make_loader, rows, run, texts, tokenizer, write_jsonl
 
