@@ -9,6 +9,9 @@ Letters as in kernel.py.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -511,12 +514,12 @@ def attention_backward(
     d_output, q, k, v have one dtype and features side by side; lse and delta are contiguous fp32 [B, H, T], of these
     keys, or of more of which these are some.
     """
-    d_q = torch.empty(q.shape, dtype=dtypes[0], device=q.device)
     if not (q.numel() and k.numel() and v.numel()):
-        return d_q.zero_(), torch.zeros_like(k, dtype=dtypes[1]), torch.zeros_like(v, dtype=dtypes[2])
-    B, T, H, K = q.shape
-    (S, G), V = k.shape[1:3], v.shape[3]
-    features = max(padded(K), padded(V))
+        d_q, d_k, d_v = (
+            torch.zeros(x.shape, dtype=dtype, device=x.device) for x, dtype in zip((q, k, v), dtypes, strict=True)
+        )
+        return d_q, d_k, d_v
+    (B, T, H, K), (S, G), V = q.shape, k.shape[1:3], v.shape[3]
     shared = {
         "B": B,
         "T": T,
@@ -530,13 +533,39 @@ def attention_backward(
         "SLOPES": slopes is not None,
         **mask_arguments(mask),
     }
-    strides = [stride for x in (q, k, v, d_output) for stride in x.stride()[:3]]
     slopes = lse if slopes is None else slopes.contiguous()
+    inputs = _Inputs(d_output, q, k, v, mask, lse, delta, slopes, shared)
+    return _launch_queries(inputs, dtypes[0]), *_launch_keys(inputs, dtypes[1:])
 
+
+class _Inputs(NamedTuple):
+    """Of both kernels. Filled by `attention_backward`."""
+
+    d_output: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Mask
+    lse: Tensor
+    delta: Tensor
+    slopes: Tensor  # lse, which nobody reads, where there are none
+    shared: dict[str, Any]  # arguments by name
+
+    @property
+    def strides(self) -> list[int]:
+        return [stride for x in (self.q, self.k, self.v, self.d_output) for stride in x.stride()[:3]]
+
+
+def _launch_queries(inputs: _Inputs, dtype: torch.dtype) -> Tensor:
+    """d_q."""
+    d_output, q, k, v, mask, lse, delta, slopes, shared = inputs
+    d_q = torch.empty(q.shape, dtype=dtype, device=q.device)
+    features = max(shared["PADDED_K"], shared["PADDED_V"])
     first, end = (lse, lse) if mask.ranges is None else (mask.ranges.first_key, mask.ranges.end_key)
     masked = mask.ranges is not None or mask.window is not None
     block = BACKWARD_QUERIES(features, q.element_size(), masked)
-    (k_source, v_source), tma = described(block, block.keys, (k, padded(K)), (v, padded(V)))
+    (k_source, v_source), tma = described(block, block.keys, (k, shared["PADDED_K"]), (v, shared["PADDED_V"]))
+    B, T, H, _ = q.shape
     _attention_backward_queries[(triton.cdiv(T, block.queries) * B * H,)](
         q,
         k_source,
@@ -548,7 +577,7 @@ def attention_backward(
         slopes,
         first,
         end,
-        *strides,
+        *inputs.strides,
         batch_stride(first),
         H=H,
         TMA=tma,
@@ -558,7 +587,14 @@ def attention_backward(
         num_stages=block.num_stages,
         **shared,
     )
+    return d_q
 
+
+def _launch_keys(inputs: _Inputs, dtypes: Sequence[torch.dtype]) -> tuple[Tensor, Tensor]:
+    """d_k and d_v."""
+    d_output, q, k, v, mask, lse, delta, slopes, shared = inputs
+    (B, S, G, K), H, V = k.shape, q.shape[2], v.shape[3]
+    features = max(shared["PADDED_K"], shared["PADDED_V"])
     first, end = (lse, lse) if mask.ranges is None else (mask.ranges.first_query, mask.ranges.end_query)
     block = BACKWARD_KEYS(features, q.element_size())
     num_blocks = triton.cdiv(S, block.keys)
@@ -567,9 +603,10 @@ def attention_backward(
     # Parts of one group are added up behind the kernel, always in the same order.
     d_k, d_v = (
         torch.empty(B, S, parts, size, dtype=dtype if parts == G else torch.float32, device=k.device)
-        for size, dtype in ((K, dtypes[1]), (V, dtypes[2]))
+        for size, dtype in ((K, dtypes[0]), (V, dtypes[1]))
     )
-    (q_source, d_output_source), tma = described(block, block.queries, (q, padded(K)), (d_output, padded(V)))
+    sides = (q, shared["PADDED_K"]), (d_output, shared["PADDED_V"])
+    (q_source, d_output_source), tma = described(block, block.queries, *sides)
     _attention_backward_keys[(num_blocks * B * parts,)](
         q_source,
         k,
@@ -582,7 +619,7 @@ def attention_backward(
         slopes,
         first,
         end,
-        *strides,
+        *inputs.strides,
         batch_stride(first),
         PARTS=parts,
         HEADS=heads,
@@ -594,5 +631,5 @@ def attention_backward(
         **shared,
     )
     if parts != G:
-        d_k, d_v = (x.unflatten(2, (G, -1)).sum(dim=3).to(d) for x, d in zip((d_k, d_v), dtypes[1:], strict=True))
-    return d_q, d_k, d_v
+        d_k, d_v = (x.unflatten(2, (G, -1)).sum(dim=3).to(d) for x, d in zip((d_k, d_v), dtypes, strict=True))
+    return d_k, d_v
