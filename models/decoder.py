@@ -234,19 +234,34 @@ class Decoder(nn.Module):
             if self.positions is not None:
                 x = x + self._learned_positions(positions, seq_len, context.tokens)
             x = self.dropout(x, samples, context.tokens)
-        fused = cache is not None and cache.fused and not self.adapted
-        fused = fused and serving.obstacle(self.config, self.groups) is None
-        if fused:
+        x = self._through_blocks(x, context, stage=stage, cache=cache)
+        if stage is not None and not stage.is_last:
+            return x
+        return self._results(x, context, head=head, ahead=ahead)
+
+    def _through_blocks(self, x: Tensor, context: Context, *, stage: Stage | None, cache: PagedCache | None) -> Tensor:
+        """[B, T, D] behind the blocks of a stage, and on the last behind the final norm."""
+        if (
+            cache is not None
+            and cache.fused
+            and not self.adapted
+            and serving.obstacle(self.config, self.groups) is None
+        ):
             blocks = (self.blocks.get_submodule(str(layer)) for layer in range(self.config.num_layers))
-            x = serving.serve(blocks, self.final_norm, x, context)
-        for layer, block in () if fused else self.blocks.named_children():
+            return serving.serve(blocks, self.final_norm, x, context)
+        for layer, block in self.blocks.named_children():
             if int(layer) < self.config.num_layers and (stage is None or stage.start <= int(layer) < stage.stop):
                 x = block(x, context=context)
         if stage is not None and not stage.is_last:
             return x
         assert self.final_norm is not None
+        return self.final_norm(x)
+
+    def _results(
+        self, x: Tensor, context: Context, *, head: Head | None, ahead: Sequence[tuple[Tensor, Head]]
+    ) -> Tensor:
+        """What the heads make of x [B, T, D] and of the blocks of multi-token prediction behind it."""
         assert self.head is not None
-        x = x if fused else self.final_norm(x)
         table = self.output_weight()
         results = [(head or self.head)(*self.head.inputs(x, table))]
         for number, (later, its_head) in enumerate(ahead, start=self.config.num_layers):
