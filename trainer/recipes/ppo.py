@@ -1,7 +1,8 @@
 """Proximal policy optimisation with a value model (1707.06347; 1909.08593 and 2203.02155 for language models).
 
 Rollouts, rewards, ratios and their clipping are those of recipe=grpo. Advantages are a token's own, by the values of a
-model beside the policy, which the same step trains (trainer/rl/value.py); a token's reward is minus
+model beside the policy, which the same step trains (trainer/rl/value.py), with adapters where the policy has them; a
+token's reward is minus
 recipe.ppo.kl_coefficient times log pi - log pi_ref, and at the last one the completion's.
 """
 
@@ -26,17 +27,19 @@ from trainer.rl.ppo_config import ppo_problems
 from trainer.rl.problems import data_problems, layout_problems
 from trainer.rl.reward_models import check_tokenizer, scores_head
 from trainer.rl.rollouts import Rollout
-from trainer.rl.value import ValueObjective, start_values, value_model
+from trainer.rl.value import ValueObjective, start_values, value_config
 from trainer.step import TrainState
+from trainer.validate_adapter import adapter_problems_beside
 
 VALUE = "value"
 """What the value model's tensors in checkpoints and its metrics begin with."""
+VALUE_PATH = "recipe.ppo.value_path"
 
 
 class ProximalPolicyOptimization(GroupPolicyOptimization):
     """recipe=ppo."""
 
-    reads = ("rl", "ppo", "reference_path", "reference_offload")
+    reads = ("rl", "ppo", "reference", "reference_path", "reference_offload")
     columns = ("value", "return")
 
     def __init__(self) -> None:
@@ -60,7 +63,7 @@ class ProximalPolicyOptimization(GroupPolicyOptimization):
     def trained_beside(self, config: TrainConfig, device: torch.device) -> dict[str, TrainedBeside]:
         settings = config.recipe.ppo
         objective = ValueObjective(clip=settings.value_clip, device=device)
-        return {VALUE: TrainedBeside(value_model(config), objective, settings.value_lr_factor)}
+        return {VALUE: TrainedBeside(value_config(config), VALUE_PATH, objective, settings.value_lr_factor)}
 
     def start_beside(self, config: TrainConfig, state: TrainState, *, imported: bool) -> None:
         if imported and config.recipe.ppo.value_path is None:
@@ -71,7 +74,7 @@ class ProximalPolicyOptimization(GroupPolicyOptimization):
         if config.recipe.ppo.value_path is not None:
             assert self._tokenizer is not None
             check_tokenizer(config.recipe.ppo.value_path, self._tokenizer)
-        start_values(state.beside[VALUE], seed=config.train.seed)
+        start_values(state.beside[VALUE], value_config(config))
 
     def start(self, config: TrainConfig, state: TrainState, mesh: Meshes) -> None:
         super().start(config, state, mesh)
@@ -167,10 +170,9 @@ def _own_problems(config: TrainConfig) -> list[str]:
         if (value := getattr(rl, field)) != getattr(default, field):
             what = f"recipe.rl.{field}={value} has no effect with recipe.name=ppo: {why}"
             found.append(Problem(what, values(f"recipe.rl.{field}", [getattr(default, field)])))
-    if config.adapter.name != "none":
-        why = f"adapter.name={config.adapter.name} does not work with recipe.name=ppo: its value model has all weights"
-        found.append(Problem(why, values("adapter.name", ["none"])))
     if config.model.activation_checkpoint == "budget":
         why = "model.activation_checkpoint=budget does not work with recipe.name=ppo: it is measured of one model"
         found.append(Problem(why, values("model.activation_checkpoint", ["none", "selective", "full"])))
-    return found + problems_beside("recipe.ppo.value_path", config.recipe.ppo.value_path, config, score=True)
+    path = config.recipe.ppo.value_path
+    found += problems_beside(VALUE_PATH, path, config, score=True)
+    return found + adapter_problems_beside(VALUE_PATH, path, config)
