@@ -112,8 +112,8 @@ RESUMED: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
 def test_a_run_that_was_interrupted_goes_on_to_the_same_bits(ranks: RankPool, tmp_path: Path, case: str) -> None:
     """A base that is not read again, or another for values; of PiSSA, weights that lose another part than before."""
     size, adapter, changes = RESUMED[case]
-    # Of the sizes of the policy, so that it has whole blocks of 4 bits where that has.
-    path = str(tmp_path / "whole" / "tokenizer") if case != "lora" else reward_model(tmp_path / "scored")
+    # In 4 bits one of the policy's sizes, which have whole blocks; else one that nothing of the policy fits.
+    path = str(tmp_path / "whole" / "tokenizer") if case == "qlora" else reward_model(tmp_path / "scored")
     several = SEVERAL | {"train__steps": 4, "optim__lr": 1e-2, "schedule__name": "constant", "ppo__kl_target": 1e-4}
     changes = several | changes | {"ppo__value_path": path}
     whole = run_on(ranks, size, adapted(tmp_path / "whole", adapter=adapter, **changes))
@@ -144,6 +144,27 @@ def test_a_checkpoint_has_adapters_and_heads_alone(ranks: RankPool, tmp_path: Pa
     assert json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["modules_to_save"] is None
     beside = read_extra(path)["adapter"]["beside"]["recipe.ppo.value_path"]
     assert beside["path"] == str(tmp_path / "scored")
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["policys folder", "its own"])
+def test_adapters_of_a_folder_are_the_value_models_where_its_base_is_the_policys(
+    ranks: RankPool, tmp_path: Path, own: bool
+) -> None:
+    """Adapters for one model on another; values that begin beside the policy's base when the policy has moved on."""
+    first = adapted(tmp_path / "first", train__steps=1)
+    first.checkpoint.at_end = True
+    run_adapted(ranks, 1, first)
+    export_checkpoint(Path(first.run.dir), tmp_path / "peft")
+    path = reward_model(tmp_path / "scored") if own else None
+    changes = {"recipe__reference": "adapter", "optim__lr": 0.0, "train__steps": 1, "ppo__value_path": path}
+    config = adapted(tmp_path / "second", adapter={"path": str(tmp_path / "peft")}, **changes)
+    found = run_on(ranks, 1, config).weights
+    assert all(tensor.abs().max() > 0 for name, tensor in found.items() if not name.startswith("value/"))
+    of_values = {name: tensor for name, tensor in found.items() if name.startswith("value/") and name != HEAD}
+    if own:
+        assert all((tensor.abs().max() > 0) == name.endswith("lora_a") for name, tensor in of_values.items())
+    else:
+        assert all(torch.equal(tensor, found[name.removeprefix("value/")]) for name, tensor in of_values.items())
 
 
 def test_values_of_another_base_are_refused(ranks: RankPool, tmp_path: Path) -> None:

@@ -1,8 +1,7 @@
 """Proximal policy optimisation with a value model (1707.06347; 1909.08593 and 2203.02155 for language models).
 
 Rollouts, rewards, ratios and their clipping are those of recipe=grpo. Advantages are a token's own, by the values of a
-model beside the policy, which the same step trains (trainer/rl/value.py), with adapters where the policy has them; a
-token's reward is minus
+model beside the policy, which the same step trains (trainer/rl/value.py); a token's reward is minus
 recipe.ppo.kl_coefficient times log pi - log pi_ref, and at the last one the completion's.
 """
 
@@ -34,6 +33,7 @@ from trainer.validate_adapter import adapter_problems_beside
 VALUE = "value"
 """What the value model's tensors in checkpoints and its metrics begin with."""
 VALUE_PATH = "recipe.ppo.value_path"
+"""The field that says where the value model is; where it is null, that is the policy's folder."""
 
 
 class ProximalPolicyOptimization(GroupPolicyOptimization):

@@ -2,6 +2,7 @@
 
 At a label's position its head says what the completion is worth before that token is drawn. It is a TrainState like
 the policy's, on the same mesh, by the same optimizer settings, over the same micro-batches (trainer/step.py, `beside`).
+Where the policy has adapters it has some of the same settings beside a base of its own, and its head is trained whole.
 """
 
 from __future__ import annotations
