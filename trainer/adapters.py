@@ -2,7 +2,7 @@
 
 Checkpoints hold adapters, of a reward model also its head, and their optimizer, as of a model that has nothing else,
 and say which model they are for: its folder, and a fingerprint of the weights there. So they are small, move between
-layouts, and are refused beside another model. So it is with those of a model that is trained beside (TrainState.beside).
+layouts, and are refused beside another model. So are those of a model that is trained beside it.
 """
 
 from __future__ import annotations
