@@ -73,12 +73,17 @@ def principal_adapters(
     return found
 
 
-def principal_adapters_of(checkpoint: Path, adapter: AdapterConfig, model: ModelConfig) -> dict[str, LowRank]:
-    """The same from a checkpoint. Raises CheckpointError where it has none."""
+def principal_adapters_of(
+    checkpoint: Path, adapter: AdapterConfig, model: ModelConfig, *, prefix: str = ""
+) -> dict[str, LowRank]:
+    """The same from a checkpoint. Raises CheckpointError where it has none.
+
+    prefix: of the model's names there, where it is one beside that of the run.
+    """
     reader = TensorReader(checkpoint)
 
     def read(layer: str, kind: str) -> Tensor:
-        return reader.read(f"model/{layer}.{kind}{BEGUN}")
+        return reader.read(f"{prefix}model/{layer}.{kind}{BEGUN}")
 
     layers = adapted_layers(adapter, model)
     return {layer: LowRank(read(layer, A), read(layer, B), adapter.scale) for layer in layers}

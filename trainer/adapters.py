@@ -2,14 +2,14 @@
 
 Checkpoints hold adapters, of a reward model also its head, and their optimizer, as of a model that has nothing else,
 and say which model they are for: its folder, and a fingerprint of the weights there. So they are small, move between
-layouts, and are refused beside another model.
+layouts, and are refused beside another model. So are those of a model that is trained beside it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -40,15 +40,17 @@ from trainer.step import TrainState
 
 ROWS, COLUMNS = 32, 64
 """Of each tensor, what a fingerprint reads: a folder of any size takes a moment."""
+BASE = "model.path"
+"""The field that says where the model is that the adapters of a run are for."""
 RUN_TIME_FIELDS = ("lr_ratio", "path")
 """Of AdapterConfig, which may change between runs."""
 
 
-def load_base(state: TrainState, config: TrainConfig, checkpoint: Path | None) -> None:
+def load_base(state: TrainState, config: TrainConfig, checkpoint: Path | None, *, prefix: str = "") -> None:
     """The weights that stay as they are, from the folder in model.path; each rank reads what it computes with.
 
     checkpoint: that the run goes on from, which says what adapters that begin as a part of the weights began as.
-    Collective.
+    prefix: of the state's names there (TrainState.beside). Collective.
     """
     assert config.model.path is not None
     path, kinds = config.model.path, (A, B, M, NF4)
@@ -61,7 +63,7 @@ def load_base(state: TrainState, config: TrainConfig, checkpoint: Path | None) -
         if checkpoint is None:
             begun = principal_adapters(config.adapter, config.model, partial(_read, config), state.device)
         else:
-            begun = principal_adapters_of(checkpoint, config.adapter, config.model)
+            begun = principal_adapters_of(checkpoint, config.adapter, config.model, prefix=prefix)
         fill(separate(state.begun, state.fused), begun, suffix=BEGUN)
         taken = {name: replace(one, scale=-one.scale) for name, one in begun.items() if f"{name}.weight" in weights}
         Merged(weights, taken, keep=False)
@@ -124,30 +126,37 @@ def _start_head(head: Located, state: TrainState, config: TrainConfig) -> None:
             local_tensor(head).copy_(saved[local_region(head)])
 
 
-def adapter_identity(config: TrainConfig) -> dict[str, Any] | None:
-    """What the adapters of a run mean: their settings and the model they are for; None: it has none. Collective.
+def adapter_identity(config: TrainConfig, beside: Mapping[str, str] | None = None) -> dict[str, Any] | None:
+    """What the adapters of a run mean: their settings and the models they are for; None: it has none. Collective.
 
-    Rank 0 reads. Raises ConfigError where model.path holds no weights.
+    beside: where the models are that are trained beside the run's (TrainState.beside), by the field that says so.
+    Rank 0 reads. Raises ConfigError where a folder holds no weights.
     """
     if config.adapter.name == "none":
         return None
-    folder = Path(str(config.model.path))
     settings = {name: value for name, value in asdict(config.adapter).items() if name not in RUN_TIME_FIELDS}
     identity: dict[str, Any] = {"settings": settings}
     if config.adapter.quantize == "nf4" and config.model.moe.num_experts:
         identity["quantized_experts"] = True  # they were not, once
-    return identity | {"base": {"path": str(folder), "fingerprint": fingerprint(folder)}}
+    identity["base"] = _base_identity(BASE, str(config.model.path))
+    others = {field: _base_identity(field, folder) for field, folder in (beside or {}).items()}
+    return identity | ({"beside": others} if others else {})
+
+
+def _base_identity(field: str, folder: str) -> dict[str, str]:
+    try:
+        return {"path": folder, "fingerprint": fingerprint(Path(folder))}
+    except CheckpointError as error:
+        raise ConfigError([f"{field}={folder}: {error}"]) from None
 
 
 def fingerprint(folder: Path) -> str:
     """Hex digest of the names, dtypes and shapes of all tensors of a Hugging Face folder and some values of each.
 
-    Weights that were trained on differ in all tensors; a change of a few values may go unseen. Collective.
+    Weights that were trained on differ in all tensors; a change of a few values may go unseen. Raises CheckpointError
+    for a folder without weights. Collective.
     """
-    try:
-        return Ranks().on_first(lambda: _fingerprint(folder))
-    except CheckpointError as error:
-        raise ConfigError([f"model.path={folder}: {error}"]) from None
+    return Ranks().on_first(lambda: _fingerprint(folder))
 
 
 def _fingerprint(folder: Path) -> str:
@@ -195,10 +204,17 @@ def check_same_adapter(path: Path, ours: dict[str, Any] | None) -> None:
                 "quantizes them; export its adapters (launch/convert.py export) and begin anew with adapter.path"
             ]
         )
-    if saved["base"]["fingerprint"] != ours["base"]["fingerprint"]:
-        raise ConfigError(
-            [
-                f"model.path={ours['base']['path']} is not the model that the adapters in {path} were trained for, "
-                f"which was in {saved['base']['path']}; give that one, or use another run.dir"
-            ]
-        )
+    were = _bases(saved)
+    different = [
+        f"{field}={base['path']} is not the model that the adapters in {path} were trained for, which was in "
+        f"{were[field]['path']}; give that one, or use another run.dir"
+        for field, base in _bases(ours).items()
+        if field in were and were[field]["fingerprint"] != base["fingerprint"]
+    ]
+    if different:
+        raise ConfigError(different)
+
+
+def _bases(identity: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """The models that adapters are for, by the field that says where each is."""
+    return {BASE: identity["base"], **identity.get("beside", {})}

@@ -152,7 +152,8 @@ def implementations(config: TrainConfig, dims: ParallelDims, state: TrainState, 
     }
     for name, other in state.beside.items():
         assert isinstance(other.model, Decoder)
-        used[f"{name}_model"] = f"{num_parameters(other.model.config) / 1e6:,.1f}M parameters, trained beside"
+        trained = "its adapters and head trained" if other.model.adapted else "trained"
+        used[f"{name}_model"] = f"{num_parameters(other.model.config) / 1e6:,.1f}M parameters, {trained} beside"
     if model.speculator.kind != "none":
         used["loss"] = f"of {model.speculator.kind} heads; {used['loss']}"
     if config.adapter.name != "none":

@@ -7,7 +7,7 @@ import logging
 import os
 import time
 from collections import Counter
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -102,7 +102,11 @@ class Trainer:
         self.lock = RunLock(self.run_dir)
         check_run_dir(config, self.lock)
         self.checkpoints = CheckpointManager(self.run_dir / "checkpoints", config.checkpoint, device=self.device)
-        self.adapter = adapter_identity(config)
+        with configuration_errors():
+            self.beside = self.recipe.trained_beside(config, self.device)
+        self.adapter = adapter_identity(
+            config, {one.path_field: str(one.config.model.path) for one in self.beside.values()}
+        )
         self.watchdog = watchdog_of(config)
         loading = partial(self.watchdog.watching, "loading", step=0, seconds=config.resilience.loading_seconds)
         with loading():
@@ -194,12 +198,9 @@ class Trainer:
 
     def _build_beside(self) -> dict[str, TrainState]:
         """Models that are trained beside the run's, on the same layout."""
-        with configuration_errors():
-            found = self.recipe.trained_beside(self.config, self.device)
         states = {}
-        for name, one in found.items():
-            config = replace(self.config, model=one.model)
-            states[name] = build_state(config, self.dims, self.mesh, self.device, one.objective)
+        for name, one in self.beside.items():
+            states[name] = build_state(one.config, self.dims, self.mesh, self.device, one.objective)
             states[name].lr_factor = one.lr_factor
         return states
 
@@ -213,6 +214,8 @@ class Trainer:
         if self.adapter is not None:
             with configuration_errors():
                 load_base(self.state, self.config, self.resume_from)
+                for name, one in self.beside.items():
+                    load_base(self.state.beside[name], one.config, self.resume_from, prefix=f"{name}/")
         new = True
         if self.resume_from is not None:
             if read_extra(self.resume_from).get("weights_only", False):

@@ -6,11 +6,12 @@ from kernels.nf4.reference import BLOCK
 from models.adapter_config import adapted_layers, adapter_problems, linear_layers
 from models.config import ModelConfig
 from models.lora import ABSORBED
-from models.registry import FAMILIES
+from models.registry import FAMILIES, resolve_model
 from parallel.pipeline.schedules import SCHEDULES, SPLIT_BACKWARD
 from parallel.problem import Advice, Problem, values
 from trainer.adapter_start import folder_problems
 from trainer.config import TrainConfig
+from trainer.frozen import resolve_beside
 
 
 def adapter_run_problems(config: TrainConfig, model: ModelConfig) -> list[str]:
@@ -31,7 +32,8 @@ def adapter_run_problems(config: TrainConfig, model: ModelConfig) -> list[str]:
             f"adapter.name={adapter.name} trains beside a model that is there already: set model.path=DIR, its Hugging "
             "Face folder (launch/convert.py export makes one of a run)"
         )
-    found += _quantization_problems(config, model) + folder_problems(adapter, model)
+    found += _quantization_problems(config, model) + _invariance_problems(config, model)
+    found += folder_problems(adapter, model)
     if parallel.pp > 1 and parallel.pp_schedule in SPLIT_BACKWARD:
         others = [name for name in SCHEDULES if name not in SPLIT_BACKWARD]
         because = "there are next to no weight gradients to put off"
@@ -59,9 +61,6 @@ def adapter_run_problems(config: TrainConfig, model: ModelConfig) -> list[str]:
     if (prompts := config.recipe.answers.prompts) and _absorbed(config, model):
         because = f"answers attend through pages, which reads the weight of {ABSORBED} and not its layer"
         refuse(f"recipe.answers.prompts={prompts}", because, values("recipe.answers.prompts", [0]))
-    if config.train.batch_invariant and _absorbed(config, model):
-        because = f"attention through pages reads the weight of {ABSORBED} and not its layer"
-        refuse("train.batch_invariant=true", because, values("train.batch_invariant", [False]))
     if model.speculator.kind != "none":
         because = "heads for a model are trained alone"
         refuse(f"model.speculator.kind={model.speculator.kind}", because, values("model.speculator.kind", ["none"]))
@@ -76,6 +75,41 @@ def adapter_run_problems(config: TrainConfig, model: ModelConfig) -> list[str]:
         because = "it orthogonalises updates of whole matrices, and B A is one in two pieces"
         refuse("optim.name=muon", because, values("optim.name", ["adamw"]))
     return found
+
+
+def adapter_problems_beside(field: str, path: str | None, config: TrainConfig) -> list[str]:
+    """Why the reward model in a Hugging Face folder cannot have the adapters of the trained one, one line each.
+
+    config: not resolved. What is wrong with the trained one's as well, or with the folder, is named elsewhere.
+    """
+    if path is None or config.adapter.name == "none":
+        return []
+    try:
+        beside, model = resolve_beside(path, config, score=True), resolve_model(config.model)
+    except ValueError:
+        return []
+    ours = _problems_of_base(config, model)
+    return [_of_folder(field, path, problem) for problem in _problems_of_base(config, beside) if problem not in ours]
+
+
+def _problems_of_base(config: TrainConfig, model: ModelConfig) -> list[str]:
+    """What a model itself lacks for adapters to be trained on it. model: resolved."""
+    found = adapter_problems(config.adapter, model)
+    return found or _quantization_problems(config, model) + _invariance_problems(config, model)
+
+
+def _of_folder(field: str, path: str, problem: str) -> str:
+    if not isinstance(problem, Problem):
+        return f"{field}={path}: {problem}"
+    return Problem(f"{field}={path}: {problem.what}", *problem.advice, words=problem.words or "give another model")
+
+
+def _invariance_problems(config: TrainConfig, model: ModelConfig) -> list[str]:
+    if not (config.train.batch_invariant and _absorbed(config, model)):
+        return []
+    why = f"does not work with adapter.name={config.adapter.name}: attention through pages reads the weight of"
+    what = f"train.batch_invariant=true {why} {ABSORBED} and not its layer"
+    return [Problem(what, values("train.batch_invariant", [False]))]
 
 
 def _absorbed(config: TrainConfig, model: ModelConfig) -> bool:

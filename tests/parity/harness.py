@@ -51,6 +51,7 @@ from trainer.config import (
     ScheduleConfig,
     TrainConfig,
 )
+from trainer.step import TrainState
 from trainer.trainer import Trainer
 from trainer.validate import finalize
 
@@ -61,8 +62,9 @@ class Outcome:
 
     losses: list[float]
     grad_norms: list[float]
-    first_gradients: dict[str, torch.Tensor]  # whole tensors, of the first step, before clipping
-    weights: dict[str, torch.Tensor]  # whole tensors, after the last step
+    # Whole tensors; of models that are trained beside the run's (TrainState.beside) as NAME/...
+    first_gradients: dict[str, torch.Tensor]  # of the first step, before clipping
+    weights: dict[str, torch.Tensor]  # after the last step
     metrics: list[dict[str, Any]]
 
 
@@ -136,20 +138,16 @@ def run_here(config: TrainConfig) -> Outcome | None:
 
     trainer = Trainer(finalize(config, world_size=dist.get_world_size()))
     gradients: dict[str, torch.Tensor] = {}
-    update = trainer.state.optimizer.step
-
-    def capture_then_update(**kwargs: Any) -> None:
-        if not gradients:
-            masters = trainer.state.data_parallel.masters
-            held = {name: m.grad for name, m in masters.items() if m.grad is not None}
-            gradients.update({name: whole(grad) for name, grad in separate(held, trainer.state.fused).items()})
-        update(**kwargs)
-
-    trainer.state.optimizer.step = capture_then_update  # type: ignore[method-assign]
+    states = {"": trainer.state} | {f"{name}/": other for name, other in trainer.state.beside.items()}
+    for prefix, state in states.items():
+        capture_first_gradients(state, gradients, prefix)
     try:
         trainer.run()
-        masters = separate(trainer.state.data_parallel.masters, trainer.state.fused)
-        weights = {name: whole(m) for name, m in masters.items()}
+        weights = {
+            f"{prefix}{name}": whole(master)
+            for prefix, state in states.items()
+            for name, master in separate(state.data_parallel.masters, state.fused).items()
+        }
         gradients, weights = (union_over_ranks(tensors) for tensors in (gradients, weights))
     finally:
         trainer.close()
@@ -163,6 +161,21 @@ def run_here(config: TrainConfig) -> Outcome | None:
         weights=weights,
         metrics=lines,
     )
+
+
+def capture_first_gradients(state: TrainState, into: dict[str, torch.Tensor], prefix: str) -> None:
+    """Have the first update of a state write the gradients that it is given, by name behind the prefix."""
+    update, captured = state.optimizer.step, False
+
+    def capture_then_update(**kwargs: Any) -> None:
+        nonlocal captured
+        if not captured:
+            captured = True
+            held = {name: m.grad for name, m in state.data_parallel.masters.items() if m.grad is not None}
+            into.update({f"{prefix}{name}": whole(grad) for name, grad in separate(held, state.fused).items()})
+        update(**kwargs)
+
+    state.optimizer.step = capture_then_update  # type: ignore[method-assign]
 
 
 def run_and_count_graphs(config: TrainConfig) -> tuple[Outcome | None, int]:

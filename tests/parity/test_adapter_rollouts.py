@@ -1,4 +1,4 @@
-"""Adapters under recipes that sample: gkd, reward models, rollouts a batch ahead. What counts is the merged model.
+"""Adapters under recipes that sample: gkd, reward models, rollouts a batch ahead, ppo. What counts is the merged model.
 
 Adapters are PEFT's own, begun with by adapter.path, and the same model with them merged by PEFT is trained as a plain
 one beside it: tokens, rewards, log-probabilities and loss of the first step are the same, and the gradient of W + s B A
@@ -26,6 +26,7 @@ from tests.parity.harness import Outcome, gradient_deviation, run_on
 from tests.parity.test_on_policy_distill import answering
 from tests.parity.test_preferences import tiny_llama
 from tests.pool import RankPool
+from tests.trainer.rl.ppo_runs import proximal
 from tests.trainer.rl.rolling import rolling
 from tests.trainer.rl.test_reward_models import reward_model, rolled
 from trainer.config import TrainConfig
@@ -68,10 +69,16 @@ def ahead(folder: Path, name: str, **changes: Any) -> TrainConfig:
     return rolling(folder / name, rl__rollout_lag=1, **changes)
 
 
+def valued(folder: Path, name: str, **changes: Any) -> TrainConfig:
+    """Values by the adapters that the policy begins with too; the reference has none."""
+    return proximal(folder / name, recipe__reference_path=str(folder / "student"), **changes)
+
+
 RECIPES: dict[str, tuple[Callable[..., TrainConfig], tuple[str, ...]]] = {
     "gkd": (gkd, ("on_policy", "completion_tokens", "valid_tokens")),
     "reward model": (rewarded, ("reward", "reward_model", "reward_even", "entropy", "valid_tokens")),
     "a batch ahead": (ahead, ("reward", "ratio", "entropy", "valid_tokens")),
+    "ppo": (valued, ("reward", "value_loss", "value_mean", "return_mean", "reference_kl", "valid_tokens")),
 }
 
 
@@ -124,19 +131,20 @@ def test_the_first_step_is_that_of_the_merged_model(ranks: RankPool, folder: Pat
     wanted = run_on(ranks, 1, running(folder, recipe, "run-merged", merged=True))
     for name in ("loss", *RECIPES[recipe][1]):
         assert found.metrics[0][name] == pytest.approx(wanted.metrics[0][name], rel=1e-4, abs=1e-6), name
-    chain_rule(folder, found, wanted)
+    for prefix in ("", "value/") if recipe == "ppo" else ("",):
+        chain_rule(folder, found, wanted, prefix)
     base = running(folder, recipe, "base", merged=True)  # negative control
     base.model.path = str(folder / "student")
     line = run_on(ranks, 1, base).metrics[0]
     assert any(line[name] != pytest.approx(found.metrics[0][name], rel=1e-2) for name in ("loss", *RECIPES[recipe][1]))
 
 
-def chain_rule(folder: Path, found: Outcome, wanted: Outcome) -> None:
+def chain_rule(folder: Path, found: Outcome, wanted: Outcome, prefix: str) -> None:
     """The gradients of adapters are those of the whole weights, through the product."""
     adapters, scale = load_file(folder / "adapters" / "adapter_model.safetensors"), ALPHA / RANK
     for layer, name in OURS.items():
         group = "attention" if "attn" in name else "mlp"
-        key = f"blocks.1.{group}.{layer}"
+        key = f"{prefix}blocks.1.{group}.{layer}"
         whole = wanted.first_gradients[f"{key}.weight"]
         a, b = (adapters[f"base_model.model.model.layers.1.{name}.lora_{which}.weight"] for which in "AB")
         for of, expected in (("a", scale * b.T @ whole), ("b", scale * whole @ a.T)):
@@ -170,7 +178,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.some(3)
+@pytest.mark.some(4)
 @pytest.mark.parametrize(("layout", "recipe"), [(layout, recipe) for layout in LAYOUTS for recipe in RECIPES])
 def test_two_ranks_train_the_same_adapters(
     ranks: RankPool, folder: Path, alone: dict[str, Outcome], layout: str, recipe: str

@@ -26,17 +26,20 @@ from trainer.rl.ppo_config import ppo_problems
 from trainer.rl.problems import data_problems, layout_problems
 from trainer.rl.reward_models import check_tokenizer, scores_head
 from trainer.rl.rollouts import Rollout
-from trainer.rl.value import ValueObjective, start_values, value_model
+from trainer.rl.value import ValueObjective, start_values, value_config
 from trainer.step import TrainState
+from trainer.validate_adapter import adapter_problems_beside
 
 VALUE = "value"
 """What the value model's tensors in checkpoints and its metrics begin with."""
+VALUE_PATH = "recipe.ppo.value_path"
+"""The field that says where the value model is; where it is null, that is the policy's folder."""
 
 
 class ProximalPolicyOptimization(GroupPolicyOptimization):
     """recipe=ppo."""
 
-    reads = ("rl", "ppo", "reference_path", "reference_offload")
+    reads = ("rl", "ppo", "reference", "reference_path", "reference_offload")
     columns = ("value", "return")
 
     def __init__(self) -> None:
@@ -60,7 +63,7 @@ class ProximalPolicyOptimization(GroupPolicyOptimization):
     def trained_beside(self, config: TrainConfig, device: torch.device) -> dict[str, TrainedBeside]:
         settings = config.recipe.ppo
         objective = ValueObjective(clip=settings.value_clip, device=device)
-        return {VALUE: TrainedBeside(value_model(config), objective, settings.value_lr_factor)}
+        return {VALUE: TrainedBeside(value_config(config), VALUE_PATH, objective, settings.value_lr_factor)}
 
     def start_beside(self, config: TrainConfig, state: TrainState, *, imported: bool) -> None:
         if imported and config.recipe.ppo.value_path is None:
@@ -71,7 +74,7 @@ class ProximalPolicyOptimization(GroupPolicyOptimization):
         if config.recipe.ppo.value_path is not None:
             assert self._tokenizer is not None
             check_tokenizer(config.recipe.ppo.value_path, self._tokenizer)
-        start_values(state.beside[VALUE], seed=config.train.seed)
+        start_values(state.beside[VALUE], value_config(config))
 
     def start(self, config: TrainConfig, state: TrainState, mesh: Meshes) -> None:
         super().start(config, state, mesh)
@@ -167,10 +170,9 @@ def _own_problems(config: TrainConfig) -> list[str]:
         if (value := getattr(rl, field)) != getattr(default, field):
             what = f"recipe.rl.{field}={value} has no effect with recipe.name=ppo: {why}"
             found.append(Problem(what, values(f"recipe.rl.{field}", [getattr(default, field)])))
-    if config.adapter.name != "none":
-        why = f"adapter.name={config.adapter.name} does not work with recipe.name=ppo: its value model has all weights"
-        found.append(Problem(why, values("adapter.name", ["none"])))
     if config.model.activation_checkpoint == "budget":
         why = "model.activation_checkpoint=budget does not work with recipe.name=ppo: it is measured of one model"
         found.append(Problem(why, values("model.activation_checkpoint", ["none", "selective", "full"])))
-    return found + problems_beside("recipe.ppo.value_path", config.recipe.ppo.value_path, config, score=True)
+    path = config.recipe.ppo.value_path
+    found += problems_beside(VALUE_PATH, path, config, score=True)
+    return found + adapter_problems_beside(VALUE_PATH, path, config)

@@ -11,7 +11,6 @@ import torch
 
 from data.batch import Batch
 from data.loader import Loader
-from models.config import ModelConfig
 from parallel.mesh import Meshes, groups_in_layers
 from trainer.config import TrainConfig
 from trainer.frozen import Beside
@@ -32,7 +31,8 @@ class StepReport:
 class TrainedBeside(NamedTuple):
     """A model that is trained beside that of the run (TrainState.beside). Filled by `Recipe.trained_beside`."""
 
-    model: ModelConfig  # resolved
+    config: TrainConfig  # that of the run with its own model, resolved, and with how its adapters begin
+    path_field: str  # of the run's configuration, that says where the model is
     objective: Objective
     lr_factor: float  # times the learning rate of the run
 

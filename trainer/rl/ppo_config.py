@@ -17,7 +17,7 @@ class PPOConfig:
     whiten: bool = True  # advantages to mean 0 and standard deviation 1, over all tokens of a batch of rollouts
     value_clip: float = 0.2  # how far a value may go from the one before the updates, as seen by its loss; 0: any
     # Hugging Face folder that the value model begins with, of a reward model or a language model, which has no head
-    # for it; None: as the policy begins
+    # for it; None: as the policy begins. With adapters this is their base, and None the folder in model.path
     value_path: str | None = None
     value_lr_factor: float = 1.0  # times the learning rate of the policy
     # Subtracted from a token's reward, times log pi - log pi_ref; 0: no reference is loaded. It is the model that the

@@ -2,6 +2,7 @@
 
 At a label's position its head says what the completion is worth before that token is drawn. It is a TrainState like
 the policy's, on the same mesh, by the same optimizer settings, over the same micro-batches (trainer/step.py, `beside`).
+Where the policy has adapters it has some of the same settings beside a base of its own, and its head is trained whole.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from models.config import ModelConfig
 from models.decoder import Decoder, Head
 from models.hf import load_hf_weights
 from models.init import initialize, start_score
+from trainer.adapters import start_adapters
 from trainer.config import TrainConfig
 from trainer.frozen import resolve_beside
 from trainer.loss import count_valid, token_scores
@@ -49,8 +51,19 @@ class ValueObjective:
         return []
 
 
-def value_model(config: TrainConfig) -> ModelConfig:
-    """The value model's shape, run as the policy is; config is resolved. Raises ValueError for a folder without one."""
+def value_config(config: TrainConfig) -> TrainConfig:
+    """The run's configuration with the value model for its model; config is resolved. Raises ValueError for a folder
+    without one.
+
+    adapter.path is for the policy's model: values have it where they begin with the same folder.
+    """
+    own = config.recipe.ppo.value_path is not None
+    adapter = replace(config.adapter, path=None) if own else config.adapter
+    return replace(config, model=_value_model(config), adapter=adapter)
+
+
+def _value_model(config: TrainConfig) -> ModelConfig:
+    """The value model's shape, run as the policy is."""
     path, model = config.recipe.ppo.value_path, config.model
     if path is None:
         return replace(model, score=True, tie_embeddings=False)
@@ -62,9 +75,15 @@ def value_model(config: TrainConfig) -> ModelConfig:
     )
 
 
-def start_values(state: TrainState, *, seed: int) -> None:
-    """Fill the weights of a new run's value model: of its folder, or drawn. Raises ValueError for a wrong folder."""
-    weights, model = state.weights(), state.model
+def start_values(state: TrainState, config: TrainConfig) -> None:
+    """Fill what is trained of a new run's value model: of its folder, or drawn. Raises ValueError for a wrong folder.
+
+    config: of `value_config`.
+    """
+    if config.adapter.name != "none":
+        start_adapters(state, config)
+        return
+    weights, model, seed = state.weights(), state.model, config.train.seed
     assert isinstance(model, Decoder)
     if model.config.path is None:
         initialize(weights, model.initializers(), seed)
