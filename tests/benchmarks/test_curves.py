@@ -79,6 +79,7 @@ def test_layouts_that_cannot_run_are_recorded_beside_those_that_do(
     assert "parallel.tp=4" in result["tp4+sp"]["error"]
 
 
+@pytest.mark.thorough
 @pytest.mark.some(2)
 @pytest.mark.parametrize("kind", growth.KINDS)
 def test_growth_asks_for_runs_that_are_configurations_of_the_trainer(

@@ -115,6 +115,7 @@ def train_hugging_face() -> dict[str, Any]:
     return hugging_face.run(*measure.parse(options, shape), torch.device("cpu"))
 
 
+@pytest.mark.thorough
 def test_transformers_trains_on_two_ranks_and_reports_in_the_form_of_our_own_runs(
     ranks: RankPool, tmp_path: Path
 ) -> None:

@@ -19,6 +19,7 @@ from trainer.validate import finalize
 SMALL = ["train.seq_len=2048", "train.micro_batch_size=1", "train.global_batch_size=1"]
 
 
+@pytest.mark.thorough
 @pytest.mark.some(1)
 @pytest.mark.parametrize("gpus", [1, 2, 4])
 def test_every_configuration_is_legal_and_fits_an_h200_by_its_plan(tmp_path: Path, gpus: int) -> None:

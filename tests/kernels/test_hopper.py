@@ -279,6 +279,7 @@ def compiled() -> dict[str, list[Compiled]]:
     return compile_launches("tests.kernels.test_hopper")
 
 
+@pytest.mark.thorough
 def test_kernels_compile_for_hopper_and_fit_without_spills(compiled: dict[str, list[Compiled]]) -> None:
     """What the interpreter accepts and the compiler does not; more registers or shared memory than there are; registers
     spilled to memory."""
@@ -290,6 +291,7 @@ def test_kernels_compile_for_hopper_and_fit_without_spills(compiled: dict[str, l
             assert kernel.registers * kernel.num_warps * 32 <= 1 << 16, (name, kernel)
 
 
+@pytest.mark.thorough
 def test_loads_are_wide(compiled: dict[str, list[Compiled]]) -> None:
     """Loads of single numbers, each a fraction of the bandwidth."""
     for name, kernels in compiled.items():
@@ -297,6 +299,7 @@ def test_loads_are_wide(compiled: dict[str, list[Compiled]]) -> None:
             assert kernel.wide_loads or kernel.kernel in SCALAR_KERNELS or name in NARROW, (name, kernel)
 
 
+@pytest.mark.thorough
 def test_casts_to_fp8_are_used_once(compiled: dict[str, list[Compiled]]) -> None:
     """Bytes that ptxas loses."""
     for name, kernels in compiled.items():
@@ -304,12 +307,14 @@ def test_casts_to_fp8_are_used_once(compiled: dict[str, list[Compiled]]) -> None
             assert kernel.casts_used_twice == 0, (name, kernel)
 
 
+@pytest.mark.thorough
 def test_products_run_on_the_tensor_cores(compiled: dict[str, list[Compiled]]) -> None:
     """Products of another kind, a tenth as fast."""
     found = {name: sum(kernel.wgmma for kernel in kernels) for name, kernels in compiled.items()}
     assert {name: number for name, number in found.items() if number} == PRODUCTS
 
 
+@pytest.mark.thorough
 def test_attention_fetches_tiles_as_its_tables_say(compiled: dict[str, list[Compiled]]) -> None:
     """A descriptor that is not made, for which pointers stand in."""
     from kernels.attention.kernel import FORWARD

@@ -234,6 +234,7 @@ MISTAKES: dict[str, Any] = {
 }
 
 
+@pytest.mark.thorough
 def test_whatever_cannot_be_measured_is_one_line(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

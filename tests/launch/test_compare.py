@@ -160,6 +160,7 @@ MISTAKES = {
 }
 
 
+@pytest.mark.thorough
 def test_whatever_cannot_be_compared_is_one_line(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -175,6 +175,7 @@ def _num_groups(pid: int) -> int:
     return [path.read_text().strip() for path in Path(f"/proc/{pid}/task").glob("*/comm")].count("pt_gloo_runloop")
 
 
+@pytest.mark.thorough
 def test_when_a_rank_is_killed_the_other_one_says_so_and_ends(tmp_path: Path) -> None:
     """A server that hangs for ever once a GPU of it is gone."""
     folder = folder_of(tmp_path / "model", max_length=30_000)

@@ -344,6 +344,7 @@ def test_a_wrong_configuration_is_one_readable_line_per_problem(small: list[str]
     assert_explained(wrong_configurations(small), [sys.executable], tmp_path)
 
 
+@pytest.mark.thorough
 def test_wrong_data_weights_or_directories_are_explained_by_one_rank_and_nothing_is_written(
     small: list[str], reference: Path, tmp_path: Path
 ) -> None:

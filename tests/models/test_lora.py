@@ -97,6 +97,7 @@ def kept_for_backward(adapter: AdapterConfig, *, full: bool) -> tuple[int, list[
     return sum(kept), [p.grad for p in adapter_parameters(model).values() if p.grad is not None]
 
 
+@pytest.mark.thorough
 def test_compiled_blocks_keep_neither_dequantized_weights_nor_products(monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights in 4 bits that backward has in 16, because a compiler sees them dequantized twice; checkpointing that
     recomputes nothing. The control: the same layers as a Function, which compilers look into."""

@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 THREADS = """
 import os
 import torch, torch.distributed as dist
@@ -45,6 +47,7 @@ def test_a_group_has_one_thread() -> None:
     assert wrong.returncode
 
 
+@pytest.mark.thorough
 def test_gathers_that_end_together_leave_the_heap_alone() -> None:
     """Names of collectives that are freed twice: with two threads this ended in malloc in four of six runs."""
     done = _run(GATHERS)

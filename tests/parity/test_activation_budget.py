@@ -40,6 +40,7 @@ def within(inputs: float) -> dict[str, Any]:
     }
 
 
+@pytest.mark.thorough
 @pytest.mark.some(1)
 @pytest.mark.parametrize(
     ("world_size", "inputs", "changes"),

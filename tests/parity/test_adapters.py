@@ -167,6 +167,7 @@ def quantized_experts(ranks: RankPool, folder: Path, corpus: DataConfig) -> Outc
     return run_adapted(ranks, 1, quantizing(folder, corpus, "mixtral_of_blocks"))
 
 
+@pytest.mark.thorough
 @pytest.mark.some(1)
 @pytest.mark.parametrize("layout", ["ep_tp_zero3", "compiled", "tp", "ep"])
 def test_layouts_train_beside_the_same_experts_of_4_bits(
@@ -195,6 +196,7 @@ def experts_read(config: TrainConfig) -> int:
     return found
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("changes", [{"parallel__ep": 2}, {"parallel__zero_stage": 3}], ids=["ep", "zero3"])
 def test_a_rank_reads_the_experts_that_it_has(
     ranks: RankPool, folder: Path, corpus: DataConfig, changes: dict[str, Any]

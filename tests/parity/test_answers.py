@@ -285,6 +285,7 @@ def mixture(path: Path) -> Path:
     return path
 
 
+@pytest.mark.thorough
 def test_models_that_cannot_learn_from_rollouts_answer_as_transformers_says(ranks: RankPool, folder: Path) -> None:
     """Dropout, or a capacity of experts, in answers; experts of ZeRO-3 that are not gathered."""
     config = answering(folder, "mixture", train__eval_interval=20, checkpoint__at_end=True)

@@ -49,7 +49,7 @@ def references(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Ref
     return References(ranks, text_corpus(folder), folder, variants, splits=(1, 8), feature_parts=(2, 4))
 
 
-@pytest.mark.some(2)
+@pytest.mark.some(1, unless_thorough=True)
 @pytest.mark.parametrize(("model", "world_size", "changes"), LAYOUTS)
 def test_axes_together_train_the_same_model(
     ranks: RankPool, references: References, tmp_path: Path, model: str, world_size: int, changes: dict[str, Any]

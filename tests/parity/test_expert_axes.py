@@ -176,7 +176,7 @@ def assert_same(outcome: Outcome, reference: Outcome, steps: int = STEPS) -> Non
         assert {name: ours[name] for name in names} == pytest.approx({name: theirs[name] for name in names}, rel=1e-5)
 
 
-@pytest.mark.some(2, unless_thorough=True)
+@pytest.mark.some(1, unless_thorough=True)
 @pytest.mark.parametrize(("variant", "world_size", "zero_stage", "parallel", "changes"), LAYOUTS)
 def test_experts_are_the_same_on_every_axis(
     ranks: RankPool,
@@ -246,6 +246,7 @@ def test_a_checkpoint_moves_between_expert_layouts(ranks: RankPool, one_process:
         assert [ours[name] for name in names] == pytest.approx([theirs[name] for name in names], rel=1e-5)
 
 
+@pytest.mark.thorough
 def test_hugging_face_weights_go_to_spread_experts_and_back(
     ranks: RankPool, one_process: References, tmp_path: Path
 ) -> None:

@@ -192,6 +192,7 @@ def test_what_is_applied_from_outside_changes_nothing(
     assert_same_model(run_on(ranks, 2, config, timeout=240), reference, sensitivity)
 
 
+@pytest.mark.thorough
 def test_a_run_goes_on_with_its_biases_on_another_layout(
     ranks: RankPool, one_process: _OneProcess, tmp_path: Path
 ) -> None:

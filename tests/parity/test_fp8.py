@@ -167,6 +167,7 @@ def test_other_blocks_quantize_the_numbers_of_one_process(runs: Runs, tmp_path: 
     assert _some_seed_agrees(runs, tmp_path, "tensorwise_delayed", model, run_with_fp32_activations, **layout)
 
 
+@pytest.mark.thorough
 def test_ranks_that_agree_on_no_scale_are_noticed(runs: Runs, tmp_path: Path) -> None:
     """Negative control."""
     layout = _tp(sequence_parallel=False)
@@ -206,6 +207,7 @@ def test_permuted_tokens_are_more_than_other_micro_batches(runs: Runs, tmp_path:
     assert gradient_deviation(outcome, runs.one("rowwise")) > 4 * _sensitivity(runs, "rowwise")
 
 
+@pytest.mark.thorough
 def test_compiled_tensor_parallel_blocks_train_the_same_model(runs: Runs, tmp_path: Path) -> None:
     """A collective for a scale that a graph drops."""
     changes = COMPILED | _tp(sequence_parallel=True)
@@ -307,6 +309,7 @@ def test_the_loss_falls_as_in_fp32(runs: Runs, recipe: str) -> None:
     assert losses[0] != exact[0]  # nothing was quantized
 
 
+@pytest.mark.thorough
 def test_delayed_scaling_continues_bitwise(ranks: RankPool, corpus: DataConfig, tmp_path: Path) -> None:
     """Scales of 1, or of one step, after a resume."""
     delayed = FP8 | {"precision__fp8_recipe": "tensorwise_delayed", "parallel__zero_stage": 1}

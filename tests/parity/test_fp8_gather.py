@@ -53,7 +53,7 @@ def assert_same_bits(ours: Outcome, theirs: Outcome) -> None:
     assert validations[0] == validations[1]
 
 
-@pytest.mark.some(4)
+@pytest.mark.some(2, unless_thorough=True)
 @pytest.mark.parametrize(
     ("world_size", "changes"),
     [
@@ -103,6 +103,7 @@ def gathered_bytes(config: TrainConfig) -> tuple[Outcome | None, int]:
     return outcome, sum(sent)
 
 
+@pytest.mark.thorough
 def test_half_the_bytes_travel_as_the_plan_says(ranks: RankPool, corpus: DataConfig, tmp_path: Path) -> None:
     """Weights that are gathered in bf16 after all."""
     found = []
@@ -168,6 +169,7 @@ def judged(policies: Path, name: str, **changes: Any) -> TrainConfig:
     return config
 
 
+@pytest.mark.thorough
 @pytest.mark.some(1)
 @pytest.mark.parametrize("recipe", ["tensorwise_delayed", "tensorwise_dynamic"])
 def test_forwards_before_a_step_have_its_scales(ranks: RankPool, policies: Path, recipe: str) -> None:

@@ -125,6 +125,7 @@ def test_every_schedule_trains_the_same_model(
     _assert_same_model(run_on(ranks, world_size, config), reference)
 
 
+@pytest.mark.thorough
 @pytest.mark.some(1)
 @pytest.mark.parametrize(
     ("variant", "schedule", "stage"),

@@ -76,7 +76,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.some(2)
+@pytest.mark.some(1, unless_thorough=True)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_several_ranks_train_the_same_adapters(
     ranks: RankPool, tmp_path: Path, reference: Outcome, layout: str
@@ -107,7 +107,7 @@ RESUMED: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.some(2)
+@pytest.mark.some(1, unless_thorough=True)
 @pytest.mark.parametrize("case", RESUMED)
 def test_a_run_that_was_interrupted_goes_on_to_the_same_bits(ranks: RankPool, tmp_path: Path, case: str) -> None:
     """A base that is not read again, or another for values; of PiSSA, weights that lose another part than before."""
@@ -232,6 +232,7 @@ def test_the_reference_is_the_policy_without_its_adapters(ranks: RankPool, tmp_p
         assert (ours["loss"], ours["value_loss"]) == (theirs["loss"], theirs["value_loss"])
 
 
+@pytest.mark.some(1, unless_thorough=True)
 @pytest.mark.parametrize("quantize", ["none", "nf4"])
 def test_rollouts_beside_updates_have_the_same_bits(ranks: RankPool, tmp_path: Path, quantize: str) -> None:
     """Values by adapters or a head of another update than the rollouts; a copy that lacks either."""

@@ -142,6 +142,7 @@ def test_two_ranks_train_as_one(ranks: RankPool, folder: Path, reference: Outcom
     same(run_on(ranks, 2, changed(config, folder / layout / "run", **changes)), reference)
 
 
+@pytest.mark.thorough
 def test_four_ranks_of_mixed_axes_train_as_one(ranks: RankPool, folder: Path, reference: Outcome) -> None:
     """Sums over the wrong group where two axes meet."""
     for name, axes in (("tp-pp", ("tp", "pp")), ("tp-cp", ("tp", "cp")), ("pp-cp", ("pp", "cp"))):

@@ -129,7 +129,7 @@ def test_two_crashes_in_a_row_and_one_before_the_first_checkpoint(
     assert len(kept) == 2  # of the start that crashed without a checkpoint
 
 
-@pytest.mark.some(2)
+@pytest.mark.some(1, unless_thorough=True)
 @pytest.mark.parametrize(("world_size", "stage", "signalled"), [(2, 1, 1), (2, 3, 0), (4, 0, 2)])
 def test_a_preempted_run_saves_and_continues_bitwise(
     ranks: RankPool, corpus: DataConfig, tmp_path: Path, world_size: int, stage: int, signalled: int

@@ -84,6 +84,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.thorough
 def test_a_preempted_run_is_restarted_by_torchrun_and_continues(tmp_path: Path) -> None:
     """Would catch: an exit code torchrun takes for success, or a restart that begins anew."""
     program = tmp_path / "program.py"

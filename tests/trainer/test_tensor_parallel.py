@@ -150,6 +150,7 @@ def test_a_hugging_face_folder_goes_in_and_out(
         assert (tmp_path / f"{layout}-hf" / name).read_bytes() == (tmp_path / "hf" / name).read_bytes()
 
 
+@pytest.mark.thorough
 def test_bf16_trains_close_to_one_process(ranks: RankPool, config: TrainConfig, tmp_path: Path) -> None:
     """A product of two dtypes, a gradient summed in the wrong one."""
     bf16 = changed(config, tmp_path / "one", precision__compute="bf16")
