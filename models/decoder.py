@@ -241,12 +241,8 @@ class Decoder(nn.Module):
 
     def _through_blocks(self, x: Tensor, context: Context, *, stage: Stage | None, cache: PagedCache | None) -> Tensor:
         """[B, T, D] behind the blocks of a stage, and on the last behind the final norm."""
-        if (
-            cache is not None
-            and cache.fused
-            and not self.adapted
-            and serving.obstacle(self.config, self.groups) is None
-        ):
+        fused = cache is not None and cache.fused and not self.adapted
+        if fused and serving.obstacle(self.config, self.groups) is None:
             blocks = (self.blocks.get_submodule(str(layer)) for layer in range(self.config.num_layers))
             return serving.serve(blocks, self.final_norm, x, context)
         for layer, block in self.blocks.named_children():

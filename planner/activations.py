@@ -41,7 +41,7 @@ class BlockBytes:
 
     kept: float  # between forward and backward
     all: float  # that a block which is computed again has in its own backward
-    gradients: float  # in the backward of its MLP, where most is held, less the product, which is gone by then
+    gradients: float  # beside `all` in the backward of its MLP, where most is held
 
 
 def block_bytes(job: Job, layer: int) -> BlockBytes:
@@ -57,9 +57,10 @@ def block_bytes(job: Job, layer: int) -> BlockBytes:
         "selective": float(stream) + _selected(job, layer),
         "budget": (job.model.activation_memory_gib or 0.0) * 2**30 / max(1, _largest_number_of_layers(job)),
     }[mode]
-    of_product, gates = 1, 2 if job.model.gated_mlp else 1
-    in_mlp = (of_product + gates - 1) * _mlp_width(job, layer)
-    gradients = size * (in_mlp * job.tokens + job.stream_tokens * job.model.hidden_size)
+    # Of what lies before the product, and behind the block. The product's own takes the place of the product, which is
+    # gone by then.
+    before_product = (2 if job.model.gated_mlp else 1) * _mlp_width(job, layer)
+    gradients = size * (before_product * job.tokens + job.stream_tokens * job.model.hidden_size)
     return BlockBytes(min(kept, every), 0.0 if mode == "none" else every, gradients)
 
 

@@ -98,18 +98,22 @@ def test_networks_that_write_fp8_are_told_from_others() -> None:
         (["compile=true", "loss_kernel=triton"], "cuda", "triton"),
         (["compile=true", "compile_backend=aot_eager"], "cuda", "triton"),
         (["batch_invariant=true"], "cuda", "torch"),
-        (["compile=true"], "cuda over tp", "compiled"),
     ],
 )
 def test_the_loss_has_the_kernel_that_was_measured(changes: list[str], device_type: str, kernel: str) -> None:
     """The kernel that is faster and takes half the memory, which nothing ever ran; a compiled loss that it replaces."""
-    device_type, _, over_tp = device_type.partition(" ")
     config = config_of(*(f"train.{change}" for change in changes))
-    if over_tp:  # of a vocabulary in parts nothing was timed
-        config.parallel.tp = 2
     assert choose_loss_kernel(config, device_type) == kernel
     said = implementations._loss(config, torch.device(device_type))
     assert said == "linear_cross_entropy" + {"torch": ""}.get(kernel, f", {kernel}")
+
+
+@pytest.mark.parametrize(("compiled", "kernel"), [(True, "compiled"), (False, "torch")])
+def test_a_vocabulary_in_parts_has_no_kernel_that_was_not_timed_on_it(compiled: bool, kernel: str) -> None:
+    """A choice by a measurement of something else."""
+    config = config_of(f"train.compile={compiled}")
+    config.parallel.tp = 2
+    assert choose_loss_kernel(config, "cuda") == kernel
 
 
 @pytest.mark.interpreter
