@@ -45,6 +45,21 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "zero3, streamed": {"parallel__zero_stage": 3, "rl__weights": "stream"},
     "zero3, streamed, compiled": COMPILED | {"parallel__zero_stage": 3, "rl__weights": "stream"},
     "tp": {"parallel__tp": 2},
+    "tp, sp": {"parallel__tp": 2, "parallel__sequence_parallel": True},
+    "pp": {"parallel__pp": 2},
+    "cp": {"parallel__cp": 2},
+}
+WIDER: dict[str, dict[str, Any]] = {
+    "pp x zero1, two stages a rank": {"parallel__pp": 2, "parallel__zero_stage": 1, "model__num_layers": 4}
+    | {"parallel__pp_schedule": "interleaved_1f1b"},
+    "pp x zero3": {"parallel__pp": 2, "parallel__zero_stage": 3},
+    "pp x tp, sp, tied": {"parallel__pp": 2, "parallel__tp": 2, "parallel__sequence_parallel": True}
+    | {"model__tie_embeddings": True},
+    "cp x tp, sp": {"parallel__cp": 2, "parallel__tp": 2, "parallel__sequence_parallel": True},
+    "cp x zero3, streamed": {"parallel__cp": 2, "parallel__zero_stage": 3, "rl__weights": "stream"},
+    "ulysses x ring": {"parallel__cp": 4, "parallel__cp_ulysses": 2},
+    "pp x cp": {"parallel__pp": 2, "parallel__cp": 2},
+    "tp, sp x zero3": {"parallel__tp": 2, "parallel__sequence_parallel": True, "parallel__zero_stage": 3},
 }
 
 

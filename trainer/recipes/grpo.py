@@ -36,7 +36,9 @@ from trainer.rl.problems import data_problems, layout_problems
 from trainer.rl.reward_models import RewardModels
 from trainer.rl.rewards import Rewards, check_rewards, import_path
 from trainer.rl.rollouts import Rollout, answers
+from trainer.rl.same_prompts import SamePrompts
 from trainer.rl.serving import Room, start_sampler
+from trainer.sequence import SequenceParts
 from trainer.step import TrainState
 
 
@@ -52,6 +54,7 @@ class GroupPolicyOptimization(Recipe):
     """recipe=grpo, dr_grpo, dapo, gspo, cispo, rloo."""
 
     reads: tuple[str, ...] = ("rl", "reference", "reference_path", "reference_offload")
+    validates_prompts = True
     columns: tuple[str, ...] = ()  # that every micro-batch has, besides packing.FLOATS
 
     def __init__(self) -> None:
@@ -89,7 +92,8 @@ class GroupPolicyOptimization(Recipe):
             device=device,
             vocabulary=vocabulary_shard(config.model.vocab_size, groups_in_layers(mesh, config.parallel)),
             batch_invariant=config.train.batch_invariant,
-            token_group=mesh.tokens.get_group(),
+            groups=groups_in_layers(mesh, config.parallel),
+            token_groups=[mesh.tokens.get_group(), *([mesh.batch["pp"].get_group()] if config.parallel.pp > 1 else [])],
         )
         return self._objective
 
@@ -97,6 +101,7 @@ class GroupPolicyOptimization(Recipe):
         rl = config.recipe.rl
         assert self._tokenizer is not None
         self._config, self._state, self._group = config, state, mesh.samples.get_group()
+        self._parts = SequenceParts(config, mesh)
         environment = None if rl.environment is None else import_path(rl.environment)
         room = Room.of_rollouts(config, mesh, self._tokenizer, self._samples["train"])
         assert isinstance(state.model, Decoder)
@@ -131,6 +136,7 @@ class GroupPolicyOptimization(Recipe):
                 all_gather=partial(all_gather, group=self._group),
             ),
             data_group=self._group,
+            same_prompts=SamePrompts(mesh),
             tp_group=None if tp is None else tp.get_group(),
         )
         if self.needs_reference(config):
@@ -168,8 +174,7 @@ class GroupPolicyOptimization(Recipe):
         return [one.batch for one in packed]
 
     def prepare(self, microbatches: list[Batch]) -> list[Batch]:
-        held = self._config.recipe.rl.kl_weight > 0
-        if not held or "weight" not in microbatches[0].columns:  # prompts, to be validated on
+        if not self._config.recipe.rl.kl_weight:
             return microbatches
         begin = time.perf_counter()
         found = self._reference_logprobs(microbatches)
@@ -250,17 +255,27 @@ class GroupPolicyOptimization(Recipe):
         """Give rollouts what the models of when they were made say of them; what there is to report. Collective."""
         for batch in batches if self._config.recipe.rl.keeps_old else ():
             packed = self._packed(batch)
-            found = self._policy_logprobs([one.batch.to(self._state.device) for one in packed])
-            self._set_old(packed, found)
+            parts = self._parts_of(packed)
+            self._set_old(packed, self._whole(self._policy_logprobs(parts), parts))
         return {}
 
+    def _parts_of(self, packed: list[Packed]) -> list[Batch]:
+        """This rank's tokens of these micro-batches, on its device."""
+        return [self._parts.of(one.batch).to(self._state.device) for one in packed]
+
+    def _whole(self, found: list[torch.Tensor], parts: list[Batch]) -> list[torch.Tensor]:
+        """[B, S] of whole rows, of what was found for each of the parts. Collective."""
+        return [self._parts.whole(each, part) for each, part in zip(found, parts, strict=True)]
+
     def _set_old(self, packed: list[Packed], logprobs: list[torch.Tensor]) -> None:
+        """logprobs: [B, S] of whole rows."""
         for one, of_labels in zip(packed, logprobs, strict=True):
             for rollout, numbers in of_rollouts(one, of_labels):
                 rollout.old = numbers
 
     def _policy_logprobs(self, microbatches: list[Batch]) -> list[torch.Tensor]:
-        """[B, T] of the labels of each, as the trainer computes them, by the weights that rollouts were made by."""
+        """[B, T] of the labels of each part, as the trainer computes them, by the weights that rollouts were made
+        by."""
         temperature = self._config.recipe.rl.temperature
         return self._state.passes.token_logprobs(self._sampled_by, microbatches, temperature=temperature)
 
@@ -278,13 +293,14 @@ class GroupPolicyOptimization(Recipe):
             normalization=rl.normalization,
             constant=rl.max_tokens or train.seq_len,
             few_shapes=train.compile,
+            row_step=self._parts.step,
         )
         of_ranks = self._collector.all_gather((len(packed), optional_columns(rollouts)))
         most = max(1, *(count for count, _ in of_ranks))
         columns = sorted({*self.columns, *(name for _, names in of_ranks for name in names)})
         shape = (train.micro_batch_size, train.seq_len) if train.compile else None
         for _ in range(most - len(packed)):
-            batch = empty_batch(columns, of=shape)
+            batch = empty_batch(columns, of=shape, row_step=self._parts.step)
             packed.append(Packed(batch, [[]] * len(batch.tokens)))
         return packed
 

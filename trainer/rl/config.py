@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from inference.config import EngineConfig
+from parallel.dims import ParallelConfig
 from parallel.problem import Problem, values
 
 ADVANTAGES = ("standardized", "centered", "leave_one_out")
@@ -16,6 +17,16 @@ BAD_REWARDS = ("error", "skip")
 TRUNCATED = ("train", "mask")
 KL_ESTIMATORS = ("k1", "k2", "k3")
 WEIGHTS = ("auto", "in_place", "gather", "stream")
+
+
+def weight_modes(parallel: ParallelConfig) -> list[str]:
+    """Those of WEIGHTS by which an engine can have a layout's weights (trainer/rl/weights.py); auto is the first."""
+    if parallel.pp > 1:
+        return ["gather"]
+    if parallel.zero_stage < 3:
+        return ["in_place"]
+    return ["gather"] if parallel.sequence_parallel else ["gather", "stream"]
+
 
 MODEL = "model"
 """recipe.rl.rewards[].function of a reward model (trainer/rl/reward_models.py)."""
@@ -83,7 +94,7 @@ class RLConfig:
 
     # How the engine has the weights. in_place: the trainer's own, as they lie (tp, ZeRO 0 to 2); of ZeRO-3's shards:
     # gather: whole for as long as rollouts take; stream: block by block, in every step of the engine
-    weights: str = "auto"  # one of WEIGHTS; auto: in_place, or gather with ZeRO-3
+    weights: str = "auto"  # one of WEIGHTS; auto: in_place, or gather with ZeRO-3 or pp
     engine: EngineConfig = field(default_factory=EngineConfig)
 
     @property

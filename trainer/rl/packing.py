@@ -45,8 +45,10 @@ def rollout_batches(
     normalization: str,
     constant: int,
     few_shapes: bool = False,
+    row_step: int = 1,
 ) -> list[Packed]:
     """Micro-batches of micro_batch_size rows of at most seq_len tokens; the last may have fewer, none may be empty.
+    Rows have a multiple of row_step tokens, which divides seq_len.
 
     few_shapes: rows have seq_len tokens, and the last micro-batch as many rows as `filled_rows` says, filled up without
     loss: for compiled blocks, which make a graph of each shape. normalization: one of trainer.rl.config.NORMALIZATIONS;
@@ -56,7 +58,7 @@ def rollout_batches(
     rows = [[rollouts[member] for member in members] for members in order]
     parts = [rows[first : first + micro_batch_size] for first in range(0, len(rows), micro_batch_size)]
     if not few_shapes:
-        return [Packed(_batch(part, normalization, constant), part) for part in parts]
+        return [Packed(_batch(part, normalization, constant, step=row_step), part) for part in parts]
     parts = [part + [[]] * (filled_rows(len(part), micro_batch_size) - len(part)) for part in parts]
     return [Packed(_batch(part, normalization, constant, length=seq_len), part) for part in parts]
 
@@ -82,21 +84,29 @@ def optional_columns(rollouts: Sequence[Rollout]) -> list[str]:
     return [name for name, field in OPTIONAL.items() if any(getattr(rollout, field) for rollout in rollouts)]
 
 
-def empty_batch(columns: Sequence[str] = (), *, of: tuple[int, int] | None = None) -> Batch:
+def empty_batch(columns: Sequence[str] = (), *, of: tuple[int, int] | None = None, row_step: int = 1) -> Batch:
     """A micro-batch without a label, for a rank that has fewer than another: what it computes counts nothing.
 
-    of: with `few_shapes`, micro_batch_size and seq_len.
+    of: with `few_shapes`, micro_batch_size and seq_len. row_step: of `rollout_batches`.
     """
-    shape = (1, 1) if of is None else (filled_rows(1, of[0]), of[1])
+    shape = (1, row_step) if of is None else (filled_rows(1, of[0]), of[1])
     zeros, positions = torch.zeros(shape, dtype=torch.int64), torch.arange(shape[1]).repeat(shape[0], 1)
     batch = Batch(zeros, torch.full_like(zeros, IGNORE_INDEX), positions, zeros.int(), zeros[:, 0])
     found = {name: torch.zeros(shape) for name in (*FLOATS, *columns)}
     return batch.with_columns(**found, sequence=zeros)
 
 
-def _batch(rows: list[list[Rollout]], normalization: str, constant: int, *, length: int | None = None) -> Batch:
-    """length: of the rows; None: of the longest. Rows may be empty."""
-    length = length or max(sum(len(rollout.tokens) - 1 for rollout in row) for row in rows)
+def filled_length(longest: int, row_step: int) -> int:
+    """Of rows: the next multiple of row_step."""
+    return -(-longest // row_step) * row_step
+
+
+def _batch(
+    rows: list[list[Rollout]], normalization: str, constant: int, *, length: int | None = None, step: int = 1
+) -> Batch:
+    """length: of the rows; None: of the longest, to a multiple of step. Rows may be empty."""
+    longest = max(sum(len(rollout.tokens) - 1 for rollout in row) for row in rows)
+    length = length or filled_length(longest, step)
     integers = {name: torch.zeros(len(rows), length, dtype=torch.int64) for name in ("tokens", "positions", "sequence")}
     optional = optional_columns([rollout for row in rows for rollout in row])
     floats = {name: torch.zeros(len(rows), length) for name in (*FLOATS, *optional)}

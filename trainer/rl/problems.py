@@ -8,6 +8,7 @@ from inference.config import EngineConfig, settings_problems
 from parallel.problem import Problem, multiples, values
 from trainer.config import TrainConfig
 from trainer.reference import no_effect, reference_problems
+from trainer.rl.config import WEIGHTS, weight_modes
 from trainer.rl.reward_models import reward_model_problems
 from trainer.rl.rewards import Rewards, import_path
 
@@ -94,16 +95,8 @@ def _model_problems(config: TrainConfig, asks: tuple[str, int] | None) -> list[s
         why = f"{field}={value} does not work with {name}: {why}"
         found.append(Problem(why, values(field, [instead]), *without))
 
-    if parallel.pp > 1:
-        refuse("parallel.pp", parallel.pp, "the engine serves whole models, not stages of a pipeline", 1)
-    if parallel.cp > 1 and asks is None:
-        why = "tokens of a completion would lie on several ranks, and it is weighed as a whole on one"
-        refuse("parallel.cp", parallel.cp, why, 1)
     if parallel.ep > 1:
         refuse("parallel.ep", parallel.ep, "experts are on ranks with other prompts, at their own pace", 1)
-    if parallel.sequence_parallel:
-        why = "layers split tokens over tp, and a step of the engine has any number of them"
-        refuse("parallel.sequence_parallel", "true", why, False)
     if parallel.cpu_offload:
         why = "weights on the host would be gathered for every token, or all be on the device at once"
         refuse("parallel.cpu_offload", "true", why, False)
@@ -140,21 +133,18 @@ def _weights_problems(config: TrainConfig) -> list[str]:
     """Ways in which an engine cannot have this layout's weights."""
     found: list[str] = []
     parallel, rl = config.parallel, config.recipe.rl
-    if parallel.zero_stage == 3 and rl.weights == "in_place":
-        found.append(
-            Problem(
-                "recipe.rl.weights=in_place with parallel.zero_stage=3 has no whole weights anywhere",
-                values("recipe.rl.weights", ["gather", "stream"]),
-            )
-        )
-    if parallel.zero_stage < 3 and rl.weights in ("gather", "stream"):
-        found.append(
-            Problem(
-                f"recipe.rl.weights={rl.weights} with parallel.zero_stage={parallel.zero_stage}: the model computes "
-                "with whole weights already",
-                values("recipe.rl.weights", ["in_place"]),
-            )
-        )
+    modes = weight_modes(parallel)
+    cut = f"parallel.pp={parallel.pp}" if parallel.pp > 1 else f"parallel.zero_stage={parallel.zero_stage}"
+    if rl.weights in WEIGHTS and rl.weights not in ("auto", *modes):
+        if modes[0] == "in_place":
+            why = f"{cut}: the model computes with whole weights already"
+        elif rl.weights == "in_place":
+            why = f"{cut} has no whole weights anywhere"
+        elif parallel.pp > 1:
+            why = f"{cut}: the blocks of other stages do not run here"
+        else:
+            why = "parallel.sequence_parallel=true: a block runs on slices of tokens, of which a step has any number"
+        found.append(Problem(f"recipe.rl.weights={rl.weights} with {why}", values("recipe.rl.weights", modes)))
     if rl.overlap and parallel.tp > 1:
         found.append(
             Problem(
@@ -164,23 +154,24 @@ def _weights_problems(config: TrainConfig) -> list[str]:
                 values("parallel.tp", [1]),
             )
         )
-    if rl.overlap and parallel.zero_stage == 3:
-        found.append(
-            Problem(
-                "recipe.rl.overlap=true with parallel.zero_stage=3: no rank has whole weights that it could copy, and "
-                "gathering them would meet the collectives of the update",
-                values("recipe.rl.overlap", [False]),
-                values("parallel.zero_stage", [2, 1, 0]),
+    if modes[0] == "gather":
+        whole = [values("parallel.pp", [1])] if parallel.pp > 1 else [values("parallel.zero_stage", [2, 1, 0])]
+        if rl.overlap:
+            found.append(
+                Problem(
+                    f"recipe.rl.overlap=true with {cut}: no rank has whole weights that it could copy, and gathering "
+                    "them would meet the collectives of the update",
+                    values("recipe.rl.overlap", [False]),
+                    *whole,
+                )
             )
-        )
-    if rl.engine.cuda_graphs and parallel.zero_stage == 3:
-        found.append(
-            Problem(
-                "recipe.rl.engine.cuda_graphs=true with parallel.zero_stage=3: gathered weights lie elsewhere "
-                "each time",
-                values("recipe.rl.engine.cuda_graphs", [None, False]),
+        if rl.engine.cuda_graphs:
+            found.append(
+                Problem(
+                    f"recipe.rl.engine.cuda_graphs=true with {cut}: gathered weights lie elsewhere each time",
+                    values("recipe.rl.engine.cuda_graphs", [None, False]),
+                )
             )
-        )
     return found
 
 

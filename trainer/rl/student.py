@@ -21,7 +21,9 @@ from data.prompts import Prompt, PromptSamples
 from trainer.config import TrainConfig
 from trainer.rl.packing import empty_batch, rollout_batches
 from trainer.rl.rollouts import Rollout, Sampler, Task
+from trainer.rl.same_prompts import SamePrompts
 from trainer.rl.weights import ServedWeights
+from trainer.sequence import row_step
 
 
 class Answered(NamedTuple):
@@ -40,6 +42,7 @@ class StudentAnswers:
     sampler: Sampler
     weights: ServedWeights
     data_group: dist.ProcessGroup  # ranks with other prompts
+    same_prompts: SamePrompts
 
     def step(self, numbers: Sequence[int], samples: PromptSamples) -> Answered:
         """This rank's, of the prompts with these numbers, whose completions alone carry labels. Collective."""
@@ -77,12 +80,13 @@ class StudentAnswers:
         """The student's answers, in the order of these numbers; temperature 0: greedy. Collective."""
         self.sampler.engine.weights_changed()
         with self.weights.serving():
-            tasks = [Task(samples[number], number, 0) for number in numbers]
-            return self.sampler.rollouts(tasks, temperature=temperature).rollouts
+            tasks = [Task(samples[number], number, 0) for number in self.same_prompts.mine(numbers)]
+            mine = self.sampler.rollouts(tasks, temperature=temperature).rollouts
+        return self.same_prompts.all(mine)
 
     def batches(self, rollouts: Sequence[Rollout]) -> list[Batch]:
         """As many micro-batches on every rank: sharded weights are gathered for each. Collective."""
-        train = self.config.train
+        train, step = self.config.train, row_step(self.config.parallel)
         packed = rollout_batches(
             rollouts,
             seq_len=train.seq_len,
@@ -90,10 +94,12 @@ class StudentAnswers:
             normalization="token",
             constant=1,
             few_shapes=train.compile,
+            row_step=step,
         )
         most = max(1, *self._all_gather(len(packed)))
         shape = (train.micro_batch_size, train.seq_len) if train.compile else None
-        return [one.batch for one in packed] + [empty_batch(of=shape) for _ in range(most - len(packed))]
+        more = [empty_batch(of=shape, row_step=step) for _ in range(most - len(packed))]
+        return [one.batch for one in packed] + more
 
     def _all_gather(self, value: Any) -> list[Any]:
         values: list[Any] = [None] * dist.get_world_size(self.data_group)

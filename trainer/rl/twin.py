@@ -1,0 +1,126 @@
+"""A model that computes what a trained one does, from the same weights, where its own blocks cannot be served.
+
+An engine runs whole models over whole sequences. The trained one may have some layers alone (pp), split the tokens of a
+sequence (sequence parallelism), or be changed by updates while the engine is at work (recipe.rl.overlap). A twin is
+built for what is served: all layers, cut over tp and nothing else. What of its weights this rank holds is the trained
+model's, in the same memory; layers of other stages come from there for as long as rollouts take.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import chain
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from inference.weights import receive_weights
+from models.decoder import Decoder
+from models.invariant import make_batch_invariant
+from models.lora import apply_adapters
+from models.registry import build_model
+from parallel.groups import ModelParallel
+from parallel.regions import local_tensor
+from trainer.config import TrainConfig
+
+
+def empty_twin(source: Decoder, config: TrainConfig, groups: ModelParallel) -> Decoder:
+    """All layers of a trained model, with its adapters, in evaluation; parameters and buffers are on meta."""
+    with torch.device("meta"):
+        twin = build_model(source.config, seed=config.train.seed, groups=groups)
+        if source.adapted:
+            apply_adapters(twin, config.adapter, config.precision.compute_dtype)
+    if source.batch_invariant:
+        make_batch_invariant(twin)
+    twin.eval()
+    return twin
+
+
+def tensors_of(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
+    """Name, module, name in the module, and the tensor itself, of every parameter and buffer in all of its places."""
+    for path, module in model.named_modules():
+        own = chain(module.named_parameters(recurse=False, remove_duplicate=False), module.named_buffers(recurse=False))
+        for kind, tensor in own:
+            yield f"{path}.{kind}" if path else kind, module, kind, tensor
+
+
+class _Place(NamedTuple):
+    """Of a tensor of the twin."""
+
+    name: str
+    module: nn.Module
+    kind: str  # its name in the module
+    empty: Tensor  # on meta: what stands there between rollouts
+    holder: int  # rank of the pipeline whose weight it is
+    dtype: torch.dtype
+
+
+class Twin:
+    """Of a model whose weights stay where they are."""
+
+    def __init__(
+        self, source: Decoder, config: TrainConfig, *, stages: dist.ProcessGroup | None, device: torch.device
+    ) -> None:
+        """source: the trained model, or its stages on this rank. stages: the ranks with its other layers; None: it has
+        all. Collective."""
+        self._source, self._stages, self._device = source, stages, device
+        self.model = empty_twin(source, config, ModelParallel(tp=source.groups.tp))
+        mine = {name: local_tensor(tensor.detach()).dtype for name, _, _, tensor in tensors_of(source)}
+        of_ranks = [mine]
+        self._rank = 0
+        if stages is not None:
+            self._rank = dist.get_rank(stages)
+            of_ranks = [{} for _ in range(dist.get_world_size(stages))]
+            dist.all_gather_object(of_ranks, mine, group=stages)
+        self._places = []
+        for name, module, kind, empty in list(tensors_of(self.model)):
+            holder = next(rank for rank, held in enumerate(of_ranks) if name in held)
+            self._places.append(_Place(name, module, kind, empty, holder, of_ranks[holder][name]))
+
+    @torch.no_grad()
+    def fill(self) -> None:
+        """Give the twin the weights of now, while the source has those of its layers whole on this rank, or tp's part
+        of them. Collective over the stages."""
+        receive_weights(self._source)
+        held = {name: local_tensor(tensor.detach()) for name, _, _, tensor in tensors_of(self._source)}
+        given: dict[str, Tensor] = {}
+        pending, sent = [], []
+        for place in self._places:
+            if place.holder == self._rank:
+                local = held[place.name]
+            else:
+                shape = local_tensor(place.empty.detach()).shape
+                local = torch.empty(shape, dtype=place.dtype, device=self._device)
+            if self._stages is not None:
+                holder = dist.get_global_rank(self._stages, place.holder)
+                sent.append(local.contiguous())
+                pending.append(dist.broadcast(sent[-1], holder, group=self._stages, async_op=True))
+            given[place.name] = local
+        for work in pending:
+            work.wait()
+        for place in self._places:
+            _put(place, given[place.name])
+
+    def drop(self) -> None:
+        """Let go of the weights, until the next `fill`."""
+        for place in self._places:
+            setattr(place.module, place.kind, place.empty)
+
+
+def _put(place: _Place, local: Tensor) -> None:
+    """A tensor of this memory in its place, as a layer of the twin has it."""
+    if isinstance(place.empty, DTensor):
+        local = DTensor.from_local(
+            local,
+            place.empty.device_mesh,
+            place.empty.placements,
+            run_check=False,
+            shape=place.empty.shape,
+            stride=place.empty.stride(),
+        )
+    if isinstance(place.empty, nn.Parameter):
+        local = nn.Parameter(local, requires_grad=False)
+    setattr(place.module, place.kind, local)
