@@ -255,8 +255,28 @@ def _completions(config: TrainConfig) -> tuple[set[int], list[tuple[list[int], s
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"parallel__pp": 2}, "parallel.pp=2 does not work with recipe.name=grpo: the engine serves whole models"),
-        ({"parallel__cp": 2}, "parallel.cp=2 does not work with recipe.name=grpo"),
+        (
+            {"parallel__pp": 2, "rl__weights": "in_place"},
+            "recipe.rl.weights=in_place with parallel.pp=2 has no whole weights anywhere; use recipe.rl.weights=gather",
+        ),
+        (
+            {"parallel__pp": 2, "rl__weights": "stream"},
+            "recipe.rl.weights=stream with parallel.pp=2: the blocks of other stages do not run here; use",
+        ),
+        (
+            {"rl__weights": "stream", "parallel__zero_stage": 3, "parallel__tp": 2}
+            | {"parallel__sequence_parallel": True},
+            "recipe.rl.weights=stream with parallel.sequence_parallel=true: a block runs on slices of tokens",
+        ),
+        (
+            {"rl__weights": "in_place", "parallel__zero_stage": 3},
+            "recipe.rl.weights=in_place with parallel.zero_stage=3 has no whole weights anywhere; use "
+            "recipe.rl.weights=gather or stream",
+        ),
+        (
+            {"parallel__pp": 2, "rl__engine": EngineConfig(cuda_graphs=True)},
+            "recipe.rl.engine.cuda_graphs=true with parallel.pp=2: gathered weights lie elsewhere each time",
+        ),
         ({"train__global_batch_size": 10}, "do not divide into groups of recipe.rl.group_size=4; use"),
         ({"rl__loss": "clipped"}, "recipe.rl.loss=clipped is unknown; use recipe.rl.loss=clip"),
         ({"model__dropout": 0.1}, "model.dropout=0.1 does not work with recipe.name=grpo: completions are sampled"),

@@ -388,6 +388,7 @@ def test_in_deterministic_mode_trainer_and_sampler_agree_to_the_bit(ranks: RankP
         ({"rl__overlap": True}, "recipe.rl.overlap=true with recipe.rl.rollout_lag=0: an update waits for the"),
         (LAG | BESIDE | {"parallel__tp": 2}, "recipe.rl.overlap=true with parallel.tp=2: each token that is sampled"),
         (LAG | BESIDE | {"parallel__zero_stage": 3}, "recipe.rl.overlap=true with parallel.zero_stage=3: no rank has"),
+        (LAG | BESIDE | {"parallel__pp": 2}, "recipe.rl.overlap=true with parallel.pp=2: no rank has whole weights"),
         (BESIDE | {"recipe__name": "pretrain"}, "recipe.rl is set and has no effect with recipe.name=pretrain"),
     ],
 )
