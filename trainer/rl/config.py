@@ -21,7 +21,7 @@ WEIGHTS = ("auto", "in_place", "gather", "stream")
 
 def weight_modes(parallel: ParallelConfig) -> list[str]:
     """Those of WEIGHTS by which an engine can have a layout's weights (trainer/rl/weights.py); auto is the first."""
-    if parallel.pp > 1:
+    if parallel.pp > 1 or parallel.ep > 1:
         return ["gather"]
     if parallel.zero_stage < 3:
         return ["in_place"]
@@ -94,7 +94,7 @@ class RLConfig:
 
     # How the engine has the weights. in_place: the trainer's own, as they lie (tp, ZeRO 0 to 2); of ZeRO-3's shards:
     # gather: whole for as long as rollouts take; stream: block by block, in every step of the engine
-    weights: str = "auto"  # one of WEIGHTS; auto: in_place, or gather with ZeRO-3 or pp
+    weights: str = "auto"  # one of WEIGHTS; auto: in_place, or gather with ZeRO-3, pp or ep
     engine: EngineConfig = field(default_factory=EngineConfig)
 
     @property

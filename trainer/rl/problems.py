@@ -95,8 +95,6 @@ def _model_problems(config: TrainConfig, asks: tuple[str, int] | None) -> list[s
         why = f"{field}={value} does not work with {name}: {why}"
         found.append(Problem(why, values(field, [instead]), *without))
 
-    if parallel.ep > 1:
-        refuse("parallel.ep", parallel.ep, "experts are on ranks with other prompts, at their own pace", 1)
     if parallel.cpu_offload:
         why = "weights on the host would be gathered for every token, or all be on the device at once"
         refuse("parallel.cpu_offload", "true", why, False)
@@ -119,8 +117,13 @@ def _update_problems(config: TrainConfig) -> list[str]:
         found.append(Problem(why, values(field, [instead])))
 
     if model.moe.num_experts:
-        why = "auxiliary losses are means over rows, of which a step has another number each time"
-        refuse("model.moe.num_experts", model.moe.num_experts, why, 0)
+        # What stands in a row with a completion depends on the layout, and must not decide what is learned from it.
+        for field in ("aux_weight", "z_weight", "capacity_factor", "bias_update_rate"):
+            if value := getattr(model.routing, field):
+                refuse(f"model.routing.{field}", value, "rows are of completions that happened to be packed", 0.0)
+        if model.moe.router == "gshard":
+            why = "training leaves choices out at random, and completions are sampled with all"
+            refuse("model.moe.router", "gshard", why, "softmax")
     for field in ("dropout", "attention_dropout"):
         if value := getattr(model, field):
             refuse(f"model.{field}", value, "completions are sampled without, by other probabilities", 0.0)
@@ -134,14 +137,17 @@ def _weights_problems(config: TrainConfig) -> list[str]:
     found: list[str] = []
     parallel, rl = config.parallel, config.recipe.rl
     modes = weight_modes(parallel)
-    cut = f"parallel.pp={parallel.pp}" if parallel.pp > 1 else f"parallel.zero_stage={parallel.zero_stage}"
+    degrees = {"pp": parallel.pp, "ep": parallel.ep}
+    axis = next((axis for axis, degree in degrees.items() if degree > 1), None)
+    cut = f"parallel.zero_stage={parallel.zero_stage}" if axis is None else f"parallel.{axis}={degrees[axis]}"
     if rl.weights in WEIGHTS and rl.weights not in ("auto", *modes):
         if modes[0] == "in_place":
             why = f"{cut}: the model computes with whole weights already"
         elif rl.weights == "in_place":
             why = f"{cut} has no whole weights anywhere"
-        elif parallel.pp > 1:
-            why = f"{cut}: the blocks of other stages do not run here"
+        elif axis is not None:
+            where = "the blocks of other stages do" if axis == "pp" else "a block with the experts of other ranks does"
+            why = f"{cut}: {where} not run here"
         else:
             why = "parallel.sequence_parallel=true: a block runs on slices of tokens, of which a step has any number"
         found.append(Problem(f"recipe.rl.weights={rl.weights} with {why}", values("recipe.rl.weights", modes)))
@@ -155,7 +161,7 @@ def _weights_problems(config: TrainConfig) -> list[str]:
             )
         )
     if modes[0] == "gather":
-        whole = [values("parallel.pp", [1])] if parallel.pp > 1 else [values("parallel.zero_stage", [2, 1, 0])]
+        whole = [values("parallel.zero_stage", [2, 1, 0]) if axis is None else values(f"parallel.{axis}", [1])]
         if rl.overlap:
             found.append(
                 Problem(

@@ -66,7 +66,7 @@ def start_sampler(
     mode = weight_modes(config.parallel)[0] if rl.weights == "auto" else rl.weights
     stage = state.passes.first_stage if isinstance(state.passes, PipelinedPasses) else None
     twin = None
-    if stage is not None or config.parallel.sequence_parallel:
+    if stage is not None or config.parallel.sequence_parallel or config.parallel.ep > 1:
         twin = Twin(trained, config, stages=state.stage_group, device=state.device)
     weights = ServedWeights(
         trained,

@@ -2,8 +2,9 @@
 
 An engine runs whole models over whole sequences. The trained one may have some layers alone (pp), split the tokens of a
 sequence (sequence parallelism), or be changed by updates while the engine is at work (recipe.rl.overlap). A twin is
-built for what is served: all layers, cut over tp and nothing else. What of its weights this rank holds is the trained
-model's, in the same memory; layers of other stages come from there for as long as rollouts take.
+built for what is served: all layers with all experts, cut over tp and nothing else. What of its weights this rank holds
+is the trained model's, in the same memory; experts of other ranks of ep and layers of other stages come from there for
+as long as rollouts take.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from models.decoder import Decoder
 from models.invariant import make_batch_invariant
 from models.lora import apply_adapters
 from models.registry import build_model
+from parallel.data import is_spread_over_ep
 from parallel.groups import ModelParallel
 from parallel.regions import local_tensor
 from trainer.config import TrainConfig
@@ -85,12 +87,12 @@ class Twin:
         """Give the twin the weights of now, while the source has those of its layers whole on this rank, or tp's part
         of them. Collective over the stages."""
         receive_weights(self._source)
-        held = {name: local_tensor(tensor.detach()) for name, _, _, tensor in tensors_of(self._source)}
+        held = {name: tensor.detach() for name, _, _, tensor in tensors_of(self._source)}
         given: dict[str, Tensor] = {}
         pending, sent = [], []
         for place in self._places:
             if place.holder == self._rank:
-                local = held[place.name]
+                local = _with_all_experts(held[place.name])
             else:
                 shape = local_tensor(place.empty.detach()).shape
                 local = torch.empty(shape, dtype=place.dtype, device=self._device)
@@ -108,6 +110,19 @@ class Twin:
         """Let go of the weights, until the next `fill`."""
         for place in self._places:
             setattr(place.module, place.kind, place.empty)
+
+
+def _with_all_experts(tensor: Tensor) -> Tensor:
+    """What this rank has of a tensor, or of one that is spread over ep what all of its ranks have: [E, ...]. Collective
+    over ep then."""
+    local = local_tensor(tensor)
+    if not is_spread_over_ep(tensor):
+        return local
+    assert isinstance(tensor, DTensor)
+    mesh = tensor.device_mesh["ep"] if tensor.device_mesh.ndim > 1 else tensor.device_mesh
+    whole = local.new_empty(mesh.size() * local.shape[0], *local.shape[1:])
+    dist.all_gather_into_tensor(whole, local.contiguous(), group=mesh.get_group())
+    return whole
 
 
 def _put(place: _Place, local: Tensor) -> None:

@@ -3,8 +3,8 @@ run eagerly there, because each step of an engine has a shape of its own.
 
     in_place   the engine computes with the parameters as they lie: whole (ZeRO 0 to 2), or shards of tp
     gather     what other ranks hold is there for as long as rollouts take, which is the memory of the whole model in
-               the compute dtype: fully_shard gathers all blocks once (ZeRO-3), and the stages of a pipeline send each
-               other their layers (trainer/rl/twin.py)
+               the compute dtype: fully_shard gathers all blocks once (ZeRO-3), the ranks of ep their experts, and the
+               stages of a pipeline send each other their layers (trainer/rl/twin.py)
     stream     ZeRO-3: fully_shard gathers each block when it runs, in every step of the engine, and frees it: the
                memory of a block. All ranks take their steps together; one that has nothing left to do computes a token
 

@@ -77,6 +77,7 @@ def same_bits(one: Outcome, other: Outcome) -> bool:
     ("size", "made", "changes"),
     [
         (1, rolling, GROUPS),
+        pytest.param(2, rolling, GROUPS | {"parallel__cp": 2}, marks=pytest.mark.thorough),
         pytest.param(2, rolling, INFORMING, marks=pytest.mark.thorough),
         pytest.param(2, proximal, VALUES, marks=pytest.mark.thorough),
     ],
