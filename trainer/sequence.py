@@ -50,10 +50,9 @@ class SequenceParts:
         self._dims = ParallelDims.resolve(config.parallel, mesh.batch.size())
         self._axis = mesh.batch["cp"]
         self._windows = Counter(model.window_of(layer) for layer in range(model.num_blocks))
-        self.step = row_step(config.parallel)
 
     def of(self, batch: Batch) -> Batch:
-        """`split_batch` for this rank. Sequences of a multiple of `step` tokens."""
+        """`split_batch` for this rank. Sequences of a multiple of `row_step` tokens."""
         return split_batch(
             batch,
             cp_rank=self._axis.get_local_rank(),

@@ -58,6 +58,8 @@ WIDER: dict[str, dict[str, Any]] = {
     "cp x zero3, streamed": {"parallel__cp": 2, "parallel__zero_stage": 3, "rl__weights": "stream"},
     "cp x tp, sp": {"parallel__cp": 2, "parallel__tp": 2, "parallel__sequence_parallel": True},
     "tp, sp x zero3": {"parallel__tp": 2, "parallel__sequence_parallel": True, "parallel__zero_stage": 3},
+    "tp, sp in chunks x pp x zero3": {"parallel__tp": 2, "parallel__sequence_parallel": True, "parallel__sp_chunks": 2}
+    | {"parallel__pp": 2, "parallel__zero_stage": 3},
 }
 TIED: dict[str, dict[str, Any]] = {
     "pp x zero1, two stages a rank": {"parallel__zero_stage": 1, "parallel__pp_schedule": "interleaved_1f1b"},

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 
+from models.config import ModelConfig
 from models.mla_config import MLAConfig
 from models.moe_config import MoEConfig, RoutingConfig
 from tests.parity.harness import Outcome, run_on
 from tests.parity.test_grpo import same
 from tests.pool import RankPool
 from tests.trainer.rl.ppo_runs import proximal
-from tests.trainer.rl.rolling import rolling
+from tests.trainer.rl.rolling import SEQ_LEN, rolling
 from trainer.validate import find_problems
 
 MIXTURE = {"model__moe": MoEConfig(num_experts=4, top_k=2, intermediate_size=24, num_shared=1)}
@@ -30,6 +33,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tp": {"parallel__tp": 2},
     "ep": EP,
     "ep x zero3": EP | {"parallel__zero_stage": 3},
+    "ep with buffers": EP | {"parallel__ep_buffer": 2.0},
+    "ep, compiled": EP | {"train__compile": True, "train__compile_backend": "aot_eager"},
 }
 WIDER: dict[str, dict[str, Any]] = {
     "ep x tp, sp": EP | {"parallel__tp": 2, "parallel__sequence_parallel": True},
@@ -79,6 +84,33 @@ def test_a_value_model_may_have_experts(ranks: RankPool, tmp_path: Path) -> None
     for ours, theirs in zip(two, one, strict=True):
         for name in ("loss", "grad_norm", "value_loss", "value_grad_norm", "reward"):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-5), name
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_buffers_hold_shares_of_rows_that_ranks_agree_on(ranks: RankPool, tmp_path: Path, compiled: bool) -> None:
+    """Messages of two sizes, where the completions of one rank end sooner: more rows, or longer ones, on the other."""
+    outcomes = []
+    for size, layout in ((1, {}), (2, EP | {"parallel__ep_buffer": 2.0})):
+        way = {"train__compile": True, "train__compile_backend": "aot_eager"} if compiled else {}
+        changes = {"train__global_batch_size": 32, "rl__max_tokens": 24, "train__micro_batch_size": 4}
+        config = rolling(tmp_path / str(size), **MIXTURE | changes | way | layout)
+        ends = Path(str(config.data.tokenizer.path)) / "generation_config.json"
+        ends.write_text(json.dumps({"eos_token_id": list(range(0, 300, 7))}))
+        outcomes.append(run_on(ranks, size, config))
+    same(outcomes[1], outcomes[0])
+
+
+def test_what_a_folder_says_of_experts_counts(tmp_path: Path) -> None:
+    """A mixture that no field of the configuration names, with what its routers may not learn here."""
+    config = rolling(tmp_path)
+    shape = {"vocab_size": 300, "hidden_size": 24, "intermediate_size": 36, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": SEQ_LEN}
+    settings = transformers.MixtralConfig(**shape, **heads, num_local_experts=4)
+    transformers.MixtralForCausalLM(settings).save_pretrained(tmp_path / "tokenizer")
+    config.model = ModelConfig(family="hf", path=str(tmp_path / "tokenizer"), routing=RoutingConfig(aux_weight=0.5))
+    config.data.tokenizer.path = None
+    lines = find_problems(config, world_size=1)
+    assert [line for line in lines if line.startswith("model.routing.aux_weight=0.5 does not work")], lines
 
 
 @pytest.mark.parametrize(

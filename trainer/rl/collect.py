@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
@@ -121,8 +122,8 @@ class Collector:
     def sample(self, tasks: Sequence[Task], *, check: Callable[[], None] | None = None) -> Round:
         """These completions, rewarded by functions unless there are reward models. Raises FloatingPointError.
 
-        Without tp and ZeRO-3 no collective: another thread may call it while this one trains. check: called now and
-        then; what it raises ends it.
+        Where the engine computes with weights of this rank alone no collective: another thread may call it while this
+        one trains. check: called now and then; what it raises ends it.
         """
         config = self._config
         return self._round(tasks, size=config.group_size, temperature=config.temperature, check=check)
@@ -141,7 +142,9 @@ class Collector:
         totals, kept, rounds, wanted, gathering, rewarding = Totals(), list[Group](), 0, 0, 0.0, 0.0
         informative: dict[int, bool] = {}  # of all ranks' groups, by number
         while rounds < config.sampling_rounds:
-            one = self.sample(self.draw(data, samples)) if first is None else first
+            work = partial(self.sample, self.draw(data, samples)) if first is None else None
+            one = first if work is None else self._same_prompts.together(work)
+            assert one is not None
             first = None
             groups, mine, late = self._rewarded(one)
             gathering += one.gather_seconds
@@ -209,7 +212,8 @@ class Collector:
     ) -> tuple[list[Group], Totals]:
         """Rewarded completions of the prompts with these numbers, `size` of each, with advantages. Collective."""
         tasks = self._tasks(numbers, samples, size)
-        groups, totals, _ = self._rewarded(self._round(tasks, size=size, temperature=temperature))
+        one = self._same_prompts.together(lambda: self._round(tasks, size=size, temperature=temperature))
+        groups, totals, _ = self._rewarded(one)
         return groups, totals
 
     def _tasks(self, numbers: Sequence[int], samples: PromptSamples, size: int) -> list[Task]:

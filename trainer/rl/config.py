@@ -92,8 +92,8 @@ class RLConfig:
     environment: str | None = None  # package.module:Class for several turns (trainer/rl/environment.py); None: one turn
     max_turns: int = 8  # of the model, with an environment
 
-    # How the engine has the weights. in_place: the trainer's own, as they lie (tp, ZeRO 0 to 2); of ZeRO-3's shards:
-    # gather: whole for as long as rollouts take; stream: block by block, in every step of the engine
+    # How the engine has the weights. in_place: the trainer's own, as they lie (tp, ZeRO 0 to 2). gather: what other
+    # ranks have (ZeRO-3, pp, ep), for as long as rollouts take. stream: ZeRO-3's, block by block, in every step of it
     weights: str = "auto"  # one of WEIGHTS; auto: in_place, or gather with ZeRO-3, pp or ep
     engine: EngineConfig = field(default_factory=EngineConfig)
 

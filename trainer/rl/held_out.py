@@ -114,9 +114,13 @@ class HeldOutAnswers:
         prompts = self._questions.prompts
         tasks = [Task(prompts[n], n, 0) for n in range(self._rank, len(prompts), self._num_ranks)]
         self._sampler.engine.weights_changed()
-        with self._weights.serving():
-            sampled = self._sampler.rollouts(self._same_prompts.mine(tasks), temperature=0.0)
-        mine = [self._judged(rollout) for rollout in self._same_prompts.all(sampled.rollouts)]
+
+        def answer() -> list[Rollout]:
+            with self._weights.serving():
+                return self._sampler.rollouts(self._same_prompts.mine(tasks), temperature=0.0).rollouts
+
+        rollouts = self._same_prompts.all(self._same_prompts.together(answer))
+        mine = [self._judged(rollout) for rollout in rollouts]
         of_ranks = all_gather((sum(one.right for one in mine), sum(one.truncated for one in mine)), self._group)
         right, truncated = (sum(counts) for counts in zip(*of_ranks, strict=True))
         self._events = []

@@ -44,10 +44,6 @@ class Abandoned(Exception):
     """Nobody wants what the thread was to find out any more."""
 
 
-class RolloutError(ValueError):
-    """Rollouts of another rank failed; the message says how."""
-
-
 class WeightCopy:
     """A model that computes what another one did when `take` was last called, while that one is trained."""
 

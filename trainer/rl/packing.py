@@ -14,16 +14,21 @@ Columns of a label (all of generated tokens, 0 elsewhere):
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from itertools import zip_longest
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from data.batch import IGNORE_INDEX, Batch
 from data.examples import pack
+from trainer.config import TrainConfig
 from trainer.rl.rollouts import Rollout
+from trainer.sequence import row_step
 
 FLOATS = ("advantage", "sampler", "weight", "last")
 OPTIONAL = {"old": "old", "value": "values", "return": "returns"}
@@ -67,6 +72,54 @@ def filled_rows(rows: int, micro_batch_size: int) -> int:
     """The next eighth of micro_batch_size: few graphs, and few rows that are computed for nothing."""
     step = -(-micro_batch_size // 8)
     return min(micro_batch_size, -(-rows // step) * step)
+
+
+def in_step(
+    batches: Sequence[Batch],
+    config: TrainConfig,
+    all_gather: Callable[[Any], list[Any]],
+    *,
+    columns: Sequence[str] = (),
+) -> list[Batch]:
+    """These micro-batches of whole rows, and empty ones up to the number that the rank with most of them has: sharded
+    weights are gathered for each, on all ranks. With parallel.ep_buffer also of the shapes that the others have.
+
+    all_gather: one object of every rank with other prompts. columns: of empty ones. Collective.
+    """
+    train, step = config.train, row_step(config.parallel)
+    of_ranks = all_gather([tuple(batch.tokens.shape) for batch in batches])
+    shapes = [
+        (max(rows for rows, _ in alike), max(length for _, length in alike))
+        for alike in zip_longest(*of_ranks, fillvalue=(1, step))
+    ] or [(1, step)]
+    of = (train.micro_batch_size, train.seq_len) if train.compile else None
+    more = [empty_batch(columns, of=of, row_step=step) for _ in range(len(shapes) - len(batches))]
+    together = [*batches, *more]
+    if not config.parallel.ep_buffer:
+        return together
+    shapes = [max(shape, tuple(batch.tokens.shape)) for shape, batch in zip(shapes, together, strict=True)]
+    return [widened(batch, shape) for batch, shape in zip(together, shapes, strict=True)]
+
+
+def widened(batch: Batch, shape: tuple[int, ...]) -> Batch:
+    """Whole rows, filled up to this shape without loss: for buffers over ep, which are shares of what a rank has."""
+    more_rows, more = (max(0, size - had) for size, had in zip(shape, batch.tokens.shape, strict=True))
+    if more_rows == more == 0:
+        return batch
+
+    def fill(tensor: Tensor, value: int = 0) -> Tensor:
+        return F.pad(tensor, (0, more, 0, more_rows), value=value)
+
+    assert batch.documents is not None
+    return replace(
+        batch,
+        tokens=fill(batch.tokens),
+        labels=fill(batch.labels, IGNORE_INDEX),
+        positions=fill(batch.positions),
+        documents=fill(batch.documents, int(batch.documents.max()) + 1),  # none sees what it is filled up with
+        samples=F.pad(batch.samples, (0, more_rows)),
+        columns={name: fill(column) for name, column in batch.columns.items()},
+    )
 
 
 def of_rollouts(packed: Packed, found: Tensor) -> Iterator[tuple[Rollout, list[float]]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from inference.config import EngineConfig, settings_problems
+from models.registry import resolve_model
 from parallel.problem import Problem, multiples, values
 from trainer.config import TrainConfig
 from trainer.reference import no_effect, reference_problems
@@ -110,7 +111,10 @@ def _model_problems(config: TrainConfig, asks: tuple[str, int] | None) -> list[s
 def _update_problems(config: TrainConfig) -> list[str]:
     """Models that are served, and cannot be trained on what they said: its probabilities would be others."""
     found: list[str] = []
-    model = config.model
+    try:
+        model = resolve_model(config.model)  # of a folder: what is in it
+    except ValueError:
+        return found  # which says so itself
 
     def refuse(field: str, value: object, why: str, instead: object) -> None:
         why = f"{field}={value} does not work with recipe.name={config.recipe.name}: {why}"

@@ -25,7 +25,7 @@ from trainer.config import TrainConfig, configuration_errors
 from trainer.frozen import FrozenModel, load_frozen, problems_beside, resolve_beside
 from trainer.loss import token_scores
 from trainer.rl.config import MODEL, RewardConfig
-from trainer.rl.packing import empty_batch, filled_length, filled_rows
+from trainer.rl.packing import filled_length, filled_rows, in_step
 from trainer.sequence import SequenceParts, row_step
 
 
@@ -49,30 +49,24 @@ class RewardModels:
         """
         for one in models.values():
             check_tokenizer(str(one.path), tokenizer)
-        self._all_gather, self._device = all_gather, device
-        self._seq_len, self._micro_batch_size = config.train.seq_len, config.train.micro_batch_size
-        self._few_shapes = config.train.compile
+        self._config, self._all_gather, self._device = config, all_gather, device
         self._models = {name: _load(one, config, mesh, device) for name, one in models.items()}
         # Of each model: windows of its layers decide who computes which tokens.
         self._parts = {name: SequenceParts(config, mesh, model.model.config) for name, model in self._models.items()}
-        self._row_step = row_step(config.parallel)
 
     def of(self, sequences: Sequence[Sequence[int]]) -> dict[str, list[float]]:
         """By name, the reward of each sequence of at most train.seq_len tokens. Collective over all ranks."""
         if not self._models:
             return {}
+        train = self._config.train
         laid_out = scoring_batches(
             sequences,
-            seq_len=self._seq_len,
-            micro_batch_size=self._micro_batch_size,
-            few_shapes=self._few_shapes,
-            row_step=self._row_step,
+            seq_len=train.seq_len,
+            micro_batch_size=train.micro_batch_size,
+            few_shapes=train.compile,
+            row_step=row_step(self._config.parallel),
         )
-        batches = [one.batch for one in laid_out]
-        # Shards are gathered for each micro-batch, on all ranks.
-        most = max(1, *self._all_gather(len(batches)))
-        shape = (self._micro_batch_size, self._seq_len) if self._few_shapes else None
-        batches += [empty_batch(of=shape, row_step=self._row_step) for _ in range(most - len(batches))]
+        batches = in_step([one.batch for one in laid_out], self._config, self._all_gather)
         found: dict[str, list[float]] = {}
         for name, model in self._models.items():
             split = self._parts[name]

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from data.batch import Batch
 from data.prompts import Prompt, PromptSamples
 from trainer.config import TrainConfig
-from trainer.rl.packing import empty_batch, rollout_batches
+from trainer.rl.packing import in_step, rollout_batches
 from trainer.rl.rollouts import Rollout, Sampler, Task
 from trainer.rl.same_prompts import SamePrompts
 from trainer.rl.weights import ServedWeights
@@ -79,14 +79,17 @@ class StudentAnswers:
     def sampled(self, numbers: Sequence[int], samples: PromptSamples, *, temperature: float) -> list[Rollout]:
         """The student's answers, in the order of these numbers; temperature 0: greedy. Collective."""
         self.sampler.engine.weights_changed()
-        with self.weights.serving():
-            tasks = [Task(samples[number], number, 0) for number in self.same_prompts.mine(numbers)]
-            mine = self.sampler.rollouts(tasks, temperature=temperature).rollouts
-        return self.same_prompts.all(mine)
+        tasks = [Task(samples[number], number, 0) for number in self.same_prompts.mine(numbers)]
+
+        def sample() -> list[Rollout]:
+            with self.weights.serving():
+                return self.sampler.rollouts(tasks, temperature=temperature).rollouts
+
+        return self.same_prompts.all(self.same_prompts.together(sample))
 
     def batches(self, rollouts: Sequence[Rollout]) -> list[Batch]:
         """As many micro-batches on every rank: sharded weights are gathered for each. Collective."""
-        train, step = self.config.train, row_step(self.config.parallel)
+        train = self.config.train
         packed = rollout_batches(
             rollouts,
             seq_len=train.seq_len,
@@ -94,12 +97,9 @@ class StudentAnswers:
             normalization="token",
             constant=1,
             few_shapes=train.compile,
-            row_step=step,
+            row_step=row_step(self.config.parallel),
         )
-        most = max(1, *self._all_gather(len(packed)))
-        shape = (train.micro_batch_size, train.seq_len) if train.compile else None
-        more = [empty_batch(of=shape, row_step=step) for _ in range(most - len(packed))]
-        return [one.batch for one in packed] + more
+        return in_step([one.batch for one in packed], self.config, self._all_gather)
 
     def _all_gather(self, value: Any) -> list[Any]:
         values: list[Any] = [None] * dist.get_world_size(self.data_group)

@@ -1,17 +1,16 @@
 """A model that computes what a trained one does, from the same weights, where its own blocks cannot be served.
 
-An engine runs whole models over whole sequences. The trained one may have some layers alone (pp), split the tokens of a
-sequence (sequence parallelism), or be changed by updates while the engine is at work (recipe.rl.overlap). A twin is
-built for what is served: all layers with all experts, cut over tp and nothing else. What of its weights this rank holds
-is the trained model's, in the same memory; experts of other ranks of ep and layers of other stages come from there for
-as long as rollouts take.
+An engine runs whole models over whole sequences. The trained one may have some layers alone (pp), or some experts (ep),
+or split the tokens of a sequence (sequence parallelism). A twin is built for what is served: all layers with all
+experts, cut over tp and nothing else. What of its weights this rank holds is the trained model's, in the same memory;
+experts of other ranks of ep and layers of other stages come from there for as long as rollouts take.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import chain
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -57,7 +56,6 @@ class _Place(NamedTuple):
     kind: str  # its name in the module
     empty: Tensor  # on meta: what stands there between rollouts
     holder: int  # rank of the pipeline whose weight it is
-    dtype: torch.dtype
 
 
 class Twin:
@@ -70,17 +68,13 @@ class Twin:
         all. Collective."""
         self._source, self._stages, self._device = source, stages, device
         self.model = empty_twin(source, config, ModelParallel(tp=source.groups.tp))
-        mine = {name: local_tensor(tensor.detach()).dtype for name, _, _, tensor in tensors_of(source)}
-        of_ranks = [mine]
-        self._rank = 0
-        if stages is not None:
-            self._rank = dist.get_rank(stages)
-            of_ranks = [{} for _ in range(dist.get_world_size(stages))]
-            dist.all_gather_object(of_ranks, mine, group=stages)
+        self._rank = 0 if stages is None else dist.get_rank(stages)
+        of_ranks = self._of_stages([name for name, *_ in tensors_of(source)])
+        self._dtypes: dict[str, torch.dtype] = {}  # of whole weights; found by the first `fill`
         self._places = []
         for name, module, kind, empty in list(tensors_of(self.model)):
             holder = next(rank for rank, held in enumerate(of_ranks) if name in held)
-            self._places.append(_Place(name, module, kind, empty, holder, of_ranks[holder][name]))
+            self._places.append(_Place(name, module, kind, empty, holder))
 
     @torch.no_grad()
     def fill(self) -> None:
@@ -88,6 +82,9 @@ class Twin:
         of them. Collective over the stages."""
         receive_weights(self._source)
         held = {name: tensor.detach() for name, _, _, tensor in tensors_of(self._source)}
+        if not self._dtypes:  # fully_shard's shards have another one than what is gathered
+            for theirs in self._of_stages({name: tensor.dtype for name, tensor in held.items()}):
+                self._dtypes |= theirs
         given: dict[str, Tensor] = {}
         pending, sent = [], []
         for place in self._places:
@@ -95,7 +92,7 @@ class Twin:
                 local = _with_all_experts(held[place.name])
             else:
                 shape = local_tensor(place.empty.detach()).shape
-                local = torch.empty(shape, dtype=place.dtype, device=self._device)
+                local = torch.empty(shape, dtype=self._dtypes[place.name], device=self._device)
             if self._stages is not None:
                 holder = dist.get_global_rank(self._stages, place.holder)
                 sent.append(local.contiguous())
@@ -105,6 +102,14 @@ class Twin:
             work.wait()
         for place in self._places:
             _put(place, given[place.name])
+
+    def _of_stages(self, mine: Any) -> list[Any]:
+        """One object of every stage's rank. Collective over them."""
+        if self._stages is None:
+            return [mine]
+        of_ranks: list[Any] = [None] * dist.get_world_size(self._stages)
+        dist.all_gather_object(of_ranks, mine, group=self._stages)
+        return of_ranks
 
     def drop(self) -> None:
         """Let go of the weights, until the next `fill`."""

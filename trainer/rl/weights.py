@@ -59,12 +59,15 @@ class Lockstep:
 
     @torch.no_grad()
     def idle(self) -> list[Any]:
-        """A pass over a token (with sequence parallelism one for each rank), for its gathers; no deltas."""
+        """A pass over a token (with sequence parallelism one for each chunk of each rank), for its gathers; no
+        deltas."""
         groups = self._model.groups
-        slices = groups.tp.size() if groups.tp is not None and groups.sequence_parallel else 1
-        tokens, hidden = torch.zeros(1, slices, dtype=torch.int64, device=self._device), None
+        sliced = groups.tp is not None and groups.sequence_parallel
+        here = groups.sp_chunks if sliced else 1
+        num_tokens = here * groups.tp.size() if sliced and groups.tp is not None else here
+        tokens, hidden = torch.zeros(1, num_tokens, dtype=torch.int64, device=self._device), None
         if self._stage is not None and not self._stage.is_first:
-            shape = (1, 1, self._model.config.hidden_size)
+            shape = (1, here, self._model.config.hidden_size)
             hidden = torch.zeros(shape, dtype=self._dtype, device=self._device)
         with in_evaluation(self._model), eager_blocks(self._model):
             self._model(tokens, stage=self._stage, hidden=hidden)

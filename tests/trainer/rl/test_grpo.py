@@ -34,8 +34,14 @@ def without_times(outcome: Outcome) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize(
     "layout",
-    [{}, {"parallel__zero_stage": 3}, {"parallel__pp": 2}, {"parallel__ep": 2} | EXPERTS],
-    ids=["one", "zero3", "pp", "ep"],
+    [
+        {},
+        {"parallel__zero_stage": 3},
+        {"parallel__pp": 2},
+        {"parallel__pp": 2, "parallel__zero_stage": 3},
+        {"parallel__ep": 2} | EXPERTS,
+    ],
+    ids=["one", "zero3", "pp", "pp x zero3", "ep"],
 )
 def test_in_deterministic_mode_trainer_and_sampler_agree_to_the_bit(
     ranks: RankPool, tmp_path: Path, layout: dict[str, Any]

@@ -240,7 +240,7 @@ def test_what_goes_wrong_in_the_thread_ends_the_run_on_all_ranks(ranks: RankPool
         assert threads == []
     (first, _), (second, _) = ranks.run(2, _failure, rolling(tmp_path / "nan", **changes), sampler_of_rank=1)
     assert second == "FloatingPointError: the model gives NaN"
-    assert first == "RolloutError: rollouts failed on data-parallel rank 1: FloatingPointError: the model gives NaN"
+    assert first == "RolloutError: rollouts failed on rank 1: FloatingPointError: the model gives NaN"
 
 
 def slow(answer: Answer) -> float:
