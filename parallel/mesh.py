@@ -90,6 +90,7 @@ class Meshes:
     batch: DeviceMesh
     samples: DeviceMesh  # dp_replicate x dp_shard: ranks with different sequences
     tokens: DeviceMesh  # dp_replicate x dp_shard x cp: ranks with different tokens, over which the loss is summed
+    alike: DeviceMesh | None  # pp x cp: ranks with the same sequences, or parts of them; None for one rank
     context: DeviceMesh | None  # cp as [cp_ring, cp_ulysses]; None for cp of size 1
     experts: DeviceMesh | None  # None for ep of size 1
     expert_tokens: DeviceMesh | None  # dp_replicate x expert_shard: ranks with the same experts; None likewise
@@ -128,6 +129,7 @@ def _build_mesh(dims: ParallelDims, device_type: str) -> Meshes:
         batch=batch,
         samples=batch["dp_replicate", "dp_shard"]._flatten("samples"),
         tokens=batch["dp_replicate", "dp_shard", "cp"]._flatten("tokens"),
+        alike=batch["pp", "cp"]._flatten("alike") if dims.pp * dims.cp > 1 else None,
         context=batch["cp"]._unflatten(0, (dims.cp_ring, dims.cp_ulysses), CONTEXT_AXES) if dims.cp > 1 else None,
         experts=experts,
         expert_tokens=None if experts is None else experts["dp_replicate", "expert_shard"]._flatten("expert_tokens"),

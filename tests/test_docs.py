@@ -228,6 +228,7 @@ KERNEL_ROWS: dict[str, tuple[str, str, str]] = {  # by the beginning of a row: f
     "linear + cross entropy": (H200, "linear_cross_entropy", ""),
     "gradient norm": (H200, "global_norm", ""),
     "grouped matrix product": (H200, "grouped_linear", ""),
+    "input gradient of two grouped products": ("kernels_grouped_pair_h200", "grouped_linear", "two weights"),
     "sending rows to experts": (H200, "moe_permute", ""),
     "int8 weights, 1 to 16": (H200, "int8_linear", "^(1|16)x(8192|28672)"),
     "int8 weights, other": (H200, "int8_linear", "^(64|4096)x|x4096x4096"),

@@ -156,7 +156,8 @@ def _monitor_routing(model: Decoder, config: TrainConfig, mesh: Meshes, device: 
     return RoutingMonitor(
         model,
         config.model,
-        global_batch_size=config.train.global_batch_size,
+        # Rows of rollouts are as many as it takes to pack them.
+        num_sequences=None if config.data.source == "prompts" else config.train.global_batch_size,
         group=mesh.tokens.get_group(),
         stages=mesh.batch["pp"].get_group() if config.parallel.pp > 1 else None,
         buffered=bool(config.parallel.ep_buffer),

@@ -26,6 +26,7 @@ from parallel.pipeline.layout import PipelineLayout, make_layout
 from parallel.pipeline.program import TRAVEL, Program, make_programs
 from parallel.pipeline.schedules import Schedule
 from parallel.pipeline.simulate import Timeline, simulate
+from parallel.pipeline.stages import Stage
 from parallel.pipeline.timeline import draw
 from parallel.pipeline.trace import chrome_trace
 from parallel.pipeline.weight_gradients import WeightGradients
@@ -153,6 +154,11 @@ class PipelinedPasses:
         ends = (layout.owner[0], layout.owner[-1])
         self.tied_group = _group_of_ends(mesh, ends) if model.embeds_last and ends[0] != ends[1] else None
         self.copies = frozenset({TIED}) if self.tied_group is not None and self.rank == ends[1] else frozenset()
+
+    @property
+    def first_stage(self) -> Stage:
+        """Of those on this rank."""
+        return self.layout.of_rank(self.rank)[0]
 
     def backward(self, state: TrainState, microbatches: list[Batch], scales: Tensor) -> Tensor:
         done: set[int] = set()

@@ -28,13 +28,14 @@ class RoutingMonitor:
         model: Decoder,
         config: ModelConfig,
         *,
-        global_batch_size: int,
+        num_sequences: int | None,
         group: dist.ProcessGroup,
         stages: dist.ProcessGroup | None,
         buffered: bool,
         device: torch.device,
     ) -> None:
-        """config: resolved. global_batch_size: sequences. group: ranks with different tokens of the global batch.
+        """config: resolved. num_sequences: of a global batch; None: not known, and there are no
+        auxiliary losses. group: ranks with different tokens of the global batch.
         stages: ranks with the model's other layers; None: all of them are here. buffered: whether choices may find no
         room on their way to another rank (parallel.ep_buffer).
         """
@@ -42,12 +43,12 @@ class RoutingMonitor:
         found = {layer: block for layer, block in model.blocks.named_children() if isinstance(block, MoEBlock)}
         self.blocks = {sparse.index(int(layer)): block for layer, block in found.items()}  # by row of the reports
         self.num_rows = len(sparse)
-        self.config, self.global_batch_size, self.group, self.stages = config, global_batch_size, group, stages
+        self.config, self.num_sequences, self.group, self.stages = config, num_sequences, group, stages
         self.buffered, self.device = buffered, device
 
-    def aux_scale(self, loss_scale: Tensor) -> Tensor:
+    def aux_scale(self, loss_scale: Tensor) -> Tensor | None:
         """Gradient of the scaled training loss by the auxiliary losses of a sequence: their mean is part of it. 0-d."""
-        return loss_scale / self.global_batch_size
+        return None if self.num_sequences is None else loss_scale / self.num_sequences
 
     @torch.no_grad()
     def collect(self) -> Tensor:
@@ -87,9 +88,10 @@ class RoutingMonitor:
         """Fields of metrics.jsonl (docs/METRICS.md). sums: of each layer, by the names of REPORT."""
         share_LE = load_LE / load_LE.mean(1, keepdim=True)
         tokens_L = sums["choices"] / self.config.moe.top_k
-        found = {
-            "moe_aux_loss": sums["aux_loss"].sum() / self.global_batch_size,
-            "moe_z_loss": sums["z_loss"].sum() / self.global_batch_size,
+        losses: dict[str, Tensor] = {}
+        if self.num_sequences is not None:
+            losses = {f"moe_{name}": sums[name].sum() / self.num_sequences for name in ("aux_loss", "z_loss")}
+        found = losses | {
             "moe_drop_rate": sums["dropped"].sum() / sums["choices"].sum(),
             "moe_router_entropy": (sums["entropy"] / tokens_L).mean(),
             "moe_load_max": share_LE.max(),

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
 
 from data.batch import Batch
 from models.config import ATTENTION_IMPLEMENTATIONS, WITHOUT_BUDGET, ModelConfig
 from models.layers.context_attention import runs_on_context
 from parallel.cut import balanced, zigzag_indices
 from parallel.dims import CP_METHODS, ParallelConfig, ParallelDims, divisors
+from parallel.mesh import Meshes
 from parallel.problem import Problem, multiples, values
 from trainer.config import TrainConfig
 
@@ -35,6 +41,47 @@ def split_batch(
     return batch.take(indices, cut)
 
 
+class SequenceParts:
+    """Which tokens of each sequence are this rank's, and what is found for them put together again."""
+
+    def __init__(self, config: TrainConfig, mesh: Meshes, model: ModelConfig | None = None) -> None:
+        """config: resolved. model: whose attention the tokens are shared out for; None: the trained one."""
+        model = config.model if model is None else model
+        self._dims = ParallelDims.resolve(config.parallel, mesh.batch.size())
+        self._axis = mesh.batch["cp"]
+        self._windows = Counter(model.window_of(layer) for layer in range(model.num_blocks))
+
+    def of(self, batch: Batch) -> Batch:
+        """`split_batch` for this rank. Sequences of a multiple of `row_step` tokens."""
+        return split_batch(
+            batch,
+            cp_rank=self._axis.get_local_rank(),
+            cp_size=self._dims.cp,
+            cp_ulysses=self._dims.cp_ulysses,
+            windows=self._windows,
+        )
+
+    def whole(self, found: Tensor, part: Batch) -> Tensor:
+        """[B, T] of the tokens of a batch that `of` gave, to [B, S] of whole sequences. Collective over cp."""
+        if part.indices is None:
+            return found
+        group = self._axis.get_group()
+        of_ranks, places = ([torch.empty_like(one) for _ in range(self._dims.cp)] for one in (found, part.indices))
+        dist.all_gather(of_ranks, found.contiguous(), group=group)
+        dist.all_gather(places, part.indices, group=group)
+        result = torch.empty(len(found), self._dims.cp * found.shape[1], dtype=found.dtype, device=found.device)
+        result[:, torch.cat(places)] = torch.cat(of_ranks, dim=1)
+        return result
+
+
+def row_step(parallel: ParallelConfig) -> int:
+    """What the length of a row is a multiple of, for context and sequence parallelism to cut it evenly. Axes whose
+    degree is left open count as 1."""
+    cp = max(1, parallel.cp)
+    of_tensor = max(1, parallel.tp) * parallel.sp_chunks * cp if parallel.sequence_parallel else 1
+    return math.lcm(2 * cp if cp > 1 else 1, of_tensor)
+
+
 def context_parallelism(parallel: ParallelConfig, dims: ParallelDims, *, documents: bool) -> str:
     """What runs over the cp axis, with or without document masks, for run.json."""
     if dims.cp == 1:
@@ -52,8 +99,7 @@ def problems(config: TrainConfig, model: ModelConfig) -> list[Problem]:
     cp, method, seq_len = config.parallel.cp, config.parallel.cp_method, config.train.seq_len
     found = []
     if seq_len % (2 * cp):
-        # Where parallel.tp cuts the sequence too, of what both ask for.
-        step = math.lcm(2 * cp, cp * config.parallel.tp if config.parallel.sequence_parallel else 1)
+        step = row_step(config.parallel)  # where parallel.tp cuts the sequence too, of what both ask for
         found.append(
             Problem(
                 f"train.seq_len={seq_len} does not divide into 2 x parallel.cp={cp} chunks",

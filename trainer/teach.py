@@ -8,10 +8,8 @@ the last block that all ranks have finished, on any layout with the same train.g
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import count
 from pathlib import Path
 
@@ -34,7 +32,7 @@ from trainer.frozen import FrozenModel, load_frozen, resolve_beside
 from trainer.identity import run_identity
 from trainer.loss import vocabulary_shard
 from trainer.recipes.loaders import open_rows
-from trainer.sequence import split_batch
+from trainer.sequence import SequenceParts
 
 
 @dataclass(frozen=True)
@@ -108,14 +106,7 @@ class _Writer:
         self._ranks = Ranks()
         self._head = _top_words_head(made, vocabulary_shard(model.vocab_size, groups))
         self._writes = groups.tp is None or groups.tp.get_local_rank() == 0  # all ranks of tp find the same
-        dims = ParallelDims.resolve(config.parallel, self._ranks.size)
-        self._part = partial(
-            split_batch,
-            cp_rank=mesh.batch["cp"].get_local_rank(),
-            cp_size=dims.cp,
-            cp_ulysses=dims.cp_ulysses,
-            windows=Counter(model.window_of(layer) for layer in range(model.num_blocks)),
-        )
+        self._parts = SequenceParts(config, mesh, model)
 
     def write(self, loaders: Mapping[str, Loader], done: set[str]) -> Written:
         """The blocks that are not done, and the table of all."""
@@ -161,7 +152,7 @@ class _Writer:
 
     def _rows(self, step: list[Batch]) -> list[tuple[Tensor, Tensor]]:
         """(places [n], what `_top_words_head` finds [n, 2k + 1]) of each micro-batch, on the host."""
-        parts = [self._part(batch) for batch in step]
+        parts = [self._parts.of(batch) for batch in step]
         tops = self._teacher.per_token([part.to(self._device) for part in parts], self._head, everywhere=False)
         if not self._writes:
             return []

@@ -6,7 +6,6 @@ import gc
 import logging
 import os
 import time
-from collections import Counter
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -59,7 +58,7 @@ from trainer.run_info import RunInfo
 from trainer.run_lock import RunLock
 from trainer.sample import check_prompt
 from trainer.schedule import learning_rate
-from trainer.sequence import split_batch
+from trainer.sequence import SequenceParts
 from trainer.speculator import load_model, start_heads, targets
 from trainer.step import TrainState, train_step
 from trainer.throughput import Throughput, mfu_peak
@@ -115,6 +114,7 @@ class Trainer:
         self.train_data, self.validation_data = self._build_data()
         objective = self.recipe.objective(config, self.mesh, self.device)
         self.state = build_state(config, self.dims, self.mesh, self.device, objective)
+        self._parts = SequenceParts(config, self.mesh)
         self.state.beside = self._build_beside()
         self.tokens_per_step = config.train.global_batch_size * config.train.seq_len
         self.tokens = 0  # trained on since step 1
@@ -466,7 +466,7 @@ class Trainer:
             self.faults.before_step(self, step)
         batches = self.recipe.collect(self.train_data)
         report = self.recipe.report()
-        microbatches = [self._part(self._targets(batch, training=True)).to(self.device) for batch in batches]
+        microbatches = [self._parts.of(self._targets(batch, training=True)).to(self.device) for batch in batches]
         data_wait = time.perf_counter() - started
         microbatches = self.recipe.prepare(microbatches)
         lr = learning_rate(
@@ -490,21 +490,12 @@ class Trainer:
         return batch.look_ahead(model.mtp.depth) if training else batch
 
     def _prepared(self, step: list[Batch]) -> list[Batch]:
-        """Micro-batches of a validation as the objective wants them."""
+        """Micro-batches of a validation as the objective wants them, or as they are read where they are prompts."""
         self.health.begin("validation", self.state.step)
-        parts = [self._part(self._targets(batch, training=False)).to(self.device) for batch in step]
+        if self.recipe.validates_prompts:
+            return step
+        parts = [self._parts.of(self._targets(batch, training=False)).to(self.device) for batch in step]
         return self.recipe.prepare(parts)
-
-    def _part(self, batch: Batch) -> Batch:
-        """What of a batch is this rank's: of each sequence, its tokens on the cp axis."""
-        model = self.config.model
-        return split_batch(
-            batch,
-            cp_rank=self.mesh.batch["cp"].get_local_rank(),
-            cp_size=self.dims.cp,
-            cp_ulysses=self.dims.cp_ulysses,
-            windows=Counter(model.window_of(layer) for layer in range(model.num_blocks)),
-        )
 
     # ---- now and then
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from benchmarks.roofline.problem import Problem
-from kernels.grouped_linear import grouped_linear, input_gradient, weight_gradient
+from kernels.grouped_linear import grouped_linear, input_gradient, pair_input_gradient, weight_gradient
 
 
 def problems(device: torch.device) -> Iterator[Problem]:
@@ -31,4 +32,22 @@ def problems(device: torch.device) -> Iterator[Problem]:
         ):
             candidates = {name: partial(function, *inputs, implementation=way) for name, way in ways.items()}
             yield Problem("grouped_linear", direction, shape, "bf16", size, candidates, flops)
-        del x, weight, grad, candidates, inputs
+        del x, candidates, inputs
+        yield _of_pair(weight, grad, ends, f"{shape}, two weights", 2 * flops)
+        del weight, grad
+
+
+def _of_pair(weight: Tensor, grad: Tensor, ends: Tensor, shape: str, flops: int) -> Problem:
+    """The gradient of what gate and up of experts read: two products, which are added."""
+    other = torch.randn_like(grad), torch.randn_like(weight) * weight.shape[2] ** -0.5
+
+    def apart(way: str) -> Tensor:
+        return input_gradient(grad, weight, ends, way) + input_gradient(*other, ends, way)
+
+    candidates: dict[str, Callable[[], Tensor]] = {
+        "lattice": partial(pair_input_gradient, grad, weight, *other, ends, "triton"),
+        "apart": partial(apart, "triton"),
+        "eager": partial(apart, "grouped_mm"),
+    }
+    size = 2 * (2 * (grad.numel() + weight.numel()) + grad.shape[0] * weight.shape[2])
+    return Problem("grouped_linear", "input gradient", shape, "bf16", size, candidates, flops)

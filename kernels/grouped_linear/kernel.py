@@ -71,6 +71,8 @@ def _group_of_tile(ends_ptr, tile, num_groups, GROUPS: tl.constexpr, BLOCK_M: tl
 def _grouped_matmul(
     rows_desc,  # [N, terms]
     weight_desc,  # [G M, K]
+    more_rows_desc,  # the same of a second product, with PAIR
+    more_weight_desc,
     y_ptr,  # [N, width]
     ends_ptr,
     num_rows,
@@ -79,6 +81,7 @@ def _grouped_matmul(
     width,
     group_rows,  # M
     TRANSPOSED: tl.constexpr,
+    PAIR: tl.constexpr,
     GROUPS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -86,7 +89,8 @@ def _grouped_matmul(
     BAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """TRANSPOSED: rows [., K] weight^T to [., M]. Otherwise: rows [., M] weight to [., K]."""
+    """TRANSPOSED: rows [., K] weight^T to [., M]. Otherwise: rows [., M] weight to [., K], and with PAIR the sum of two
+    such products."""
     tiles_n = tl.cdiv(width, BLOCK_N)
     tiles_m = tl.cdiv(num_rows, BLOCK_M) + num_groups
     program = tl.program_id(0)
@@ -106,6 +110,11 @@ def _grouped_matmul(
             else:
                 b = weight_desc.load([group * group_rows + term, column])
             total = tl.dot(a, b, total, input_precision=PRECISION)
+        if PAIR:
+            for term in tl.range(0, num_terms, BLOCK_K):
+                a = more_rows_desc.load([first, term])
+                b = more_weight_desc.load([group * group_rows + term, column])
+                total = tl.dot(a, b, total, input_precision=PRECISION)
         inside = (row < end)[:, None] & (n < width)[None, :]
         tl.store(y_ptr + offsets, total.to(y_ptr.dtype.element_ty), mask=inside)
     else:
@@ -168,20 +177,33 @@ def _descriptor(matrix: Tensor, block: tuple[int, int]) -> TensorDescriptor:
 
 
 def rows_times_weights(
-    rows: Tensor, weight: Tensor, ends: Tensor, *, transposed: bool, tile: Tile | None = None
+    rows: Tensor,
+    weight: Tensor,
+    ends: Tensor,
+    *,
+    transposed: bool,
+    more: tuple[Tensor, Tensor] | None = None,
+    tile: Tile | None = None,
 ) -> Tensor:
     """rows [N, K] to [N, M], transposed, or [N, M] to [N, K], by their group's weight [M, K]; 0 where there is none.
 
-    Contiguous, their features in multiples of 16 bytes; at least one row and one group. tile: one that is wanted.
+    Contiguous, their features in multiples of 16 bytes; at least one row and one group. more: rows and weights of the
+    same shapes, not transposed, whose product is added. tile: one that is wanted.
     """
+    assert more is None or not transposed
     num_groups, group_rows, features = weight.shape
     width = group_rows if transposed else features
     tile = _tile_for(rows, num_groups, tile)
     y = rows.new_empty(rows.shape[0], width)
     tiles_m = triton.cdiv(rows.shape[0], tile.m) + num_groups
+    block = (tile.n, tile.k) if transposed else (tile.k, tile.n)
+    descriptors = [
+        _descriptor(matrix, shape)
+        for some_rows, some_weight in ((rows, weight), more or (rows, weight))
+        for matrix, shape in ((some_rows, (tile.m, tile.k)), (some_weight.view(-1, features), block))
+    ]
     _grouped_matmul[(tiles_m * triton.cdiv(width, tile.n),)](
-        _descriptor(rows, (tile.m, tile.k)),
-        _descriptor(weight.view(-1, features), (tile.n, tile.k) if transposed else (tile.k, tile.n)),
+        *descriptors,
         y,
         ends,
         rows.shape[0],
@@ -190,6 +212,7 @@ def rows_times_weights(
         width,
         group_rows,
         TRANSPOSED=transposed,
+        PAIR=more is not None,
         GROUPS=triton.next_power_of_2(num_groups),
         BLOCK_M=tile.m,
         BLOCK_N=tile.n,

@@ -52,6 +52,11 @@ def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor, *, implementation: s
     backward as well except for invariant; None: `choose_grouped_linear` chooses. Raises TypeError for a
     DTensor and for wrong dtypes, ValueError for shapes that do not fit, or not this implementation.
     """
+    _check(x, weight, ends, implementation)
+    return _grouped_linear(x, weight, ends, implementation)
+
+
+def _check(x: Tensor, weight: Tensor, ends: Tensor, implementation: str | None) -> None:
     for name, tensor in (("x", x), ("weight", weight), ("ends", ends)):
         if isinstance(tensor, DTensor):
             raise TypeError(f"{name} is a DTensor; kernels work on plain tensors, so pass its local shard")
@@ -71,7 +76,6 @@ def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor, *, implementation: s
             )
     elif implementation not in (None, *IMPLEMENTATIONS):
         raise ValueError(f"implementation={implementation}; use one of {', '.join(IMPLEMENTATIONS)}, triton, or None")
-    return _grouped_linear(x, weight, ends, implementation)
 
 
 @torch.library.custom_op("lattice::grouped_linear", mutates_args=())
@@ -133,6 +137,39 @@ def _(grad: Tensor, weight: Tensor, ends: Tensor, implementation: str | None = N
     return grad.new_empty(grad.shape[0], weight.shape[2])
 
 
+@torch.library.custom_op("lattice::grouped_linear_pair_input_gradient", mutates_args=())
+def pair_input_gradient(
+    first_grad: Tensor,
+    first: Tensor,
+    second_grad: Tensor,
+    second: Tensor,
+    ends: Tensor,
+    implementation: str | None = None,
+) -> Tensor:
+    """Gradient of x [N, K] from those of both outputs [N, M] of `grouped_linear_pair`."""
+    chosen = implementation or choose_grouped_linear(first_grad.device, first_grad.dtype, *first.shape[1:])
+    if chosen == "triton" and first_grad.shape[0]:
+        from kernels.grouped_linear.kernel import rows_times_weights
+
+        more = (second_grad.contiguous(), second.contiguous())
+        rows, weight = first_grad.contiguous(), first.contiguous()
+        return rows_times_weights(rows, weight, ends.contiguous(), transposed=False, more=more)
+    d_x = input_gradient(first_grad, first, ends, implementation)
+    return d_x.add_(input_gradient(second_grad, second, ends, implementation))
+
+
+@pair_input_gradient.register_fake
+def _(
+    first_grad: Tensor,
+    first: Tensor,
+    second_grad: Tensor,
+    second: Tensor,
+    ends: Tensor,
+    implementation: str | None = None,
+) -> Tensor:
+    return first_grad.new_empty(first_grad.shape[0], first.shape[2])
+
+
 @torch.library.custom_op("lattice::grouped_linear_weight_gradient", mutates_args=())
 def weight_gradient(grad: Tensor, x: Tensor, ends: Tensor, implementation: str | None = None) -> Tensor:
     """Gradient of weight [G, M, K] from that of the output, grad [N, M], and the input x [N, K]."""
@@ -177,6 +214,60 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Non
 _grouped_linear.register_autograd(_backward, setup_context=_save)
 
 
+def grouped_linear_pair(
+    x: Tensor, first: Tensor, second: Tensor, ends: Tensor, *, implementation: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """`grouped_linear` of x with two weights [G, M, K], such as gate and up of experts.
+
+    In backward the gradient of x is one sum of products, which is not added up in memory: one launch on CUDA, with the
+    rounding of one. Raises as grouped_linear does.
+    """
+    if first.shape != second.shape or first.dtype != second.dtype:
+        raise ValueError(
+            f"weights {list(first.shape)} {first.dtype} and {list(second.shape)} {second.dtype} are no pair; they are "
+            "of one shape and dtype"
+        )
+    if not torch.is_grad_enabled() or not x.requires_grad:  # and of weights alone nothing is shared
+        products = (grouped_linear(x, weight, ends, implementation=implementation) for weight in (first, second))
+        return next(products), next(products)
+    _check(x, first, ends, implementation)
+    return _grouped_linear_pair(x, first, second, ends, implementation)
+
+
+@torch.library.custom_op("lattice::grouped_linear_pair", mutates_args=())
+def _grouped_linear_pair(
+    x: Tensor, first: Tensor, second: Tensor, ends: Tensor, implementation: str | None = None
+) -> tuple[Tensor, Tensor]:
+    return _grouped_linear(x, first, ends, implementation), _grouped_linear(x, second, ends, implementation)
+
+
+@_grouped_linear_pair.register_fake
+def _(
+    x: Tensor, first: Tensor, second: Tensor, ends: Tensor, implementation: str | None = None
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape[0], first.shape[1]), x.new_empty(x.shape[0], second.shape[1])
+
+
+def _save_pair(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, first, second, ends, implementation = inputs
+    ctx.implementation = None if implementation == "invariant" else implementation
+    for_x, for_first, for_second = ctx.needs_input_grad[:3]
+    weights = (first, second) if for_x else (None, None)
+    ctx.save_for_backward(x if for_first or for_second else None, *weights, ends)
+
+
+def _backward_pair(ctx: Any, first_grad: Tensor, second_grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, first, second, ends = ctx.saved_tensors
+    how, (_, for_first, for_second, *_) = ctx.implementation, ctx.needs_input_grad
+    d_x = None if first is None else pair_input_gradient(first_grad, first, second_grad, second, ends, how)
+    d_first = weight_gradient(first_grad, x, ends, how) if for_first else None
+    d_second = weight_gradient(second_grad, x, ends, how) if for_second else None
+    return d_x, d_first, d_second, None, None
+
+
+_grouped_linear_pair.register_autograd(_backward_pair, setup_context=_save_pair)
+
+
 @register_flop_formula(torch.ops.lattice.grouped_linear)
 def _flops(x: torch.Size, weight: torch.Size, *_: Any, **__: Any) -> int:
     """For torch's FlopCounterMode, as if every row had a group; the arguments are shapes."""
@@ -186,6 +277,16 @@ def _flops(x: torch.Size, weight: torch.Size, *_: Any, **__: Any) -> int:
 @register_flop_formula(torch.ops.lattice.grouped_linear_input_gradient)
 def _input_gradient_flops(grad: torch.Size, weight: torch.Size, *_: Any, **__: Any) -> int:
     return _flops(grad, weight)
+
+
+@register_flop_formula(torch.ops.lattice.grouped_linear_pair)
+def _pair_flops(x: torch.Size, first: torch.Size, *_: Any, **__: Any) -> int:
+    return 2 * _flops(x, first)
+
+
+@register_flop_formula(torch.ops.lattice.grouped_linear_pair_input_gradient)
+def _pair_input_gradient_flops(grad: torch.Size, first: torch.Size, *_: Any, **__: Any) -> int:
+    return 2 * _flops(grad, first)
 
 
 @register_flop_formula(torch.ops.lattice.grouped_linear_weight_gradient)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import Shard
 
-from kernels.grouped_linear import grouped_linear, input_gradient, weight_gradient
+from kernels.grouped_linear import grouped_linear, grouped_linear_pair, input_gradient, weight_gradient
 from kernels.moe_permute import permute, sort_by_expert, unpermute
 from models.config import ModelConfig
 from models.layers.mlp import ACTIVATION_FUNCTIONS, MLP
@@ -117,7 +117,12 @@ class Experts(nn.Module):
 
     def _compute(self, rows: Tensor, ends: Tensor) -> Tensor:
         """rows [N, D] through the experts here, sorted by expert and ending before ends [number of them]; or 0."""
-        return self.down(self.activation(self.gate(rows, ends)) * self.up(rows, ends), ends)
+        if self.gate.plain and self.up.plain:
+            gate, up = (local_shard(layer.weight, grad="sharded") for layer in (self.gate, self.up))
+            gate, up = grouped_linear_pair(rows, gate, up, ends, implementation=self.gate.implementation)
+        else:
+            gate, up = self.gate(rows, ends), self.up(rows, ends)
+        return self.down(self.activation(gate) * up, ends)
 
     def _room(self, num_rows: int, top_k: int, limit: int | None) -> int | None:
         """`rows_per_pair`. Outside of training, where no layer keeps its rows for backward, always enough for all."""
@@ -156,6 +161,12 @@ class GroupedLinear(Deferring):
             cuts = {"ep": Shard(0), "tp": Shard(cut_dim)}
             placements = [cuts[axis] for axis in mesh.mesh_dim_names or ()]
             self.weight = empty_parameter(*shape, mesh=mesh, placement=placements)
+
+    @property
+    def plain(self) -> bool:
+        """Whether it multiplies with its weight and no more: it has no adapter, is not quantized, and its gradient is
+        not put off."""
+        return self.weight_gradients is None and not hasattr(self, "adaptation")
 
     def forward(self, rows: Tensor, ends: Tensor) -> Tensor:
         """rows [N, in], sorted by expert, those of expert e ending before ends[e] (int32 [E]). Returns [N, out]."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.grouped_linear import choose_grouped_linear, grouped_linear, op
+from kernels.grouped_linear import choose_grouped_linear, grouped_linear, grouped_linear_pair, op
 from kernels.grouped_linear.reference import grouped_linear_reference
 
 ENDS = {
@@ -48,6 +48,38 @@ def test_values_and_gradients_are_those_of_the_reference(
         torch.testing.assert_close(ours.double(), theirs, rtol=TOLERANCE[dtype], atol=5 * TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("path", ["split", "masked"])
+@pytest.mark.parametrize("case", ENDS)
+def test_a_pair_is_two_with_the_gradients_of_both(case: str, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gradient of one weight alone, or of the other one's rows."""
+    monkeypatch.setattr(op, "choose_grouped_linear", lambda *_: path)
+    x, first, ends = problem(ENDS[case], torch.float64)
+    second = (first.detach().flip(0) * 0.7 + 0.1).requires_grad_()
+    actual = with_gradients(torch.cat(grouped_linear_pair(x, first, second, ends), 1), x, first, second)
+    apart = torch.cat([grouped_linear_reference(x, weight, ends) for weight in (first, second)], 1)
+    for ours, theirs in zip(actual, with_gradients(apart, x, first, second), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("frozen", [0, 1, 2])
+def test_a_pair_may_have_parts_that_are_frozen(frozen: int) -> None:
+    x, first, ends = problem(ENDS["empty groups"], torch.float64)
+    second = (first.detach() * 0.7).requires_grad_()
+    inputs = [x, first, second]
+    inputs[frozen] = inputs[frozen].detach()
+    wanted = [tensor for tensor in inputs if tensor.requires_grad]
+    actual = with_gradients(torch.cat(grouped_linear_pair(*inputs, ends), 1), *wanted)
+    apart = torch.cat([grouped_linear_reference(inputs[0], weight, ends) for weight in inputs[1:]], 1)
+    for ours, theirs in zip(actual, with_gradients(apart, *wanted), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_weights_that_are_no_pair_are_refused() -> None:
+    x, weight, ends = problem(ENDS["all rows"], torch.float32)
+    with pytest.raises(ValueError, match="are no pair"):
+        grouped_linear_pair(x, weight, weight[:, 1:], ends)
+
+
 def test_an_implementation_that_does_not_fit_is_refused() -> None:
     """A kernel that reads rows at addresses its copies cannot start at; a misspelt name that is ignored."""
     x, weight, ends = problem(ENDS["all rows"], torch.float32)
@@ -67,7 +99,10 @@ def test_a_shifted_group_would_be_seen() -> None:
 @pytest.mark.parametrize("case", ENDS)
 def test_it_is_a_proper_operator(case: str) -> None:
     """A compiled graph with a wrong shape, stride or gradient of the op."""
-    torch.library.opcheck(op._grouped_linear, problem(ENDS[case], torch.float32))
+    x, weight, ends = problem(ENDS[case], torch.float32)
+    torch.library.opcheck(op._grouped_linear, (x, weight, ends))
+    second = (weight.detach() + 1).requires_grad_()
+    torch.library.opcheck(op._grouped_linear_pair, (x, weight, second, ends))
 
 
 def test_the_implementation_follows_device_dtype_and_sizes() -> None:

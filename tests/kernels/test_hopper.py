@@ -24,6 +24,7 @@ SPILLS = {"_attention_backward_keys": 48}
 """Bytes of a thread that the fastest configuration may spill: 8 with Triton 3.7.1, 48 with 3.6.0, under documents."""
 PRODUCTS = {
     **dict.fromkeys(("grouped_linear", "grouped input gradient", "grouped weight gradient"), 1),
+    "grouped input gradient of a pair": 2,
     **dict.fromkeys(("int8 16", "int8 4096", "int4 16", "int4 4096", "matmul", "fp8 product"), 1),
     "attention": 3,
     "paged prefill": 1,  # single tokens and latents have 16 or 32 rows at a time: too few for wgmma
@@ -129,7 +130,7 @@ def loss_launches() -> Launches:
 
 
 def expert_launches() -> Launches:
-    from kernels.grouped_linear import grouped_linear, input_gradient, weight_gradient
+    from kernels.grouped_linear import grouped_linear, input_gradient, pair_input_gradient, weight_gradient
     from kernels.moe_permute.op import _permute, _sort_by_expert, _unpermute, _unpermute_backward
 
     order = [torch.zeros(128, dtype=torch.int32) for _ in range(2)]
@@ -142,6 +143,7 @@ def expert_launches() -> Launches:
     grad = bf16(2048, 512)
     yield "grouped_linear", lambda: grouped_linear(many, weight, ends, implementation="triton")
     yield "grouped input gradient", lambda: input_gradient(grad, weight, ends, "triton")
+    yield "grouped input gradient of a pair", lambda: pair_input_gradient(grad, weight, grad, weight, ends, "triton")
     yield "grouped weight gradient", lambda: weight_gradient(grad, many, ends, "triton")
 
 

@@ -366,7 +366,15 @@ def _features_in_parts(parts: int) -> Iterator[None]:
         assert implementation is None, "what is summed in parts is summed as the chosen one does"
         return _GroupedInParts.apply(x, weight, ends, parts)
 
-    with mock.patch.object(functional, "linear", linear), mock.patch.object(moe, "grouped_linear", grouped):
+    def pair(x: Tensor, *weights: Tensor, implementation: str | None) -> tuple[Tensor, ...]:
+        *both, ends = weights
+        return tuple(grouped(x, weight, ends, implementation=implementation) for weight in both)
+
+    with (
+        mock.patch.object(functional, "linear", linear),
+        mock.patch.object(moe, "grouped_linear", grouped),
+        mock.patch.object(moe, "grouped_linear_pair", pair),
+    ):
         yield
 
 

@@ -211,7 +211,9 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "zero3, gathered once": {"parallel__zero_stage": 3},
     "zero3, streamed": {"parallel__zero_stage": 3, "rl__weights": "stream"},
     "tp": {"parallel__tp": 2},
-    "cp": {"parallel__cp": 2, "parallel__zero_stage": 3},  # every rank of it answers the same questions
+    "sp": {"parallel__tp": 2, "parallel__sequence_parallel": True},
+    "cp": {"parallel__cp": 2, "parallel__zero_stage": 3},
+    "pp": {"parallel__pp": 2},
 }
 
 
@@ -327,7 +329,10 @@ def test_a_student_is_asked_as_well(ranks: RankPool, folder: Path, taught: Path,
         ({"answers__max_tokens": 0}, "recipe.answers.max_tokens=0 must be at least 1"),
         ({"answers__max_tokens": 64}, "recipe.answers.max_tokens=64 must be at least 1 and leave room for a prompt"),
         ({"train__eval_interval": 0}, "recipe.answers.prompts=13 with train.eval_interval=0: answers are part of"),
-        ({"parallel__pp": 2}, "parallel.pp=2 does not work with recipe.answers.prompts=13: the engine serves whole"),
+        (
+            {"parallel__pp": 2, "rl__weights": "stream"},
+            "recipe.rl.weights=stream with parallel.pp=2: the blocks of other stages do not run here",
+        ),
         ({"rl__engine": EngineConfig(block_size=0)}, "recipe.rl.engine.block_size=0 must be at least 1"),
         (
             {"rl__engine": EngineConfig(preemption="swap")},

@@ -6,15 +6,17 @@ import json
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
 from launch.compose import TRAIN, compose_for
-from tests.parity.harness import Outcome, gradient_deviation, run_and_count_graphs, run_on
+from tests.parity.harness import Outcome, gradient_deviation, run_and_count_graphs, run_here, run_on
 from tests.pool import RankPool
 from tests.trainer.rl.rolling import rolling
 from trainer.config import TrainConfig
 from trainer.rl.config import RLConfig
+from trainer.rl.twin import Twin, _put
 
 SAMPLED = ("reward", "valid_tokens", "tokens", "completion_tokens", "truncated", "constant_groups", "groups_trained")
 """What depends on which tokens were drawn."""
@@ -45,6 +47,24 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "zero3, streamed": {"parallel__zero_stage": 3, "rl__weights": "stream"},
     "zero3, streamed, compiled": COMPILED | {"parallel__zero_stage": 3, "rl__weights": "stream"},
     "tp": {"parallel__tp": 2},
+    "tp, sp": {"parallel__tp": 2, "parallel__sequence_parallel": True},
+    "pp": {"parallel__pp": 2},
+    "cp": {"parallel__cp": 2},
+}
+WIDER: dict[str, dict[str, Any]] = {
+    "pp x zero3": {"parallel__pp": 2, "parallel__zero_stage": 3},
+    "pp x cp": {"parallel__pp": 2, "parallel__cp": 2},
+    "ring x ulysses": {"parallel__cp": 4, "parallel__cp_ulysses": 2},
+    "cp x zero3, streamed": {"parallel__cp": 2, "parallel__zero_stage": 3, "rl__weights": "stream"},
+    "cp x tp, sp": {"parallel__cp": 2, "parallel__tp": 2, "parallel__sequence_parallel": True},
+    "tp, sp x zero3": {"parallel__tp": 2, "parallel__sequence_parallel": True, "parallel__zero_stage": 3},
+    "tp, sp in chunks x pp x zero3": {"parallel__tp": 2, "parallel__sequence_parallel": True, "parallel__sp_chunks": 2}
+    | {"parallel__pp": 2, "parallel__zero_stage": 3},
+}
+TIED: dict[str, dict[str, Any]] = {
+    "pp x zero1, two stages a rank": {"parallel__zero_stage": 1, "parallel__pp_schedule": "interleaved_1f1b"},
+    "pp x tp, sp": {"parallel__tp": 2, "parallel__sequence_parallel": True},
+    "pp of four": {"parallel__pp": 4, "parallel__pp_schedule": "zero_bubble"},
 }
 
 
@@ -80,6 +100,50 @@ def test_two_ranks_train_as_one(ranks: RankPool, tmp_path: Path, reference: Outc
     same(run_on(ranks, 2, rolling(tmp_path, **LAYOUTS[layout])), reference)
 
 
+@pytest.mark.some(2)
+@pytest.mark.parametrize("layout", WIDER)
+def test_four_ranks_train_as_one(ranks: RankPool, tmp_path: Path, reference: Outcome, layout: str) -> None:
+    """Completions that two ranks sample, or none; layers of another stage that are those of the step before; a token's
+    numbers beside another token, where ranks have parts of rows."""
+    same(run_on(ranks, 4, rolling(tmp_path, **WIDER[layout])), reference)
+
+
+@pytest.mark.some(1)
+@pytest.mark.parametrize("layout", TIED)
+def test_stages_train_as_one_rank_with_tied_embeddings(ranks: RankPool, tmp_path: Path, layout: str) -> None:
+    """A table that two stages hold and a served model has once; stages that do not follow one another on a rank."""
+    model = {"model__tie_embeddings": True, "model__num_layers": 4}
+    one = run_on(ranks, 1, rolling(tmp_path / "one", train__micro_batch_size=1, **model))
+    same(run_on(ranks, 4, rolling(tmp_path / "four", **model | {"parallel__pp": 2} | TIED[layout])), one)
+
+
+def test_weights_of_the_step_before_on_other_stages_would_be_seen(
+    ranks: RankPool, tmp_path: Path, reference: Outcome
+) -> None:
+    """The negative control of the three above: stages that send each other their layers once."""
+    found = ranks.run(2, with_weights_sent_once, rolling(tmp_path, parallel__pp=2))[0]
+    assert found is not None
+    first, second = found.metrics
+    assert first["sampler_max_delta"] < 1e-5 < 1e-3 < second["sampler_max_delta"]
+    with pytest.raises(AssertionError):
+        same(found, reference)
+
+
+def with_weights_sent_once(config: TrainConfig) -> Outcome | None:
+    begun: dict[int, list[Any]] = {}
+
+    def fill(twin: Twin) -> None:
+        if id(twin) not in begun:
+            fill_and_drop(twin)
+            begun[id(twin)] = [getattr(place.module, place.kind).detach().clone() for place in twin._places]
+        for place, tensor in zip(twin._places, begun[id(twin)], strict=True):
+            _put(place, tensor)
+
+    fill_and_drop = Twin.fill
+    with mock.patch.object(Twin, "fill", fill):
+        return run_here(config)
+
+
 FAMILY = ("gspo", "cispo", "dapo", "dr_grpo", "rloo")
 FURTHER = {"rl__minibatches": 2, "rl__entropy_weight": 0.01, "train__steps": 2, "schedule__name": "constant"}
 
@@ -97,12 +161,13 @@ def of_family(folder: Path, name: str, **changes: Any) -> TrainConfig:
 
 
 @pytest.mark.thorough
+@pytest.mark.parametrize("layout", ["zero2", "cp", "pp"])
 @pytest.mark.parametrize("name", FAMILY)
-def test_two_ranks_train_the_whole_family_as_one(ranks: RankPool, tmp_path: Path, name: str) -> None:
+def test_two_ranks_train_the_whole_family_as_one(ranks: RankPool, tmp_path: Path, name: str, layout: str) -> None:
     """A loss, an advantage or a normalisation that no run had: ratios of sequences that are cut at ranks, counts of
     completions where there should be some of tokens, groups that are chosen by each rank for itself."""
     one = run_on(ranks, 1, of_family(tmp_path / "one", name, train__micro_batch_size=1))
-    two = run_on(ranks, 2, of_family(tmp_path / "two", name, parallel__zero_stage=2))
+    two = run_on(ranks, 2, of_family(tmp_path / "two", name, **LAYOUTS[layout]))
     assert [line["ratio"] == 1.0 for line in one.metrics] == [True, False]
     for ours, theirs in zip(two.metrics, one.metrics, strict=True):
         assert ours["valid_tokens"] == theirs["valid_tokens"] > 0

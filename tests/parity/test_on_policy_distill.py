@@ -144,6 +144,9 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "zero3, streamed": {"parallel__zero_stage": 3, "rl__weights": "stream"},
     "compiled": {"train__compile": True, "train__compile_backend": "aot_eager"},
     "tp": {"parallel__tp": 2},
+    "sp": {"parallel__tp": 2, "parallel__sequence_parallel": True},
+    "pp": {"parallel__pp": 2},
+    "cp": {"parallel__cp": 2},
 }
 SAMPLED = ("on_policy", "valid_tokens", "tokens", "completion_tokens", "completion_tokens_max", "truncated")
 
@@ -198,8 +201,6 @@ def test_a_student_learns_from_its_own_answers(ranks: RankPool, folder: Path) ->
     [
         ({"on_policy": 1.5}, "recipe.on_policy=1.5 must lie between 0 and 1"),
         ({"on_policy": 0.0}, "recipe.on_policy=0.0 with data.source=prompts: nobody answers them"),
-        ({"parallel__pp": 2}, "parallel.pp=2 does not work with recipe.name=distill: the engine serves whole models"),
-        ({"parallel__cp": 2}, "parallel.cp=2 does not work with recipe.name=distill"),
         ({"rl__group_size": 4}, "recipe.rl.group_size is set and has no effect with recipe.name=distill"),
         ({"rl__weights": "here"}, "recipe.rl.weights=here is unknown"),
         ({"rl__max_tokens": 24}, "recipe.rl.max_tokens=24 must be at least 1 and leave room for a prompt"),

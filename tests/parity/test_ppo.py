@@ -53,6 +53,10 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "compiled": {"train__compile": True, "train__compile_backend": "aot_eager"},
     "zero3 and tp": {"parallel__tp": 2, "parallel__zero_stage": 3, "rl__weights": "stream"},
     "tp": {"parallel__tp": 2},
+    "pp": {"parallel__pp": 2},
+    "cp": {"parallel__cp": 2},
+    "zero3 and tp, sp": {"parallel__tp": 2, "parallel__zero_stage": 3, "parallel__sequence_parallel": True},
+    "pp and tp, cut over its ranks": {"parallel__pp": 2, "parallel__tp": 2, "parallel__sequence_parallel": True},
 }
 
 

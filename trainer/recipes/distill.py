@@ -45,8 +45,10 @@ from trainer.rl.config import WEIGHTS, RLConfig
 from trainer.rl.held_out import HeldOutAnswers, answers_problems, held_out_answers
 from trainer.rl.problems import layout_problems
 from trainer.rl.rollouts import answers
+from trainer.rl.same_prompts import SamePrompts
 from trainer.rl.serving import Room, start_sampler
 from trainer.rl.student import StudentAnswers
+from trainer.sequence import SequenceParts
 from trainer.step import TrainState, evaluate
 
 
@@ -111,6 +113,7 @@ class Distillation(Recipe):
         self.answers: HeldOutAnswers | None = None  # with recipe.answers
         self._samples: dict[str, PromptSamples] = {}  # by split
         self._report = StepReport()
+        self._parts: SequenceParts | None = None  # where there is a student
         self.wanted: DistillationObjective | None = None
 
     @classmethod
@@ -209,7 +212,8 @@ class Distillation(Recipe):
             assert self._tokenizer is not None
             room = Room.of_rollouts(config, mesh, self._tokenizer, self._samples["train"])
             sampler, weights = start_sampler(config, state, mesh, self._tokenizer, room)
-            self.student = StudentAnswers(config, sampler, weights, mesh.samples.get_group())
+            self._parts, self.validates_prompts = SequenceParts(config, mesh), True
+            self.student = StudentAnswers(config, sampler, weights, mesh.samples.get_group(), SamePrompts(mesh))
         if self.answers is not None:
             self.answers.start(config, state, mesh)
 
@@ -226,8 +230,7 @@ class Distillation(Recipe):
         return self._report
 
     def prepare(self, microbatches: list[Batch]) -> list[Batch]:
-        prompts = self.student is not None and "weight" not in microbatches[0].columns  # that are still to be answered
-        if self.teacher is None or prompts:
+        if self.teacher is None:
             return microbatches
         found = self.teacher.per_token(microbatches, self._states, everywhere=False)
         return [batch.with_columns(teacher=each) for batch, each in zip(microbatches, found, strict=True)]
@@ -262,7 +265,8 @@ class Distillation(Recipe):
         for rollout in rollouts:
             if "answer" in (row := samples[rollout.number].row):
                 right.append(answers(rollout, self._tokenizer, str(row["answer"])))
-        return self.prepare([batch.to(device) for batch in self.student.batches(rollouts)])
+        assert self._parts is not None
+        return self.prepare([self._parts.of(batch).to(device) for batch in self.student.batches(rollouts)])
 
     def validation_events(self) -> list[tuple[str, str, dict[str, Any]]]:
         return [] if self.answers is None else self.answers.events()

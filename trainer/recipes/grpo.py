@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 
 from data.batch import IGNORE_INDEX, Batch
 from data.loader import Loader
@@ -30,13 +31,21 @@ from trainer.reference import Reference, load_reference
 from trainer.rl.collect import Collector, Round, all_gather
 from trainer.rl.config import rl_problems
 from trainer.rl.objective import PolicyObjective
-from trainer.rl.overlap import Beside, RolloutError, WeightCopy
-from trainer.rl.packing import Packed, empty_batch, of_rollouts, optional_columns, rollout_batches
+from trainer.rl.overlap import Beside, WeightCopy
+from trainer.rl.packing import (
+    Packed,
+    in_step,
+    of_rollouts,
+    optional_columns,
+    rollout_batches,
+)
 from trainer.rl.problems import data_problems, layout_problems
 from trainer.rl.reward_models import RewardModels
 from trainer.rl.rewards import Rewards, check_rewards, import_path
 from trainer.rl.rollouts import Rollout, answers
+from trainer.rl.same_prompts import RolloutError, SamePrompts
 from trainer.rl.serving import Room, start_sampler
+from trainer.sequence import SequenceParts, row_step
 from trainer.step import TrainState
 
 
@@ -52,6 +61,7 @@ class GroupPolicyOptimization(Recipe):
     """recipe=grpo, dr_grpo, dapo, gspo, cispo, rloo."""
 
     reads: tuple[str, ...] = ("rl", "reference", "reference_path", "reference_offload")
+    validates_prompts = True
     columns: tuple[str, ...] = ()  # that every micro-batch has, besides packing.FLOATS
 
     def __init__(self) -> None:
@@ -89,7 +99,8 @@ class GroupPolicyOptimization(Recipe):
             device=device,
             vocabulary=vocabulary_shard(config.model.vocab_size, groups_in_layers(mesh, config.parallel)),
             batch_invariant=config.train.batch_invariant,
-            token_group=mesh.tokens.get_group(),
+            groups=groups_in_layers(mesh, config.parallel),
+            token_groups=[mesh.tokens.get_group(), *([mesh.batch["pp"].get_group()] if config.parallel.pp > 1 else [])],
         )
         return self._objective
 
@@ -97,6 +108,7 @@ class GroupPolicyOptimization(Recipe):
         rl = config.recipe.rl
         assert self._tokenizer is not None
         self._config, self._state, self._group = config, state, mesh.samples.get_group()
+        self._parts, self._same_prompts = SequenceParts(config, mesh), SamePrompts(mesh)
         environment = None if rl.environment is None else import_path(rl.environment)
         room = Room.of_rollouts(config, mesh, self._tokenizer, self._samples["train"])
         assert isinstance(state.model, Decoder)
@@ -131,6 +143,7 @@ class GroupPolicyOptimization(Recipe):
                 all_gather=partial(all_gather, group=self._group),
             ),
             data_group=self._group,
+            same_prompts=self._same_prompts,
             tp_group=None if tp is None else tp.get_group(),
         )
         if self.needs_reference(config):
@@ -168,8 +181,7 @@ class GroupPolicyOptimization(Recipe):
         return [one.batch for one in packed]
 
     def prepare(self, microbatches: list[Batch]) -> list[Batch]:
-        held = self._config.recipe.rl.kl_weight > 0
-        if not held or "weight" not in microbatches[0].columns:  # prompts, to be validated on
+        if not self._config.recipe.rl.kl_weight:
             return microbatches
         begin = time.perf_counter()
         found = self._reference_logprobs(microbatches)
@@ -227,11 +239,12 @@ class GroupPolicyOptimization(Recipe):
             failure = error
         waited = time.perf_counter() - begin
         # A rank whose rollouts failed would not come to the next collective, where others wait.
-        of_ranks = self._collector.all_gather(None if failure is None else f"{type(failure).__name__}: {failure}")
+        mine = None if failure is None else (dist.get_rank(), f"{type(failure).__name__}: {failure}")
+        of_ranks = self._collector.all_gather(self._same_prompts.of_each(mine))
         if failure is not None:
             raise failure
-        if failed := [(rank, text) for rank, text in enumerate(of_ranks) if text is not None]:
-            raise RolloutError("rollouts failed on data-parallel rank {}: {}".format(*failed[0]))
+        if failed := [one for alike in of_ranks for one in alike if one is not None]:
+            raise RolloutError("rollouts failed on rank {}: {}".format(*failed[0]))
         self._ahead = self._rolled_out(self._data, made, waited)
 
     def _rolled_out(self, data: Loader, first: Round | None = None, waited: float = 0.0) -> RolledOut:
@@ -250,17 +263,27 @@ class GroupPolicyOptimization(Recipe):
         """Give rollouts what the models of when they were made say of them; what there is to report. Collective."""
         for batch in batches if self._config.recipe.rl.keeps_old else ():
             packed = self._packed(batch)
-            found = self._policy_logprobs([one.batch.to(self._state.device) for one in packed])
-            self._set_old(packed, found)
+            parts = self._parts_of(packed)
+            self._set_old(packed, self._whole(self._policy_logprobs(parts), parts))
         return {}
 
+    def _parts_of(self, packed: list[Packed]) -> list[Batch]:
+        """This rank's tokens of these micro-batches, on its device."""
+        return [self._parts.of(one.batch).to(self._state.device) for one in packed]
+
+    def _whole(self, found: list[torch.Tensor], parts: list[Batch]) -> list[torch.Tensor]:
+        """[B, S] of whole rows, of what was found for each of the parts. Collective."""
+        return [self._parts.whole(each, part) for each, part in zip(found, parts, strict=True)]
+
     def _set_old(self, packed: list[Packed], logprobs: list[torch.Tensor]) -> None:
+        """logprobs: [B, S] of whole rows."""
         for one, of_labels in zip(packed, logprobs, strict=True):
             for rollout, numbers in of_rollouts(one, of_labels):
                 rollout.old = numbers
 
     def _policy_logprobs(self, microbatches: list[Batch]) -> list[torch.Tensor]:
-        """[B, T] of the labels of each, as the trainer computes them, by the weights that rollouts were made by."""
+        """[B, T] of the labels of each part, as the trainer computes them, by the weights that rollouts were made
+        by."""
         temperature = self._config.recipe.rl.temperature
         return self._state.passes.token_logprobs(self._sampled_by, microbatches, temperature=temperature)
 
@@ -278,15 +301,14 @@ class GroupPolicyOptimization(Recipe):
             normalization=rl.normalization,
             constant=rl.max_tokens or train.seq_len,
             few_shapes=train.compile,
+            row_step=row_step(self._config.parallel),
         )
-        of_ranks = self._collector.all_gather((len(packed), optional_columns(rollouts)))
-        most = max(1, *(count for count, _ in of_ranks))
-        columns = sorted({*self.columns, *(name for _, names in of_ranks for name in names)})
-        shape = (train.micro_batch_size, train.seq_len) if train.compile else None
-        for _ in range(most - len(packed)):
-            batch = empty_batch(columns, of=shape)
-            packed.append(Packed(batch, [[]] * len(batch.tokens)))
-        return packed
+        gather = self._collector.all_gather
+        columns = sorted({*self.columns, *(name for names in gather(optional_columns(rollouts)) for name in names)})
+        batches = in_step([one.batch for one in packed], self._config, gather, columns=columns)
+        rows = [one.rows for one in packed] + [[] for _ in range(len(batches) - len(packed))]
+        filled = [some + [[]] * (len(batch.tokens) - len(some)) for batch, some in zip(batches, rows, strict=True)]
+        return [Packed(batch, some) for batch, some in zip(batches, filled, strict=True)]
 
     # ---- a run that goes on
 

@@ -121,16 +121,16 @@ class ProximalPolicyOptimization(GroupPolicyOptimization):
         """Give rollouts values, returns and advantages; the divergence of each from the reference, in nats."""
         rl, settings, value = self._config.recipe.rl, self._config.recipe.ppo, self._state.beside[VALUE]
         packed = self._packed(batch)
-        microbatches = [one.batch.to(self._state.device) for one in packed]
+        parts = self._parts_of(packed)
         # Read without a backward that would free what is gathered: as one that is frozen.
-        found = FrozenModel(self._valued_by, value.passes).per_token(microbatches, scores_head)
+        found = self._whole(FrozenModel(self._valued_by, value.passes).per_token(parts, scores_head), parts)
         penalties = [torch.zeros_like(each) for each in found]
         if rl.keeps_old or coefficient:
-            logprobs = self._policy_logprobs(microbatches)
+            logprobs = self._whole(self._policy_logprobs(parts), parts)
             if rl.keeps_old:
                 self._set_old(packed, logprobs)
             if coefficient:
-                reference = self._reference_logprobs(microbatches)
+                reference = self._whole(self._reference_logprobs(parts), parts)
                 penalties = [ours.double() - theirs.double() for ours, theirs in zip(logprobs, reference, strict=True)]
         divergences = []
         for one, of_values, of_penalties in zip(packed, found, penalties, strict=True):

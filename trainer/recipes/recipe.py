@@ -42,6 +42,8 @@ class Recipe:
 
     reads: tuple[str, ...] = ()
     """Fields of RecipeConfig besides the name; others have no effect, and are refused where they are set."""
+    validates_prompts = False
+    """Whether `validate` answers prompts, whose batches it gets as they were read: whole, and not prepared."""
     loss_kernel = "linear_cross_entropy"
     """What computes the loss, for run.json."""
 

@@ -1,8 +1,8 @@
 """A batch of rollouts: sampled, rewarded, compared within their groups, and chosen from, the same on every layout.
 
-Each data-parallel rank rolls out the prompts that the loader gives it; numbers of prompts are those of the run, and
-what is chosen depends on them alone. So the rollouts of a step are the same on any number of ranks, where their tokens
-are.
+Each data-parallel rank rolls out the prompts that the loader gives it, which the ranks of a pipeline and of cp share
+out among themselves; numbers of prompts are those of the run, and what is chosen depends on them alone. So the rollouts
+of a step are the same on any number of ranks, where their tokens are.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
@@ -19,8 +20,9 @@ from data.prompts import PromptSamples
 from trainer.rl.advantages import group_advantages, is_constant
 from trainer.rl.config import RLConfig
 from trainer.rl.reward_models import RewardModels
-from trainer.rl.rewards import Rewards, Scored, check_rewards
+from trainer.rl.rewards import Answer, Rewards, Scored, check_rewards
 from trainer.rl.rollouts import Rollout, Sampled, Sampler, Task
+from trainer.rl.same_prompts import SamePrompts
 from trainer.rl.weights import ServedWeights
 
 
@@ -77,7 +79,7 @@ class Round(NamedTuple):
     """Completions of a batch of prompts. Filled by `Collector.sample`, without the other ranks."""
 
     size: int  # completions of each prompt, which follow one another
-    sampled: Sampled
+    sampled: Sampled  # this rank's of those that other ranks have too
     scores: list[Scored] | None  # None: other ranks have a part in them
     seconds: float  # that it took
     gather_seconds: float
@@ -96,15 +98,18 @@ class Collector:
         rewards: Rewards,
         reward_models: RewardModels,
         data_group: dist.ProcessGroup,
+        same_prompts: SamePrompts,
         tp_group: dist.ProcessGroup | None,
     ) -> None:
-        """data_group: the ranks with other prompts; tp_group: those with the same ones, which sample together."""
+        """data_group: the ranks with other prompts; same_prompts: those that share out the same ones; tp_group: those
+        that sample together."""
         self._config = config
         self._sampler = sampler
         self._weights = weights
         self._rewards = rewards
         self._reward_models = reward_models
         self._data_group = data_group
+        self._same_prompts = same_prompts
         self._tp_group = tp_group
         self.metrics: dict[str, float] = {}  # of the last `collect`
         self.events: list[tuple[str, str]] = []
@@ -117,8 +122,8 @@ class Collector:
     def sample(self, tasks: Sequence[Task], *, check: Callable[[], None] | None = None) -> Round:
         """These completions, rewarded by functions unless there are reward models. Raises FloatingPointError.
 
-        Without tp and ZeRO-3 no collective: another thread may call it while this one trains. check: called now and
-        then; what it raises ends it.
+        Where the engine computes with weights of this rank alone no collective: another thread may call it while this
+        one trains. check: called now and then; what it raises ends it.
         """
         config = self._config
         return self._round(tasks, size=config.group_size, temperature=config.temperature, check=check)
@@ -137,7 +142,9 @@ class Collector:
         totals, kept, rounds, wanted, gathering, rewarding = Totals(), list[Group](), 0, 0, 0.0, 0.0
         informative: dict[int, bool] = {}  # of all ranks' groups, by number
         while rounds < config.sampling_rounds:
-            one = self.sample(self.draw(data, samples)) if first is None else first
+            work = partial(self.sample, self.draw(data, samples)) if first is None else None
+            one = first if work is None else self._same_prompts.together(work)
+            assert one is not None
             first = None
             groups, mine, late = self._rewarded(one)
             gathering += one.gather_seconds
@@ -205,7 +212,8 @@ class Collector:
     ) -> tuple[list[Group], Totals]:
         """Rewarded completions of the prompts with these numbers, `size` of each, with advantages. Collective."""
         tasks = self._tasks(numbers, samples, size)
-        groups, totals, _ = self._rewarded(self._round(tasks, size=size, temperature=temperature))
+        one = self._same_prompts.together(lambda: self._round(tasks, size=size, temperature=temperature))
+        groups, totals, _ = self._rewarded(one)
         return groups, totals
 
     def _tasks(self, numbers: Sequence[int], samples: PromptSamples, size: int) -> list[Task]:
@@ -216,7 +224,8 @@ class Collector:
     ) -> Round:
         begin = time.perf_counter()
         with self._weights.serving():
-            sampled = self._sampler.rollouts(tasks, temperature=temperature, check=check)
+            mine = self._same_prompts.mine(tasks)
+            sampled = self._sampler.rollouts(mine, temperature=temperature, check=check)
         rewarding = time.perf_counter()
         alone = self._tp_group is None and not self._rewards.models
         scores = self._rewards.of(sampled.answers, check=check) if alone else None
@@ -226,9 +235,10 @@ class Collector:
     def _rewarded(self, one: Round) -> tuple[list[Group], Totals, float]:
         """With rewards and advantages, by prompt; and the seconds for scores that it lacked. Collective."""
         begin = time.perf_counter()
-        scores = self._scores(one.sampled) if one.scores is None else one.scores
+        size, rollouts = one.size, self._same_prompts.all(one.sampled.rollouts)
+        mine = self._scores(one.sampled.answers, rollouts) if one.scores is None else one.scores
+        scores = self._same_prompts.all(mine)
         seconds = time.perf_counter() - begin
-        rollouts, size = one.sampled.rollouts, one.size
         for rollout, scored in zip(rollouts, scores, strict=True):
             rollout.reward, rollout.rewards = scored.total, scored.each
         firsts = range(0, len(rollouts), size)
@@ -245,13 +255,15 @@ class Collector:
         """One object of every rank with other prompts, in rank order."""
         return all_gather(value, self._data_group)
 
-    def _scores(self, sampled: Sampled) -> list[Scored]:
-        """By the first rank of tp for all: what depends on time, as a program in a sandbox, may come out otherwise."""
-        by_models = self._reward_models.of([rollout.tokens for rollout in sampled.rollouts])
+    def _scores(self, answers: Sequence[Answer], rollouts: Sequence[Rollout]) -> list[Scored]:
+        """Of this rank's answers, which are among these rollouts. By the first rank of tp for all: what depends on
+        time, as a program in a sandbox, may come out otherwise."""
+        by_models = self._reward_models.of([rollout.tokens for rollout in rollouts])
+        by_models = {name: self._same_prompts.mine(rewards) for name, rewards in by_models.items()}
         if self._tp_group is None:
-            return self._rewards.of(sampled.answers, by_models)
+            return self._rewards.of(answers, by_models)
         first = dist.get_rank(self._tp_group) == 0
-        found: list[Any] = [self._rewards.of(sampled.answers, by_models) if first else None]
+        found: list[Any] = [self._rewards.of(answers, by_models) if first else None]
         dist.broadcast_object_list(found, src=dist.get_global_rank(self._tp_group, 0), group=self._tp_group)
         return found[0]
 

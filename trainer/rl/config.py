@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from inference.config import EngineConfig
+from parallel.dims import ParallelConfig
 from parallel.problem import Problem, values
 
 ADVANTAGES = ("standardized", "centered", "leave_one_out")
@@ -16,6 +17,16 @@ BAD_REWARDS = ("error", "skip")
 TRUNCATED = ("train", "mask")
 KL_ESTIMATORS = ("k1", "k2", "k3")
 WEIGHTS = ("auto", "in_place", "gather", "stream")
+
+
+def weight_modes(parallel: ParallelConfig) -> list[str]:
+    """Those of WEIGHTS by which an engine can have a layout's weights (trainer/rl/weights.py); auto is the first."""
+    if parallel.pp > 1 or parallel.ep > 1:
+        return ["gather"]
+    if parallel.zero_stage < 3:
+        return ["in_place"]
+    return ["gather"] if parallel.sequence_parallel else ["gather", "stream"]
+
 
 MODEL = "model"
 """recipe.rl.rewards[].function of a reward model (trainer/rl/reward_models.py)."""
@@ -81,9 +92,9 @@ class RLConfig:
     environment: str | None = None  # package.module:Class for several turns (trainer/rl/environment.py); None: one turn
     max_turns: int = 8  # of the model, with an environment
 
-    # How the engine has the weights. in_place: the trainer's own, as they lie (tp, ZeRO 0 to 2); of ZeRO-3's shards:
-    # gather: whole for as long as rollouts take; stream: block by block, in every step of the engine
-    weights: str = "auto"  # one of WEIGHTS; auto: in_place, or gather with ZeRO-3
+    # How the engine has the weights. in_place: the trainer's own, as they lie (tp, ZeRO 0 to 2). gather: what other
+    # ranks have (ZeRO-3, pp, ep), for as long as rollouts take. stream: ZeRO-3's, block by block, in every step of it
+    weights: str = "auto"  # one of WEIGHTS; auto: in_place, or gather with ZeRO-3, pp or ep
     engine: EngineConfig = field(default_factory=EngineConfig)
 
     @property

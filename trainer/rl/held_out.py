@@ -22,6 +22,7 @@ from trainer.rl.config import WEIGHTS, RLConfig
 from trainer.rl.maths import final_answer, plain, same_answer
 from trainer.rl.problems import layout_problems
 from trainer.rl.rollouts import Rollout, Task
+from trainer.rl.same_prompts import SamePrompts
 from trainer.rl.serving import Room, start_sampler
 from trainer.step import TrainState
 
@@ -94,10 +95,11 @@ class HeldOutAnswers:
         """Make the engine, with a cache for the longest of this run's questions and answers. Collective."""
         chosen, seq_len, ranks = config.recipe.answers, config.train.seq_len, mesh.samples.size()
         self._group, self._rank, self._num_ranks = mesh.samples.get_group(), mesh.samples.get_local_rank(), ranks
+        self._same_prompts = SamePrompts(mesh)
         prompts = self._questions.prompts
         longest = max(len(prompt.ids) for prompt in prompts)
         room = Room(
-            num_sequences=-(-len(prompts) // ranks),
+            num_sequences=-(-len(prompts) // (ranks * self._same_prompts.size)),
             max_len=seq_len if chosen.max_tokens is None else min(seq_len, longest + chosen.max_tokens),
             max_tokens=chosen.max_tokens,
             ends=sorted(self._questions.ends),
@@ -112,9 +114,13 @@ class HeldOutAnswers:
         prompts = self._questions.prompts
         tasks = [Task(prompts[n], n, 0) for n in range(self._rank, len(prompts), self._num_ranks)]
         self._sampler.engine.weights_changed()
-        with self._weights.serving():
-            sampled = self._sampler.rollouts(tasks, temperature=0.0)
-        mine = [self._judged(rollout) for rollout in sampled.rollouts]
+
+        def answer() -> list[Rollout]:
+            with self._weights.serving():
+                return self._sampler.rollouts(self._same_prompts.mine(tasks), temperature=0.0).rollouts
+
+        rollouts = self._same_prompts.all(self._same_prompts.together(answer))
+        mine = [self._judged(rollout) for rollout in rollouts]
         of_ranks = all_gather((sum(one.right for one in mine), sum(one.truncated for one in mine)), self._group)
         right, truncated = (sum(counts) for counts in zip(*of_ranks, strict=True))
         self._events = []

@@ -22,6 +22,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from parallel.collectives import Axis, all_reduce, sum_of_gradients
+
 
 class TokenLosses(NamedTuple):
     """All [N], of the dtype of the log-probabilities. Filled by `policy_losses`."""
@@ -43,15 +45,17 @@ def policy_losses(
     dual_clip: float = 0.0,
     sequences: Tensor | None = None,
     num_sequences: int = 0,
+    context: Axis | None = None,
 ) -> TokenLosses:
     """See the top of this file. logprobs, old, advantages [N]; kind: one of trainer.rl.config.LOSSES.
 
-    sequences [N] int64: which of num_sequences completions each token belongs to; read by sequence_clip alone.
+    sequences [N] int64: which of num_sequences completions each token belongs to; context: the ranks that have others
+    of their tokens. Both read by sequence_clip alone.
     """
     log_ratio = logprobs - old
     if kind == "sequence_clip":
         assert sequences is not None
-        log_ratio = mean_over_sequences(log_ratio, sequences, num_sequences)
+        log_ratio = mean_over_sequences(log_ratio, sequences, num_sequences, context)
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     below, above = (ratio < clipped), (ratio > clipped)
@@ -82,10 +86,13 @@ def value_losses(values: Tensor, old: Tensor, returns: Tensor, *, clip: float) -
     return ValueLosses(torch.maximum(squares, of_clipped) / 2, _float(of_clipped > squares))
 
 
-def mean_over_sequences(values: Tensor, sequences: Tensor, num_sequences: int) -> Tensor:
-    """The mean of values [N] over each token's sequence, at every token: [N]."""
+def mean_over_sequences(values: Tensor, sequences: Tensor, num_sequences: int, context: Axis | None = None) -> Tensor:
+    """The mean of values [N] over each token's sequence, at every token: [N]. context: of `policy_losses`, whose ranks
+    call it together."""
     sums = values.new_zeros(num_sequences).index_add(0, sequences, values)
     counts = values.new_zeros(num_sequences).index_add(0, sequences, torch.ones_like(values))
+    if context is not None:  # each rank uses the sum for losses of its own
+        sums, counts = sum_of_gradients(all_reduce(sums, context), context), all_reduce(counts, context)
     return (sums / counts.clamp(min=1))[sequences]
 
 

@@ -20,6 +20,8 @@ from torch import Tensor
 from data.batch import Batch
 from kernels.linear_cross_entropy import VocabularyShard
 from models.decoder import Head
+from parallel.collectives import Axis
+from parallel.groups import ModelParallel
 from trainer.loss import count_valid, token_losses_and_entropies
 from trainer.rl.config import RLConfig
 from trainer.rl.losses import importance_weights, kl_divergence, policy_losses
@@ -38,13 +40,16 @@ class PolicyObjective:
         device: torch.device,
         vocabulary: VocabularyShard | None,
         batch_invariant: bool,
-        token_group: dist.ProcessGroup,
+        groups: ModelParallel,
+        token_groups: Sequence[dist.ProcessGroup],
     ) -> None:
-        """token_group: the ranks with different tokens of the global batch."""
+        """groups: those inside the model's layers. token_groups: which together reach all ranks with other tokens of
+        the global batch, and those that have their losses."""
         self._config = config
         self._vocabulary = vocabulary
         self._batch_invariant = batch_invariant
-        self._token_group = token_group
+        self._context = None if groups.cp is None else Axis.of(groups.cp)
+        self._token_groups = token_groups
         self.names: Sequence[str] = (*(["kl"] if config.kl_weight else []), "entropy", *REPORTED)
         of_kl = [config.kl_weight] if config.kl_weight else []
         weights = [1.0, *of_kl, -config.entropy_weight, *[0.0] * len(REPORTED)]
@@ -70,7 +75,8 @@ class PolicyObjective:
     def largest_delta(self) -> Tensor:
         """max |log pi_trainer - log pi_sampler| over the tokens since the last call, of all ranks. Collective."""
         found, self._largest = self._largest, torch.zeros_like(self._largest)
-        dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self._token_group)
+        for group in self._token_groups:
+            dist.all_reduce(found, op=dist.ReduceOp.MAX, group=group)
         return found
 
     def _sums(self, hidden: Tensor, weight: Tensor, batch: Batch) -> Tensor:
@@ -85,6 +91,7 @@ class PolicyObjective:
         )
         logprobs, sampler = -losses, columns["sampler"]
         rows, length = batch.labels.shape
+        length *= 1 if self._context is None else self._context.size  # of whole rows, whose sequences are numbered
         sequences = columns["sequence"] + length * torch.arange(rows, device=logprobs.device)[:, None]
         valid = (columns["weight"] != 0).to(logprobs.dtype)
         old = columns["old"] if "old" in columns else logprobs.detach()
@@ -99,6 +106,7 @@ class PolicyObjective:
             # Tokens without a label are a sequence of their own, whose ratio would be a mean of nothing.
             sequences=torch.where(valid > 0, sequences, rows * length).flatten(),
             num_sequences=rows * length + 1,
+            context=self._context,
         )
         corrected = torch.ones_like(logprobs)
         if config.importance_cap:

@@ -29,10 +29,8 @@ from torch import Tensor, nn
 from inference.device import on_device
 from inference.weights import receive_weights
 from models.decoder import Decoder
-from models.invariant import make_batch_invariant
-from models.lora import apply_adapters
-from models.registry import build_model
 from trainer.config import TrainConfig
+from trainer.rl.twin import empty_twin, tensors_of
 from trainer.watchdog import ROLLOUTS
 
 logger = logging.getLogger(__name__)
@@ -46,32 +44,24 @@ class Abandoned(Exception):
     """Nobody wants what the thread was to find out any more."""
 
 
-class RolloutError(ValueError):
-    """Rollouts of another rank failed; the message says how."""
-
-
 class WeightCopy:
     """A model that computes what another one did when `take` was last called, while that one is trained."""
 
     def __init__(self, source: Decoder, config: TrainConfig) -> None:
         """source: with whole weights on this rank (ZeRO 0 to 2, no tp). The copy has no values before `take`."""
-        with torch.device("meta"):
-            copy = build_model(source.config, seed=config.train.seed, groups=source.groups)
-            if source.adapted:
-                apply_adapters(copy, config.adapter, config.precision.compute_dtype)
-        if source.batch_invariant:
-            make_batch_invariant(copy)
+        copy = empty_twin(source, config, source.groups)
         self._pairs: list[tuple[Tensor, Tensor]] = []  # of the copy and of the source
         self._source, self.model = source, copy
         given: dict[int, nn.Parameter] = {}  # a tied weight has several places
-        for name, module in source.named_modules():
-            for kind, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-                if id(parameter) not in given:
-                    given[id(parameter)] = self._copied(parameter)
-                setattr(copy.get_submodule(name), kind, given[id(parameter)])
-            for kind, buffer in module.named_buffers(recurse=False):
-                setattr(copy.get_submodule(name), kind, self._follow(buffer))
-        copy.eval()
+        held = {name: tensor for name, _, _, tensor in tensors_of(source)}
+        for name, module, kind, _ in list(tensors_of(copy)):
+            tensor = held[name]
+            if not isinstance(tensor, nn.Parameter):
+                setattr(module, kind, self._follow(tensor))
+                continue
+            if id(tensor) not in given:
+                given[id(tensor)] = self._copied(tensor)
+            setattr(module, kind, given[id(tensor)])
         left = [name for name, tensor in chain(copy.named_parameters(), copy.named_buffers()) if tensor.is_meta]
         assert not left, f"the copy lacks {left}"
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 from inference.config import EngineConfig, settings_problems
+from models.registry import resolve_model
 from parallel.problem import Problem, multiples, values
 from trainer.config import TrainConfig
 from trainer.reference import no_effect, reference_problems
+from trainer.rl.config import WEIGHTS, weight_modes
 from trainer.rl.reward_models import reward_model_problems
 from trainer.rl.rewards import Rewards, import_path
 
@@ -94,16 +96,6 @@ def _model_problems(config: TrainConfig, asks: tuple[str, int] | None) -> list[s
         why = f"{field}={value} does not work with {name}: {why}"
         found.append(Problem(why, values(field, [instead]), *without))
 
-    if parallel.pp > 1:
-        refuse("parallel.pp", parallel.pp, "the engine serves whole models, not stages of a pipeline", 1)
-    if parallel.cp > 1 and asks is None:
-        why = "tokens of a completion would lie on several ranks, and it is weighed as a whole on one"
-        refuse("parallel.cp", parallel.cp, why, 1)
-    if parallel.ep > 1:
-        refuse("parallel.ep", parallel.ep, "experts are on ranks with other prompts, at their own pace", 1)
-    if parallel.sequence_parallel:
-        why = "layers split tokens over tp, and a step of the engine has any number of them"
-        refuse("parallel.sequence_parallel", "true", why, False)
     if parallel.cpu_offload:
         why = "weights on the host would be gathered for every token, or all be on the device at once"
         refuse("parallel.cpu_offload", "true", why, False)
@@ -119,15 +111,23 @@ def _model_problems(config: TrainConfig, asks: tuple[str, int] | None) -> list[s
 def _update_problems(config: TrainConfig) -> list[str]:
     """Models that are served, and cannot be trained on what they said: its probabilities would be others."""
     found: list[str] = []
-    model = config.model
+    try:
+        model = resolve_model(config.model)  # of a folder: what is in it
+    except ValueError:
+        return found  # which says so itself
 
     def refuse(field: str, value: object, why: str, instead: object) -> None:
         why = f"{field}={value} does not work with recipe.name={config.recipe.name}: {why}"
         found.append(Problem(why, values(field, [instead])))
 
     if model.moe.num_experts:
-        why = "auxiliary losses are means over rows, of which a step has another number each time"
-        refuse("model.moe.num_experts", model.moe.num_experts, why, 0)
+        # What stands in a row with a completion depends on the layout, and must not decide what is learned from it.
+        for field in ("aux_weight", "z_weight", "capacity_factor", "bias_update_rate"):
+            if value := getattr(model.routing, field):
+                refuse(f"model.routing.{field}", value, "rows are of completions that happened to be packed", 0.0)
+        if model.moe.router == "gshard":
+            why = "training leaves choices out at random, and completions are sampled with all"
+            refuse("model.moe.router", "gshard", why, "softmax")
     for field in ("dropout", "attention_dropout"):
         if value := getattr(model, field):
             refuse(f"model.{field}", value, "completions are sampled without, by other probabilities", 0.0)
@@ -140,21 +140,21 @@ def _weights_problems(config: TrainConfig) -> list[str]:
     """Ways in which an engine cannot have this layout's weights."""
     found: list[str] = []
     parallel, rl = config.parallel, config.recipe.rl
-    if parallel.zero_stage == 3 and rl.weights == "in_place":
-        found.append(
-            Problem(
-                "recipe.rl.weights=in_place with parallel.zero_stage=3 has no whole weights anywhere",
-                values("recipe.rl.weights", ["gather", "stream"]),
-            )
-        )
-    if parallel.zero_stage < 3 and rl.weights in ("gather", "stream"):
-        found.append(
-            Problem(
-                f"recipe.rl.weights={rl.weights} with parallel.zero_stage={parallel.zero_stage}: the model computes "
-                "with whole weights already",
-                values("recipe.rl.weights", ["in_place"]),
-            )
-        )
+    modes = weight_modes(parallel)
+    degrees = {"pp": parallel.pp, "ep": parallel.ep}
+    axis = next((axis for axis, degree in degrees.items() if degree > 1), None)
+    cut = f"parallel.zero_stage={parallel.zero_stage}" if axis is None else f"parallel.{axis}={degrees[axis]}"
+    if rl.weights in WEIGHTS and rl.weights not in ("auto", *modes):
+        if modes[0] == "in_place":
+            why = f"{cut}: the model computes with whole weights already"
+        elif rl.weights == "in_place":
+            why = f"{cut} has no whole weights anywhere"
+        elif axis is not None:
+            where = "the blocks of other stages do" if axis == "pp" else "a block with the experts of other ranks does"
+            why = f"{cut}: {where} not run here"
+        else:
+            why = "parallel.sequence_parallel=true: a block runs on slices of tokens, of which a step has any number"
+        found.append(Problem(f"recipe.rl.weights={rl.weights} with {why}", values("recipe.rl.weights", modes)))
     if rl.overlap and parallel.tp > 1:
         found.append(
             Problem(
@@ -164,23 +164,24 @@ def _weights_problems(config: TrainConfig) -> list[str]:
                 values("parallel.tp", [1]),
             )
         )
-    if rl.overlap and parallel.zero_stage == 3:
-        found.append(
-            Problem(
-                "recipe.rl.overlap=true with parallel.zero_stage=3: no rank has whole weights that it could copy, and "
-                "gathering them would meet the collectives of the update",
-                values("recipe.rl.overlap", [False]),
-                values("parallel.zero_stage", [2, 1, 0]),
+    if modes[0] == "gather":
+        whole = [values("parallel.zero_stage", [2, 1, 0]) if axis is None else values(f"parallel.{axis}", [1])]
+        if rl.overlap:
+            found.append(
+                Problem(
+                    f"recipe.rl.overlap=true with {cut}: no rank has whole weights that it could copy, and gathering "
+                    "them would meet the collectives of the update",
+                    values("recipe.rl.overlap", [False]),
+                    *whole,
+                )
             )
-        )
-    if rl.engine.cuda_graphs and parallel.zero_stage == 3:
-        found.append(
-            Problem(
-                "recipe.rl.engine.cuda_graphs=true with parallel.zero_stage=3: gathered weights lie elsewhere "
-                "each time",
-                values("recipe.rl.engine.cuda_graphs", [None, False]),
+        if rl.engine.cuda_graphs:
+            found.append(
+                Problem(
+                    f"recipe.rl.engine.cuda_graphs=true with {cut}: gathered weights lie elsewhere each time",
+                    values("recipe.rl.engine.cuda_graphs", [None, False]),
+                )
             )
-        )
     return found
 
 

@@ -25,7 +25,8 @@ from trainer.config import TrainConfig, configuration_errors
 from trainer.frozen import FrozenModel, load_frozen, problems_beside, resolve_beside
 from trainer.loss import token_scores
 from trainer.rl.config import MODEL, RewardConfig
-from trainer.rl.packing import empty_batch, filled_rows
+from trainer.rl.packing import filled_length, filled_rows, in_step
+from trainer.sequence import SequenceParts, row_step
 
 
 class RewardModels:
@@ -48,26 +49,30 @@ class RewardModels:
         """
         for one in models.values():
             check_tokenizer(str(one.path), tokenizer)
-        self._all_gather, self._device = all_gather, device
-        self._seq_len, self._micro_batch_size = config.train.seq_len, config.train.micro_batch_size
-        self._few_shapes = config.train.compile
+        self._config, self._all_gather, self._device = config, all_gather, device
         self._models = {name: _load(one, config, mesh, device) for name, one in models.items()}
+        # Of each model: windows of its layers decide who computes which tokens.
+        self._parts = {name: SequenceParts(config, mesh, model.model.config) for name, model in self._models.items()}
 
     def of(self, sequences: Sequence[Sequence[int]]) -> dict[str, list[float]]:
         """By name, the reward of each sequence of at most train.seq_len tokens. Collective over all ranks."""
         if not self._models:
             return {}
+        train = self._config.train
         laid_out = scoring_batches(
-            sequences, seq_len=self._seq_len, micro_batch_size=self._micro_batch_size, few_shapes=self._few_shapes
+            sequences,
+            seq_len=train.seq_len,
+            micro_batch_size=train.micro_batch_size,
+            few_shapes=train.compile,
+            row_step=row_step(self._config.parallel),
         )
-        batches = [one.batch.to(self._device) for one in laid_out]
-        # Shards are gathered for each micro-batch, on all ranks.
-        most = max(1, *self._all_gather(len(batches)))
-        shape = (self._micro_batch_size, self._seq_len) if self._few_shapes else None
-        batches += [empty_batch(of=shape).to(self._device) for _ in range(most - len(batches))]
+        batches = in_step([one.batch for one in laid_out], self._config, self._all_gather)
         found: dict[str, list[float]] = {}
         for name, model in self._models.items():
-            scores = [each.cpu() for each in model.per_token(batches, scores_head)]
+            split = self._parts[name]
+            parts = [split.of(batch).to(self._device) for batch in batches]
+            of_parts = zip(model.per_token(parts, scores_head), parts, strict=True)
+            scores = [split.whole(each, part).cpu() for each, part in of_parts]
             rewards = [0.0] * len(sequences)
             for each, one in zip(scores, laid_out, strict=False):
                 for sequence, row, place in one.ends:
@@ -84,22 +89,27 @@ class LaidOut(NamedTuple):
 
 
 def scoring_batches(
-    sequences: Sequence[Sequence[int]], *, seq_len: int, micro_batch_size: int, few_shapes: bool = False
+    sequences: Sequence[Sequence[int]],
+    *,
+    seq_len: int,
+    micro_batch_size: int,
+    few_shapes: bool = False,
+    row_step: int = 1,
 ) -> list[LaidOut]:
-    """Sequences of at most seq_len tokens, several in a row, none of which sees another. few_shapes: see
+    """Sequences of at most seq_len tokens, several in a row, none of which sees another. few_shapes, row_step: see
     `rollout_batches`."""
     rows = pack(np.asarray([len(tokens) for tokens in sequences], dtype=np.int64), seq_len)
     parts = [rows[first : first + micro_batch_size] for first in range(0, len(rows), micro_batch_size)]
     if not few_shapes:
-        return [_lay_out(part, sequences) for part in parts]
+        return [_lay_out(part, sequences, step=row_step) for part in parts]
     parts = [part + [[]] * (filled_rows(len(part), micro_batch_size) - len(part)) for part in parts]
     return [_lay_out(part, sequences, length=seq_len) for part in parts]
 
 
 def _lay_out(
-    rows: Sequence[Sequence[int]], sequences: Sequence[Sequence[int]], *, length: int | None = None
+    rows: Sequence[Sequence[int]], sequences: Sequence[Sequence[int]], *, length: int | None = None, step: int = 1
 ) -> LaidOut:
-    length = length or max(sum(len(sequences[member]) for member in row) for row in rows)
+    length = length or filled_length(max(sum(len(sequences[member]) for member in row) for row in rows), step)
     tokens = torch.zeros(len(rows), length, dtype=torch.int64)
     positions = torch.zeros_like(tokens)
     documents = torch.zeros(len(rows), length, dtype=torch.int32)

@@ -15,9 +15,13 @@ from inference.runner import is_fused
 from models.decoder import Decoder
 from parallel.mesh import Meshes, groups_in_layers
 from trainer.config import TrainConfig
+from trainer.pipelined import PipelinedPasses
+from trainer.rl.config import weight_modes
 from trainer.rl.environment import Environment
 from trainer.rl.overlap import on_stream
 from trainer.rl.rollouts import Sampler
+from trainer.rl.same_prompts import SamePrompts
+from trainer.rl.twin import Twin
 from trainer.rl.weights import ServedWeights
 from trainer.step import TrainState
 
@@ -35,7 +39,7 @@ class Room:
     def of_rollouts(cls, config: TrainConfig, mesh: Meshes, tokenizer: Tokenizer, samples: PromptSamples) -> Room:
         """For this rank's share of train.global_batch_size completions. They end as the chat template ends answers,
         and as the folders of the model and of the tokenizer say, which is how they end when the model is served."""
-        share = config.train.global_batch_size // mesh.samples.size()
+        share = -(-config.train.global_batch_size // (mesh.samples.size() * SamePrompts(mesh).size))
         folders = {Path(path).expanduser() for path in (config.model.path, tokenizer.folder) if path is not None}
         ends = samples.ends.union(*(eos_ids_of(folder) for folder in folders))
         return cls(share, config.train.seq_len, config.recipe.rl.max_tokens, sorted(ends))
@@ -57,15 +61,27 @@ def start_sampler(
     model: by whose weights; None: those that are trained. stream: the CUDA stream that its engine works on; None: the
     current one.
     """
-    rl, served = config.recipe.rl, state.model if model is None else model
-    assert isinstance(served, Decoder)
-    mode = rl.weights
-    if mode == "auto":
-        mode = "gather" if config.parallel.zero_stage == 3 else "in_place"
-    weights = ServedWeights(served, mode=mode, group=mesh.tokens.get_group(), device=state.device, stream=stream)
+    rl, trained = config.recipe.rl, state.model if model is None else model
+    assert isinstance(trained, Decoder)
+    mode = weight_modes(config.parallel)[0] if rl.weights == "auto" else rl.weights
+    stage = state.passes.first_stage if isinstance(state.passes, PipelinedPasses) else None
+    twin = None
+    if stage is not None or config.parallel.sequence_parallel or config.parallel.ep > 1:
+        twin = Twin(trained, config, stages=state.stage_group, device=state.device)
+    weights = ServedWeights(
+        trained,
+        mode=mode,
+        group=mesh.tokens.get_group(),
+        device=state.device,
+        dtype=config.precision.compute_dtype,
+        stream=stream,
+        twin=twin,
+        stage=stage,
+    )
     with weights.whole(), on_stream(stream):
         # Without a tokenizer: nobody reads an answer before its end, and text of each token takes longer than its step.
-        engine = Engine(served, engine_config(config, room, served), eos_ids=[tokenizer.eos_id, *room.ends])
+        settings = engine_config(config, room, weights.served)
+        engine = Engine(weights.served, settings, eos_ids=[tokenizer.eos_id, *room.ends])
     if mode == "stream":
         engine.runner.fused = False  # fused launches read a block's weights without its forward
     tp = groups_in_layers(mesh, config.parallel).tp
@@ -90,7 +106,7 @@ def engine_config(config: TrainConfig, room: Room, model: Decoder) -> EngineConf
     sequences = min(engine.max_sequences, room.num_sequences)
     graphs = engine.cuda_graphs
     if graphs is None:  # gathered weights lie elsewhere each time, and a trainer's own layers may ask the device
-        graphs = config.parallel.zero_stage < 3 and is_fused(model)
+        graphs = weight_modes(config.parallel)[0] == "in_place" and is_fused(model)
     blocks = sequences * -(-room.max_len // engine.block_size)
     return replace(
         engine,

@@ -19,9 +19,11 @@ import torch.distributed as dist
 from data.batch import Batch
 from data.prompts import Prompt, PromptSamples
 from trainer.config import TrainConfig
-from trainer.rl.packing import empty_batch, rollout_batches
+from trainer.rl.packing import in_step, rollout_batches
 from trainer.rl.rollouts import Rollout, Sampler, Task
+from trainer.rl.same_prompts import SamePrompts
 from trainer.rl.weights import ServedWeights
+from trainer.sequence import row_step
 
 
 class Answered(NamedTuple):
@@ -40,6 +42,7 @@ class StudentAnswers:
     sampler: Sampler
     weights: ServedWeights
     data_group: dist.ProcessGroup  # ranks with other prompts
+    same_prompts: SamePrompts
 
     def step(self, numbers: Sequence[int], samples: PromptSamples) -> Answered:
         """This rank's, of the prompts with these numbers, whose completions alone carry labels. Collective."""
@@ -76,9 +79,13 @@ class StudentAnswers:
     def sampled(self, numbers: Sequence[int], samples: PromptSamples, *, temperature: float) -> list[Rollout]:
         """The student's answers, in the order of these numbers; temperature 0: greedy. Collective."""
         self.sampler.engine.weights_changed()
-        with self.weights.serving():
-            tasks = [Task(samples[number], number, 0) for number in numbers]
-            return self.sampler.rollouts(tasks, temperature=temperature).rollouts
+        tasks = [Task(samples[number], number, 0) for number in self.same_prompts.mine(numbers)]
+
+        def sample() -> list[Rollout]:
+            with self.weights.serving():
+                return self.sampler.rollouts(tasks, temperature=temperature).rollouts
+
+        return self.same_prompts.all(self.same_prompts.together(sample))
 
     def batches(self, rollouts: Sequence[Rollout]) -> list[Batch]:
         """As many micro-batches on every rank: sharded weights are gathered for each. Collective."""
@@ -90,10 +97,9 @@ class StudentAnswers:
             normalization="token",
             constant=1,
             few_shapes=train.compile,
+            row_step=row_step(self.config.parallel),
         )
-        most = max(1, *self._all_gather(len(packed)))
-        shape = (train.micro_batch_size, train.seq_len) if train.compile else None
-        return [one.batch for one in packed] + [empty_batch(of=shape) for _ in range(most - len(packed))]
+        return in_step([one.batch for one in packed], self.config, self._all_gather)
 
     def _all_gather(self, value: Any) -> list[Any]:
         values: list[Any] = [None] * dist.get_world_size(self.data_group)

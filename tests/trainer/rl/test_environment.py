@@ -88,10 +88,11 @@ def events_of(config: TrainConfig) -> dict[str, str]:
     return {event["kind"]: event["text"] for event in map(json.loads, lines)}
 
 
-def test_rewards_see_the_environment_as_it_was_left(ranks: RankPool, tmp_path: Path) -> None:
-    """A new object, or that of another completion."""
-    config = playing(tmp_path, "Game")
-    ranks.run(1, _run, config)
+@pytest.mark.parametrize("layout", [{}, {"parallel__pp": 2}, {"parallel__cp": 2}], ids=["one", "pp", "cp"])
+def test_rewards_see_the_environment_as_it_was_left(ranks: RankPool, tmp_path: Path, layout: dict[str, Any]) -> None:
+    """A new object, or that of another completion; one that would have to travel to another rank."""
+    config = playing(tmp_path, "Game", **layout)
+    ranks.run(2 if layout else 1, _run, config)
     (line,) = metrics_of(config)
     assert line["reward_turns"] > 1
     assert line["reward_failures"] == 0

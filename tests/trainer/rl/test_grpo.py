@@ -12,6 +12,7 @@ import torch
 from data.tokenizer import Tokenizer
 from inference.config import EngineConfig
 from models.lora import apply_adapters
+from models.moe_config import MoEConfig
 from models.registry import build_model
 from tests.parity.harness import Outcome, changed, run_on, weight_deviation
 from tests.pool import RankPool
@@ -22,6 +23,7 @@ from trainer.rl.rewards import Answer
 from trainer.rl.serving import Room, engine_config
 from trainer.validate import find_problems
 
+EXPERTS = {"model__moe": MoEConfig(num_experts=4, top_k=2, intermediate_size=24)}
 HERE = "tests.trainer.rl.test_grpo"
 TIMES = ("seconds", "per_second", "mfu", "peak_memory_gib", "goodput")
 
@@ -30,13 +32,23 @@ def without_times(outcome: Outcome) -> list[dict[str, Any]]:
     return [{name: v for name, v in line.items() if not any(t in name for t in TIMES)} for line in outcome.metrics]
 
 
-@pytest.mark.parametrize(("size", "stage"), [(1, 0), (2, 3)])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {},
+        {"parallel__zero_stage": 3},
+        {"parallel__pp": 2},
+        {"parallel__pp": 2, "parallel__zero_stage": 3},
+        {"parallel__ep": 2} | EXPERTS,
+    ],
+    ids=["one", "zero3", "pp", "pp x zero3", "ep"],
+)
 def test_in_deterministic_mode_trainer_and_sampler_agree_to_the_bit(
-    ranks: RankPool, tmp_path: Path, size: int, stage: int
+    ranks: RankPool, tmp_path: Path, layout: dict[str, Any]
 ) -> None:
     """Rollouts whose probabilities are not the trainer's, in half precision; the next test is the control."""
     changes = {"train__batch_invariant": True, "precision__compute": "bf16", "train__global_batch_size": 8}
-    for line in run_on(ranks, size, rolling(tmp_path, parallel__zero_stage=stage, **changes)).metrics:
+    for line in run_on(ranks, 2 if layout else 1, rolling(tmp_path, **changes | layout)).metrics:
         assert line["sampler_max_delta"] == line["sampler_kl"] == 0.0
         assert line["importance_weight"] == line["ratio"] == 1.0
 
@@ -52,11 +64,17 @@ def test_in_half_precision_they_otherwise_do_not(ranks: RankPool, tmp_path: Path
 SEVERAL = {"rl__minibatches": 2, "rl__epochs": 2, "train__steps": 6, "train__seq_len": 36, "schedule__name": "constant"}
 
 
-@pytest.mark.parametrize("size", [1, 2])
-def test_a_run_that_was_interrupted_goes_on_to_the_same_bits(ranks: RankPool, tmp_path: Path, size: int) -> None:
+@pytest.mark.parametrize(
+    ("size", "layout"),
+    [(1, {}), (2, {}), (2, {"parallel__pp": 2}), (2, {"parallel__cp": 2})],
+    ids=["one", "two", "pp", "cp"],
+)
+def test_a_run_that_was_interrupted_goes_on_to_the_same_bits(
+    ranks: RankPool, tmp_path: Path, size: int, layout: dict[str, Any]
+) -> None:
     """Rollouts that are sampled again by other weights, prompts that come twice, ratios against newer policies."""
-    whole = run_on(ranks, size, rolling(tmp_path / "whole", **SEVERAL))
-    config = rolling(tmp_path / "cut", **SEVERAL | {"train__steps": 3})
+    whole = run_on(ranks, size, rolling(tmp_path / "whole", **SEVERAL | layout))
+    config = rolling(tmp_path / "cut", **SEVERAL | layout | {"train__steps": 3})
     config.checkpoint.at_end = True
     run_on(ranks, size, config)
     config.train.steps = 6
@@ -86,8 +104,10 @@ def first(answer: Answer) -> float:
 def test_groups_that_teach_nothing_are_replaced(ranks: RankPool, tmp_path: Path) -> None:
     """A batch of which two thirds have no gradient; on two ranks other groups than on one."""
     changes = {"rl__sampling_rounds": 9, "rl__rewards": [RewardConfig(f"{HERE}:first")], "train__steps": 2}
-    found = [run_on(ranks, size, rolling(tmp_path / str(size), **changes)) for size in (1, 2)]
-    for one, two in zip(found[0].metrics, found[1].metrics, strict=True):
+    layouts = {"dp": (2, {}), "pp": (2, {"parallel__pp": 2}), "cp x pp": (4, {"parallel__cp": 2, "parallel__pp": 2})}
+    alone = run_on(ranks, 1, rolling(tmp_path / "alone", **changes)).metrics
+    found = [run_on(ranks, n, rolling(tmp_path / name, **changes | way)).metrics for name, (n, way) in layouts.items()]
+    for one, two in zip(alone * len(found), [line for lines in found for line in lines], strict=True):
         assert one["sampling_rounds"] > 1
         assert one["groups_trained"] == 4
         assert one["constant_groups"] > 0.4
@@ -255,8 +275,28 @@ def _completions(config: TrainConfig) -> tuple[set[int], list[tuple[list[int], s
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"parallel__pp": 2}, "parallel.pp=2 does not work with recipe.name=grpo: the engine serves whole models"),
-        ({"parallel__cp": 2}, "parallel.cp=2 does not work with recipe.name=grpo"),
+        (
+            {"parallel__pp": 2, "rl__weights": "in_place"},
+            "recipe.rl.weights=in_place with parallel.pp=2 has no whole weights anywhere; use recipe.rl.weights=gather",
+        ),
+        (
+            {"parallel__pp": 2, "rl__weights": "stream"},
+            "recipe.rl.weights=stream with parallel.pp=2: the blocks of other stages do not run here; use",
+        ),
+        (
+            {"rl__weights": "stream", "parallel__zero_stage": 3, "parallel__tp": 2}
+            | {"parallel__sequence_parallel": True},
+            "recipe.rl.weights=stream with parallel.sequence_parallel=true: a block runs on slices of tokens",
+        ),
+        (
+            {"rl__weights": "in_place", "parallel__zero_stage": 3},
+            "recipe.rl.weights=in_place with parallel.zero_stage=3 has no whole weights anywhere; use "
+            "recipe.rl.weights=gather or stream",
+        ),
+        (
+            {"parallel__pp": 2, "rl__engine": EngineConfig(cuda_graphs=True)},
+            "recipe.rl.engine.cuda_graphs=true with parallel.pp=2: gathered weights lie elsewhere each time",
+        ),
         ({"train__global_batch_size": 10}, "do not divide into groups of recipe.rl.group_size=4; use"),
         ({"rl__loss": "clipped"}, "recipe.rl.loss=clipped is unknown; use recipe.rl.loss=clip"),
         ({"model__dropout": 0.1}, "model.dropout=0.1 does not work with recipe.name=grpo: completions are sampled"),

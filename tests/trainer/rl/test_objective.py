@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from parallel.groups import NO_GROUPS
 from trainer.rl.config import LOSSES, NORMALIZATIONS, RLConfig
 from trainer.rl.objective import PolicyObjective
 from trainer.rl.packing import rollout_batches
@@ -97,7 +98,9 @@ def written_out(config: RLConfig, rollouts: list[Rollout], states: Tensor, head:
 
 def summed(config: RLConfig, rollouts: list[Rollout], states: Tensor, head: Tensor, rows: int, length: int) -> Tensor:
     """The same as a step computes it: sums of micro-batches by the counts of all."""
-    objective = PolicyObjective(config, device="cpu", vocabulary=None, batch_invariant=False, token_group=None)  # type: ignore[arg-type]
+    objective = PolicyObjective(
+        config, device="cpu", vocabulary=None, batch_invariant=False, groups=NO_GROUPS, token_groups=[]
+    )
     packed = rollout_batches(
         rollouts, seq_len=length, micro_batch_size=rows, normalization=config.normalization, constant=CONSTANT
     )

@@ -77,6 +77,7 @@ def same_bits(one: Outcome, other: Outcome) -> bool:
     ("size", "made", "changes"),
     [
         (1, rolling, GROUPS),
+        pytest.param(2, rolling, GROUPS | {"parallel__cp": 2}, marks=pytest.mark.thorough),
         pytest.param(2, rolling, INFORMING, marks=pytest.mark.thorough),
         pytest.param(2, proximal, VALUES, marks=pytest.mark.thorough),
     ],
@@ -239,7 +240,7 @@ def test_what_goes_wrong_in_the_thread_ends_the_run_on_all_ranks(ranks: RankPool
         assert threads == []
     (first, _), (second, _) = ranks.run(2, _failure, rolling(tmp_path / "nan", **changes), sampler_of_rank=1)
     assert second == "FloatingPointError: the model gives NaN"
-    assert first == "RolloutError: rollouts failed on data-parallel rank 1: FloatingPointError: the model gives NaN"
+    assert first == "RolloutError: rollouts failed on rank 1: FloatingPointError: the model gives NaN"
 
 
 def slow(answer: Answer) -> float:
@@ -388,6 +389,7 @@ def test_in_deterministic_mode_trainer_and_sampler_agree_to_the_bit(ranks: RankP
         ({"rl__overlap": True}, "recipe.rl.overlap=true with recipe.rl.rollout_lag=0: an update waits for the"),
         (LAG | BESIDE | {"parallel__tp": 2}, "recipe.rl.overlap=true with parallel.tp=2: each token that is sampled"),
         (LAG | BESIDE | {"parallel__zero_stage": 3}, "recipe.rl.overlap=true with parallel.zero_stage=3: no rank has"),
+        (LAG | BESIDE | {"parallel__pp": 2}, "recipe.rl.overlap=true with parallel.pp=2: no rank has whole weights"),
         (BESIDE | {"recipe__name": "pretrain"}, "recipe.rl is set and has no effect with recipe.name=pretrain"),
     ],
 )

@@ -207,7 +207,6 @@ def test_rollouts_ahead_are_the_same_on_two_ranks(ranks: RankPool, tmp_path: Pat
         ({"ppo__value_path": "nowhere"}, "recipe.ppo.value_path=nowhere does not exist"),
         ({"recipe__reference_offload": True, "ppo__kl_coefficient": 0.0}, "has no effect with recipe.ppo.kl_coeff"),
         ({"model__activation_checkpoint": "budget"}, "model.activation_checkpoint=budget does not work with"),
-        ({"parallel__pp": 2}, "parallel.pp=2 does not work with recipe.name=ppo"),
         ({"recipe__name": "grpo"}, "recipe.ppo is set and has no effect with recipe.name=grpo; leave it out"),
     ],
 )

@@ -33,7 +33,7 @@ def reward_model(
         vocab_size=vocab_size,
         hidden_size=16,
         intermediate_size=20,
-        num_hidden_layers=1,
+        num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=2,
         max_position_embeddings=SEQ_LEN,
@@ -84,6 +84,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "zero1, offloaded": {"parallel__zero_stage": 1},
     "zero3, streamed": {"parallel__zero_stage": 3, "rl__weights": "stream"},
     "tp": {"parallel__tp": 2},
+    "cp": {"parallel__cp": 2},
+    "pp": {"parallel__pp": 2},
 }
 
 
