@@ -32,13 +32,7 @@ from trainer.rl.collect import Collector, Round, all_gather
 from trainer.rl.config import rl_problems
 from trainer.rl.objective import PolicyObjective
 from trainer.rl.overlap import Beside, WeightCopy
-from trainer.rl.packing import (
-    Packed,
-    in_step,
-    of_rollouts,
-    optional_columns,
-    rollout_batches,
-)
+from trainer.rl.packing import Packed, in_step, of_rollouts, optional_columns, rollout_batches
 from trainer.rl.problems import data_problems, layout_problems
 from trainer.rl.reward_models import RewardModels
 from trainer.rl.rewards import Rewards, check_rewards, import_path

@@ -142,10 +142,9 @@ class Collector:
         totals, kept, rounds, wanted, gathering, rewarding = Totals(), list[Group](), 0, 0, 0.0, 0.0
         informative: dict[int, bool] = {}  # of all ranks' groups, by number
         while rounds < config.sampling_rounds:
-            work = partial(self.sample, self.draw(data, samples)) if first is None else None
-            one = first if work is None else self._same_prompts.together(work)
-            assert one is not None
-            first = None
+            if first is None:
+                first = self._same_prompts.together(partial(self.sample, self.draw(data, samples)))
+            one, first = first, None
             groups, mine, late = self._rewarded(one)
             gathering += one.gather_seconds
             rewarding += one.reward_seconds + late

@@ -97,12 +97,12 @@ def in_step(
     together = [*batches, *more]
     if not config.parallel.ep_buffer:
         return together
-    shapes = [max(shape, tuple(batch.tokens.shape)) for shape, batch in zip(shapes, together, strict=True)]
     return [widened(batch, shape) for batch, shape in zip(together, shapes, strict=True)]
 
 
 def widened(batch: Batch, shape: tuple[int, ...]) -> Batch:
     """Whole rows, filled up to this shape without loss: for buffers over ep, which are shares of what a rank has."""
+    # An empty batch has more than was asked for where no rank has any other.
     more_rows, more = (max(0, size - had) for size, had in zip(shape, batch.tokens.shape, strict=True))
     if more_rows == more == 0:
         return batch

@@ -62,9 +62,9 @@ class Lockstep:
         """A pass over a token (with sequence parallelism one for each chunk of each rank), for its gathers; no
         deltas."""
         groups = self._model.groups
-        sliced = groups.tp is not None and groups.sequence_parallel
-        here = groups.sp_chunks if sliced else 1
-        num_tokens = here * groups.tp.size() if sliced and groups.tp is not None else here
+        slices = groups.tp if groups.sequence_parallel else None
+        here = 1 if slices is None else groups.sp_chunks
+        num_tokens = here * (1 if slices is None else slices.size())
         tokens, hidden = torch.zeros(1, num_tokens, dtype=torch.int64, device=self._device), None
         if self._stage is not None and not self._stage.is_first:
             shape = (1, here, self._model.config.hidden_size)
