@@ -85,7 +85,7 @@ def test_compiled_blocks_make_a_graph_of_few_shapes_and_train_as_eager_ones(
     same(found, reference)
 
 
-@pytest.mark.some(1)
+@pytest.mark.some(1, unless_thorough=True)
 @pytest.mark.parametrize("weights", ["stream", "gather"])
 def test_shards_of_tps_shards_are_served(ranks: RankPool, tmp_path: Path, reference: Outcome, weights: str) -> None:
     """A gathered weight that is whole over one axis and a part over the other, taken for all of it or for none."""
@@ -93,14 +93,14 @@ def test_shards_of_tps_shards_are_served(ranks: RankPool, tmp_path: Path, refere
     same(run_on(ranks, 4, rolling(tmp_path, **changes)), reference)
 
 
-@pytest.mark.some(2)
+@pytest.mark.some(2, unless_thorough=True)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_two_ranks_train_as_one(ranks: RankPool, tmp_path: Path, reference: Outcome, layout: str) -> None:
     """A group that is cut in two, seeds by rank, means of means, weights that an engine serves while they are gone."""
     same(run_on(ranks, 2, rolling(tmp_path, **LAYOUTS[layout])), reference)
 
 
-@pytest.mark.some(2)
+@pytest.mark.some(1, unless_thorough=True)
 @pytest.mark.parametrize("layout", WIDER)
 def test_four_ranks_train_as_one(ranks: RankPool, tmp_path: Path, reference: Outcome, layout: str) -> None:
     """Completions that two ranks sample, or none; layers of another stage that are those of the step before; a token's
@@ -108,7 +108,7 @@ def test_four_ranks_train_as_one(ranks: RankPool, tmp_path: Path, reference: Out
     same(run_on(ranks, 4, rolling(tmp_path, **WIDER[layout])), reference)
 
 
-@pytest.mark.some(1)
+@pytest.mark.some(1, unless_thorough=True)
 @pytest.mark.parametrize("layout", TIED)
 def test_stages_train_as_one_rank_with_tied_embeddings(ranks: RankPool, tmp_path: Path, layout: str) -> None:
     """A table that two stages hold and a served model has once; stages that do not follow one another on a rank."""

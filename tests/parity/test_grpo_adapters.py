@@ -44,7 +44,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.some(2)
+@pytest.mark.some(2, unless_thorough=True)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_several_ranks_train_the_same_adapters(
     ranks: RankPool, tmp_path: Path, reference: Outcome, layout: str

@@ -51,7 +51,7 @@ def reference(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Outc
     return run_on(ranks, 1, rolling(tmp_path_factory.mktemp("experts"), train__micro_batch_size=1, **MIXTURE))
 
 
-@pytest.mark.some(2)
+@pytest.mark.some(1, unless_thorough=True)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_two_ranks_train_as_one(ranks: RankPool, tmp_path: Path, reference: Outcome, layout: str) -> None:
     """Experts in another order, or those of one rank for all; auxiliary losses of rows that happened to be packed."""
@@ -61,7 +61,7 @@ def test_two_ranks_train_as_one(ranks: RankPool, tmp_path: Path, reference: Outc
     assert found.metrics[0]["moe_drop_rate"] == 0.0
 
 
-@pytest.mark.some(1)
+@pytest.mark.some(1, unless_thorough=True)
 @pytest.mark.parametrize("layout", WIDER)
 def test_four_ranks_train_as_one(ranks: RankPool, tmp_path: Path, reference: Outcome, layout: str) -> None:
     same(run_on(ranks, 4, rolling(tmp_path, **MIXTURE | WIDER[layout])), reference)
@@ -86,6 +86,7 @@ def test_a_value_model_may_have_experts(ranks: RankPool, tmp_path: Path) -> None
             assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-5), name
 
 
+@pytest.mark.some(1, unless_thorough=True)
 @pytest.mark.parametrize("compiled", [False, True])
 def test_buffers_hold_shares_of_rows_that_ranks_agree_on(ranks: RankPool, tmp_path: Path, compiled: bool) -> None:
     """Messages of two sizes, where the completions of one rank end sooner: more rows, or longer ones, on the other."""

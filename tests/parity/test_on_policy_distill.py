@@ -161,7 +161,7 @@ def same(found: Outcome, wanted: Outcome) -> None:
     assert gradient_deviation(found, wanted) < 2e-5
 
 
-@pytest.mark.some(2)
+@pytest.mark.some(2, unless_thorough=True)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_two_ranks_train_as_one(ranks: RankPool, folder: Path, reference: Outcome, layout: str) -> None:
     """Answers by rank; a rank with fewer micro-batches that leaves another waiting; packing that shows."""

@@ -65,7 +65,7 @@ def test_packing_and_micro_batches_change_nothing(ranks: RankPool, tmp_path: Pat
     same(run_on(ranks, 1, proximal(tmp_path, train__micro_batch_size=4, **SEVERAL)), reference)
 
 
-@pytest.mark.some(2)
+@pytest.mark.some(2, unless_thorough=True)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_several_ranks_train_as_one(ranks: RankPool, tmp_path: Path, reference: Outcome, layout: str) -> None:
     """Whitening by rank, a value model that is not on the policy's layout, gradients that are not summed."""

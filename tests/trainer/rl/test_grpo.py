@@ -37,9 +37,9 @@ def without_times(outcome: Outcome) -> list[dict[str, Any]]:
     [
         {},
         {"parallel__zero_stage": 3},
-        {"parallel__pp": 2},
+        pytest.param({"parallel__pp": 2}, marks=pytest.mark.thorough),
         {"parallel__pp": 2, "parallel__zero_stage": 3},
-        {"parallel__ep": 2} | EXPERTS,
+        pytest.param({"parallel__ep": 2} | EXPERTS, marks=pytest.mark.thorough),
     ],
     ids=["one", "zero3", "pp", "pp x zero3", "ep"],
 )
@@ -66,7 +66,12 @@ SEVERAL = {"rl__minibatches": 2, "rl__epochs": 2, "train__steps": 6, "train__seq
 
 @pytest.mark.parametrize(
     ("size", "layout"),
-    [(1, {}), (2, {}), (2, {"parallel__pp": 2}), (2, {"parallel__cp": 2})],
+    [
+        (1, {}),
+        (2, {}),
+        pytest.param(2, {"parallel__pp": 2}, marks=pytest.mark.thorough),
+        pytest.param(2, {"parallel__cp": 2}, marks=pytest.mark.thorough),
+    ],
     ids=["one", "two", "pp", "cp"],
 )
 def test_a_run_that_was_interrupted_goes_on_to_the_same_bits(
