@@ -24,7 +24,7 @@ SPILLS = {"_attention_backward_keys": 48}
 """Bytes of a thread that the fastest configuration may spill: 8 with Triton 3.7.1, 48 with 3.6.0, under documents."""
 PRODUCTS = {
     **dict.fromkeys(("grouped_linear", "grouped input gradient", "grouped weight gradient"), 1),
-    "grouped input gradient of a pair": 2,
+    "grouped input gradient of a pair": 1,
     **dict.fromkeys(("int8 16", "int8 4096", "int4 16", "int4 4096", "matmul", "fp8 product"), 1),
     "attention": 3,
     "paged prefill": 1,  # single tokens and latents have 16 or 32 rows at a time: too few for wgmma

@@ -22,6 +22,7 @@ from parallel.pipeline.weight_gradients import Key, WeightGradients
 from tests.parity.harness import Outcome, run_here
 from trainer.config import TrainConfig
 from trainer.pipelined import PipelinedPasses
+from trainer.sequence import SequenceParts
 from trainer.trainer import Trainer
 from trainer.validate import finalize
 
@@ -70,13 +71,13 @@ def run_broken(config: TrainConfig, fault: str) -> Outcome | None:
 def run_with_lengths(config: TrainConfig) -> Outcome | None:
     """Train on micro-batches of which every sample's number decides the length: 24 of its tokens, or 17."""
 
-    def cut(_: Trainer, batch: Batch) -> Batch:
+    def cut(_: SequenceParts, batch: Batch) -> Batch:
         length = 24 if batch.samples[0] % 2 else 17
         tokens, labels, positions = (x[:, :length] for x in (batch.tokens, batch.labels, batch.positions))
         documents = None if batch.documents is None else batch.documents[:, :length]
         return replace(batch, tokens=tokens, labels=labels, positions=positions, documents=documents)
 
-    with patch.object(Trainer, "_part", cut):
+    with patch.object(SequenceParts, "of", cut):
         return run_here(config)
 
 

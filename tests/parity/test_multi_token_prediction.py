@@ -32,6 +32,7 @@ from tests.parity.harness import (
 )
 from tests.pool import RankPool
 from trainer.config import TrainConfig
+from trainer.sequence import SequenceParts
 from trainer.step import train_step
 from trainer.trainer import Trainer
 from trainer.validate import finalize
@@ -250,18 +251,18 @@ def test_every_layout_trains_the_same_model(
 
 
 def _look_ahead_after_the_cut(config: TrainConfig) -> Outcome | None:
-    true = Trainer._part
+    true = SequenceParts.of
 
-    def late(self: Trainer, batch: Batch) -> Batch:
+    def late(self: SequenceParts, batch: Batch) -> Batch:
         depth = len(batch.ahead)
         batch.ahead = ()
         return true(self, batch).look_ahead(depth)
 
-    Trainer._part = late  # type: ignore[method-assign]
+    SequenceParts.of = late  # type: ignore[method-assign]
     try:
         return run_here(config)
     finally:
-        Trainer._part = true  # type: ignore[method-assign]
+        SequenceParts.of = true  # type: ignore[method-assign]
 
 
 def test_looking_ahead_inside_a_part_of_the_sequence_is_noticed(

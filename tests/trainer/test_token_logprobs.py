@@ -33,7 +33,7 @@ def _logprobs(config: TrainConfig) -> tuple[torch.Tensor, torch.Tensor]:
     trainer = Trainer(finalize(config, world_size=dist.get_world_size()))
     try:
         whole = trainer.train_data.next_step()
-        parts = [trainer._part(batch.with_columns(reference=batch.labels.float())) for batch in whole]
+        parts = [trainer._parts.of(batch.with_columns(reference=batch.labels.float())) for batch in whole]
         state = trainer.state
         per_batch = state.passes.token_logprobs(state.model, parts, temperature=TEMPERATURE)
         assert state.model.training
