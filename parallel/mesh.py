@@ -129,11 +129,19 @@ def _build_mesh(dims: ParallelDims, device_type: str) -> Meshes:
         batch=batch,
         samples=batch["dp_replicate", "dp_shard"]._flatten("samples"),
         tokens=batch["dp_replicate", "dp_shard", "cp"]._flatten("tokens"),
-        alike=batch["pp", "cp"]._flatten("alike") if dims.pp * dims.cp > 1 else None,
+        alike=_alike(batch),
         context=batch["cp"]._unflatten(0, (dims.cp_ring, dims.cp_ulysses), CONTEXT_AXES) if dims.cp > 1 else None,
         experts=experts,
         expert_tokens=None if experts is None else experts["dp_replicate", "expert_shard"]._flatten("expert_tokens"),
     )
+
+
+def _alike(batch: DeviceMesh) -> DeviceMesh | None:
+    """pp x cp; one of them, where the other has one rank, has a group already."""
+    axes = tuple(axis for axis in ("pp", "cp") if batch[axis].size() > 1)
+    if len(axes) < 2:
+        return batch[axes[0]] if axes else None
+    return batch[axes]._flatten("alike")
 
 
 def _connect(axis: DeviceMesh) -> None:

@@ -159,14 +159,7 @@ def pair_input_gradient(
 
 
 @pair_input_gradient.register_fake
-def _(
-    first_grad: Tensor,
-    first: Tensor,
-    second_grad: Tensor,
-    second: Tensor,
-    ends: Tensor,
-    implementation: str | None = None,
-) -> Tensor:
+def _(first_grad: Tensor, first: Tensor, *_: Any) -> Tensor:
     return first_grad.new_empty(first_grad.shape[0], first.shape[2])
 
 
@@ -242,9 +235,7 @@ def _grouped_linear_pair(
 
 
 @_grouped_linear_pair.register_fake
-def _(
-    x: Tensor, first: Tensor, second: Tensor, ends: Tensor, implementation: str | None = None
-) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, first: Tensor, second: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape[0], first.shape[1]), x.new_empty(x.shape[0], second.shape[1])
 
 

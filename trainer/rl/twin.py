@@ -59,7 +59,7 @@ class _Place(NamedTuple):
 
 
 class Twin:
-    """Of a model whose weights stay where they are."""
+    """A model for an engine, which `fill` gives the trained weights of now, and `drop` takes them from."""
 
     def __init__(
         self, source: Decoder, config: TrainConfig, *, stages: dist.ProcessGroup | None, device: torch.device
